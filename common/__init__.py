@@ -1,0 +1,1 @@
+"""The library that the quantization scripts share. README.md, "Layout", says what each module is for."""

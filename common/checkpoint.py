@@ -1,0 +1,199 @@
+"""Checkpoints in the compressed-tensors format, out and in. Nothing else in the project knows the format.
+
+A checkpoint is written into `<output>.unfinished`, a shard for each decoder layer as it is finished, and gets its real
+name in one step when it is whole: a folder at the output's name is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from compressed_tensors import __version__ as compressed_tensors_version
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.grid import Grid, QuantizedLinear
+from common.models import LINEARS, SourceModel, TensorReader
+
+FORMAT = "pack-quantized"
+METADATA_FILE = "quantization_metadata.json"
+PACKED_NAMES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+
+
+def scheme_of(grid: Grid) -> QuantizationScheme:
+    """The library's description of a grid for weights."""
+    strategy = {"strategy": "channel"} if grid.group_size is None else {"strategy": "group",
+                                                                       "group_size": grid.group_size}
+    weights = QuantizationArgs(num_bits=grid.bits, type="int", symmetric=grid.symmetric, **strategy)
+    return QuantizationScheme(targets=["Linear"], weights=weights)
+
+
+def grid_of(scheme: dict) -> Grid:
+    """The grid that a config group of a checkpoint's config.json describes."""
+    weights = scheme["weights"]
+    group_size = weights.get("group_size") if weights["strategy"] == "group" else None
+    return Grid(weights["num_bits"], group_size, weights["symmetric"])
+
+
+def compress(quantized: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors that stand for one linear in the file, made by the library's own compressor."""
+    state = {"weight": quantized.dequantize(), "weight_scale": quantized.scale.to(scale_dtype)}
+    if not quantized.grid.symmetric:
+        state["weight_zero_point"] = quantized.zero_point.to(torch.int8)
+    compressor = BaseCompressor.load_from_registry(FORMAT)
+    return compressor.compress(state, scheme_of(quantized.grid))
+
+
+def decompress(state: dict[str, Tensor], grid: Grid) -> Tensor:
+    """The float32 weights [out, in] of one linear's stored tensors, by the library's own decompressor."""
+    state = {**state, "weight_scale": state["weight_scale"].float()}
+    return BaseCompressor.load_from_registry(FORMAT).decompress(state, scheme_of(grid))["weight"]
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse an output that exists, unless told to overwrite it, or that cannot be written.
+
+    Raises:
+        UserError: naming the way out.
+    """
+    if output.exists() and not overwrite:
+        raise UserError(f"output {output} exists already; use --overwrite to replace it or choose another --output")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file, not a folder")
+    if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
+        raise UserError(f"output {output} holds something that is not a checkpoint; it is not replaced")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        probe = output.with_name(output.name + ".unfinished")
+        probe.mkdir(exist_ok=True)
+        (probe / "writable").touch()
+        shutil.rmtree(probe)
+    except OSError as error:
+        raise UserError(f"output {output} cannot be written ({error.strerror or error})") from None
+
+
+class CheckpointWriter:
+    """Writes a quantized checkpoint layer by layer. Use as a context manager; without `finish` nothing is left behind."""
+
+    def __init__(self, output: Path, source: SourceModel, grid: Grid):
+        self.output, self.source, self.grid = output, source, grid
+        self.folder = output.with_name(output.name + ".unfinished")
+        self._weight_map: dict[str, str] = {}
+        self._bytes = 0
+
+    def __enter__(self) -> CheckpointWriter:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write_layer(self, index: int, module: nn.Module, codes: dict[str, QuantizedLinear]) -> None:
+        """Write one decoder layer as a shard of its own, read it back and compare.
+
+        Raises:
+            UserError: what was read back is not what was quantized.
+        """
+        prefix = f"model.layers.{index}."
+        quantized_weights = {f"{name}.weight" for name in LINEARS}
+        tensors = {prefix + name: tensor.to(self.source.storage_dtype)
+                   for name, tensor in module.state_dict().items() if name not in quantized_weights}
+        for name, linear in codes.items():
+            for part, tensor in compress(linear, self.source.storage_dtype).items():
+                tensors[f"{prefix}{name}.{part}"] = tensor
+        file = self._save(tensors, index + 1)
+        written = load_file(self.folder / file)
+        for name, linear in codes.items():
+            state = {part: written[f"{prefix}{name}.{part}"].to(linear.codes.device) for part in PACKED_NAMES
+                     if f"{prefix}{name}.{part}" in written}
+            if not torch.equal(decompress(state, self.grid), linear.dequantize()):
+                raise UserError(f"{prefix}{name}: what was written does not read back the same; the disk or "
+                                "compressed-tensors is at fault, nothing was saved")
+
+    def _save(self, tensors: dict[str, Tensor], shard: int) -> str:
+        # +1 for the shard with the embedding, the final norm and an untied head.
+        file = f"model-{shard:05d}-of-{self.source.num_layers + 1:05d}.safetensors"
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, self.folder / file, metadata={"format": "pt"})
+        self._weight_map.update(dict.fromkeys(tensors, file))
+        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        return file
+
+    def write_rest(self) -> int:
+        """Write everything that is not a decoder layer: remaining tensors, index, configuration, tokenizer.
+
+        Returns the bytes of all tensors.
+        """
+        source = self.source
+        names = [name for name in source.tensors.names() if not name.startswith("model.layers.")]
+        if source.tied:
+            names = [name for name in names if name != "lm_head.weight"]
+        self._save({name: source.tensors.read(name) for name in names}, source.num_layers + 1)
+        index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        config = source.config.to_diff_dict()
+        config.update(architectures=[type(source.model).__name__], dtype=str(source.storage_dtype).removeprefix("torch."),
+                      quantization_config=self._quantization_config())
+        (self.folder / "config.json").write_text(json.dumps(config, indent=2))
+        source.tokenizer.save_pretrained(self.folder)
+        generation = source.folder / "generation_config.json"
+        if generation.is_file():
+            shutil.copy(generation, self.folder)
+        return self._bytes
+
+    def _quantization_config(self) -> dict:
+        scheme = scheme_of(self.grid).model_dump(mode="json", exclude_none=True)
+        return {"quant_method": "compressed-tensors", "version": compressed_tensors_version, "format": FORMAT,
+                "quantization_status": "compressed", "config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
+
+    def finish(self, metadata: dict | None) -> None:
+        """Give the checkpoint its metadata and its real name. An older checkpoint there is replaced only now."""
+        if metadata is not None:
+            (self.folder / METADATA_FILE).write_text(json.dumps(metadata, indent=1))
+        for file in self.folder.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        if self.output.exists():
+            old = self.output.with_name(self.output.name + ".replaced")
+            shutil.rmtree(old, ignore_errors=True)
+            self.output.rename(old)
+            self.folder.rename(self.output)
+            shutil.rmtree(old)
+        else:
+            self.folder.rename(self.output)
+
+
+def open_checkpoint(folder: Path) -> tuple[dict, TensorReader]:
+    """A checkpoint's configuration (config.json as a dict) and its tensors, for looking into the codes.
+
+    Raises:
+        UserError: not a folder with a readable checkpoint of this format.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the --output of a quantize script")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        quantization = config["quantization_config"]
+        if quantization["quant_method"] != "compressed-tensors":
+            raise KeyError
+    except OSError:
+        raise UserError(f"{folder} is not a model: it has no config.json") from None
+    except ValueError:
+        raise UserError(f"{folder}: config.json is damaged") from None
+    except (KeyError, TypeError):
+        raise UserError(f"{folder} is not a checkpoint of the quantize scripts (no compressed-tensors configuration)") \
+            from None
+    return config, TensorReader(folder)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,156 @@
+"""The arguments that scripts share, and how an error ends a script: one clear line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from common import calibration
+from common.errors import UserError
+from common.models import DEFAULT_MODEL
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's main and end the process: 0 or what main returns; 2 with one line for what the user can mend."""
+    quiet_libraries()
+    try:
+        code = main() or 0
+    except UserError as error:
+        code = fail(str(error))
+    except torch.cuda.OutOfMemoryError:
+        code = fail("the GPU ran out of memory; lower --calib-length or --calib-samples, close other programs on the "
+                    "GPU, or use --device cpu")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        code = fail(f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space or choose "
+                    "another --output")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def fail(message: str) -> int:
+    """Print `message` as one error line. Returns the exit code 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own notices and bars off the screen; ours say what matters."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("lm_eval", "lm-eval", "datasets", "huggingface_hub", "httpx", "fsspec"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        from loguru import logger
+
+        logger.disable("compressed_tensors")
+    except ImportError:
+        pass
+    # compressed-tensors shows bars of its own for loading and decompressing.
+    from compressed_tensors.compressors.model_compressors import model_compressor
+
+    model_compressor.tqdm = lambda modules, **_: modules
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model, --device, --dtype, --data-root."""
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="hub id, folder, or demo (default: %(default)s)")
+    add_device_arguments(parser)
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """--device, --dtype, --data-root."""
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
+                        help="where to compute; auto takes CUDA when there is one")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
+                        help="type to compute in; auto is float32 on a CPU and bfloat16 on CUDA")
+    parser.add_argument("--data-root", type=Path, metavar="DIR",
+                        help="look for data sets as DIR/<owner>/<name>/<config>/<split>.parquet before the hub")
+
+
+def quantization_parser(description: str, bits: int) -> argparse.ArgumentParser:
+    """A parser with the arguments of every quantize script; `bits` is the method's default width."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--bits", type=int, default=bits, help="bits per weight (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="checkpoint folder (default: models/<model>/<method>-<bits>bit)")
+    parser.add_argument("--group-size", type=_group_size, default="auto", metavar="N|auto|channel",
+                        help="input channels that share a scale; auto is the largest of 128, 64, 32 that divides all "
+                             "linears, channel one scale per output channel")
+    parser.add_argument("--symmetric", action="store_true", help="no zero-points: codes are centred on zero")
+    parser.add_argument("--calib-data", metavar="DATA",
+                        help="calibration text: a data set (owner/name[/config][:split]), a .txt, .jsonl or .parquet "
+                             f"file, or demo (default: {calibration.DEFAULT_DATA}; demo for the demo model)")
+    parser.add_argument("--calib-samples", type=_positive, metavar="N",
+                        help=f"calibration windows (default: {calibration.DEFAULT_SAMPLES}; {calibration.DEMO_SAMPLES} "
+                             "with demo text)")
+    parser.add_argument("--calib-length", type=_positive, metavar="N",
+                        help=f"tokens per window, cut to the model's context (default: {calibration.DEFAULT_LENGTH}; "
+                             f"{calibration.DEMO_LENGTH} with demo text)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the calibration sample (default: %(default)s)")
+    parser.add_argument("--save-metadata", action=argparse.BooleanOptionalAction, default=True,
+                        help="write quantization_metadata.json into the checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    return parser
+
+
+def resolve_sizes(options: argparse.Namespace) -> None:
+    """Fill in the calibration options that were left out; they depend on whether it is the demo."""
+    if options.calib_data is None:
+        options.calib_data = "demo" if options.model == "demo" else calibration.DEFAULT_DATA
+    demo = options.calib_data == "demo"
+    options.calib_samples = options.calib_samples or (calibration.DEMO_SAMPLES if demo else calibration.DEFAULT_SAMPLES)
+    options.calib_length = options.calib_length or (calibration.DEMO_LENGTH if demo else calibration.DEFAULT_LENGTH)
+
+
+def resolve_device(choice: str) -> torch.device:
+    """The torch device of a --device option. Raises UserError when CUDA was asked for and there is none."""
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device was found; use --device cpu, or check the driver with nvidia-smi")
+    if choice == "auto":
+        choice = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(choice, 0) if choice == "cuda" else torch.device("cpu")
+
+
+def resolve_dtype(choice: str, device: torch.device) -> torch.dtype:
+    """The type of a --dtype option: on a CPU float32, which gives the same result on CPUs with and without bf16 units."""
+    if choice == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return DTYPES[choice]
+
+
+def configure_torch(seed: int) -> None:
+    """Seed everything and let CUDA use tf32 for float32 products."""
+    torch.manual_seed(seed)
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _group_size(text: str) -> str:
+    if text not in ("auto", "channel"):
+        _positive(text)
+    return text

