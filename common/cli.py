@@ -64,10 +64,13 @@ def quiet_libraries() -> None:
         logger.disable("compressed_tensors")
     except ImportError:
         pass
-    # compressed-tensors shows bars of its own for loading and decompressing.
+    # These libraries offer no switch for the bars they show while loading, decompressing and building prompts.
+    import compressed_tensors.offload.dispatch as dispatch
+    import lm_eval.api.task as tasks
     from compressed_tensors.compressors.model_compressors import model_compressor
+    from compressed_tensors.quantization.lifecycle import apply
 
-    model_compressor.tqdm = lambda modules, **_: modules
+    dispatch.tqdm = tasks.tqdm = model_compressor.tqdm = apply.tqdm = lambda items, **_: items
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,10 +102,10 @@ def quantization_parser(description: str, bits: int) -> argparse.ArgumentParser:
     parser.add_argument("--calib-data", metavar="DATA",
                         help="calibration text: a data set (owner/name[/config][:split]), a .txt, .jsonl or .parquet "
                              f"file, or demo (default: {calibration.DEFAULT_DATA}; demo for the demo model)")
-    parser.add_argument("--calib-samples", type=_positive, metavar="N",
+    parser.add_argument("--calib-samples", type=positive, metavar="N",
                         help=f"calibration windows (default: {calibration.DEFAULT_SAMPLES}; {calibration.DEMO_SAMPLES} "
                              "with demo text)")
-    parser.add_argument("--calib-length", type=_positive, metavar="N",
+    parser.add_argument("--calib-length", type=positive, metavar="N",
                         help=f"tokens per window, cut to the model's context (default: {calibration.DEFAULT_LENGTH}; "
                              f"{calibration.DEMO_LENGTH} with demo text)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the calibration sample (default: %(default)s)")
@@ -143,7 +146,7 @@ def configure_torch(seed: int) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -152,5 +155,5 @@ def _positive(text: str) -> int:
 
 def _group_size(text: str) -> str:
     if text not in ("auto", "channel"):
-        _positive(text)
+        positive(text)
     return text

@@ -1,0 +1,227 @@
+"""The model as lm-eval's task engine sees it: log-likelihoods and greedy answers, batched, shared prefixes once."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+
+import torch
+from lm_eval.api.model import TemplateLM
+from torch import Tensor
+from transformers import DynamicCache
+
+from common.progress import track
+
+# Tokens in one batch of questions, and answers that are generated at once.
+SCORING_TOKENS = {"cpu": 2048, "cuda": 16384}
+GENERATION_BATCH = {"cpu": 32, "cuda": 128}
+
+
+class HarnessModel(TemplateLM):
+    """A causal LM and its tokenizer behind lm-eval's interface.
+
+    All choices of one question are scored in one row: they follow the question side by side, and a mask keeps them from
+    seeing each other. Prompts that start alike are generated from one shared prefix.
+    """
+
+    def __init__(self, model, tokenizer):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self._device = next(model.parameters()).device
+        self.batch_size = GENERATION_BATCH[self._device.type]
+
+    # --- what lm-eval asks about the model --------------------------------------------------------------------------
+
+    @property
+    def device(self):
+        return self._device
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(chat_history, tokenize=False,
+                                                  add_generation_prompt=add_generation_prompt)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        if add_special_tokens is None:
+            # A chat template writes the BOS token itself.
+            bos = self.tokenizer.bos_token
+            add_special_tokens = not (bos and string.startswith(bos))
+        return self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        raise NotImplementedError("perplexity is measured by common.evaluation.perplexity")
+
+    # --- scoring choices --------------------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
+        questions: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, (_, context, _) in enumerate(requests):
+            questions[tuple(context)].append(index)
+        rows = [(list(context), [requests[i][2] for i in indices], indices) for context, indices in questions.items()]
+        rows.sort(key=lambda row: -_row_length(row))                            # longest first: memory shows at once
+        answers: list = [None] * len(requests)
+        for batch in track(_batches(rows, SCORING_TOKENS[self._device.type]), "choices", unit="batches"):
+            for row, scored in zip(batch, self._score_rows(batch), strict=True):
+                for index, value in zip(row[2], scored, strict=True):
+                    answers[index] = value
+        return answers
+
+    def _score_rows(self, rows) -> list[list[tuple[float, bool]]]:
+        """(log-likelihood, is greedy) of each choice of each row (context ids, [choice ids], ...)."""
+        length = max(map(_row_length, rows))
+        tokens = torch.zeros(len(rows), length, dtype=torch.long)
+        positions = torch.zeros(len(rows), length, dtype=torch.long)
+        branch = torch.full((len(rows), length), -1)                            # 0: question, 1..: choices, -1: padding
+        sources, targets, owners = [], [], []
+        for r, (context, choices, *_) in enumerate(rows):
+            end = len(context)
+            tokens[r, :end] = torch.tensor(context)
+            positions[r, :end] = torch.arange(end)
+            branch[r, :end] = 0
+            for c, choice in enumerate(choices, start=1):
+                span = slice(end, end + len(choice))
+                tokens[r, span] = torch.tensor(choice)
+                positions[r, span] = torch.arange(len(context), len(context) + len(choice))
+                branch[r, span] = c
+                before = [len(context) - 1, *range(end, end + len(choice) - 1)]
+                sources += [(r, position) for position in before]
+                targets += choice
+                owners += [(r, c - 1)] * len(choice)
+                end += len(choice)
+        hidden = self._hidden(tokens, positions, _tree_mask(branch))
+        row_index, column = torch.tensor(sources, device=self._device).unbind(1)
+        logits = self.model.lm_head(hidden[row_index, column]).float()
+        targets = torch.tensor(targets, device=self._device)
+        scores = torch.log_softmax(logits, -1).gather(1, targets.unsqueeze(1)).squeeze(1).tolist()
+        greedy = (logits.argmax(-1) == targets).tolist()
+        totals = [[[0.0, True] for _ in choices] for _, choices, *_ in rows]
+        for (r, c), score, hit in zip(owners, scores, greedy, strict=True):
+            totals[r][c][0] += score
+            totals[r][c][1] &= hit
+        return [[(score, hit) for score, hit in row] for row in totals]
+
+    def _hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        return self.model.model(tokens.to(self._device), position_ids=positions.to(self._device),
+                                attention_mask=mask.to(self._device), use_cache=False).last_hidden_state
+
+    # --- generating answers -----------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        prefix = _common_prefix(prompts)
+        shared = self._prefix_cache(prompts[0][:prefix]) if prefix else None
+        answers: list[str] = [""] * len(requests)
+        batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        for batch in track(batches, "answers", unit="batches"):
+            settings = requests[batch[0]].args[1]
+            texts = self._generate([prompts[i][prefix:] for i in batch], prefix, shared,
+                                   list(settings.get("until") or []), settings["max_gen_toks"])
+            for index, text in zip(batch, texts, strict=True):
+                answers[index] = text
+        return answers
+
+    def _prefix_cache(self, tokens: list[int]) -> DynamicCache:
+        cache = DynamicCache()
+        self.model.model(torch.tensor([tokens], device=self._device), past_key_values=cache, use_cache=True)
+        return cache
+
+    def _generate(self, prompts: list[list[int]], prefix: int, shared: DynamicCache | None, until: list[str],
+                  max_new: int) -> list[str]:
+        """Greedy answers to prompts that all follow `prefix` tokens in the cache `shared`; cut before a stop string."""
+        length = max(map(len, prompts))
+        tokens = torch.zeros(len(prompts), length, dtype=torch.long)
+        mask = torch.ones(len(prompts), prefix + length, dtype=torch.long)
+        for row, prompt in enumerate(prompts):                                  # left padding, between prefix and prompt
+            tokens[row, length - len(prompt):] = torch.tensor(prompt)
+            mask[row, prefix:prefix + length - len(prompt)] = 0
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, prefix:]
+        cache = DynamicCache()
+        if shared is not None:
+            for index, layer in enumerate(shared.layers):
+                cache.update(layer.keys.expand(len(prompts), -1, -1, -1), layer.values.expand(len(prompts), -1, -1, -1),
+                             index)
+        tokens, mask, positions = (t.to(self._device) for t in (tokens, mask, positions))
+        stops = self._stop_tokens()
+        written: list[list[int]] = [[] for _ in prompts]
+        active = list(range(len(prompts)))
+        for _ in range(max_new):
+            hidden = self.model.model(tokens, position_ids=positions, attention_mask=mask, past_key_values=cache,
+                                      use_cache=True).last_hidden_state[:, -1]
+            chosen = self.model.lm_head(hidden).argmax(-1)
+            going = []
+            for row, (sample, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
+                if token in stops:
+                    continue
+                written[sample].append(token)
+                if not (until and self._stopped(written[sample], until)):
+                    going.append(row)
+            if not going:
+                break
+            if len(going) < len(active):                                        # answers that ended leave the batch
+                keep = torch.tensor(going, device=self._device)
+                cache.batch_select_indices(keep)
+                chosen, mask, positions = chosen[keep], mask[keep], positions[keep]
+                active = [active[row] for row in going]
+            tokens = chosen.unsqueeze(1)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            positions = positions[:, -1:] + 1
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+        return [_cut(text, until) for text in texts]
+
+    def _stopped(self, written: list[int], until: list[str]) -> bool:
+        # A stop string may span tokens, so a few of the last ones are looked at together.
+        tail = self.tokenizer.decode(written[-8:])
+        return any(stop in tail for stop in until)
+
+    def _stop_tokens(self) -> set[int]:
+        configured = self.model.generation_config.eos_token_id
+        ids = configured if isinstance(configured, list) else [configured]
+        return {i for i in [*ids, self.tokenizer.eos_token_id] if i is not None}
+
+
+def _row_length(row) -> int:
+    return len(row[0]) + sum(map(len, row[1]))
+
+
+def _batches(rows: list, tokens: int) -> list[list]:
+    """Cut rows, longest first, into batches of at most about `tokens` padded tokens."""
+    batches, start = [], 0
+    while start < len(rows):
+        size = max(1, tokens // _row_length(rows[start]))
+        batches.append(rows[start:start + size])
+        start += size
+    return batches
+
+
+def _tree_mask(branch: Tensor) -> Tensor:
+    """Attention mask [batch, 1, length, length] (True: may see) of rows with a question (0) and branches (1, 2, ...)."""
+    length = branch.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    same = branch.unsqueeze(2) == branch.unsqueeze(1)
+    question = (branch == 0).unsqueeze(1)
+    return (causal & (same | question)).unsqueeze(1)
+
+
+def _common_prefix(prompts: list[list[int]]) -> int:
+    """Tokens that all prompts start with; at least one token of each prompt is left over."""
+    first = os.path.commonprefix(prompts)
+    return min(len(first), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+
+
+def _cut(text: str, until: list[str]) -> str:
+    for stop in until:
+        text = text.split(stop)[0]
+    return text

@@ -1,0 +1,86 @@
+"""Load a checkpoint to run it, and measure how it runs: latency, tokens per second, memory.
+
+A compressed-tensors checkpoint runs on plain dense weights here: transformers decompresses it at the first forward.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.errors import UserError
+from common.models import load_tokenizer
+from common.progress import track
+
+PROMPT_TOKENS, NEW_TOKENS = 64, 32
+REPEATS = {"cpu": 3, "cuda": 10}
+KERNELS = "dense"
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
+    """Model and tokenizer of a checkpoint or a plain model folder, ready to run (decompressed).
+
+    Raises:
+        UserError: the folder holds no model that can be loaded.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a model: it has no config.json")
+    tokenizer = load_tokenizer(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError, EOFError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder} cannot be loaded: {first[:200]}") from None
+    model.to(device).eval().requires_grad_(False)
+    with torch.inference_mode():                                                # decompresses packed weights
+        model(torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    return model, tokenizer
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers as they lie in memory, shared ones once."""
+    storages = {tensor.data_ptr(): tensor.numel() * tensor.element_size()
+                for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(storages.values())
+
+
+@torch.inference_mode()
+def measure_speed(model, vocabulary: int, seed: int = 0) -> dict:
+    """Time single answers: a prompt of 64 random tokens, 32 new tokens, batch 1; medians over several runs.
+
+    Returns:
+        latency_seconds (whole answer), prefill_seconds, tokens_per_second (of decoding).
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(0, vocabulary, (1, PROMPT_TOKENS), generator=generator).to(device)
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def answer() -> tuple[float, float]:
+        start = wait()
+        output = model(prompt, use_cache=True, logits_to_keep=1)
+        token = output.logits[:, -1:].argmax(-1)
+        middle = wait()
+        for _ in range(NEW_TOKENS - 1):
+            output = model(token, past_key_values=output.past_key_values, use_cache=True)
+            token = output.logits[:, -1:].argmax(-1)
+        return middle - start, wait() - middle
+
+    answer()
+    runs = [answer() for _ in track(range(REPEATS[device.type]), "speed", unit="runs")]
+    prefill = statistics.median(first for first, _ in runs)
+    decode = statistics.median(rest for _, rest in runs)
+    return {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "runs": len(runs), "kernels": KERNELS,
+            "prefill_seconds": prefill, "latency_seconds": statistics.median(map(sum, runs)),
+            "tokens_per_second": (NEW_TOKENS - 1) / decode}
