@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from compressed_tensors import __version__ as compressed_tensors_version
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -55,6 +56,15 @@ def decompress(state: dict[str, Tensor], grid: Grid) -> Tensor:
     """The float32 weights [out, in] of one linear's stored tensors, by the library's own decompressor."""
     state = {**state, "weight_scale": state["weight_scale"].float()}
     return BaseCompressor.load_from_registry(FORMAT).decompress(state, scheme_of(grid))["weight"]
+
+
+def unpack(state: dict[str, Tensor], grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """Codes [out, in] and zero-points [out, groups] (None if symmetric) of one linear's stored tensors, both int8."""
+    shape = torch.Size(state["weight_shape"].tolist())
+    codes = unpack_from_int32(state["weight_packed"], grid.bits, shape)
+    if grid.symmetric:
+        return codes, None
+    return codes, unpack_from_int32(state["weight_zero_point"], grid.bits, state["weight_scale"].shape, packed_dim=0)
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -18,8 +18,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import gzip
-import json
 import time
 from dataclasses import dataclass
 
@@ -34,13 +32,15 @@ from common.demo.model import DEMO_NAME
 from common.errors import UserError
 from common.models import model_name
 from common.progress import say, track
+from common.results import RESULTS_FOLDER, load_samples, read_json, write_json, write_samples
 from common.runtime import load_model, measure_speed, weight_bytes
 from common.tasks import scoring
 
 TASKS = ("arc", "squad_v2", "openmath", "perplexity", "speed")
-RESULTS_FOLDER = Path("results")
 TASK_FILES = Path(__file__).parent / "tasks"
 SAMPLE_SEED = 1234
+# Results of two runs belong together when these agree.
+_SAME_RUN = ("demo_data", "versions", "device", "compute_dtype", "quantization")
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,8 @@ def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configu
         document["speed"] = measure_speed(model, model.config.vocab_size)
     document["memory"] = {"weights_bytes": weight_bytes(model), **metadata.peak_memory(device)}
     document["seconds"] = round(time.perf_counter() - started, 2)
-    write_results(options.results_dir, document, samples)
     say(describe(document))
-    return document
+    return write_results(options.results_dir, document, samples)
 
 
 def _quantization_facts(folder: Path) -> dict:
@@ -198,17 +197,25 @@ def _quantization_facts(folder: Path) -> dict:
             "relative_output_error": errors}
 
 
-def write_results(results_dir: Path, document: dict, samples: dict[str, list[dict]]) -> None:
-    """Write metrics as JSON and the per-sample records as compressed JSON lines, both byte for byte reproducible."""
-    folder = results_dir / document["model"]
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"task": task, **sample}) for task, rows in samples.items() for sample in rows]
-    data = gzip.compress("\n".join([*lines, ""]).encode(), mtime=0)
-    (folder / "samples" / f"{document['configuration']}.jsonl.gz").write_bytes(data)
-    target = folder / f"{document['configuration']}.json"
-    unfinished = target.with_suffix(".json.unfinished")
-    unfinished.write_text(json.dumps(document, indent=1) + "\n")
-    unfinished.rename(target)
+def write_results(results_dir: Path, document: dict, samples: dict[str, list[dict]]) -> dict:
+    """Write metrics and per-sample records; returns the document as written.
+
+    Tasks that an earlier run evaluated on the same checkpoint, data and device, and this one did not, are kept.
+    """
+    path = results_dir / document["model"] / f"{document['configuration']}.json"
+    if path.is_file():
+        earlier = read_json(path)
+        if all(earlier.get(key) == document[key] for key in _SAME_RUN):
+            old = load_samples(results_dir, document["model"], document["configuration"])
+            missing = {task for task in earlier["tasks"] if task not in document["tasks"]}
+            samples = {**{task: [{k: v for k, v in sample.items() if k != "task"} for sample in old
+                                 if sample["task"] == task] for task in missing}, **samples}
+            document = {**earlier, **document, "tasks": {**earlier["tasks"], **document["tasks"]}}
+    order = [task for task in TASKS if task in document["tasks"]]
+    document["tasks"] = {task: document["tasks"][task] for task in order}
+    write_samples(results_dir, document["model"], document["configuration"], {task: samples[task] for task in order})
+    write_json(path, document)
+    return document
 
 
 def describe(document: dict) -> str:

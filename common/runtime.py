@@ -34,10 +34,16 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
         raise UserError(f"{folder} is not a model: it has no config.json")
     tokenizer = load_tokenizer(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa",
+                                                              output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError, EOFError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} cannot be loaded: {first[:200]}") from None
+    # transformers fills what it misses with random numbers and only warns.
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading.get(problem):
+            raise UserError(f"{folder} does not load as it is: {problem.replace('_', ' ')} "
+                            f"{', '.join(map(str, sorted(loading[problem])[:3]))}")
     model.to(device).eval().requires_grad_(False)
     with torch.inference_mode():                                                # decompresses packed weights
         model(torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)

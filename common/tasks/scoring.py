@@ -10,11 +10,12 @@ import numpy as np
 
 TOLERANCE = 1e-6
 
-_NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?"
-_FRACTION = rf"({_NUMBER})\s*/\s*(\d+(?:\.\d+)?)"
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+_NUMBER = rf"(?:{_WHOLE}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+_NUMBERS = re.compile(rf"[-+]?{_NUMBER}(?:\s*/\s*{_NUMBER})?")
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_LATEX_FRACTION = re.compile(r"(-?)\s*\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}")
-_ANSWER_IS = re.compile(r"answer(?:\s+is)?\s*[:=]?\s*(.+)", re.IGNORECASE)
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}")
+_ANSWER = re.compile(r"\banswer\b(?:\s+is)?\s*[:=]?", re.IGNORECASE)
 
 
 # --- ARC ---------------------------------------------------------------------------------------------------------
@@ -81,48 +82,39 @@ def squad_sample(doc: dict, results: list[str]) -> dict:
 
 def parse_number(text: str) -> float | None:
     """A number written on its own, such as `-3/4`, `$1,234.50`, `1e3`, `12 apples` or `50%` (50); None if it is none."""
-    text = text.replace("\\$", "").replace("$", "").replace("\\%", "%").replace("\\!", "").replace("\u2212", "-")
-    fraction = _LATEX_FRACTION.search(text)
-    if fraction:
-        sign, top, bottom = fraction.groups()
-        text = f"{sign}{top}/{bottom}"
-    match = re.match(rf"\s*{_FRACTION}", text)
-    if match and match.group(1) not in ("", "-", "+"):
-        below = float(match.group(2))
-        return float(match.group(1).replace(",", "")) / below if below else None
-    match = re.match(rf"\s*({_NUMBER})", text)
-    digits = match.group(1).replace(",", "") if match else ""
-    try:
-        value = float(digits)
-    except ValueError:
+    found = _NUMBERS.match(_plain(text).strip())
+    if not found or not re.search(r"\d", found.group(0)):
         return None
+    top, _, bottom = found.group(0).replace(",", "").replace(" ", "").partition("/")
+    value = float(top)
+    if bottom:
+        value = value / float(bottom) if float(bottom) else np.inf
     return value if np.isfinite(value) else None
 
 
 def extract_number(text: str) -> float | None:
     """The answer in a model's text: the last \\boxed, else what follows the last "answer is", else the last number."""
+    text = _plain(text)
     boxed = _BOXED.findall(text)
-    if boxed and (value := parse_number(_first_number_text(boxed[-1]))) is not None:
-        return value
-    stated = _ANSWER_IS.findall(text)
-    if stated and (value := parse_number(_first_number_text(stated[-1]))) is not None:
-        return value
-    numbers = [found for found in _number_texts(text) if parse_number(found) is not None]
+    stated = _ANSWER.split(text)
+    for part in [*boxed[-1:], *stated[1:][-1:]]:
+        numbers = _numbers(part)
+        if numbers:
+            return parse_number(numbers[0])
+    numbers = _numbers(text)
     return parse_number(numbers[-1]) if numbers else None
 
 
-def _number_texts(text: str) -> list[str]:
-    text = text.replace("$", "").replace("\u2212", "-")
-    pieces = re.finditer(rf"(?<![\w.])(?:{_FRACTION}|{_NUMBER})", text)
-    return [piece.group(0) for piece in pieces if re.search(r"\d", piece.group(0))]
+def _plain(text: str) -> str:
+    """Text without dollar signs, with LaTeX fractions written a/b and one kind of minus."""
+    for mark in ("\\$", "$", "\\!", "\\left", "\\right"):
+        text = text.replace(mark, "")
+    return _LATEX_FRACTION.sub(r"\1/\2", text.replace("\u2212", "-"))
 
 
-def _first_number_text(text: str) -> str:
-    """`text` from its first number on; LaTeX fractions are left for parse_number."""
-    if _LATEX_FRACTION.search(text):
-        return text
-    found = _number_texts(text)
-    return found[0] if found else text
+def _numbers(text: str) -> list[str]:
+    """Every number in a text, as it is written. Digits inside a word, such as `v2`, are none."""
+    return [match.group(0) for match in re.finditer(rf"(?<![\w.]){_NUMBERS.pattern}", text)]
 
 
 def openmath_sample(doc: dict, results: list[str]) -> dict:

@@ -1,0 +1,37 @@
+#!/usr/bin/env python3
+"""The 16-bit baseline that every quantized model is compared with: fetch it, evaluate it.
+
+    python common/baseline.py
+    python common/baseline.py --model demo
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # As a script this folder would be searched first, and hide the standard library's `statistics`.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+
+from common.cli import run
+from common.evaluation import add_evaluation_arguments, evaluate_model
+from common.models import DEFAULT_MODEL, load_config, model_name, resolve_folder
+
+CONFIGURATION = "baseline"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="hub id, folder, or demo (default: %(default)s)")
+    add_evaluation_arguments(parser)
+    options = parser.parse_args()
+    folder = resolve_folder(options.model)
+    load_config(folder)
+    evaluate_model(folder, options, model_name(options.model), CONFIGURATION)
+
+
+if __name__ == "__main__":
+    run(main)

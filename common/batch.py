@@ -1,0 +1,152 @@
+"""The batch behind run_all_quantization.sh: every configuration in a process of its own, one after the other.
+
+A configuration that fails is recorded with its reason and does not stop the rest. One that is finished is skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.cli import run
+from common.models import DEFAULT_MODEL, MODELS_FOLDER, model_name
+from common.progress import say
+from common.results import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE, read_json, write_json
+
+_REASON_LENGTH = 200
+
+
+@dataclass
+class Batch:
+    """What all configurations of a run share."""
+
+    model: str
+    name: str
+    results: Path
+    overwrite: bool
+    device: list[str]
+    evaluation: list[str]
+    passed_on: list[str]
+    status: dict[str, dict] = field(default_factory=dict)
+
+    def note(self, configuration: str, state: str, reason: str = "") -> None:
+        """Record the state of a configuration, where analyze_results.py finds it."""
+        self.status[configuration] = {"state": state, **({"reason": reason} if reason else {})}
+        write_json(self.results / self.name / STATUS_FILE, self.status)
+
+
+class StepFailed(Exception):
+    """A step of a configuration ended with an error; the message is its last line."""
+
+
+def step(title: str, command: list[str], log: Path) -> None:
+    """Run one script, showing its output and keeping it in `log`. Raises StepFailed with its error line."""
+    say(f"--- {title}")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    last, error = "", ""
+    with log.open("a") as file:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        for line in process.stdout:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+            file.write(line)
+            last = line.strip() or last
+            if line.startswith(("error: ", "FAIL")):
+                error = line.strip().removeprefix("error: ")
+        code = process.wait()
+    if code:
+        if code < 0:
+            error = error or f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
+        raise StepFailed((error or last or f"exit code {code}")[:_REASON_LENGTH])
+
+
+def run_configuration(batch: Batch, configuration: str) -> bool:
+    """Quantize, verify and evaluate one configuration. Returns whether all went well."""
+    wanted = CONFIGURATIONS[configuration]
+    result = batch.results / batch.name / f"{configuration}.json"
+    folder = MODELS_FOLDER / batch.name / configuration
+    log = Path("logs") / batch.name / f"{configuration}.log"
+    finished = batch.status.get(configuration, {}).get("state") == "done" and result.is_file()
+    if finished and not batch.overwrite and (wanted is None or folder.is_dir()):
+        say(f"=== {configuration}: finished before, skipped (--overwrite runs it again)")
+        return True
+    say(f"=== {configuration}")
+    log.unlink(missing_ok=True)
+    batch.note(configuration, "running")
+    evaluate = [*batch.device, *batch.evaluation, "--results-dir", str(batch.results)]
+    try:
+        if wanted is None:
+            step("evaluate", [sys.executable, "common/baseline.py", "--model", batch.model, *evaluate], log)
+        else:
+            method, bits = wanted
+            if batch.overwrite or not folder.is_dir():
+                step("quantize", [sys.executable, f"quantize_{method}.py", "--model", batch.model, "--bits", str(bits),
+                                  "--output", str(folder), *batch.device, *batch.passed_on,
+                                  *(["--overwrite"] if batch.overwrite else [])], log)
+            step("verify", [sys.executable, "verify_model.py", "--model-path", str(folder), *batch.device], log)
+            step("evaluate", [sys.executable, "common/evaluation.py", "--model-path", str(folder), *evaluate], log)
+    except StepFailed as failure:
+        say(f"=== {configuration} failed: {failure}")
+        batch.note(configuration, "warning" if folder.is_dir() and wanted else "failed", str(failure))
+        return False
+    batch.note(configuration, "done")
+    return True
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="run_all_quantization.sh", allow_abbrev=False,
+        description="Baseline and all quantization methods: quantized, verified, evaluated, README regenerated. "
+                    "Arguments that are not listed here are passed to the method scripts, such as --group-size 64.")
+    parser.add_argument("--demo", action="store_true", help="the demo model with the demo's data: 15 to 30 minutes on 2 "
+                                                            "cores (calibration 32 x 512 tokens)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="hub id, folder, or demo (default: %(default)s)")
+    parser.add_argument("--only", metavar="A,B", help=f"configurations to run, of {', '.join(CONFIGURATIONS)}")
+    parser.add_argument("--overwrite", action="store_true", help="run finished configurations again")
+    parser.add_argument("--limit", metavar="N", help="samples per evaluation task")
+    parser.add_argument("--device", help="auto, cuda or cpu (default: auto)")
+    parser.add_argument("--dtype", help="type to compute in")
+    parser.add_argument("--data-root", help="where data sets are looked up before the hub")
+    parser.add_argument("--results-dir", type=Path, default=RESULTS_FOLDER, help="default: %(default)s")
+    options, passed_on = parser.parse_known_args()
+    if options.demo:
+        options.model = "demo"
+    unknown = set((options.only or "baseline").split(",")) - set(CONFIGURATIONS)
+    if unknown:
+        parser.error(f"unknown configuration {', '.join(sorted(unknown))}; known are {', '.join(CONFIGURATIONS)}")
+    return options, passed_on
+
+
+def main() -> int:
+    options, passed_on = parse()
+    device = [part for name in ("device", "dtype", "data_root") if getattr(options, name)
+              for part in (f"--{name.replace('_', '-')}", getattr(options, name))]
+    name = model_name(options.model)
+    status_file = options.results_dir / name / STATUS_FILE
+    batch = Batch(options.model, name, options.results_dir, options.overwrite, device,
+                  ["--limit", options.limit] if options.limit else [], passed_on,
+                  read_json(status_file) if status_file.is_file() else {})
+    chosen = options.only.split(",") if options.only else list(CONFIGURATIONS)
+    start = time.monotonic()
+    failed = []
+    for configuration in chosen:
+        wanted = CONFIGURATIONS[configuration]
+        if wanted is not None and not Path(f"quantize_{wanted[0]}.py").is_file():
+            continue                                                            # shown as "Not started"
+        if not run_configuration(batch, configuration):
+            failed.append(configuration)
+        if configuration == "baseline" and failed:
+            say("The baseline failed, so there is nothing to compare with; stopping.")
+            break
+    readme = subprocess.run([sys.executable, "analyze_results.py", "--results-dir", str(options.results_dir)])
+    say(f"{len(chosen)} configurations in {time.monotonic() - start:.0f} s"
+        + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed or readme.returncode else 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,89 @@
+"""Results on disk: one document per evaluated configuration, and what state each configuration of a batch is in."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.errors import UserError
+
+RESULTS_FOLDER = Path("results")
+STATUS_FILE = "status.json"
+# The configurations of the comparison, in the order of the tables: method and bits.
+CONFIGURATIONS: dict[str, tuple[str, int] | None] = {
+    "baseline": None,
+    "gptq-4bit": ("gptq", 4), "gptq-8bit": ("gptq", 8), "awq-4bit": ("awq", 4),
+    "hqq-4bit": ("hqq", 4), "hqq-8bit": ("hqq", 8), "smoothquant-8bit": ("smoothquant", 8),
+    "adaround-4bit": ("adaround", 4), "adaround-8bit": ("adaround", 8), "quarot-4bit": ("quarot", 4),
+}
+
+
+@dataclass
+class ModelResults:
+    """All results of one model. documents: by configuration; status: by configuration, {"state", "reason"}."""
+
+    name: str
+    documents: dict[str, dict]
+    status: dict[str, dict] = field(default_factory=dict)
+
+    def configurations(self) -> list[str]:
+        """Names in the order of the tables: those of the comparison, then any others that were evaluated."""
+        return [*CONFIGURATIONS, *sorted(set(self.documents) - set(CONFIGURATIONS))]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises UserError when it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        return content
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and evaluate again") from None
+
+
+def load_model_results(folder: Path) -> ModelResults:
+    """Results of the model whose folder this is. Raises UserError for a damaged file."""
+    documents = {}
+    for path in sorted(folder.glob("*.json")):
+        if path.name != STATUS_FILE:
+            document = read_json(path)
+            if "tasks" not in document or "model" not in document:
+                raise UserError(f"{path} is not a result of the evaluation; move it elsewhere")
+            documents[path.stem] = document
+    status = read_json(folder / STATUS_FILE) if (folder / STATUS_FILE).is_file() else {}
+    return ModelResults(folder.name, documents, status)
+
+
+def load_all(results_dir: Path) -> list[ModelResults]:
+    """Results of every model, by name."""
+    folders = sorted(path for path in results_dir.iterdir() if path.is_dir()) if results_dir.is_dir() else []
+    return [results for results in map(load_model_results, folders) if results.documents or results.status]
+
+
+def load_samples(results_dir: Path, model: str, configuration: str) -> list[dict]:
+    """The record of every evaluated sample of a configuration; each names its task."""
+    path = results_dir / model / "samples" / f"{configuration}.jsonl.gz"
+    try:
+        with gzip.open(path, "rt") as lines:
+            return [json.loads(line) for line in lines]
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); evaluate again") from None
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file in one step: readers see the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.rename(path)
+
+
+def write_samples(results_dir: Path, model: str, configuration: str, samples: dict[str, list[dict]]) -> None:
+    """Write per-sample records as compressed JSON lines, byte for byte reproducible."""
+    folder = results_dir / model / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"task": task, **sample}) for task, rows in samples.items() for sample in rows]
+    (folder / f"{configuration}.jsonl.gz").write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))

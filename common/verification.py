@@ -1,0 +1,146 @@
+"""Check that a checkpoint is whole, loads plainly and is the model that was quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common import metadata, probe
+from common.checkpoint import PACKED_NAMES, decompress, grid_of, open_checkpoint, unpack
+from common.errors import UserError
+from common.grid import Grid
+from common.models import LINEARS, TensorReader
+from common.runtime import load_model
+
+# Perplexity of the probe text may be this many times the baseline's.
+PERPLEXITY_RATIO = {8: 1.1, 4: 2.0, 3: 5.0, 2: 1000.0}
+# Logits may differ from the recorded ones by this share of their spread: rounding in float32, or in a 16-bit type.
+LOGITS_TOLERANCE = {"float32": 1e-3, "other": 0.08}
+GENERATION_PROMPT, GENERATION_TOKENS = "The three most important things about water are", 24
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. passed None means that the check could not be made."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
+    """Run all checks on a checkpoint, yielding each as it is done. Stops early where nothing further can work.
+
+    Raises:
+        UserError: the folder is no checkpoint of the quantize scripts at all.
+    """
+    config, tensors = open_checkpoint(folder)
+    record = metadata.read(folder)
+    complete = _complete(folder, config, tensors)
+    yield complete
+    if not complete.passed:
+        return
+    yield from _codes(config, tensors)
+    try:
+        model, tokenizer = load_model(folder, device, dtype)
+    except UserError as error:
+        yield Check("plain load", False, str(error))
+        return
+    parameters = sum(p.numel() for p in model.parameters())
+    yield Check("plain load", True, f"{type(model).__name__}, {parameters / 1e6:.1f} M parameters on {device}")
+    tokens = probe.probe_tokens(tokenizer)
+    with torch.inference_mode():
+        logits = model(tokens.to(device), use_cache=False).logits[0].float()
+    finite = bool(torch.isfinite(logits).all()) and all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    yield Check("no NaN or Inf", finite, "weights and logits are finite" if finite else "NaN or Inf found")
+    yield from _recorded(record, logits, tokens, dtype)
+    yield _generation(model, tokenizer, device)
+
+
+def _complete(folder: Path, config: dict, tensors: TensorReader) -> Check:
+    wanted = [file for file in ("tokenizer.json", "tokenizer_config.json") if not (folder / file).is_file()]
+    layers = config["num_hidden_layers"]
+    names = [f"model.layers.{i}.{linear}.{part}" for i in range(layers) for linear in LINEARS
+             for part in ("weight_packed", "weight_scale", "weight_shape")]
+    names += [f"model.layers.{i}.{norm}.weight" for i in range(layers)
+              for norm in ("input_layernorm", "post_attention_layernorm")]
+    names += ["model.embed_tokens.weight", "model.norm.weight"]
+    if not config.get("tie_word_embeddings"):
+        names.append("lm_head.weight")
+    wanted += [name for name in names if name not in tensors]
+    if wanted:
+        return Check("files complete", False, f"missing: {', '.join(wanted[:3])}"
+                                              f"{f' and {len(wanted) - 3} more' if len(wanted) > 3 else ''}")
+    return Check("files complete", True, f"{len(tensors.names())} tensors, tokenizer, configuration")
+
+
+def _codes(config: dict, tensors: TensorReader) -> Iterator[Check]:
+    grid = grid_of(config["quantization_config"]["config_groups"]["group_0"])
+    bad_codes, bad_scales, damaged = [], [], []
+    for layer in range(config["num_hidden_layers"]):
+        for linear in LINEARS:
+            name = f"model.layers.{layer}.{linear}"
+            try:
+                state = {part: tensors.read(f"{name}.{part}") for part in PACKED_NAMES if f"{name}.{part}" in tensors}
+                if not _in_range(state, grid):
+                    bad_codes.append(name)
+                scale = state["weight_scale"].float()
+                if not (torch.isfinite(scale).all() and (scale > 0).all()):
+                    bad_scales.append(name)
+                elif not torch.isfinite(decompress(state, grid)).all():
+                    damaged.append(name)
+            except (UserError, RuntimeError, ValueError, IndexError, AssertionError) as error:
+                damaged.append(f"{name} ({str(error).splitlines()[0][:80]})")
+    total = config["num_hidden_layers"] * len(LINEARS)
+    yield _listed("tensors readable", damaged, f"{total} linears unpack")
+    yield _listed("codes within range", bad_codes, f"{grid.bits}-bit codes and zero-points of {total} linears")
+    yield _listed("scales positive", bad_scales, f"scales of {total} linears")
+
+
+def _in_range(state: dict, grid: Grid) -> bool:
+    """Whether shapes fit together and codes and zero-points lie in the grid's range."""
+    rows, columns = state["weight_shape"].tolist()
+    codes, zero_point = unpack(state, grid)
+    right_shape = codes.shape == (rows, columns) and state["weight_scale"].shape == (rows, grid.groups(columns))
+    if zero_point is not None:
+        right_shape &= zero_point.shape == state["weight_scale"].shape
+    return right_shape and all(tensor is None or (tensor.min() >= grid.code_min and tensor.max() <= grid.code_max)
+                               for tensor in (codes, zero_point))
+
+
+def _listed(name: str, offenders: list[str], fine: str) -> Check:
+    if offenders:
+        return Check(name, False, f"{len(offenders)} linears are not: {', '.join(offenders[:3])}")
+    return Check(name, True, fine)
+
+
+def _recorded(record: dict | None, logits: torch.Tensor, tokens: torch.Tensor, dtype: torch.dtype) -> Iterator[Check]:
+    found = probe.perplexity(logits, tokens)
+    if record is None:
+        yield Check("recorded logits", None, "saved without metadata: nothing to compare with")
+        yield Check("perplexity", None, f"{found:.2f} on the probe text; saved without metadata, no baseline known")
+        return
+    expected = record["probe"]
+    exact = record["compute_dtype"] == "float32" == str(dtype).removeprefix("torch.")
+    tolerance = LOGITS_TOLERANCE["float32" if exact else "other"]
+    same_text = expected["tokens"] == tokens.shape[1]
+    difference = probe.sample_difference(logits, expected) if same_text else float("inf")
+    yield Check("recorded logits", difference <= tolerance,
+                f"differ by {difference:.1e} of their spread (allowed {tolerance:.0e})" if same_text
+                else "the tokenizer no longer cuts the probe text as it did")
+    allowed = PERPLEXITY_RATIO[record["bits"]]
+    ratio = found / expected["baseline_perplexity"]
+    yield Check("perplexity", ratio <= allowed, f"{found:.2f} on the probe text, {ratio:.3f} x the baseline's "
+                                                f"{expected['baseline_perplexity']:.2f} (allowed {allowed:g} x)")
+
+
+def _generation(model, tokenizer, device: torch.device) -> Check:
+    prompt = tokenizer(GENERATION_PROMPT, return_tensors="pt").to(device)
+    with torch.inference_mode():
+        output = model.generate(**prompt, max_new_tokens=GENERATION_TOKENS, do_sample=False,
+                                pad_token_id=tokenizer.eos_token_id)
+    text = tokenizer.decode(output[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True)
+    return Check("generation", bool(text.strip()), f"{GENERATION_PROMPT} {' '.join(text.split())}")

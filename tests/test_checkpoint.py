@@ -1,0 +1,122 @@
+"""Quantize, save, load plainly in a fresh process outside the repository: every architecture, width and grid."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, ROOT, assert_user_error, run_script
+
+from common.checkpoint import METADATA_FILE, decompress, grid_of, open_checkpoint
+from common.models import LINEARS
+
+PLAIN_LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokens = torch.load(sys.argv[3])
+with torch.no_grad():
+    logits = model(tokens).logits
+assert not any(name.startswith("common") for name in sys.modules)
+tied = model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+weights = {name: p.detach() for name, p in model.named_parameters() if name.endswith("_proj.weight")}
+torch.save({"logits": logits, "tied": tied, "weights": weights, "template": tokenizer.chat_template}, sys.argv[4])
+"""
+
+
+def quantize(method, model, output, *options, text=None):
+    calibration = ["--calib-data", text, "--calib-samples", 8, "--calib-length", 64] if text else []
+    return run_script(ROOT / f"quantize_{method}.py", "--model", model, "--output", output, *options, *calibration)
+
+
+def plain_load(folder, tokens, scratch, dtype="float32"):
+    torch.save(tokens, scratch / "tokens.pt")
+    result = subprocess.run([sys.executable, "-c", PLAIN_LOAD, folder, dtype, scratch / "tokens.pt", scratch / "out.pt"],
+                            cwd=scratch, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return torch.load(scratch / "out.pt")
+
+
+CASES = [(architecture, tied, "gptq", 4, "auto", False) for architecture, tied in ARCHITECTURES] + [
+    ("llama", True, "hqq", 4, "32", False), ("llama", True, "hqq", 8, "channel", True),
+    ("llama", False, "gptq", 8, "channel", True), ("qwen2", True, "gptq", 3, "64", False),
+    ("qwen3", False, "hqq", 3, "channel", False), ("mistral", False, "hqq", 2, "32", True),
+    ("llama", True, "gptq", 2, "32", False),
+]
+
+
+@pytest.mark.parametrize("architecture, tied, method, bits, group_size, symmetric", CASES)
+def test_plain_load_equals_what_was_quantized(tiny_models, calibration_text, tmp_path, architecture, tied, method, bits,
+                                              group_size, symmetric):
+    source = tiny_models[architecture, tied]
+    output = tmp_path / "quantized"
+    result = quantize(method, source, output, "--bits", bits, "--group-size", group_size,
+                      *(["--symmetric"] if symmetric else []), text=calibration_text)
+    assert result.returncode == 0, result.stderr
+
+    config, tensors = open_checkpoint(output)
+    grid = grid_of(config["quantization_config"]["config_groups"]["group_0"])
+    assert (grid.bits, grid.symmetric) == (bits, symmetric)
+    from common import probe
+    from common.models import load_tokenizer
+    tokens = probe.probe_tokens(load_tokenizer(output))
+    loaded = plain_load(output, tokens, tmp_path)
+    # The dequantized weights, by the format's own decompressor, are those of the plain load, bit for bit.
+    for layer in range(config["num_hidden_layers"]):
+        for linear in LINEARS:
+            name = f"model.layers.{layer}.{linear}"
+            parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+            state = {part: tensors.read(f"{name}.{part}") for part in parts if f"{name}.{part}" in tensors}
+            assert torch.equal(decompress(state, grid), loaded["weights"][f"{name}.weight"])
+    # The logits are those of the model in memory when it was quantized.
+    record = json.loads((output / METADATA_FILE).read_text())
+    assert probe.sample_difference(loaded["logits"][0], record["probe"]) < 1e-5
+    assert record["probe"]["perplexity"] == pytest.approx(probe.perplexity(loaded["logits"][0], tokens), rel=1e-4)
+    # Tied embeddings stay tied and are stored once; the chat template and the generation config came along.
+    assert loaded["tied"] is tied
+    assert ("lm_head.weight" in tensors) is not tied
+    assert loaded["template"] and (output / "generation_config.json").is_file()
+
+
+def test_metadata_says_what_was_run(tiny, calibration_text, tmp_path):
+    output = tmp_path / "gptq-4bit"
+    assert quantize("gptq", tiny, output, "--seed", 3, text=calibration_text).returncode == 0
+    record = json.loads((output / METADATA_FILE).read_text())
+    assert record["method"] == "gptq" and record["bits"] == 4 and record["seed"] == 3
+    assert record["options"]["calib_samples"] == 8
+    assert record["calibration"]["tokens"] == 8 * 64 and len(record["calibration"]["fingerprint"]) == 64
+    assert set(record["versions"]) >= {"python", "torch", "transformers", "compressed-tensors"}
+    assert len(record["linears"]) == 2 * len(LINEARS)
+    for linear in record["linears"].values():
+        assert linear["bits"] == 4 and linear["group_size"] == 64 and 0 < linear["relative_output_error"] < 0.5
+    assert record["bytes"]["quantized_weights"] < record["bytes"]["baseline_weights"]
+    assert record["compression_ratio"] == pytest.approx(
+        record["bytes"]["baseline_weights"] / record["bytes"]["quantized_weights"], rel=1e-3)
+    stored = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    assert record["bytes"]["quantized_weights"] <= stored < record["bytes"]["quantized_weights"] + 50_000
+    assert record["seconds"]["total"] >= sum(v for k, v in record["seconds"].items() if k != "total") * 0.99
+    assert record["memory"]["peak_host_bytes"] > 50e6
+
+
+def test_same_seed_gives_the_same_file_and_another_seed_does_not(tiny, calibration_text, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert quantize("gptq", tiny, tmp_path / name, "--seed", seed, text=calibration_text).returncode == 0
+    shard = "model-00001-of-00003.safetensors"
+    a, b, c = ((tmp_path / name / shard).read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_no_metadata_and_overwrite(tiny, tmp_path):
+    output = tmp_path / "hqq"
+    assert quantize("hqq", tiny, output, "--no-save-metadata").returncode == 0
+    assert not (output / METADATA_FILE).exists()
+    before = (output / "config.json").stat().st_mtime_ns
+    assert_user_error(quantize("hqq", tiny, output), "exists already", "--overwrite")
+    assert (output / "config.json").stat().st_mtime_ns == before
+    assert quantize("hqq", tiny, output, "--overwrite").returncode == 0
+    assert (output / METADATA_FILE).exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hqq"]
+    verified = run_script(ROOT / "verify_model.py", "--model-path", output)
+    assert verified.returncode == 0, verified.stdout

@@ -1,0 +1,107 @@
+"""The demo model in depth: its scaling keeps the function, and quantizing it keeps most of its quality."""
+
+import json
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, ROOT, build_tiny, run_script
+
+from common.data import demo_rows, demo_text
+from common.demo.model import take_off_grid
+
+
+@pytest.mark.parametrize("architecture, tied", [(a, t) for a, t in ARCHITECTURES if a in ("llama", "mistral")])
+def test_off_grid_scaling_leaves_logits_unchanged(architecture, tied):
+    model = build_tiny(architecture, tied).double()
+    tokens = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(tokens).logits
+        state = model.state_dict()
+        original = {name: tensor.clone() for name, tensor in state.items()}
+        take_off_grid(state, model.config)
+        after = model(tokens).logits
+    assert (before - after).abs().max() < 1e-6 * before.abs().max()
+    changed = [name for name in state if not torch.equal(state[name], original[name])]
+    assert len(changed) == 2 * 9                                                # seven linears and two norms of each layer
+
+
+def test_demo_tasks_have_the_hubs_columns():
+    arc, squad, math = (demo_rows(name).rows for name in ("arc", "squad", "openmath"))
+    assert len(arc) >= 120 and len(squad) >= 80 and len(math) >= 100
+    for row in arc:
+        assert set(row) == {"id", "question", "choices", "answerKey"} and row["choices"]["label"] == list("ABCD")
+        assert len(set(row["choices"]["text"])) == 4 and row["answerKey"] in "ABCD"
+    for row in squad:
+        assert set(row) == {"id", "title", "context", "question", "answers"}
+        for text, start in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True):
+            assert row["context"][start:start + len(text)] == text
+    assert len({row["context"] for row in squad}) >= 16
+    assert 0.3 <= sum(not row["answers"]["text"] for row in squad) / len(squad) <= 0.37
+    for row in math:
+        assert set(row) == {"problem", "generated_solution", "expected_answer", "problem_source"}
+        float(row["expected_answer"])
+    assert len({row["problem"] for row in math}) == len(math)
+
+
+def test_demo_texts_share_no_paragraph():
+    paragraphs = [{p for text in demo_text(part) for p in text.split("\n\n") if p.strip()}
+                  for part in ("calibration", "evaluation")]
+    assert not paragraphs[0] & paragraphs[1]
+    assert min(map(len, paragraphs)) > 100
+
+
+def evaluate(folder, results, *options):
+    result = run_script(ROOT / "common/evaluation.py", "--model-path", folder, "--results-dir", results, *options)
+    assert result.returncode == 0, result.stderr
+    file = next(results.glob(f"*/{folder.name}.json"))
+    return json.loads(file.read_text())["tasks"]
+
+
+def test_demo_model_end_to_end(demo_model, tmp_path):
+    """Four bits keep most of the quality; the scores are well above chance. A small calibration keeps this short."""
+    output = tmp_path / "gptq-4bit"
+    result = run_script(ROOT / "quantize_gptq.py", "--model", "demo", "--output", output, "--calib-samples", 8)
+    assert result.returncode == 0, result.stderr
+    options = ["--limit", 40, "--tasks", "arc,perplexity", "--windows", 4]
+    baseline, quantized = (evaluate(folder, tmp_path / "results", *options) for folder in (demo_model, output))
+    assert baseline["arc"]["accuracy"] > 0.5
+    ratio = quantized["perplexity"]["perplexity"] / baseline["perplexity"]["perplexity"]
+    assert 1.0 < ratio < 1.3
+
+
+# Calibration and evaluation of the figures in docs/performance.md.
+CALIBRATION = ["--calib-data", "calib/pile_style_mix", "--calib-samples", 32, "--calib-length", 512, "--group-size", 64]
+PERPLEXITY = ["--tasks", "perplexity", "--windows", 20, "--window-length", 1024]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_perplexity_on_wikitext(demo_model, shared_data, tmp_path):
+    """The stated ratios: GPTQ-4bit 1.25, GPTQ-8bit and HQQ-8bit 1.005; HQQ-4bit not worse than the hqq package."""
+    from common.calibration import evaluation_windows
+    from common.evaluation import perplexity
+    from common.models import LINEARS
+    from common.runtime import load_model
+
+    quantizer = pytest.importorskip("hqq.core.quantize", reason="the hqq package is not installed").Quantizer
+    found = {"baseline": evaluate(demo_model, tmp_path, *PERPLEXITY, "--data-root", shared_data)["perplexity"]["perplexity"]}
+    for method, bits in (("gptq", 4), ("gptq", 8), ("hqq", 4), ("hqq", 8)):
+        output = tmp_path / f"{method}-{bits}bit"
+        result = run_script(ROOT / f"quantize_{method}.py", "--model", "demo", "--bits", bits, "--output", output,
+                            "--data-root", shared_data, *CALIBRATION)
+        assert result.returncode == 0, result.stderr
+        found[output.name] = evaluate(output, tmp_path, *PERPLEXITY, "--data-root", shared_data)["perplexity"]["perplexity"]
+    model, tokenizer = load_model(demo_model, torch.device("cpu"), torch.float32)
+    for layer in model.model.layers:
+        for name in LINEARS:
+            weight = layer.get_submodule(name).weight
+            codes, meta = quantizer.quantize(weight.data, nbits=4, group_size=64, optimize=True, axis=1, device="cpu",
+                                             compute_dtype=torch.float32, bitpack=False)
+            weight.data = quantizer.dequantize(codes, meta).view_as(weight).float()
+    windows = evaluation_windows("Salesforce/wikitext/wikitext-2-raw-v1:test", tokenizer, 20, 1024, shared_data)
+    found["hqq package"] = perplexity(model, windows)[0]["perplexity"]
+    print({name: round(value, 3) for name, value in found.items()})
+    ratios = {name: value / found["baseline"] for name, value in found.items()}
+    assert ratios["gptq-4bit"] <= 1.25
+    assert ratios["gptq-8bit"] <= 1.005 and ratios["hqq-8bit"] <= 1.005
+    assert found["hqq-4bit"] <= found["hqq package"]

@@ -1,0 +1,52 @@
+"""Our half-quadratic solver against the authors' package."""
+
+import pytest
+import torch
+
+from common.grid import Grid, dequantize, grouped, min_max, quantize, search_range
+from quantize_hqq import half_quadratic, quantize_weight
+
+hqq = pytest.importorskip("hqq.core.quantize", reason="the hqq package is not installed")
+
+
+def heavy_tailed(rows, columns, generator):
+    return torch.randn(rows, columns, generator=generator) * 0.03 * torch.exp(
+        0.5 * torch.randn(rows, columns, generator=generator))
+
+
+def by_the_package(weight, bits, group):
+    codes, meta = hqq.Quantizer.quantize(weight, nbits=bits, group_size=group, optimize=True, axis=1, device="cpu",
+                                         compute_dtype=torch.float32, bitpack=False)
+    return hqq.Quantizer.dequantize(codes, meta).view_as(weight).float()
+
+
+def by_us(weight, grid, **options):
+    linear = quantize_weight(weight, grid, scale_dtype=torch.bfloat16, **options)
+    assert torch.equal(linear.zero_point, linear.zero_point.round())
+    return linear.dequantize()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_error_is_not_above_the_packages(bits, generator):
+    """The package has a float zero-point; ours is an integer, with the scale solved for as well."""
+    weight = heavy_tailed(64, 256, generator)
+    theirs = (by_the_package(weight, bits, 64) - weight).square().mean()
+    ours = (by_us(weight, Grid(bits, 64), lp_norm=2.0) - weight).square().mean()
+    assert ours <= theirs * 1.02
+
+
+@pytest.mark.parametrize("lp_norm", [0.7, 2.0, 4.0])
+@pytest.mark.parametrize("grid", [Grid(4, 64), Grid(3, 64, True), Grid(2, None)], ids=str)
+def test_the_objective_never_rises(lp_norm, grid, generator):
+    weight = heavy_tailed(32, 128, generator)
+
+    def loss(scale, zero_point):
+        error = dequantize(quantize(weight, scale, zero_point, grid), scale, zero_point, grid) - weight
+        return grouped(error, grid).abs().pow(lp_norm).sum(-1)
+
+    start = min_max(grouped(weight, grid), grid)
+    searched = search_range(weight, grid, norm=lp_norm)
+    solved = half_quadratic(grouped(weight, grid), *searched, grid, lp_norm, 6, torch.bfloat16)
+    assert (loss(*searched) <= loss(*start) * (1 + 1e-5)).all()
+    assert (loss(*solved) <= loss(*searched) * (1 + 1e-5)).all()
+    assert loss(*solved).sum() < 0.999 * loss(*start).sum()

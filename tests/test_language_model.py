@@ -1,0 +1,53 @@
+"""Batched scoring and generation with shared prefixes against one sequence at a time."""
+
+import pytest
+import torch
+from conftest import WORDS, build_tiny, tiny_tokenizer
+
+from common.language_model import HarnessModel
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def harness(request):
+    model = build_tiny(request.param, tied=False).float().eval()
+    model.generation_config.eos_token_id = 1
+    return HarnessModel(model, tiny_tokenizer())
+
+
+def prompts(count, seed=0):
+    import random
+
+    rng = random.Random(seed)
+    return ["the river runs past a town. " + " ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(count)]
+
+
+def test_choices_side_by_side_score_as_if_alone(harness):
+    requests = [((p, c), harness.tok_encode(p), harness.tok_encode(" " + c)) for p in prompts(9)
+                for c in ("water", "seven boats", "build", "when water is high")]
+    found = harness._loglikelihood_tokens(requests)
+    for (_, context, choice), (score, greedy) in zip(requests, found, strict=True):
+        with torch.no_grad():
+            logits = harness.model(torch.tensor([context + choice])).logits[0].double()
+        scores = torch.log_softmax(logits, -1)[len(context) - 1:-1]
+        assert score == pytest.approx(scores.gather(1, torch.tensor(choice).unsqueeze(1)).sum().item(), abs=1e-3)
+        assert greedy == (scores.argmax(-1).tolist() == choice)
+
+
+class Request:
+    def __init__(self, *args):
+        self.args = args
+
+
+@pytest.mark.parametrize("until", [[], ["b"], ["e ", "t"]])
+def test_generation_equals_greedy_generation_alone(harness, until):
+    texts = prompts(7, seed=3)
+    harness.batch_size = 3
+    found = harness.generate_until([Request(text, {"until": until, "max_gen_toks": 12}) for text in texts])
+    for text, answer in zip(texts, found, strict=True):
+        ids = torch.tensor([harness.tok_encode(text)])
+        with torch.no_grad():
+            output = harness.model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=1)
+        expected = harness.tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
+        for stop in until:
+            expected = expected.split(stop)[0]
+        assert answer == expected

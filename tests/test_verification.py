@@ -1,0 +1,75 @@
+"""verify_model.py passes what is sound and finds what was tampered with."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+from safetensors.torch import load_file, save_file
+
+from common.checkpoint import METADATA_FILE
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny, calibration_text, tmp_path_factory):
+    output = tmp_path_factory.mktemp("checkpoint") / "gptq-4bit"
+    result = run_script(ROOT / "quantize_gptq.py", "--model", tiny, "--output", output, "--calib-data", calibration_text,
+                        "--calib-samples", 8, "--calib-length", 64)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+SHARD, LINEAR = "model-00002-of-00003.safetensors", "model.layers.1.mlp.down_proj"
+
+
+def change_tensor(name, change):
+    def apply(folder):
+        tensors = load_file(folder / SHARD)
+        tensors[f"{LINEAR}.{name}"] = change(tensors[f"{LINEAR}.{name}"]).contiguous()
+        save_file(tensors, folder / SHARD, metadata={"format": "pt"})
+    return apply
+
+
+def change_record(folder):
+    record = json.loads((folder / METADATA_FILE).read_text())
+    record["probe"]["baseline_perplexity"] = 1.5
+    (folder / METADATA_FILE).write_text(json.dumps(record))
+
+
+def run(folder):
+    result = run_script(ROOT / "verify_model.py", "--model-path", folder)
+    assert "Traceback" not in result.stderr, result.stderr
+    return result
+
+
+def test_sound(checkpoint):
+    result = run(checkpoint)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("PASS") == 9 and "FAIL" not in result.stdout
+    assert "generation" in result.stdout
+
+
+@pytest.mark.parametrize("change, failing", [
+    (lambda folder: (folder / "tokenizer.json").unlink(), "files complete"),
+    (change_tensor("weight_packed", lambda t: t.roll(1, 0)), "recorded logits"),
+    (change_tensor("weight_scale", lambda t: -t), "scales positive"),
+    (change_tensor("weight_scale", lambda t: torch.full_like(t, float("nan"))), "scales positive"),
+    (change_tensor("weight_packed", lambda t: t[:-1]), "codes within range"),
+    (change_record, "perplexity"),
+], ids=["tokenizer", "codes", "negative", "nan", "shape", "baseline"])
+def test_tampered(checkpoint, tmp_path, change, failing):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    change(folder)
+    result = run(folder)
+    assert result.returncode == 1
+    assert f"FAIL  {failing}" in result.stdout, result.stdout
+
+
+def test_truncated_shard(checkpoint, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-100])
+    result = run(folder)
+    assert result.returncode in (1, 2) and "verified" not in result.stdout

@@ -1,0 +1,35 @@
+#!/usr/bin/env python3
+"""Verify a quantized checkpoint: complete, loads plainly, codes and scales in order, the recorded logits reproduced.
+
+    python verify_model.py --model-path models/Llama-3.2-1B-Instruct/gptq-4bit
+
+Exit code 0 when every check passes, 1 when one fails, 2 when the folder is no checkpoint of the quantize scripts.
+"""
+
+import argparse
+from pathlib import Path
+
+from common import cli
+from common.progress import say
+from common.verification import verify
+
+MARKS = {True: "PASS", False: "FAIL", None: "SKIP"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-path", type=Path, required=True, help="checkpoint folder")
+    cli.add_device_arguments(parser)
+    options = parser.parse_args()
+    device = cli.resolve_device(options.device)
+    cli.configure_torch(seed=0)
+    failed = False
+    for check in verify(options.model_path, device, cli.resolve_dtype(options.dtype, device)):
+        say(f"{MARKS[check.passed]}  {check.name}: {check.detail}")
+        failed |= check.passed is False
+    say(f"{options.model_path}: {'verification failed' if failed else 'verified'}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    cli.run(main)
