@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common import cli
-from common.grid import Grid, QuantizedLinear, grouped, quantize, round_scale, rounding_error, search_range
+from common.grid import Grid, QuantizedLinear, grouped, power_, quantize, round_scale, rounding_error, search_range
 from common.layerwise import Layer, Method
 from common.models import LINEARS
 from common.quantization import run
@@ -31,7 +31,7 @@ def half_quadratic(groups: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid
     for step in range(steps + 1):
         error = rounding_error(groups, scale, zero_point, grid)
         magnitude = error.abs()
-        loss = magnitude.pow(lp_norm).sum(-1)
+        loss = power_(error.clone(), lp_norm).sum(-1)
         better = loss < best_loss
         best_loss = torch.where(better, loss, best_loss)
         best_scale = torch.where(better, scale, best_scale)

@@ -20,6 +20,8 @@ DEMO_SAMPLES, DEMO_LENGTH = 32, 512
 _TEXT_COLUMNS = ("text", "content", "messages", "conversations")
 # Rows fetched from a hub data set for each window that is asked for: enough for short documents.
 _ROWS_PER_WINDOW = 24
+# Windows that are cut for each one that is used.
+_CHOICE = 2
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def _as_text(value: str | list[dict], tokenizer) -> str:
 
 def calibration_windows(data: str, tokenizer, samples: int, length: int, seed: int,
                         data_root: Path | None = None) -> Windows:
-    """Draw `samples` windows of `length` tokens: documents in seeded order, joined and cut.
+    """Draw `samples` windows of `length` tokens: documents in seeded order, joined, cut and sampled.
 
     Where the tokenizer starts every text with a token of its own (Llama's BOS), each window starts with it too.
 
@@ -82,22 +84,24 @@ def calibration_windows(data: str, tokenizer, samples: int, length: int, seed: i
         UserError: the text does not suffice; says how much there is.
     """
     texts, source = load_texts(data, "calibration", tokenizer, data_root, limit=_ROWS_PER_WINDOW * samples, seed=seed)
-    order = list(range(len(texts)))
-    random.Random(seed).shuffle(order)
+    rng = random.Random(seed)
+    rng.shuffle(texts)
     start = _start_tokens(tokenizer)
     body = length - len(start)
     needed = samples * body
     tokens: list[int] = []
-    for i in order:
-        tokens.extend(tokenizer(texts[i], add_special_tokens=False)["input_ids"])
+    for text in texts:
+        tokens.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if tokenizer.eos_token_id is not None:
             tokens.append(tokenizer.eos_token_id)
-        if len(tokens) >= needed:
+        if len(tokens) >= _CHOICE * needed:
             break
     if len(tokens) < needed:
         raise UserError(f"calibration data {data} has {len(tokens):,} tokens, {needed:,} are needed for {samples} samples "
                         f"of {length}; use at most --calib-samples {len(tokens) // max(body, 1)} or a larger --calib-data")
-    windows = torch.tensor(tokens[:needed], dtype=torch.int64).view(samples, body)
+    # More windows than needed, so that the seed chooses even where the text is one long document.
+    chosen = rng.sample(range(len(tokens) // body), samples)
+    windows = torch.tensor([tokens[i * body:(i + 1) * body] for i in chosen], dtype=torch.int64)
     if start:
         windows = torch.cat([torch.tensor(start).expand(samples, -1), windows], dim=1)
     return Windows(windows, source, seed)

@@ -16,6 +16,7 @@ from compressed_tensors import __version__ as compressed_tensors_version
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -132,7 +133,12 @@ class CheckpointWriter:
         # +1 for the shard with the embedding, the final norm and an untied head.
         file = f"model-{shard:05d}-of-{self.source.num_layers + 1:05d}.safetensors"
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, self.folder / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, self.folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise UserError(f"cannot write {self.folder / file}: {error}; free some space or choose another --output") \
+                from None
+        (self.folder / file).chmod(0o644)                                       # safetensors makes private files
         self._weight_map.update(dict.fromkeys(tensors, file))
         self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         return file

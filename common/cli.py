@@ -64,13 +64,12 @@ def quiet_libraries() -> None:
         logger.disable("compressed_tensors")
     except ImportError:
         pass
-    # These libraries offer no switch for the bars they show while loading, decompressing and building prompts.
+    # The library offers no switch for the bars it shows while loading and decompressing.
     import compressed_tensors.offload.dispatch as dispatch
-    import lm_eval.api.task as tasks
     from compressed_tensors.compressors.model_compressors import model_compressor
     from compressed_tensors.quantization.lifecycle import apply
 
-    dispatch.tqdm = tasks.tqdm = model_compressor.tqdm = apply.tqdm = lambda items, **_: items
+    dispatch.tqdm = model_compressor.tqdm = apply.tqdm = lambda items, **_: items
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

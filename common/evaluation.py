@@ -95,18 +95,19 @@ def _is_plain_number(text: str) -> bool:
 def run_task(task: str, model, tokenizer, rows: Rows, demo: bool) -> tuple[dict, list[dict]]:
     """Run one lm-eval task. Returns its summary and the record of every sample."""
     import datasets
-    from lm_eval.api.task import ConfigurableTask
+    import lm_eval.api.task
     from lm_eval.evaluator import evaluate
 
     from common.language_model import HarnessModel
 
+    lm_eval.api.task.tqdm = lambda items, **_: items                            # its bar has no switch
     config = yaml.safe_load((TASK_FILES / f"{task}.yaml").read_text())
     config.update(custom_dataset=lambda **_: {"test": datasets.Dataset.from_list(rows.rows)},
                   process_results=lambda doc, results: {"record": scoring.SAMPLE_SCORES[task](doc, results)},
                   metric_list=[{"metric": "record", "aggregation": len, "higher_is_better": True}])
     if demo:
         config.update(config["metadata"].get("demo", {}))
-    loaded = {"tasks": {task: ConfigurableTask(config=config)}, "groups": {}}
+    loaded = {"tasks": {task: lm_eval.api.task.ConfigurableTask(config=config)}, "groups": {}}
     chat = TASK_DATA[task].chat and not demo and bool(tokenizer.chat_template)
     start = time.perf_counter()
     outcome = evaluate(HarnessModel(model, tokenizer), loaded, bootstrap_iters=0, apply_chat_template=chat,
@@ -146,6 +147,8 @@ def perplexity(model, windows) -> tuple[dict, list[dict]]:
 
 def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configuration: str) -> dict:
     """Evaluate the model in `folder` and write its results. Returns the document that was written."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a model: it has no config.json")
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     configure_torch(0)

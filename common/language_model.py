@@ -183,7 +183,7 @@ class HarnessModel(TemplateLM):
 
     def _stopped(self, written: list[int], until: list[str]) -> bool:
         # A stop string may span tokens, so a few of the last ones are looked at together.
-        tail = self.tokenizer.decode(written[-8:])
+        tail = self.tokenizer.decode(written[-8:], skip_special_tokens=True)
         return any(stop in tail for stop in until)
 
     def _stop_tokens(self) -> set[int]:

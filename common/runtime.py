@@ -45,8 +45,13 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
             raise UserError(f"{folder} does not load as it is: {problem.replace('_', ' ')} "
                             f"{', '.join(map(str, sorted(loading[problem])[:3]))}")
     model.to(device).eval().requires_grad_(False)
-    with torch.inference_mode():                                                # decompresses packed weights
-        model(torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    try:
+        with torch.inference_mode():                                            # decompresses packed weights
+            model(torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise UserError(f"{folder}: its weights cannot be unpacked ({str(error).splitlines()[0][:150]})") from None
     return model, tokenizer
 
 

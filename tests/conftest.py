@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -120,10 +124,38 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
-def run_script(*arguments, cwd: Path = ROOT, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
-    """Run a script of the project in a process of its own, as a user would."""
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          timeout=timeout, env={**os.environ, **environment})
+def oracle(module: str):
+    """An authors' package that tests/run.sh installs beside the environment; skips where it is not there."""
+    folder = str(ROOT / ".venv" / "oracle")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return pytest.importorskip(module, reason="not installed; run bash tests/run.sh")
+
+
+def run_script(*arguments, cwd: Path = ROOT, inline: bool = True, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script of the project: here, which spares its imports, or with inline=False in a process of its own."""
+    words = list(map(str, arguments))
+    if not inline or environment:
+        return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=600,
+                              env={**os.environ, **environment})
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv, sys.path.copy(), os.getcwd()
+    code: int | str | None = 0
+    try:
+        sys.argv = words
+        os.chdir(cwd)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(words[0], run_name="__main__")
+            except SystemExit as end:
+                code = end.code
+            except BaseException:                                               # what Python itself would print
+                traceback.print_exc()
+                code = 1
+    finally:
+        sys.argv, sys.path[:] = before[:2]
+        os.chdir(before[2])
+    return subprocess.CompletedProcess(words, code or 0, out.getvalue(), err.getvalue())
 
 
 def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:

@@ -2,6 +2,11 @@
 # Sets the environment up and runs the tests: bash tests/run.sh [pytest arguments]; `-m slow` runs the long ones.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
-export DISABLE_CUDA=1
 source common/setup_environment.sh requirements.txt tests/requirements.txt || exit $?
+# The authors' HQQ, an oracle. In a folder of its own: transformers imports it wherever it finds it, which takes seconds.
+# DISABLE_CUDA keeps it from compiling.
+if [ ! -d .venv/oracle/hqq ]; then
+    DISABLE_CUDA=1 "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/oracle \
+        hqq==0.2.8.post1 einops termcolor || echo "the hqq package cannot be installed; its tests are skipped" >&2
+fi
 exec "$PYTHON" -m pytest -c tests/pytest.ini tests "$@"

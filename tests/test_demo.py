@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, ROOT, build_tiny, run_script
+from conftest import ARCHITECTURES, ROOT, build_tiny, oracle, run_script
 
 from common.data import demo_rows, demo_text
 from common.demo.model import take_off_grid
@@ -83,7 +83,7 @@ def test_perplexity_on_wikitext(demo_model, shared_data, tmp_path):
     from common.models import LINEARS
     from common.runtime import load_model
 
-    quantizer = pytest.importorskip("hqq.core.quantize", reason="the hqq package is not installed").Quantizer
+    quantizer = oracle("hqq.core.quantize").Quantizer
     found = {"baseline": evaluate(demo_model, tmp_path, *PERPLEXITY, "--data-root", shared_data)["perplexity"]["perplexity"]}
     for method, bits in (("gptq", 4), ("gptq", 8), ("hqq", 4), ("hqq", 8)):
         output = tmp_path / f"{method}-{bits}bit"
