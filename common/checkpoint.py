@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import torch
@@ -24,17 +25,21 @@ from common.errors import UserError
 from common.grid import Grid, QuantizedLinear
 from common.models import LINEARS, SourceModel, TensorReader
 
-FORMAT = "pack-quantized"
 METADATA_FILE = "quantization_metadata.json"
-PACKED_NAMES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+# Weights alone are packed; 8-bit weights with 8-bit activations stay int8, as the integer kernels want them.
+PACKED, INTEGER = "pack-quantized", "int-quantized"
+_PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
-def scheme_of(grid: Grid) -> QuantizationScheme:
-    """The library's description of a grid for weights."""
+def scheme_of(grid: Grid, activation_bits: int | None = None) -> QuantizationScheme:
+    """The library's description of a grid for weights and, if given, of activations rounded per token as they come."""
     strategy = {"strategy": "channel"} if grid.group_size is None else {"strategy": "group",
                                                                        "group_size": grid.group_size}
     weights = QuantizationArgs(num_bits=grid.bits, type="int", symmetric=grid.symmetric, **strategy)
-    return QuantizationScheme(targets=["Linear"], weights=weights)
+    activations = None
+    if activation_bits:
+        activations = QuantizationArgs(num_bits=activation_bits, type="int", symmetric=True, strategy="token", dynamic=True)
+    return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations)
 
 
 def grid_of(scheme: dict) -> Grid:
@@ -44,23 +49,30 @@ def grid_of(scheme: dict) -> Grid:
     return Grid(weights["num_bits"], group_size, weights["symmetric"])
 
 
-def compress(quantized: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors that stand for one linear in the file, made by the library's own compressor."""
+def compress(quantized: QuantizedLinear, scale_dtype: torch.dtype, form: str = PACKED) -> dict[str, Tensor]:
+    """The tensors that stand for one linear in the file, made by the library's own compressor; form PACKED or INTEGER."""
     state = {"weight": quantized.dequantize(), "weight_scale": quantized.scale.to(scale_dtype)}
     if not quantized.grid.symmetric:
         state["weight_zero_point"] = quantized.zero_point.to(torch.int8)
-    compressor = BaseCompressor.load_from_registry(FORMAT)
-    return compressor.compress(state, scheme_of(quantized.grid))
+    return BaseCompressor.load_from_registry(form).compress(state, scheme_of(quantized.grid))
 
 
 def decompress(state: dict[str, Tensor], grid: Grid) -> Tensor:
     """The float32 weights [out, in] of one linear's stored tensors, by the library's own decompressor."""
     state = {**state, "weight_scale": state["weight_scale"].float()}
-    return BaseCompressor.load_from_registry(FORMAT).decompress(state, scheme_of(grid))["weight"]
+    form = PACKED if "weight_packed" in state else INTEGER
+    return BaseCompressor.load_from_registry(form).decompress(state, scheme_of(grid))["weight"]
+
+
+def stored_parts(read: Callable[[str], Tensor], names: Container[str], linear: str) -> dict[str, Tensor]:
+    """The tensors of one linear (by full name) among `names`, keyed as `compress` made them."""
+    return {part: read(f"{linear}.{part}") for part in _PARTS if f"{linear}.{part}" in names}
 
 
 def unpack(state: dict[str, Tensor], grid: Grid) -> tuple[Tensor, Tensor | None]:
     """Codes [out, in] and zero-points [out, groups] (None if symmetric) of one linear's stored tensors, both int8."""
+    if "weight" in state:
+        return state["weight"], None
     shape = torch.Size(state["weight_shape"].tolist())
     codes = unpack_from_int32(state["weight_packed"], grid.bits, shape)
     if grid.symmetric:
@@ -93,8 +105,9 @@ def check_output(output: Path, overwrite: bool) -> None:
 class CheckpointWriter:
     """Writes a quantized checkpoint layer by layer. Use as a context manager; without `finish` nothing is left behind."""
 
-    def __init__(self, output: Path, source: SourceModel, grid: Grid):
-        self.output, self.source, self.grid = output, source, grid
+    def __init__(self, output: Path, source: SourceModel, grid: Grid, activation_bits: int | None = None):
+        self.output, self.source, self.grid, self.activation_bits = output, source, grid, activation_bits
+        self.form = INTEGER if activation_bits else PACKED
         self.folder = output.with_name(output.name + ".unfinished")
         self._weight_map: dict[str, str] = {}
         self._bytes = 0
@@ -118,13 +131,12 @@ class CheckpointWriter:
         tensors = {prefix + name: tensor.to(self.source.storage_dtype)
                    for name, tensor in module.state_dict().items() if name not in quantized_weights}
         for name, linear in codes.items():
-            for part, tensor in compress(linear, self.source.storage_dtype).items():
+            for part, tensor in compress(linear, self.source.storage_dtype, self.form).items():
                 tensors[f"{prefix}{name}.{part}"] = tensor
         file = self._save(tensors, index + 1)
         written = load_file(self.folder / file)
         for name, linear in codes.items():
-            state = {part: written[f"{prefix}{name}.{part}"].to(linear.codes.device) for part in PACKED_NAMES
-                     if f"{prefix}{name}.{part}" in written}
+            state = stored_parts(lambda part: written[part].to(linear.codes.device), written, prefix + name)
             if not torch.equal(decompress(state, self.grid), linear.dequantize()):
                 raise UserError(f"{prefix}{name}: what was written does not read back the same; the disk or "
                                 "compressed-tensors is at fault, nothing was saved")
@@ -149,10 +161,11 @@ class CheckpointWriter:
         Returns the bytes of all tensors.
         """
         source = self.source
-        names = [name for name in source.tensors.names() if not name.startswith("model.layers.")]
-        if source.tied:
-            names = [name for name in names if name != "lm_head.weight"]
-        self._save({name: source.tensors.read(name) for name in names}, source.num_layers + 1)
+        decoder = source.model.model
+        rest = {"model.embed_tokens.weight": decoder.embed_tokens.weight, "model.norm.weight": decoder.norm.weight}
+        if not source.tied:
+            rest["lm_head.weight"] = source.model.lm_head.weight
+        self._save({name: tensor.to(source.storage_dtype) for name, tensor in rest.items()}, source.num_layers + 1)
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         config = source.config.to_diff_dict()
@@ -166,8 +179,8 @@ class CheckpointWriter:
         return self._bytes
 
     def _quantization_config(self) -> dict:
-        scheme = scheme_of(self.grid).model_dump(mode="json", exclude_none=True)
-        return {"quant_method": "compressed-tensors", "version": compressed_tensors_version, "format": FORMAT,
+        scheme = scheme_of(self.grid, self.activation_bits).model_dump(mode="json", exclude_none=True)
+        return {"quant_method": "compressed-tensors", "version": compressed_tensors_version, "format": self.form,
                 "quantization_status": "compressed", "config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
 
     def finish(self, metadata: dict | None) -> None:

@@ -192,6 +192,17 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> T
     return codes.to(torch.int8).flatten(1)
 
 
+def round_per_token(inputs: Tensor, bits: int) -> Tensor:
+    """Round activations [..., in] to a symmetric grid of `bits` bits with one scale per token, as they come.
+
+    The arithmetic, in the inputs' own type, is that of compressed-tensors, so that a plain load rounds alike.
+    """
+    levels = (1 << bits) - 1
+    scale = inputs.abs().amax(-1, keepdim=True) * 2 / levels
+    scale = torch.where(scale > 0, scale, torch.finfo(inputs.dtype).eps)
+    return (inputs / scale).round_().clamp_(-(1 << (bits - 1)), (1 << (bits - 1)) - 1).mul_(scale)
+
+
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     """Weights [out, in] float32 of `codes` [out, in]; exact, since a product of int8 and a 16-bit scale fits float32."""
     values = grouped(codes, grid).float() - zero_point.float().unsqueeze(-1)

@@ -9,16 +9,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.grid import Grid, QuantizedLinear
+from common.grid import Grid, QuantizedLinear, round_per_token
 from common.models import LINEAR_GROUPS, LINEARS, SourceModel
 from common.progress import track
 from common.statistics import InputStatistics, group_inputs, new_statistics
 
+QUANTIZED_WEIGHTS = tuple(f"{name}.weight" for name in LINEARS)
 # Tokens that go through a layer at once.
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Hidden states stay on the card while they take at most this share of its free memory.
@@ -35,6 +37,11 @@ class Layer:
     scale_dtype: torch.dtype
     # One for each of LINEAR_GROUPS; None for a method that needs no calibration.
     statistics: list[InputStatistics] | None = None
+    # Calibration hidden states before the layer, in chunks [batch, length, hidden], and how to run the layer on one.
+    inputs: list[Tensor] | None = None
+    forward: Callable[[Tensor], Tensor] | None = None
+    # What a method wants to have recorded about the layer, such as the settled share of a learned rounding.
+    notes: dict[str, float] = field(default_factory=dict)
 
     def weight(self, name: str) -> Tensor:
         """The weights [out, in] of linear `name`, in float32."""
@@ -48,12 +55,20 @@ class Layer:
 class Method:
     """A quantization method.
 
-    quantize_layer returns the codes of every linear of a layer (`models.LINEARS`).
+    quantize_layer: returns the codes of every linear of a layer (`models.LINEARS`).
+    rewrite_model, rewrite_layer: change the model without changing its function before anything is measured, the small
+        parts once and each layer when it is loaded (a rotation).
+    prepare_layer: the same for a layer whose statistics are known (a scaling); has to keep them true.
+    activation_bits: inputs of the linears are rounded too, to so many bits, per token as they come.
     """
 
     name: str
     quantize_layer: Callable[[Layer], dict[str, QuantizedLinear]]
     needs_calibration: bool = True
+    rewrite_model: Callable[[SourceModel], None] | None = None
+    rewrite_layer: Callable[[int, nn.Module], None] | None = None
+    prepare_layer: Callable[[Layer], None] | None = None
+    activation_bits: int | None = None
 
 
 @dataclass
@@ -78,14 +93,17 @@ class WalkResult:
 
     linears: by full name, bits, group_size and relative_output_error, which is ‖x(Q - W)ᵀ‖ / ‖xWᵀ‖ over the probe text.
     probe_logits, baseline_probe_logits: [length, vocabulary] of the quantized and of the original model.
+
+    layer_notes: by layer index, what the method recorded.
     """
 
     linears: dict[str, dict]
+    layer_notes: list[dict[str, float]]
     probe_logits: Tensor
     baseline_probe_logits: Tensor
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Tensor | None, probe: Tensor,
                    finished: Callable[[int, nn.Module, dict[str, QuantizedLinear]], None],
                    watch: Stopwatch) -> WalkResult:
@@ -99,10 +117,14 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
         UserError: a layer whose codes or scales are not finite; names it.
     """
     linears: dict[str, dict] = {}
+    notes: list[dict[str, float]] = []
     with watch("load"):
-        probe_arguments = source.layer_arguments(probe.shape[1])
         reference = source.embed(probe)
-        probed = reference
+        if method.rewrite_model:
+            method.rewrite_model(source)
+            round_to_storage(source.model, source.storage_dtype)
+        probe_arguments = source.layer_arguments(probe.shape[1])
+        probed = source.embed(probe)
         hidden, arguments = None, None
         if windows is not None:
             arguments = source.layer_arguments(windows.shape[1])
@@ -111,31 +133,42 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
         with watch("load"):
             module = source.load_layer(index)
             layer = Layer(index, module, grid, source.storage_dtype)
-        with watch("statistics"):
-            if windows is not None:
-                layer.statistics = _collect(module, hidden, arguments[index], source)
         with watch("record"):
             reference = _forward(module, reference, probe_arguments[index])
+        with watch("statistics"):
+            if method.rewrite_layer:
+                method.rewrite_layer(index, module)
+                round_to_storage(module, source.storage_dtype)
+            if windows is not None:
+                layer.inputs = hidden
+                layer.forward = partial(_forward, module, arguments=arguments[index])
+                layer.statistics = _collect(layer, source.device)
+        with watch("solve"):
+            if method.prepare_layer:
+                method.prepare_layer(layer)
+                round_to_storage(module, source.storage_dtype)
+        with watch("record"):
             inputs: dict[int, Tensor] = {}
             with group_inputs(module, inputs.__setitem__):
                 _forward(module, probed, probe_arguments[index])
         with watch("solve"):
             codes = method.quantize_layer(layer)
+            notes.append(layer.notes)
         with watch("record"):
             for group_index, group in enumerate(LINEAR_GROUPS):
                 for name in group.linears:
-                    record = _install(layer, name, codes[name], inputs[group_index])
+                    record = _install(layer, name, codes[name], inputs[group_index], method.activation_bits)
                     linears[layer.where(name)] = record
             probed = _forward(module, probed, probe_arguments[index])
         with watch("propagate"):
             if windows is not None and index + 1 < source.num_layers:
                 for i, chunk in enumerate(hidden):
-                    hidden[i] = _forward(module, chunk.to(source.device), arguments[index]).to(chunk.device)
+                    hidden[i] = layer.forward(chunk.to(source.device)).to(chunk.device)
         with watch("write"):
             finished(index, module, codes)
             source.release_layer(index)
     with watch("record"):
-        return WalkResult(linears, source.logits(probed)[0], source.logits(reference)[0])
+        return WalkResult(linears, notes, source.logits(probed)[0], source.original_logits(reference)[0])
 
 
 def _embed_chunks(source: SourceModel, windows: Tensor) -> list[Tensor]:
@@ -153,20 +186,44 @@ def _forward(module: nn.Module, hidden: Tensor, arguments: dict) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _collect(module: nn.Module, hidden: list[Tensor], arguments: dict, source: SourceModel) -> list[InputStatistics]:
-    statistics = new_statistics(module, source.device)
-    with group_inputs(module, lambda group, inputs: statistics[group].add(inputs)):
-        for chunk in hidden:
-            _forward(module, chunk.to(source.device), arguments)
+class _SeenEnough(Exception):
+    """Ends a forward pass once the last group has shown its input: what comes after is not needed."""
+
+
+def _collect(layer: Layer, device: torch.device) -> list[InputStatistics]:
+    statistics = new_statistics(layer.module, device)
+
+    def receive(group: int, inputs: Tensor) -> None:
+        statistics[group].add(inputs)
+        if group == len(LINEAR_GROUPS) - 1:
+            raise _SeenEnough
+
+    with group_inputs(layer.module, receive):
+        for chunk in layer.inputs:
+            try:
+                layer.forward(chunk.to(device))
+            except _SeenEnough:
+                continue
     return [group.finish() for group in statistics]
 
 
-def _install(layer: Layer, name: str, quantized: QuantizedLinear, inputs: Tensor) -> dict:
+def round_to_storage(module: nn.Module, dtype: torch.dtype) -> None:
+    """Round what is stored as it is (norms, biases, embedding, head) to the stored type, so that memory equals file."""
+    for name, parameter in module.named_parameters():
+        if not parameter.is_meta and not name.endswith(QUANTIZED_WEIGHTS):
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+
+
+def _install(layer: Layer, name: str, quantized: QuantizedLinear, inputs: Tensor, activation_bits: int | None) -> dict:
     """Put the dequantized weights into the layer; returns the linear's record."""
     linear = layer.module.get_submodule(name)
     weight = quantized.dequantize(linear.weight.dtype)
     before = nn.functional.linear(inputs, linear.weight).float()
-    change = nn.functional.linear(inputs, weight - linear.weight).float()
+    if activation_bits:
+        linear.register_forward_pre_hook(lambda _, arguments: round_per_token(arguments[0], activation_bits))
+        change = nn.functional.linear(round_per_token(inputs, activation_bits), weight).float() - before
+    else:
+        change = nn.functional.linear(inputs, weight - linear.weight).float()
     error = (change.norm() / before.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
     if not torch.isfinite(quantized.scale).all() or not torch.isfinite(weight).all():
         raise UserError(f"{layer.where(name)}: quantization gave NaN or Inf; use other calibration data or --dtype float32")

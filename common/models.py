@@ -6,6 +6,7 @@ so that a model larger than the card can be walked through. Weights come from sa
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,9 @@ class TensorReader:
     def __contains__(self, name: str) -> bool:
         return name in self._weight_map
 
+    def __iter__(self):
+        return iter(self._weight_map)
+
     def names(self, prefix: str = "") -> list[str]:
         return [name for name in self._weight_map if name.startswith(prefix)]
 
@@ -181,7 +185,7 @@ class SourceModel:
         self.device, self.dtype = device, dtype
         self.tensors = TensorReader(self.folder)
         self.storage_dtype = self.tensors.read("model.embed_tokens.weight").dtype
-        self.tied = bool(self.config.tie_word_embeddings)
+        self.tied = self.originally_tied = bool(self.config.tie_word_embeddings)
         # sdpa: windows are never padded, so no mask has to be built for it.
         self.config._attn_implementation = "sdpa"
         with torch.device("meta"):
@@ -199,6 +203,12 @@ class SourceModel:
     @property
     def num_layers(self) -> int:
         return self.config.num_hidden_layers
+
+    def untie(self) -> None:
+        """Give the head weights of its own, equal to the embedding's, so that each can be changed alone."""
+        if self.tied:
+            self.model.lm_head.weight = nn.Parameter(self.model.lm_head.weight.detach().clone(), requires_grad=False)
+            self.tied = self.config.tie_word_embeddings = False
 
     def in_features(self) -> dict[str, int]:
         """Input channels of every linear that is quantized, by its name inside a decoder layer."""
@@ -252,6 +262,14 @@ class SourceModel:
             for layer, forward in zip(self.model.model.layers, originals, strict=True):
                 layer.forward = forward
         return seen
+
+    @torch.no_grad()
+    def original_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocabulary] as `logits`, through the final norm and head as they are in the source's files."""
+        head = self.tensors.read("model.embed_tokens.weight" if self.originally_tied else "lm_head.weight")
+        norm = copy.deepcopy(self.model.model.norm)
+        norm.weight.data = self.tensors.read("model.norm.weight").to(self.device, self.dtype)
+        return torch.nn.functional.linear(norm(hidden), head.to(self.device, self.dtype)).float()
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

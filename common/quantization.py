@@ -51,7 +51,7 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
                                           options.seed, options.data_root)
     say(_headline(method, grid, source, windows, device, dtype))
     tokens = probe.probe_tokens(source.tokenizer)
-    with CheckpointWriter(output, source, grid) as writer:
+    with CheckpointWriter(output, source, grid, method.activation_bits) as writer:
         result = quantize_model(source, method, grid, None if windows is None else windows.tokens, tokens,
                                 writer.write_layer, watch)
         with watch("write"):
@@ -83,6 +83,7 @@ def _document(options, method, grid, source, windows, result: WalkResult, tokens
         "method": method.name,
         "bits": grid.bits,
         "grid": {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric},
+        "activation_bits": method.activation_bits,
         "model": {"name": source.name, "source": options.model, "architecture": source.config.model_type,
                   "storage_dtype": str(source.storage_dtype).removeprefix("torch.")},
         "options": given,
@@ -101,6 +102,7 @@ def _document(options, method, grid, source, windows, result: WalkResult, tokens
             **probe.sample_logits(logits),
         },
         "linears": result.linears,
+        **({"layers": result.layer_notes} if any(result.layer_notes) else {}),
     }
 
 

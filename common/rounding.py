@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.grid import Grid
+from common.grid import Grid, dequantize, grouped, min_max, quantize, rounding_error, search_range
 
 BLOCK = 128
 DAMPING = 0.01
@@ -101,3 +101,103 @@ def _solve_block(target: Tensor, shifted: Tensor, factor: Tensor, scale: Tensor,
 def output_error(difference: Tensor, gram: Tensor) -> Tensor:
     """Mean squared output error tr(D G Dᵀ) per output row [out] of a weight difference [out, in]."""
     return (difference @ gram * difference).sum(-1)
+
+
+# Candidates of `choose_ranges`: share of each group's full range.
+RANGE_CANDIDATES = tuple(torch.linspace(1.04, 0.5, 28).tolist())
+
+
+def choose_ranges(weight: Tensor, gram: Tensor, grid: Grid, scale_dtype: torch.dtype, sweeps: int = 2,
+                  ) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point of each group for nearest rounding, by the output error with all the other groups' errors.
+
+    Group after group, the candidate range that minimises tr(D G Dᵀ), the rest of D as it stands, is taken.
+
+    Args:
+        weight: [out, in] float32; gram: [in, in].
+        sweeps: how often all groups are gone through.
+    Returns:
+        scale and zero_point, each [out, groups].
+    """
+    scale, zero_point = search_range(weight, grid, gram.diagonal(), scale_dtype=scale_dtype)
+    difference = dequantize(quantize(weight, scale, zero_point, grid), scale, zero_point, grid) - weight
+    size = weight.shape[1] // scale.shape[1]
+    for _ in range(sweeps):
+        for group in range(scale.shape[1]):
+            span = slice(group * size, (group + 1) * size)
+            values, block = weight[:, span], gram[span, span]
+            current = difference[:, span]
+            others = difference @ gram[:, span] - current @ block               # pull of the other groups' errors
+            best_loss = ((current @ block + 2 * others) * current).sum(-1)
+            best = current, scale[:, group], zero_point[:, group]
+            for shrink in RANGE_CANDIDATES:
+                candidate = min_max(values, grid, shrink, scale_dtype)
+                error = rounding_error(values, *candidate, grid)
+                loss = ((error @ block + 2 * others) * error).sum(-1)
+                better = loss < best_loss
+                best_loss = torch.where(better, loss, best_loss)
+                best = (torch.where(better.unsqueeze(1), error, best[0]), torch.where(better, candidate[0], best[1]),
+                        torch.where(better, candidate[1], best[2]))
+            difference[:, span], scale[:, group], zero_point[:, group] = best
+    return scale, zero_point
+
+
+def refine(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, gram: Tensor, grid: Grid,
+           scale_dtype: torch.dtype, sweeps: int, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """Lower tr(D G Dᵀ) of rounded weights further: scales refitted to the codes, then codes improved one by one, in turn.
+
+    The loss of no row rises. G is damped as in `solve`.
+
+    Returns:
+        codes [out, in] int8 and scale [out, groups].
+    """
+    gram = damped(gram, damping)
+    for _ in range(sweeps):
+        scale = _refit_scales(weight, codes, scale, zero_point, gram, grid, scale_dtype)
+        codes = _descend(weight, codes, scale, zero_point, gram, grid)
+    return codes, scale
+
+
+def _refit_scales(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, gram: Tensor, grid: Grid,
+                  scale_dtype: torch.dtype) -> Tensor:
+    """The scales [out, groups] that minimise the output error for fixed codes: least squares, a small system per row."""
+    steps = grouped(codes, grid).float() - zero_point.unsqueeze(-1)             # [out, groups, group]
+    flat = steps.flatten(1)
+    size = steps.shape[2]
+    normal = torch.stack([grouped((steps[:, g] @ gram[g * size:(g + 1) * size]) * flat, grid).sum(-1)
+                          for g in range(steps.shape[1])], dim=1)               # [out, groups, groups]
+    target = grouped((weight @ gram) * flat, grid).sum(-1)
+    # A group whose codes are all zero, or nearly so, keeps its scale.
+    ridge = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
+    identity = torch.eye(normal.shape[1], device=weight.device)
+    residual = target - (normal @ scale.unsqueeze(-1)).squeeze(-1)
+    step = torch.linalg.solve(normal + ridge[:, None, None] * identity, residual)
+    fitted = (scale + step).to(scale_dtype).float()
+    fitted = torch.where(torch.isfinite(fitted) & (fitted > 0.5 * scale) & (fitted < 2 * scale), fitted, scale)
+    before, after = (output_error((steps * s.unsqueeze(-1)).flatten(1) - weight, gram) for s in (scale, fitted))
+    return torch.where((after < before).unsqueeze(1), fitted, scale)
+
+
+def _descend(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, gram: Tensor, grid: Grid) -> Tensor:
+    """One sweep of coordinate descent: each channel's codes in turn get their best value given all the others."""
+    columns = weight.shape[1]
+    group_of = torch.arange(columns, device=weight.device) // (columns // scale.shape[1])
+    scales = scale.T[group_of].contiguous()                                     # channels first, as in `solve`
+    zeros = zero_point.T[group_of].contiguous()
+    inverse = 1.0 / scales
+    new = codes.T.float().contiguous()
+    error = (new - zeros).mul_(scales).sub_(weight.T)
+    pull = 1.0 / gram.diagonal()
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        gradient = gram[start:stop] @ error                                     # [block, out]
+        local = gram[start:stop, start:stop]
+        for j in range(start, stop):
+            row = gradient[j - start]
+            best = torch.addcmul(new[j], row * pull[j], inverse[j], value=-1.0)
+            best.round_().clamp_(grid.code_min, grid.code_max)
+            change = (best - new[j]).mul_(scales[j])
+            new[j] = best
+            error[j] += change
+            gradient.addr_(local[:, j - start], change)
+    return new.T.to(torch.int8).contiguous()

@@ -11,12 +11,16 @@ from torch import Tensor, nn
 
 from common.models import LINEAR_GROUPS
 
+# Inputs of each batch that are kept as they are.
+SAMPLES_PER_BATCH = 64
+
 
 @dataclass
 class InputStatistics:
     """Running statistics of the input x [tokens, in] of a linear group.
 
-    gram [in, in] is the mean over tokens of x xᵀ, in float32; abs_max and abs_mean are [in].
+    gram [in, in] is the mean over tokens of x xᵀ, in float32; abs_max and abs_mean are [in]; sample [n, in] is some of the
+    inputs themselves, evenly drawn.
     """
 
     in_features: int
@@ -25,11 +29,13 @@ class InputStatistics:
     gram: Tensor = field(init=False)
     abs_max: Tensor = field(init=False)
     abs_mean: Tensor = field(init=False)
+    sample: Tensor = field(init=False)
 
     def __post_init__(self):
         self.gram = torch.zeros(self.in_features, self.in_features, device=self.device)
         self.abs_max = torch.zeros(self.in_features, device=self.device)
         self.abs_mean = torch.zeros(self.in_features, device=self.device)
+        self._samples: list[Tensor] = []
 
     def add(self, inputs: Tensor) -> None:
         """Take in one more batch [..., in]."""
@@ -39,9 +45,12 @@ class InputStatistics:
         torch.maximum(self.abs_max, magnitudes.amax(0), out=self.abs_max)
         self.abs_mean += magnitudes.sum(0)
         self.tokens += len(rows)
+        self._samples.append(rows[::max(1, len(rows) // SAMPLES_PER_BATCH)].clone())
 
     def finish(self) -> InputStatistics:
         """Turn sums into means, once all batches are in."""
+        self.sample = torch.cat(self._samples)
+        self._samples.clear()
         self.gram /= max(self.tokens, 1)
         self.abs_mean /= max(self.tokens, 1)
         return self

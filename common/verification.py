@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from common import metadata, probe
-from common.checkpoint import PACKED_NAMES, decompress, grid_of, open_checkpoint, unpack
+from common.checkpoint import INTEGER, decompress, grid_of, open_checkpoint, stored_parts, unpack
 from common.errors import UserError
 from common.grid import Grid
 from common.models import LINEARS, TensorReader
@@ -63,8 +63,9 @@ def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[C
 def _complete(folder: Path, config: dict, tensors: TensorReader) -> Check:
     wanted = [file for file in ("tokenizer.json", "tokenizer_config.json") if not (folder / file).is_file()]
     layers = config["num_hidden_layers"]
-    names = [f"model.layers.{i}.{linear}.{part}" for i in range(layers) for linear in LINEARS
-             for part in ("weight_packed", "weight_scale", "weight_shape")]
+    integer = config["quantization_config"].get("format") == INTEGER
+    parts = ("weight", "weight_scale") if integer else ("weight_packed", "weight_scale", "weight_shape")
+    names = [f"model.layers.{i}.{linear}.{part}" for i in range(layers) for linear in LINEARS for part in parts]
     names += [f"model.layers.{i}.{norm}.weight" for i in range(layers)
               for norm in ("input_layernorm", "post_attention_layernorm")]
     names += ["model.embed_tokens.weight", "model.norm.weight"]
@@ -84,7 +85,7 @@ def _codes(config: dict, tensors: TensorReader) -> Iterator[Check]:
         for linear in LINEARS:
             name = f"model.layers.{layer}.{linear}"
             try:
-                state = {part: tensors.read(f"{name}.{part}") for part in PACKED_NAMES if f"{name}.{part}" in tensors}
+                state = stored_parts(tensors.read, tensors, name)
                 if not _in_range(state, grid):
                     bad_codes.append(name)
                 scale = state["weight_scale"].float()
@@ -102,8 +103,8 @@ def _codes(config: dict, tensors: TensorReader) -> Iterator[Check]:
 
 def _in_range(state: dict, grid: Grid) -> bool:
     """Whether shapes fit together and codes and zero-points lie in the grid's range."""
-    rows, columns = state["weight_shape"].tolist()
     codes, zero_point = unpack(state, grid)
+    rows, columns = state["weight_shape"].tolist() if "weight_shape" in state else codes.shape
     right_shape = codes.shape == (rows, columns) and state["weight_scale"].shape == (rows, grid.groups(columns))
     if zero_point is not None:
         right_shape &= zero_point.shape == state["weight_scale"].shape

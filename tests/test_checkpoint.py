@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, ROOT, assert_user_error, run_script
 
-from common.checkpoint import METADATA_FILE, decompress, grid_of, open_checkpoint
+from common.checkpoint import METADATA_FILE, decompress, grid_of, open_checkpoint, stored_parts
 from common.models import LINEARS
 
 PLAIN_LOAD = """
@@ -67,8 +67,7 @@ def test_plain_load_equals_what_was_quantized(tiny_models, calibration_text, tmp
     for layer in range(config["num_hidden_layers"]):
         for linear in LINEARS:
             name = f"model.layers.{layer}.{linear}"
-            parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-            state = {part: tensors.read(f"{name}.{part}") for part in parts if f"{name}.{part}" in tensors}
+            state = stored_parts(tensors.read, tensors, name)
             assert torch.equal(decompress(state, grid), loaded["weights"][f"{name}.weight"])
     # The logits are those of the model in memory when it was quantized.
     record = json.loads((output / METADATA_FILE).read_text())

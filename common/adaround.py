@@ -1,0 +1,109 @@
+"""Learned rounding (AdaRound): up or down for each weight, by gradient descent on the output error.
+
+A weight is represented as scale · (clip(⌊w / scale⌋ + h + zero_point) - zero_point) with h between 0 (down) and 1 (up),
+h = clip(1.2 sigmoid(v) - 0.1, 0, 1) (Nagel et al. 2020, arXiv 2004.10568, equation 23). A regulariser that grows sharper as β
+falls drives every h to 0 or 1 (equation 24).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.grid import Grid, grouped
+
+STRETCH, OFFSET = 1.2, -0.1
+BETA_START, BETA_END = 20.0, 2.0
+# Share of the iterations before the regulariser sets in.
+WARM_UP = 0.2
+
+
+@dataclass
+class SoftRounding:
+    """The rounding of one linear as it is learned. v, low and the codes are [out, in]; scale and zero_point [out, groups]."""
+
+    low: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    grid: Grid
+    v: Tensor
+
+    @classmethod
+    def start(cls, weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> SoftRounding:
+        """h starts as the fraction w / scale - ⌊w / scale⌋, so that the soft weights are the true ones."""
+        position = (grouped(weight, grid) / scale.unsqueeze(-1)).flatten(1)
+        low = position.floor()
+        share = ((position - low) - OFFSET) / STRETCH
+        return cls(low, scale, zero_point, grid, torch.logit(share))
+
+    def h(self) -> Tensor:
+        return (STRETCH * torch.sigmoid(self.v) + OFFSET).clamp(0.0, 1.0)
+
+    def weight(self, h: Tensor) -> Tensor:
+        """The weights [out, in] for some h."""
+        zero = self.zero_point.unsqueeze(-1)
+        codes = (grouped(self.low + h, self.grid) + zero).clamp(self.grid.code_min, self.grid.code_max)
+        return ((codes - zero) * self.scale.unsqueeze(-1)).flatten(1)
+
+    def codes(self) -> Tensor:
+        """The hard codes [out, in] int8: up where v >= 0."""
+        up = (self.v >= 0).to(self.low.dtype)
+        codes = grouped(self.low + up, self.grid) + self.zero_point.unsqueeze(-1)
+        return codes.clamp(self.grid.code_min, self.grid.code_max).to(torch.int8).flatten(1)
+
+    def settled(self) -> float:
+        """Share of h within 0.01 of 0 or 1."""
+        h = self.h()
+        return ((h < 0.01) | (h > 0.99)).float().mean().item()
+
+
+def beta_at(step: int, iterations: int) -> float | None:
+    """The regulariser's exponent at a step, falling along a cosine; None during the warm-up."""
+    start = WARM_UP * iterations
+    if step < start:
+        return None
+    progress = (step - start) / max(iterations - start, 1)
+    return BETA_END + 0.5 * (BETA_START - BETA_END) * (1 + math.cos(progress * math.pi))
+
+
+def regulariser_gradient(h: Tensor, beta: float) -> Tensor:
+    """Derivative by h of sum(1 - |2h - 1|^beta)."""
+    centred = 2 * h - 1
+    return -2 * beta * centred.abs().pow(beta - 1) * centred.sign()
+
+
+def learn_rounding(weight: Tensor, gram: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, iterations: int,
+                   strength: float, learning_rate: float) -> SoftRounding:
+    """Learn the rounding of one or more stacked linears through the Gram matrix of their input.
+
+    The loss is tr(D G Dᵀ), exact over all calibration tokens, in units of the mean s² G of a weight, so that `strength`
+    weighs the regulariser alike in every layer; its gradient by the weights is 2 D G. Adam, as in the paper.
+
+    Args:
+        weight: [out, in] float32; gram: [in, in]; scale, zero_point: [out, groups].
+    """
+    soft = SoftRounding.start(weight, scale, zero_point, grid)
+    steps = scale.unsqueeze(-1).expand(-1, -1, weight.shape[1] // scale.shape[1]).flatten(1)
+    unit = (steps.square() * gram.diagonal()).mean()
+    gradient_scale = 2 * steps / unit
+    low = grouped(soft.low, grid) + zero_point.unsqueeze(-1)
+    # Where both neighbours are clipped to the same code, h has no effect.
+    free = ((low >= grid.code_min) & (low < grid.code_max)).flatten(1)
+    moment, variance = torch.zeros_like(soft.v), torch.zeros_like(soft.v)
+    for step in range(iterations):
+        sigmoid = torch.sigmoid(soft.v)
+        h = (STRETCH * sigmoid + OFFSET).clamp_(0.0, 1.0)
+        difference = soft.weight(h).sub_(weight)
+        gradient = (difference @ gram).mul_(gradient_scale).mul_(free)
+        beta = beta_at(step, iterations)
+        if beta is not None:
+            gradient += strength * regulariser_gradient(h, beta)
+        gradient *= STRETCH * sigmoid * (1 - sigmoid) * ((h > 0) & (h < 1))
+        moment.lerp_(gradient, 0.1)
+        variance.lerp_(gradient.square_(), 0.001)
+        rate = learning_rate * math.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
+        soft.v.addcdiv_(moment, variance.sqrt().add_(1e-8), value=-rate)
+    return soft

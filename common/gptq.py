@@ -1,0 +1,34 @@
+"""GPTQ of one decoder layer, as quantize_gptq.py does it and quantize_quarot.py after its rotation."""
+
+from __future__ import annotations
+
+import torch
+
+from common.grid import QuantizedLinear, search_range
+from common.layerwise import Layer
+from common.models import LINEAR_GROUPS
+from common.rounding import refine, solve
+
+# Refinements after the solve; docs/quantization_methods_deep_dive.md has the measurement.
+SWEEPS = 2
+
+
+def gptq_layer(layer: Layer, damping: float, sweeps: int) -> dict[str, QuantizedLinear]:
+    """Codes of every linear of a layer. Linears that read the same tensor are solved together.
+
+    Scales are searched on the Gram's diagonal, codes found with error feedback, then both are refined `sweeps` times.
+    """
+    codes = {}
+    for group, statistics in zip(LINEAR_GROUPS, layer.statistics, strict=True):
+        weights = [layer.weight(name) for name in group.linears]
+        stacked = torch.cat(weights)
+        scale, zero_point = search_range(stacked, layer.grid, statistics.gram.diagonal(), scale_dtype=layer.scale_dtype)
+        rounded, used = solve(stacked, statistics.gram, scale, zero_point, layer.grid, damping,
+                              name=layer.where(group.linears[0]))
+        rounded, scale = refine(stacked, rounded, scale, zero_point, statistics.gram, layer.grid, layer.scale_dtype, sweeps,
+                                used)
+        sizes = [len(weight) for weight in weights]
+        for name, *parts in zip(group.linears, rounded.split(sizes), scale.split(sizes), zero_point.split(sizes),
+                                strict=True):
+            codes[name] = QuantizedLinear(*parts, layer.grid)
+    return codes

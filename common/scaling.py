@@ -1,0 +1,66 @@
+"""Scale input channels of a linear group and undo it in what feeds them: the function stays, the weights' form changes.
+
+With a positive s per channel, W' = W diag(s) reads x' = x / s. The division goes into the norm's gain, or into the rows of the
+linear whose output is x: up_proj feeds down_proj, and v_proj feeds o_proj through the attention's averages, where all
+query heads that share a key-value head must share s.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from common.layerwise import Layer
+from common.models import LINEAR_GROUPS
+from common.statistics import InputStatistics
+
+
+def shared_by_heads(layer: Layer, group_index: int, values: Tensor) -> Tensor:
+    """Values [in] per input channel made equal wherever a scale has to be: over query heads of a key-value head, the mean."""
+    if LINEAR_GROUPS[group_index].fed_by != "self_attn.v_proj":
+        return values
+    by_head = _by_query_head(layer, values)
+    return by_head.mean(1, keepdim=True).expand_as(by_head).reshape(-1)
+
+
+def _by_query_head(layer: Layer, values: Tensor) -> Tensor:
+    """View [in] of o_proj as [key-value heads, query heads of each, head size]."""
+    attention = layer.module.self_attn
+    return values.view(-1, attention.num_key_value_groups, attention.head_dim)
+
+
+def fold_scale(layer: Layer, group_index: int, scale: Tensor) -> None:
+    """Multiply the input columns of a group's linears by scale [in], divide what feeds them, and adapt the statistics.
+
+    For o_proj, `scale` has to be equal over the query heads of a key-value head (`shared_by_heads`).
+    """
+    group = LINEAR_GROUPS[group_index]
+    for name in group.linears:
+        weight = layer.module.get_submodule(name).weight
+        weight.data = (weight.float() * scale).to(weight.dtype)
+    feeder = layer.module.get_submodule(group.fed_by)
+    rows = _by_query_head(layer, scale)[:, 0].reshape(-1) if group.fed_by == "self_attn.v_proj" else scale
+    for parameter in feeder.parameters():                                       # a gain [in], or weight [in, ...] and bias
+        parameter.data = (parameter.float() / rows.view(-1, *[1] * (parameter.dim() - 1))).to(parameter.dtype)
+    if layer.statistics is not None:
+        rescale(layer.statistics[group_index], scale)
+
+
+def rescale(statistics: InputStatistics, scale: Tensor) -> None:
+    """Turn the statistics of x into those of x / scale."""
+    statistics.gram /= scale.unsqueeze(1) * scale
+    statistics.abs_max /= scale
+    statistics.abs_mean /= scale
+    statistics.sample /= scale
+
+
+def power_ratio(activation: Tensor, weight: Tensor, exponent: float) -> Tensor:
+    """activation^exponent / weight^(1 - exponent), centred so that its largest times its smallest value is one. All [in]."""
+    scale = activation.clamp(min=1e-5).pow(exponent) / weight.clamp(min=1e-5).pow(1 - exponent)
+    scale = scale.clamp(min=1e-4)
+    return scale / (scale.max() * scale.min()).sqrt()
+
+
+def largest_weight(weights: list[Tensor]) -> Tensor:
+    """Largest |w| of each input channel over all rows of all linears [out, in] that read it: [in]."""
+    return torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)

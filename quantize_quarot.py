@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""QuaRot: rotate the model so that no channel stands out, then quantize it with GPTQ.
+
+    python quantize_quarot.py --bits 4 --output models/Llama-3.2-1B-Instruct/quarot-4bit
+    python quantize_quarot.py --model demo
+
+Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", https://arxiv.org/abs/2404.00456. The gain of
+every RMSNorm is multiplied into the linears that read it; then a random Hadamard rotation R1 of the hidden state is
+multiplied into all that reads or writes it, and a Hadamard rotation R2 of each value head into v_proj and o_proj. All of
+this folds into the weights, in float64: the rotated model is a plain model with the same function. Its embedding and head are no
+longer the same matrix, so a tied head is stored on its own. Weights are quantized to W4A16.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from common import cli
+from common.gptq import SWEEPS, gptq_layer
+from common.hadamard import rotation
+from common.layerwise import Method
+from common.models import SourceModel
+from common.quantization import run
+from common.rounding import DAMPING
+
+READS_HIDDEN = {"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")}
+WRITES_HIDDEN = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def times(weight: Tensor, matrix: Tensor) -> Tensor:
+    """weight @ matrix in float64, returned in the weight's own type."""
+    return (weight.double() @ matrix.to(weight.device)).to(weight.dtype)
+
+
+def fuse_norm(norm: nn.Module, linears: list[nn.Linear]) -> None:
+    """Multiply an RMSNorm's gain [hidden] into the columns of the linears that read it; the gain becomes one."""
+    for linear in linears:
+        linear.weight.data = (linear.weight.double() * norm.weight.double()).to(linear.weight.dtype)
+    norm.weight.data = torch.ones_like(norm.weight)
+
+
+def rotate_ends(source: SourceModel, hidden: Tensor) -> None:
+    """Rotate what writes the hidden state first and reads it last: embedding and head. hidden: R1 [hidden, hidden]."""
+    source.untie()
+    fuse_norm(source.model.model.norm, [source.model.lm_head])
+    embedding, head = source.model.model.embed_tokens, source.model.lm_head
+    embedding.weight.data = times(embedding.weight, hidden)
+    head.weight.data = times(head.weight, hidden)
+
+
+def rotate_layer(module: nn.Module, hidden: Tensor, value: Tensor) -> None:
+    """Rotate a decoder layer. hidden: R1 [hidden, hidden]; value: R2 [head size, head size]."""
+    for norm, names in READS_HIDDEN.items():
+        linears = [module.get_submodule(name) for name in names]
+        fuse_norm(module.get_submodule(norm), linears)
+        for linear in linears:
+            linear.weight.data = times(linear.weight, hidden)
+    for name in WRITES_HIDDEN:
+        linear = module.get_submodule(name)
+        linear.weight.data = times(linear.weight.T, hidden).T.contiguous()
+        if linear.bias is not None:
+            linear.bias.data = times(linear.bias, hidden)
+    v_proj, o_proj = module.self_attn.v_proj, module.self_attn.o_proj
+    size = len(value)
+    v_proj.weight.data = times(v_proj.weight.T.unflatten(1, (-1, size)), value).flatten(1).T.contiguous()
+    if v_proj.bias is not None:
+        v_proj.bias.data = times(v_proj.bias.view(-1, size), value).flatten()
+    o_proj.weight.data = times(o_proj.weight.unflatten(1, (-1, size)), value).flatten(1)
+
+
+def main() -> None:
+    parser = cli.quantization_parser(__doc__, bits=4)
+    parser.add_argument("--damping", type=float, default=DAMPING,
+                        help="added to the Gram matrix's diagonal, as a share of its mean (default: %(default)s)")
+    parser.add_argument("--sweeps", type=int, default=SWEEPS,
+                        help="refinements of the rounded weights (default: %(default)s)")
+    options = parser.parse_args()
+    rotations: dict[str, Tensor] = {}
+
+    def rewrite_model(source: SourceModel) -> None:
+        attention = source.model.model.layers[0].self_attn
+        rotations["hidden"] = rotation(source.config.hidden_size, options.seed)
+        rotations["value"] = rotation(attention.head_dim, options.seed + 1)
+        rotate_ends(source, rotations["hidden"])
+
+    run(options, Method("quarot", lambda layer: gptq_layer(layer, options.damping, options.sweeps),
+                        rewrite_model=rewrite_model,
+                        rewrite_layer=lambda _, module: rotate_layer(module, **rotations)))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""SmoothQuant: 8-bit weights and 8-bit activations (W8A8); the activations' outliers are moved into the weights first.
+
+    python quantize_smoothquant.py --output models/Llama-3.2-1B-Instruct/smoothquant-8bit
+    python quantize_smoothquant.py --model demo --alpha 0.8
+
+Xiao et al. 2022, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
+https://arxiv.org/abs/2211.10438. Each input channel is divided by s = max|x|^α / max|W|^(1 - α) (equation 4) and its weights
+multiplied by it. Weights are then rounded per output channel, activations per token as they come, both symmetric. With
+--alpha auto every linear group gets the α, or no smoothing, with the smallest output error over a sample of its inputs.
+"""
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from common import cli
+from common.grid import Grid, QuantizedLinear, quantize, round_per_token, search_range
+from common.layerwise import Layer, Method
+from common.models import LINEAR_GROUPS
+from common.quantization import run
+from common.scaling import fold_scale, largest_weight, power_ratio, shared_by_heads
+
+ACTIVATION_BITS = 8
+ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def rounded_error(weight: Tensor, inputs: Tensor, scale: Tensor, grid: Grid, scale_dtype: torch.dtype) -> Tensor:
+    """Squared output error over inputs [tokens, in] when weight [out, in] and inputs are smoothed by scale and rounded."""
+    smoothed = weight * scale
+    levels = (1 << grid.bits) - 1
+    step = (smoothed.abs().amax(1, keepdim=True) * 2 / levels).to(scale_dtype).float().clamp(min=1e-12)
+    rounded = (smoothed / step).round_().clamp_(grid.code_min, grid.code_max).mul_(step)
+    outputs = round_per_token(inputs / scale, ACTIVATION_BITS) @ rounded.T
+    return (outputs - inputs @ weight.T).square().sum()
+
+
+def smoothing_scale(layer: Layer, group_index: int, alpha: float | None) -> Tensor:
+    """The smoothing scale [in] of a linear group for one α, or the best of ALPHAS and none at all for None."""
+    statistics = layer.statistics[group_index]
+    weights = [layer.weight(name) for name in LINEAR_GROUPS[group_index].linears]
+    largest = largest_weight(weights)
+
+    def scale_for(exponent: float) -> Tensor:
+        return shared_by_heads(layer, group_index, power_ratio(statistics.abs_max, largest, exponent))
+
+    if alpha is not None:
+        return scale_for(alpha)
+    stacked = torch.cat(weights)
+    candidates = [torch.ones_like(largest), *map(scale_for, ALPHAS)]
+    errors = [rounded_error(stacked, statistics.sample, scale, layer.grid, layer.scale_dtype) for scale in candidates]
+    return torch.stack(candidates)[torch.stack(errors).argmin()]
+
+
+def prepare_layer(layer: Layer, alpha: float | None) -> None:
+    """Smooth all four groups: the two norms, v_proj into o_proj, up_proj into down_proj."""
+    for group_index in range(len(LINEAR_GROUPS)):
+        fold_scale(layer, group_index, smoothing_scale(layer, group_index, alpha))
+
+
+def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
+    """Nearest codes of every linear, ranges searched on the Gram's diagonal."""
+    codes = {}
+    for group, statistics in zip(LINEAR_GROUPS, layer.statistics, strict=True):
+        for name in group.linears:
+            weight = layer.weight(name)
+            scale, zero_point = search_range(weight, layer.grid, statistics.gram.diagonal(), scale_dtype=layer.scale_dtype)
+            codes[name] = QuantizedLinear(quantize(weight, scale, zero_point, layer.grid), scale, zero_point, layer.grid)
+    return codes
+
+
+def _alpha(text: str) -> float | None:
+    if text == "auto":
+        return None
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def main() -> None:
+    parser = cli.quantization_parser(__doc__, bits=8)
+    parser.add_argument("--alpha", type=_alpha, default="auto", metavar="X|auto",
+                        help="migration strength between 0 and 1, or auto (default: %(default)s)")
+    parser.set_defaults(group_size="channel", symmetric=True)
+    options = parser.parse_args()
+    run(options, Method("smoothquant", quantize_layer, prepare_layer=lambda layer: prepare_layer(layer, options.alpha),
+                        activation_bits=ACTIVATION_BITS), bits=(8,))
+
+
+if __name__ == "__main__":
+    cli.run(main)
