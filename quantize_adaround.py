@@ -14,15 +14,16 @@ import torch
 
 from common import cli
 from common.adaround import SoftRounding, beta_at, learn_rounding
-from common.grid import QuantizedLinear, search_range
+from common.grid import QuantizedLinear
 from common.layerwise import Layer, Method
 from common.models import LINEAR_GROUPS, LINEARS
 from common.quantization import run
+from common.rounding import choose_ranges
 
 ITERATIONS, DEMO_ITERATIONS = 500, 100
-STRENGTH = 0.05
-# How far Adam can carry a v in all; from one end of h to the other is about 5.
-TRAVEL = 10.0
+# Weight of the regulariser, and how far Adam could carry a v in all (from one end of h to the other is about 5): with less of
+# either a third of the roundings stay undecided (docs/quantization_methods_deep_dive.md).
+STRENGTH, TRAVEL = 1.0, 20.0
 BLOCK_BATCH, BLOCK_ERROR_WEIGHT = 4, 1000.0
 
 
@@ -32,7 +33,7 @@ def quantize_layer(layer: Layer, iterations: int) -> dict[str, QuantizedLinear]:
     for group, statistics in zip(LINEAR_GROUPS, layer.statistics, strict=True):
         weights = [layer.weight(name) for name in group.linears]
         stacked = torch.cat(weights)
-        scale, zero_point = search_range(stacked, layer.grid, statistics.gram.diagonal(), scale_dtype=layer.scale_dtype)
+        scale, zero_point = choose_ranges(stacked, statistics.gram, layer.grid, layer.scale_dtype)
         soft = learn_rounding(stacked, statistics.gram, scale, zero_point, layer.grid, iterations, STRENGTH,
                               TRAVEL / iterations)
         settled.append(soft.settled())
@@ -50,7 +51,7 @@ def quantize_block(layer: Layer, iterations: int) -> dict[str, QuantizedLinear]:
     for group, statistics in zip(LINEAR_GROUPS, layer.statistics, strict=True):
         for name in group.linears:
             weight = layer.weight(name)
-            ranges = search_range(weight, layer.grid, statistics.gram.diagonal(), scale_dtype=layer.scale_dtype)
+            ranges = choose_ranges(weight, statistics.gram, layer.grid, layer.scale_dtype)
             # Begin where the layer-wise rounding ends up half-way: far better than the fractions.
             soft[name] = learn_rounding(weight, statistics.gram, *ranges, layer.grid, iterations // 4, 0.0,
                                         2.0 / iterations)

@@ -22,7 +22,7 @@ from common.quantization import run
 from common.rounding import choose_ranges, output_error
 from common.scaling import fold_scale, power_ratio, shared_by_heads
 
-RATIOS = 20
+RATIOS = 14
 
 
 def rounding_loss(weight: Tensor, gram: Tensor, grid: Grid, scale: Tensor, scale_dtype: torch.dtype) -> Tensor:

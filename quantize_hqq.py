@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common import cli
 from common.grid import Grid, QuantizedLinear, grouped, power_, quantize, round_scale, rounding_error, search_range
-from common.layerwise import Layer, Method
+from common.layerwise import NOTHING, Layer, Method
 from common.models import LINEARS
 from common.quantization import run
 
@@ -70,7 +70,7 @@ def main() -> None:
         return {name: quantize_weight(layer.weight(name), layer.grid, options.lp_norm, layer.scale_dtype)
                 for name in LINEARS}
 
-    run(options, Method("hqq", quantize_layer, needs_calibration=False))
+    run(options, Method("hqq", quantize_layer, needs=NOTHING))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from common.hadamard import rotation
 from common.layerwise import Method
 from common.models import SourceModel
 from common.quantization import run
-from common.rounding import DAMPING
 
+# Rotated inputs are even, and need no more damping than the GPTQ paper's.
+DAMPING = 0.01
 READS_HIDDEN = {"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                 "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")}
 WRITES_HIDDEN = ("self_attn.o_proj", "mlp.down_proj")

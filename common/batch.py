@@ -103,7 +103,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         description="Baseline and all quantization methods: quantized, verified, evaluated, README regenerated. "
                     "Arguments that are not listed here are passed to the method scripts, such as --group-size 64.")
     parser.add_argument("--demo", action="store_true", help="the demo model with the demo's data: 15 to 30 minutes on 2 "
-                                                            "cores (calibration 32 x 512 tokens)")
+                                                            "cores (calibration 16 x 512 tokens)")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="hub id, folder, or demo (default: %(default)s)")
     parser.add_argument("--only", metavar="A,B", help=f"configurations to run, of {', '.join(CONFIGURATIONS)}")
     parser.add_argument("--overwrite", action="store_true", help="run finished configurations again")

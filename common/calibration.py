@@ -16,7 +16,7 @@ from common.errors import UserError
 # Chat text: instruct models are calibrated through their chat template, as they are used.
 DEFAULT_DATA = "HuggingFaceH4/ultrachat_200k:train_sft"
 DEFAULT_SAMPLES, DEFAULT_LENGTH = 128, 2048
-DEMO_SAMPLES, DEMO_LENGTH = 32, 512
+DEMO_SAMPLES, DEMO_LENGTH = 16, 512
 _TEXT_COLUMNS = ("text", "content", "messages", "conversations")
 # Rows fetched from a hub data set for each window that is asked for: enough for short documents.
 _ROWS_PER_WINDOW = 24

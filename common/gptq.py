@@ -10,7 +10,7 @@ from common.models import LINEAR_GROUPS
 from common.rounding import refine, solve
 
 # Refinements after the solve; docs/quantization_methods_deep_dive.md has the measurement.
-SWEEPS = 2
+SWEEPS = 1
 
 
 def gptq_layer(layer: Layer, damping: float, sweeps: int) -> dict[str, QuantizedLinear]:
@@ -22,7 +22,7 @@ def gptq_layer(layer: Layer, damping: float, sweeps: int) -> dict[str, Quantized
     for group, statistics in zip(LINEAR_GROUPS, layer.statistics, strict=True):
         weights = [layer.weight(name) for name in group.linears]
         stacked = torch.cat(weights)
-        scale, zero_point = search_range(stacked, layer.grid, statistics.gram.diagonal(), scale_dtype=layer.scale_dtype)
+        scale, zero_point = search_range(stacked, layer.grid, statistics.mean_square, scale_dtype=layer.scale_dtype)
         rounded, used = solve(stacked, statistics.gram, scale, zero_point, layer.grid, damping,
                               name=layer.where(group.linears[0]))
         rounded, scale = refine(stacked, rounded, scale, zero_point, statistics.gram, layer.grid, layer.scale_dtype, sweeps,

@@ -23,7 +23,7 @@ AUTO_GROUP_SIZES = (128, 64, 32)
 SEARCH = {4: (1.04, 0.4, 60), 8: (1.02, 0.94, 40)}
 
 # Elements of one working tile of the range search: small enough that its temporaries stay in a CPU's cache.
-_TILE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 25}
+TILE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 25}
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor | None = None, n
     groups = grouped(weight, grid)                                              # [out, groups, group]
     factor = None if importance is None else grouped(importance.float().unsqueeze(0), grid)
     scales, zeros = [], []
-    for part in groups.split(max(1, _TILE_ELEMENTS[weight.device.type] // weight.shape[1])):
+    for part in groups.split(max(1, TILE_ELEMENTS[weight.device.type] // weight.shape[1])):
         part = part.float()
         best_error = torch.full(part.shape[:-1], torch.inf, device=part.device)
         best_scale = torch.ones_like(best_error)

@@ -51,11 +51,16 @@ class Layer:
         return f"model.layers.{self.index}.{name}"
 
 
+NOTHING, RANGES, GRAM = "nothing", "ranges", "gram"
+
+
 @dataclass(frozen=True)
 class Method:
     """A quantization method.
 
     quantize_layer: returns the codes of every linear of a layer (`models.LINEARS`).
+    needs: GRAM, statistics of the quantized layers' output; RANGES, statistics without Gram matrices in one pass through
+        the original layers, for 8-bit methods whose errors are small; or NOTHING.
     rewrite_model, rewrite_layer: change the model without changing its function before anything is measured, the small
         parts once and each layer when it is loaded (a rotation).
     prepare_layer: the same for a layer whose statistics are known (a scaling); has to keep them true.
@@ -64,7 +69,7 @@ class Method:
 
     name: str
     quantize_layer: Callable[[Layer], dict[str, QuantizedLinear]]
-    needs_calibration: bool = True
+    needs: str = GRAM
     rewrite_model: Callable[[SourceModel], None] | None = None
     rewrite_layer: Callable[[int, nn.Module], None] | None = None
     prepare_layer: Callable[[Layer], None] | None = None
@@ -142,7 +147,7 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
             if windows is not None:
                 layer.inputs = hidden
                 layer.forward = partial(_forward, module, arguments=arguments[index])
-                layer.statistics = _collect(layer, source.device)
+                layer.statistics = _collect(layer, source.device, method.needs)
         with watch("solve"):
             if method.prepare_layer:
                 method.prepare_layer(layer)
@@ -161,7 +166,7 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
                     linears[layer.where(name)] = record
             probed = _forward(module, probed, probe_arguments[index])
         with watch("propagate"):
-            if windows is not None and index + 1 < source.num_layers:
+            if method.needs == GRAM and index + 1 < source.num_layers:
                 for i, chunk in enumerate(hidden):
                     hidden[i] = layer.forward(chunk.to(source.device)).to(chunk.device)
         with watch("write"):
@@ -186,25 +191,30 @@ def _forward(module: nn.Module, hidden: Tensor, arguments: dict) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-class _SeenEnough(Exception):
-    """Ends a forward pass once the last group has shown its input: what comes after is not needed."""
+def _collect(layer: Layer, device: torch.device, needs: str) -> list[InputStatistics]:
+    """Statistics of every linear group over all calibration windows. For RANGES the inputs become the layer's outputs.
 
-
-def _collect(layer: Layer, device: torch.device) -> list[InputStatistics]:
-    statistics = new_statistics(layer.module, device)
-
-    def receive(group: int, inputs: Tensor) -> None:
-        statistics[group].add(inputs)
-        if group == len(LINEAR_GROUPS) - 1:
-            raise _SeenEnough
-
-    with group_inputs(layer.module, receive):
-        for chunk in layer.inputs:
-            try:
-                layer.forward(chunk.to(device))
-            except _SeenEnough:
-                continue
+    The residual stream is normalised before it is read again, so an error that o_proj or down_proj adds to it counts
+    relative to the token's size. A few tokens, the first of each text above all, carry values hundreds of times the
+    usual; unweighted, they alone would decide how these two are rounded.
+    """
+    statistics = new_statistics(layer.module, device, with_gram=needs == GRAM)
+    inputs: dict[int, Tensor] = {}
+    with group_inputs(layer.module, inputs.__setitem__):
+        for i, home in enumerate(layer.inputs):
+            chunk = home.to(device)
+            output = layer.forward(chunk)
+            weights = {("self_attn.o_proj",): _token_weights(chunk), ("mlp.down_proj",): _token_weights(output)}
+            for group, group_input in inputs.items():
+                statistics[group].add(group_input, weights.get(LINEAR_GROUPS[group].linears))
+            if needs == RANGES:
+                layer.inputs[i] = output.to(home.device)
     return [group.finish() for group in statistics]
+
+
+def _token_weights(hidden: Tensor) -> Tensor:
+    """One over the mean square of each token's hidden state [..., hidden]: [...]."""
+    return 1.0 / hidden.float().square().mean(-1).clamp(min=1e-12)
 
 
 def round_to_storage(module: nn.Module, dtype: torch.dtype) -> None:

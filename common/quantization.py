@@ -14,7 +14,7 @@ from common.checkpoint import CheckpointWriter, check_output, folder_bytes
 from common.cli import configure_torch, resolve_device, resolve_dtype, resolve_sizes
 from common.errors import UserError
 from common.grid import SUPPORTED_BITS, Grid, resolve_group_size
-from common.layerwise import Method, Stopwatch, WalkResult, quantize_model
+from common.layerwise import NOTHING, Method, Stopwatch, WalkResult, quantize_model
 from common.models import MODELS_FOLDER, SourceModel, model_name
 from common.progress import say
 
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
         source = SourceModel(options.model, device, dtype)
         grid = Grid(options.bits, resolve_group_size(options.group_size, source.in_features()), options.symmetric)
     windows = None
-    if method.needs_calibration:
+    if method.needs != NOTHING:
         with watch("calibration text"):
             length = min(options.calib_length, source.config.max_position_embeddings)
             windows = calibration_windows(options.calib_data, source.tokenizer, options.calib_samples, length,

@@ -48,7 +48,9 @@ def fold_scale(layer: Layer, group_index: int, scale: Tensor) -> None:
 
 def rescale(statistics: InputStatistics, scale: Tensor) -> None:
     """Turn the statistics of x into those of x / scale."""
-    statistics.gram /= scale.unsqueeze(1) * scale
+    if statistics.with_gram:
+        statistics.gram /= scale.unsqueeze(1) * scale
+    statistics.mean_square /= scale.square()
     statistics.abs_max /= scale
     statistics.abs_mean /= scale
     statistics.sample /= scale

@@ -19,28 +19,41 @@ SAMPLES_PER_BATCH = 64
 class InputStatistics:
     """Running statistics of the input x [tokens, in] of a linear group.
 
-    gram [in, in] is the mean over tokens of x xᵀ, in float32; abs_max and abs_mean are [in]; sample [n, in] is some of the
+    gram [in, in] is the weighted mean over tokens of x xᵀ, in float32, mean_square [in] its diagonal; abs_max and abs_mean are [in]; sample [n, in] is some of the
     inputs themselves, evenly drawn.
     """
 
     in_features: int
     device: torch.device
+    with_gram: bool = True
     tokens: int = 0
     gram: Tensor = field(init=False)
+    mean_square: Tensor = field(init=False)
     abs_max: Tensor = field(init=False)
     abs_mean: Tensor = field(init=False)
     sample: Tensor = field(init=False)
 
     def __post_init__(self):
-        self.gram = torch.zeros(self.in_features, self.in_features, device=self.device)
+        if self.with_gram:
+            self.gram = torch.zeros(self.in_features, self.in_features, device=self.device)
+        self.mean_square = torch.zeros(self.in_features, device=self.device)
         self.abs_max = torch.zeros(self.in_features, device=self.device)
         self.abs_mean = torch.zeros(self.in_features, device=self.device)
+        self.weight = torch.zeros((), device=self.device)
         self._samples: list[Tensor] = []
+        self._block = max(128, -(-self.in_features // 4))
 
-    def add(self, inputs: Tensor) -> None:
-        """Take in one more batch [..., in]."""
+    def add(self, inputs: Tensor, token_weights: Tensor | None = None) -> None:
+        """Take in one more batch [..., in]; token_weights [...] say how much each token counts in the Gram matrix."""
         rows = inputs.detach().reshape(-1, self.in_features).float()
-        self.gram.addmm_(rows.T, rows)
+        weighted = rows if token_weights is None else rows * token_weights.reshape(-1, 1)
+        self.weight += len(rows) if token_weights is None else token_weights.sum()
+        # The Gram matrix is symmetric: its upper blocks suffice until all batches are in.
+        for start in range(0, self.in_features if self.with_gram else 0, self._block):
+            stop = start + self._block
+            self.gram[start:stop, start:].addmm_(weighted[:, start:stop].T, rows[:, start:])
+        if not self.with_gram:
+            self.mean_square += (weighted * rows).sum(0)
         magnitudes = rows.abs()
         torch.maximum(self.abs_max, magnitudes.amax(0), out=self.abs_max)
         self.abs_mean += magnitudes.sum(0)
@@ -51,7 +64,13 @@ class InputStatistics:
         """Turn sums into means, once all batches are in."""
         self.sample = torch.cat(self._samples)
         self._samples.clear()
-        self.gram /= max(self.tokens, 1)
+        if self.with_gram:
+            self.gram.triu_()
+            self.gram += self.gram.triu(1).T.clone()
+            self.gram /= self.weight
+            self.mean_square = self.gram.diagonal().clone()
+        else:
+            self.mean_square /= self.weight
         self.abs_mean /= max(self.tokens, 1)
         return self
 
@@ -72,6 +91,7 @@ def group_inputs(layer: nn.Module, receive: Callable[[int, Tensor], None]) -> It
             handle.remove()
 
 
-def new_statistics(layer: nn.Module, device: torch.device) -> list[InputStatistics]:
+def new_statistics(layer: nn.Module, device: torch.device, with_gram: bool) -> list[InputStatistics]:
     """Empty statistics for each linear group of a layer."""
-    return [InputStatistics(layer.get_submodule(group.linears[0]).in_features, device) for group in LINEAR_GROUPS]
+    return [InputStatistics(layer.get_submodule(group.linears[0]).in_features, device, with_gram)
+            for group in LINEAR_GROUPS]

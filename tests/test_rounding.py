@@ -48,7 +48,7 @@ def problem(rows, channels, grid, generator):
 @pytest.mark.parametrize("grid", [Grid(4, 64), Grid(3, 32, True), Grid(8, None), Grid(2, 64)], ids=str)
 def test_same_codes_as_the_paper(grid, generator):
     weight, _, gram, scale, zero_point = problem(24, 2 * BLOCK + 64, grid, generator)
-    codes, damping = solve(weight, gram, scale, zero_point, grid)
+    codes, damping = solve(weight, gram, scale, zero_point, grid, damping=0.01)
     expected = gptq_by_the_paper(weight, gram, scale, zero_point, grid, damping)
     same = (codes.numpy() == expected).mean()
     # float32 against float64: a value on the edge between two codes may fall either way, and move later ones.
