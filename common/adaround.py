@@ -75,6 +75,27 @@ def regulariser_gradient(h: Tensor, beta: float) -> Tensor:
     return -2 * beta * centred.abs().pow(beta - 1) * centred.sign()
 
 
+class Gradient:
+    """The derivative by v of tr(D G Dᵀ) / u + strength · Σ (1 - |2h - 1|^β), u the mean s² G of a weight."""
+
+    def __init__(self, soft: SoftRounding, weight: Tensor, gram: Tensor):
+        self.soft, self.target, self.gram = soft, weight, gram
+        steps = soft.scale.unsqueeze(-1).expand(-1, -1, weight.shape[1] // soft.scale.shape[1]).flatten(1)
+        self.factor = 2 * steps / (steps.square() * gram.diagonal()).mean()
+        low = grouped(soft.low, soft.grid) + soft.zero_point.unsqueeze(-1)
+        # Where both neighbours are clipped to the same code, h has no effect.
+        self.factor *= ((low >= soft.grid.code_min) & (low < soft.grid.code_max)).flatten(1)
+
+    def __call__(self, strength: float, beta: float | None) -> Tensor:
+        """The gradient [out, in] at the present v; beta None leaves the regulariser out."""
+        sigmoid = torch.sigmoid(self.soft.v)
+        h = (STRETCH * sigmoid + OFFSET).clamp_(0.0, 1.0)
+        gradient = (self.soft.weight(h).sub_(self.target) @ self.gram).mul_(self.factor)
+        if beta is not None:
+            gradient += strength * regulariser_gradient(h, beta)
+        return gradient.mul_(STRETCH * sigmoid * (1 - sigmoid) * ((h > 0) & (h < 1)))
+
+
 def learn_rounding(weight: Tensor, gram: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, iterations: int,
                    strength: float, learning_rate: float) -> SoftRounding:
     """Learn the rounding of one or more stacked linears through the Gram matrix of their input.
@@ -86,22 +107,10 @@ def learn_rounding(weight: Tensor, gram: Tensor, scale: Tensor, zero_point: Tens
         weight: [out, in] float32; gram: [in, in]; scale, zero_point: [out, groups].
     """
     soft = SoftRounding.start(weight, scale, zero_point, grid)
-    steps = scale.unsqueeze(-1).expand(-1, -1, weight.shape[1] // scale.shape[1]).flatten(1)
-    unit = (steps.square() * gram.diagonal()).mean()
-    gradient_scale = 2 * steps / unit
-    low = grouped(soft.low, grid) + zero_point.unsqueeze(-1)
-    # Where both neighbours are clipped to the same code, h has no effect.
-    free = ((low >= grid.code_min) & (low < grid.code_max)).flatten(1)
     moment, variance = torch.zeros_like(soft.v), torch.zeros_like(soft.v)
+    gradient_of = Gradient(soft, weight, gram)
     for step in range(iterations):
-        sigmoid = torch.sigmoid(soft.v)
-        h = (STRETCH * sigmoid + OFFSET).clamp_(0.0, 1.0)
-        difference = soft.weight(h).sub_(weight)
-        gradient = (difference @ gram).mul_(gradient_scale).mul_(free)
-        beta = beta_at(step, iterations)
-        if beta is not None:
-            gradient += strength * regulariser_gradient(h, beta)
-        gradient *= STRETCH * sigmoid * (1 - sigmoid) * ((h > 0) & (h < 1))
+        gradient = gradient_of(strength, beta_at(step, iterations))
         moment.lerp_(gradient, 0.1)
         variance.lerp_(gradient.square_(), 0.001)
         rate = learning_rate * math.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))

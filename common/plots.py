@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
+from common.models import LINEARS  # noqa: E402
 from common.results import ModelResults  # noqa: E402
 
 # Okabe and Ito's colours, in an order whose greys differ, and a marker for each method: colour is never alone.
@@ -27,7 +28,8 @@ def draw_all(results: ModelResults, folder: Path) -> list[tuple[str, Path]]:
     folder.mkdir(parents=True, exist_ok=True)
     plots = (("Perplexity and ARC accuracy against size", "accuracy_against_size", accuracy_against_size),
              ("Quantization time", "quantization_time", quantization_time),
-             ("Memory", "memory", memory))
+             ("Memory", "memory", memory),
+             ("Relative output error by layer", "error_by_layer", error_by_layer))
     drawn = []
     for caption, name, draw in plots:
         figure = draw(results)
@@ -63,6 +65,33 @@ def accuracy_against_size(results: ModelResults):
         axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    return figure
+
+
+def error_by_layer(results: ModelResults):
+    """Relative output error of every linear over the layers, a panel for each linear, a line for each 4-bit method."""
+    errors = {name: document["quantization"]["relative_output_error"] for name, document in results.documents.items()
+              if name.endswith("4bit") and document["quantization"].get("relative_output_error")}
+    names = [name for name in results.configurations() if name in errors]
+    if not names:
+        return None
+    figure, axes = plt.subplots(2, 4, figsize=(13, 6), layout="constrained", sharex=True)
+    for axis, linear in zip(axes.flat, LINEARS, strict=False):
+        for name in names:
+            values = {int(key.split(".")[2]): error for key, error in errors[name].items() if key.endswith(linear)}
+            colour, marker = style(name)
+            axis.plot(list(values), list(values.values()), marker=marker, markersize=4, linewidth=1, color=colour,
+                      label=name)
+        axis.set_title(linear.split(".")[1], fontsize=10)
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    for axis in axes[1]:
+        axis.set_xlabel("Layer")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("Relative output error")
+    axes.flat[-1].axis("off")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    axes.flat[-1].legend(handles, labels, loc="center", frameon=False)
     return figure
 
 

@@ -21,9 +21,9 @@ def status_of(results: ModelResults, configuration: str) -> tuple[str, str]:
     return ("done", "") if configuration in results.documents else ("not started", "")
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A markdown table; every column but the first is aligned right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+def table(header: list[str], rows: list[list[str]], numbers: bool = True) -> str:
+    """A markdown table; columns of numbers, all but the first, are aligned right."""
+    lines = [header, ["---", *["---:" if numbers else "---"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -45,12 +45,16 @@ def significant(value: float | None) -> str:
     return f"{value:.4g}" if abs(value) < 1e6 else f"{value:.2e}"
 
 
+def _signed(value: float) -> str:
+    return f"{'+' if value >= 0 else '-'}{significant(abs(value))}"
+
+
 def status_table(results: ModelResults) -> str:
     rows = []
     for name in results.configurations():
         state, reason = status_of(results, name)
         rows.append([name, STATES[state], reason.replace("|", "/") or NONE])
-    return table(["Configuration", "Status", "Note"], rows)
+    return table(["Configuration", "Status", "Note"], rows, numbers=False)
 
 
 def size_table(results: ModelResults) -> str:
@@ -85,8 +89,10 @@ def accuracy_table(results: ModelResults) -> str:
             reference = baseline.get(task, {}).get(metric)
             row.append(number(value, digits) if name == "baseline" else with_difference(value, reference, digits))
         math, text = document["tasks"].get("openmath", {}), document["tasks"].get("perplexity", {})
-        row.append(f"{significant(math.get('mean_absolute_difference'))} / "
-                   f"{significant(math.get('median_absolute_difference'))}")
+        mean, median = math.get("mean_absolute_difference"), math.get("median_absolute_difference")
+        reference = baseline.get("openmath", {}).get("mean_absolute_difference")
+        change = "" if name == "baseline" or None in (mean, reference) else f" ({_signed(mean - reference)})"
+        row.append(f"{significant(mean)}{change} / {significant(median)}")
         row.append(number(math.get("no_number"), 3))
         reference = baseline.get("perplexity", {}).get("perplexity")
         value = text.get("perplexity")

@@ -43,8 +43,14 @@ CASES = [(architecture, tied, "gptq", 4, "auto", False) for architecture, tied i
     ("llama", True, "hqq", 4, "32", False), ("llama", True, "hqq", 8, "channel", True),
     ("llama", False, "gptq", 8, "channel", True), ("qwen2", True, "gptq", 3, "64", False),
     ("qwen3", False, "hqq", 3, "channel", False), ("mistral", False, "hqq", 2, "32", True),
-    ("llama", True, "gptq", 2, "32", False),
+    ("llama", True, "gptq", 2, "32", False), ("llama", True, "smoothquant", 8, "channel", True),
+    ("qwen2", True, "smoothquant", 8, "channel", True), ("llama", True, "awq", 4, "auto", False),
+    ("qwen2", True, "quarot", 4, "auto", False), ("llama", True, "adaround", 4, "32", True),
 ]
+# Loaded plainly in a fresh process too, but with less to look at: every method on every architecture.
+METHODS = {"awq": ["--bits", 3], "smoothquant": ["--alpha", "auto"], "quarot": ["--sweeps", 0, "--damping", 0.02],
+           "adaround": ["--iterations", 30, "--bits", 8], "gptq": ["--sweeps", 0, "--damping", 0.02, "--symmetric"],
+           "hqq": ["--lp-norm", 2.0]}
 
 
 @pytest.mark.parametrize("architecture, tied, method, bits, group_size, symmetric", CASES)
@@ -73,10 +79,31 @@ def test_plain_load_equals_what_was_quantized(tiny_models, calibration_text, tmp
     record = json.loads((output / METADATA_FILE).read_text())
     assert probe.sample_difference(loaded["logits"][0], record["probe"]) < 1e-5
     assert record["probe"]["perplexity"] == pytest.approx(probe.perplexity(loaded["logits"][0], tokens), rel=1e-4)
-    # Tied embeddings stay tied and are stored once; the chat template and the generation config came along.
+    # Tied embeddings stay tied and are stored once, but for a rotation's; template and generation config came along.
+    tied = tied and method != "quarot"
     assert loaded["tied"] is tied
     assert ("lm_head.weight" in tensors) is not tied
     assert loaded["template"] and (output / "generation_config.json").is_file()
+
+
+@pytest.mark.parametrize("architecture, tied", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_on_every_architecture(tiny_models, calibration_text, tmp_path, method, architecture, tied):
+    """verify_model.py loads each plainly and compares its logits with those recorded when it was quantized."""
+    output = tmp_path / "quantized"
+    result = quantize(method, tiny_models[architecture, tied], output, *METHODS[method], text=calibration_text)
+    assert result.returncode == 0, result.stderr
+    verified = run_script(ROOT / "verify_model.py", "--model-path", output)
+    assert verified.returncode == 0, verified.stdout
+    record = json.loads((output / METADATA_FILE).read_text())
+    assert max(linear["relative_output_error"] for linear in record["linears"].values()) < 0.4
+
+
+def test_block_reconstruction(tiny, calibration_text, tmp_path):
+    output = tmp_path / "quantized"
+    result = quantize("adaround", tiny, output, "--reconstruction", "block", "--iterations", 20, text=calibration_text)
+    assert result.returncode == 0, result.stderr
+    assert run_script(ROOT / "verify_model.py", "--model-path", output).returncode == 0
 
 
 def test_metadata_says_what_was_run(tiny, calibration_text, tmp_path):

@@ -6,7 +6,7 @@ import torch
 
 from common.errors import UserError
 from common.grid import Grid, dequantize, quantize, search_range
-from common.rounding import BLOCK, DAMPING, output_error, solve
+from common.rounding import BLOCK, DAMPING, choose_ranges, damped, output_error, refine, solve
 
 
 def gptq_by_the_paper(weight, gram, scale, zero_point, grid, damping):
@@ -95,8 +95,36 @@ def test_indefinite_gram_gets_more_damping_and_nan_is_named(generator):
     gram = torch.eye(64)
     gram[0, 1] = gram[1, 0] = 1.02                                              # not positive definite
     scale, zero_point = search_range(weight, grid)
-    _, damping = solve(weight, gram, scale, zero_point, grid)
-    assert damping > DAMPING
+    _, damping = solve(weight, gram, scale, zero_point, grid, damping=0.001)
+    assert damping > 0.001
     gram[3, 3] = float("nan")
     with pytest.raises(UserError, match="layers.7.mlp"):
         solve(weight, gram, scale, zero_point, grid, name="model.layers.7.mlp.up_proj")
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(3, 64, True), Grid(8, None)], ids=str)
+def test_refinement_never_raises_the_loss(grid, generator):
+    weight, _, gram, scale, zero_point = problem(16, 192, grid, generator)
+    codes, damping = solve(weight, gram, scale, zero_point, grid)
+    full = damped(gram, damping)
+
+    def loss(codes, scale):
+        return output_error(dequantize(codes, scale, zero_point, grid) - weight, full)
+
+    refined, fitted = refine(weight, codes, scale, zero_point, gram, grid, torch.bfloat16, 2, damping)
+    assert (loss(refined, fitted) <= loss(codes, scale) * (1 + 1e-4)).all()
+    assert loss(refined, fitted).sum() < 0.998 * loss(codes, scale).sum()
+    assert refined.min() >= grid.code_min and refined.max() <= grid.code_max
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(3, 64, True), Grid(2, 64)], ids=str)
+def test_chosen_ranges_beat_searched_ones(grid, generator):
+    weight, _, gram, scale, zero_point = problem(16, 192, grid, generator)
+
+    def loss(scale, zero_point):
+        rounded = dequantize(quantize(weight, scale, zero_point, grid), scale, zero_point, grid)
+        return output_error(rounded - weight, gram)
+
+    chosen = loss(*choose_ranges(weight, gram, grid, torch.bfloat16))
+    assert (chosen <= loss(scale, zero_point) * (1 + 1e-4)).all()
+    assert chosen.sum() < 0.97 * loss(scale, zero_point).sum()

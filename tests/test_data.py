@@ -1,0 +1,71 @@
+"""Where rows and token windows come from."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import tiny_tokenizer
+
+from common.calibration import calibration_windows, evaluation_windows
+from common.data import DataName, load_rows
+from common.errors import UserError
+
+
+def test_addresses():
+    assert DataName.parse("a/b") == DataName("a/b", None, "train")
+    assert DataName.parse("a/b/c:test") == DataName("a/b", "c", "test")
+    for wrong in ("a", "a/b/c/d", "a//b", ""):
+        with pytest.raises(UserError):
+            DataName.parse(wrong)
+
+
+def test_data_root_comes_before_the_hub(tmp_path):
+    for folder, split in (("own/er/config", "test"), ("own/plain", "train"), ("own/part/default", "train_sample")):
+        (tmp_path / folder).mkdir(parents=True)
+        pq.write_table(pa.table({"text": [folder]}), tmp_path / folder / f"{split}.parquet")
+    assert load_rows("own/er/config:test", tmp_path).rows == [{"text": "own/er/config"}]
+    assert load_rows("own/plain", tmp_path).rows == [{"text": "own/plain"}]
+    part = load_rows("own/part", tmp_path)
+    assert part.rows == [{"text": "own/part/default"}] and "sample" in part.source
+    with pytest.raises(UserError, match="not a folder"):
+        load_rows("own/plain", tmp_path / "missing")
+
+
+def test_local_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one two")
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n\n{"text": "y"}\n')
+    assert load_rows(str(tmp_path / "a.txt")).rows == [{"text": "one two"}]
+    assert [row["text"] for row in load_rows(str(tmp_path / "b.jsonl")).rows] == ["x", "y"]
+    (tmp_path / "c.jsonl").write_text("{broken")
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 nonsense")
+    for name in ("c.jsonl", "d.parquet"):
+        with pytest.raises(UserError, match="cannot be read"):
+            load_rows(str(tmp_path / name))
+
+
+def test_windows_are_seeded_and_whole(calibration_text):
+    tokenizer = tiny_tokenizer()
+    first, again, other = (calibration_windows(str(calibration_text), tokenizer, 6, 50, seed) for seed in (0, 0, 1))
+    assert first.tokens.shape == (6, 50)
+    assert torch.equal(first.tokens, again.tokens) and first.fingerprint == again.fingerprint
+    assert first.fingerprint != other.fingerprint
+    with pytest.raises(UserError, match="use at most --calib-samples"):
+        calibration_windows(str(calibration_text), tokenizer, 10_000, 50, 0)
+
+
+def test_chat_rows_go_through_the_chat_template(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "the river"}, {"role": "assistant", "content": "runs high"}]}] * 40
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = tiny_tokenizer()
+    windows = calibration_windows(str(tmp_path / "chat.jsonl"), tokenizer, 2, 40, 0)
+    text = tokenizer.decode(windows.tokens[0])
+    assert "<|start|>user" in text and "<|start|>assistant" in text
+
+
+def test_evaluation_windows_follow_each_other(calibration_text):
+    tokenizer = tiny_tokenizer()
+    windows = evaluation_windows(str(calibration_text), tokenizer, 3, 20)
+    text = calibration_text.read_text()
+    assert tokenizer.decode(windows.tokens.flatten()) == text[:len(tokenizer.decode(windows.tokens.flatten()))]

@@ -1,0 +1,108 @@
+"""Rewrites that have to keep the model's function, in float32 and float64; Hadamard matrices of the orders models need."""
+
+import pytest
+import torch
+from conftest import ARCHITECTURES
+
+from common.errors import UserError
+from common.hadamard import hadamard, rotation
+from common.layerwise import Layer
+from common.grid import Grid
+from common.models import LINEAR_GROUPS, SourceModel
+from common.scaling import fold_scale, shared_by_heads
+from common.statistics import new_statistics
+from quantize_quarot import rotate_ends, rotate_layer
+
+
+@pytest.mark.parametrize("order", [1, 2, 4, 12, 20, 28, 36, 44, 60, 64, 76, 128, 140, 148, 576, 896, 1536, 2048])
+def test_hadamard(order):
+    matrix = hadamard(order)
+    assert matrix.abs().eq(1).all()
+    assert torch.equal(matrix @ matrix.T, order * torch.eye(order, dtype=torch.float64))
+    turned = rotation(order, seed=3)
+    assert torch.allclose(turned @ turned.T, torch.eye(order, dtype=torch.float64), atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [5632, 4864])
+def test_larger_orders_by_their_rows(order):
+    matrix = hadamard(order)
+    rows = matrix[torch.randint(0, order, (40,), generator=torch.Generator().manual_seed(0))]
+    products = rows @ matrix.T
+    assert (products == order).sum() == 40 and (products[products != order] == 0).all()
+
+
+@pytest.mark.parametrize("order", [3, 6, 92])
+def test_orders_out_of_reach_are_an_error(order):
+    with pytest.raises(UserError, match=f"order {order}"):
+        hadamard(order)
+
+
+def all_logits(source: SourceModel, tokens, change=None):
+    """Logits of the whole model walked layer by layer, after `change` of each layer."""
+    hidden = source.embed(tokens)
+    arguments = source.layer_arguments(tokens.shape[1])
+    for index in range(source.num_layers):
+        module = source.load_layer(index)
+        if change:
+            change(index, module)
+        output = module(hidden, **arguments[index])
+        hidden = output[0] if isinstance(output, tuple) else output
+    return source.logits(hidden)
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 320, (2, 50), generator=torch.Generator().manual_seed(2))
+
+
+# A rounding error of float32, and one of float64 through float32 rotary tables.
+BOUNDS = [(torch.float32, 1e-3), (torch.float64, 1e-5)]
+
+
+@pytest.mark.parametrize("dtype, bound", BOUNDS)
+@pytest.mark.parametrize("architecture, tied", ARCHITECTURES)
+@torch.no_grad()
+def test_rotation_leaves_logits_unchanged(tiny_models, tokens, architecture, tied, dtype, bound):
+    folder = str(tiny_models[architecture, tied])
+    before = all_logits(SourceModel(folder, torch.device("cpu"), dtype), tokens)
+    source = SourceModel(folder, torch.device("cpu"), dtype)
+    hidden, value = rotation(64, seed=0), rotation(16, seed=1)
+    rotate_ends(source, hidden)
+    assert not source.tied
+    after = all_logits(source, tokens, lambda _, module: rotate_layer(module, hidden, value))
+    assert (before - after).abs().max() < bound * before.abs().max()
+    assert source.model.model.norm.weight.eq(1).all()
+
+
+@pytest.mark.parametrize("dtype, bound", BOUNDS)
+@pytest.mark.parametrize("architecture, tied", ARCHITECTURES)
+@torch.no_grad()
+def test_scaling_leaves_logits_unchanged_and_statistics_true(tiny_models, tokens, architecture, tied, dtype, bound):
+    folder = str(tiny_models[architecture, tied])
+    before = all_logits(SourceModel(folder, torch.device("cpu"), dtype), tokens)
+    generator = torch.Generator().manual_seed(5)
+
+    def change(index, module):
+        layer = Layer(index, module, Grid(4, 32), torch.bfloat16)
+        layer.statistics = new_statistics(module, torch.device("cpu"), with_gram=True)
+        for group_index, statistics in enumerate(layer.statistics):
+            inputs = torch.randn(30, statistics.in_features, generator=generator)
+            statistics.add(inputs)
+            statistics.finish()
+            scale = torch.exp(0.5 * torch.randn(statistics.in_features, generator=generator))
+            scale = shared_by_heads(layer, group_index, scale)
+            fold_scale(layer, group_index, scale)
+            scaled = inputs / scale
+            assert torch.allclose(statistics.gram, scaled.T @ scaled / 30, rtol=1e-3, atol=1e-4)
+            assert torch.allclose(statistics.abs_max, scaled.abs().amax(0))
+            assert torch.allclose(statistics.mean_square, scaled.square().mean(0), rtol=1e-3)
+
+    after = all_logits(SourceModel(folder, torch.device("cpu"), dtype), tokens, change)
+    assert (before - after).abs().max() < bound * before.abs().max()
+
+
+def test_every_group_is_fed_by_what_the_layer_has(tiny):
+    source = SourceModel(str(tiny), torch.device("cpu"), torch.float32)
+    layer = source.load_layer(0)
+    for group in LINEAR_GROUPS:
+        assert layer.get_submodule(group.fed_by) is not None
