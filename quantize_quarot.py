@@ -2,7 +2,7 @@
 """QuaRot: rotate the model so that no channel stands out, then quantize it with GPTQ.
 
     python quantize_quarot.py --bits 4 --output models/Llama-3.2-1B-Instruct/quarot-4bit
-    python quantize_quarot.py --model demo
+    python quantize_quarot.py --model demo --head-bits 8
 
 Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", https://arxiv.org/abs/2404.00456. The gain of
 every RMSNorm is multiplied into the linears that read it; then a random Hadamard rotation R1 of the hidden state is
@@ -85,7 +85,7 @@ def main() -> None:
         rotate_ends(source, rotations["hidden"])
 
     run(options, Method("quarot", lambda layer: gptq_layer(layer, options.damping, options.sweeps),
-                        rewrite_model=rewrite_model,
+                        rewrite_model=rewrite_model, unties=True,
                         rewrite_layer=lambda _, module: rotate_layer(module, **rotations)))
 
 

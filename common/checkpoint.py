@@ -136,7 +136,8 @@ class CheckpointWriter:
         file = self._save(tensors, index + 1)
         written = load_file(self.folder / file)
         for name, linear in codes.items():
-            state = stored_parts(lambda part: written[part].to(linear.codes.device), written, prefix + name)
+            state = stored_parts(written.__getitem__, written, prefix + name)
+            state = {part: tensor.to(linear.codes.device) for part, tensor in state.items()}
             if not torch.equal(decompress(state, self.grid), linear.dequantize()):
                 raise UserError(f"{prefix}{name}: what was written does not read back the same; the disk or "
                                 "compressed-tensors is at fault, nothing was saved")
@@ -155,22 +156,28 @@ class CheckpointWriter:
         self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         return file
 
-    def write_rest(self) -> int:
+    def write_rest(self, head: QuantizedLinear | None = None) -> int:
         """Write everything that is not a decoder layer: remaining tensors, index, configuration, tokenizer.
 
-        Returns the bytes of all tensors.
+        Args:
+            head: the codes of an untied head that was quantized too.
+        Returns:
+            The bytes of all tensors.
         """
         source = self.source
         decoder = source.model.model
         rest = {"model.embed_tokens.weight": decoder.embed_tokens.weight, "model.norm.weight": decoder.norm.weight}
-        if not source.tied:
+        if not source.tied and head is None:
             rest["lm_head.weight"] = source.model.lm_head.weight
-        self._save({name: tensor.to(source.storage_dtype) for name, tensor in rest.items()}, source.num_layers + 1)
+        rest = {name: tensor.to(source.storage_dtype) for name, tensor in rest.items()}
+        if head is not None:
+            rest.update({f"lm_head.{part}": tensor for part, tensor in compress(head, source.storage_dtype).items()})
+        self._save(rest, source.num_layers + 1)
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         config = source.config.to_diff_dict()
         config.update(architectures=[type(source.model).__name__], dtype=str(source.storage_dtype).removeprefix("torch."),
-                      quantization_config=self._quantization_config())
+                      quantization_config=self._quantization_config(head))
         (self.folder / "config.json").write_text(json.dumps(config, indent=2))
         source.tokenizer.save_pretrained(self.folder)
         generation = source.folder / "generation_config.json"
@@ -178,10 +185,17 @@ class CheckpointWriter:
             shutil.copy(generation, self.folder)
         return self._bytes
 
-    def _quantization_config(self) -> dict:
-        scheme = scheme_of(self.grid, self.activation_bits).model_dump(mode="json", exclude_none=True)
-        return {"quant_method": "compressed-tensors", "version": compressed_tensors_version, "format": self.form,
-                "quantization_status": "compressed", "config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
+    def _quantization_config(self, head: QuantizedLinear | None) -> dict:
+        scheme = scheme_of(self.grid, self.activation_bits)
+        scheme.targets, scheme.format = ["re:.*_proj$"], self.form
+        groups = {"group_0": scheme.model_dump(mode="json", exclude_none=True)}
+        if head is not None:
+            scheme = scheme_of(head.grid)
+            scheme.targets, scheme.format = ["re:.*lm_head$"], PACKED
+            groups["group_1"] = scheme.model_dump(mode="json", exclude_none=True)
+        return {"quant_method": "compressed-tensors", "version": compressed_tensors_version,
+                "format": self.form if head is None or self.form == PACKED else "mixed-precision",
+                "quantization_status": "compressed", "config_groups": groups, "ignore": [] if head else ["lm_head"]}
 
     def finish(self, metadata: dict | None) -> None:
         """Give the checkpoint its metadata and its real name. An older checkpoint there is replaced only now."""

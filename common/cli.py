@@ -98,6 +98,8 @@ def quantization_parser(description: str, bits: int) -> argparse.ArgumentParser:
                         help="input channels that share a scale; auto is the largest of 128, 64, 32 that divides all "
                              "linears, channel one scale per output channel")
     parser.add_argument("--symmetric", action="store_true", help="no zero-points: codes are centred on zero")
+    parser.add_argument("--head-bits", type=int, choices=(4, 8), help="round the head too, if it is not the embedding's "
+                                                                      "(quarot unties it); one scale per row")
     parser.add_argument("--calib-data", metavar="DATA",
                         help="calibration text: a data set (owner/name[/config][:split]), a .txt, .jsonl or .parquet "
                              f"file, or demo (default: {calibration.DEFAULT_DATA}; demo for the demo model)")

@@ -134,10 +134,10 @@ def round_scale(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
 
 def search_range(weight: Tensor, grid: Grid, importance: Tensor | None = None, norm: float = 2.0,
                  scale_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
-    """Shrink each group's range step by step, from a little above it, and keep the scale and zero-point with the smallest weighted error.
+    """Shrink each group's range step by step and keep the scale and zero-point with the smallest weighted error.
 
     The error of a candidate is sum_i importance_i * |w_i - q_i|^norm over the group. With `importance` the diagonal of
-    the Gram matrix this is the layer's output error, cross terms left out (methods.md, "The grid").
+    the Gram matrix this is the layer's output error, cross terms left out.
 
     Args:
         weight: [out, in].

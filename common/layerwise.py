@@ -74,6 +74,8 @@ class Method:
     rewrite_layer: Callable[[int, nn.Module], None] | None = None
     prepare_layer: Callable[[Layer], None] | None = None
     activation_bits: int | None = None
+    # rewrite_model gives a tied head weights of its own.
+    unties: bool = False
 
 
 @dataclass
@@ -111,13 +113,14 @@ class WalkResult:
 @torch.no_grad()
 def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Tensor | None, probe: Tensor,
                    finished: Callable[[int, nn.Module, dict[str, QuantizedLinear]], None],
-                   watch: Stopwatch) -> WalkResult:
+                   watch: Stopwatch, before_logits: Callable[[], None] = lambda: None) -> WalkResult:
     """Quantize every decoder layer in turn; each sees the output of the quantized layers before it.
 
     Args:
         windows: calibration tokens [samples, length], or None for a method that needs none.
         probe: tokens [1, length] of a fixed text that travels along; errors and recorded logits are measured on it.
         finished: called with (index, layer, codes) once a layer holds its dequantized weights.
+        before_logits: called after the last layer, to change the head.
     Raises:
         UserError: a layer whose codes or scales are not finite; names it.
     """
@@ -172,6 +175,8 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
         with watch("write"):
             finished(index, module, codes)
             source.release_layer(index)
+    with watch("solve"):
+        before_logits()
     with watch("record"):
         return WalkResult(linears, notes, source.logits(probed)[0], source.original_logits(reference)[0])
 

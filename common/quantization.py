@@ -6,14 +6,12 @@ import argparse
 import time
 from pathlib import Path
 
-import torch
-
 from common import metadata, probe
 from common.calibration import calibration_windows
 from common.checkpoint import CheckpointWriter, check_output, folder_bytes
 from common.cli import configure_torch, resolve_device, resolve_dtype, resolve_sizes
 from common.errors import UserError
-from common.grid import SUPPORTED_BITS, Grid, resolve_group_size
+from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve_group_size, search_range
 from common.layerwise import NOTHING, Method, Stopwatch, WalkResult, quantize_model
 from common.models import MODELS_FOLDER, SourceModel, model_name
 from common.progress import say
@@ -42,6 +40,9 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     watch = Stopwatch(device)
     with watch("load"):
         source = SourceModel(options.model, device, dtype)
+        if options.head_bits and source.tied and not method.unties:
+            raise UserError(f"{source.name} shares its head with the embedding, so --head-bits has nothing to act on; it is "
+                            "for models with a head of their own and for quarot")
         grid = Grid(options.bits, resolve_group_size(options.group_size, source.in_features()), options.symmetric)
     windows = None
     if method.needs != NOTHING:
@@ -52,10 +53,16 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     say(_headline(method, grid, source, windows, device, dtype))
     tokens = probe.probe_tokens(source.tokenizer)
     with CheckpointWriter(output, source, grid, method.activation_bits) as writer:
+        head: list[QuantizedLinear] = []
+
+        def round_head() -> None:
+            if options.head_bits:
+                head.append(_quantize_head(source, options.head_bits))
+
         result = quantize_model(source, method, grid, None if windows is None else windows.tokens, tokens,
-                                writer.write_layer, watch)
+                                writer.write_layer, watch, round_head)
         with watch("write"):
-            weight_bytes = writer.write_rest()
+            weight_bytes = writer.write_rest(head[0] if head else None)
         document = _document(options, method, grid, source, windows, result, tokens, watch, device, dtype)
         document["bytes"] = _sizes(source, weight_bytes, writer.folder)
         document["compression_ratio"] = round(document["bytes"]["baseline_weights"] / weight_bytes, 4)
@@ -63,6 +70,17 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
         writer.finish(document if options.save_metadata else None)
     say(_summary(output, document))
     return output
+
+
+def _quantize_head(source: SourceModel, bits: int) -> QuantizedLinear:
+    """Round an untied head to nearest, one symmetric scale per row of the vocabulary, and put the result in its place."""
+    grid = Grid(bits, None, symmetric=True)
+    head = source.model.lm_head
+    weight = head.weight.float()
+    scale, zero_point = search_range(weight, grid, scale_dtype=source.storage_dtype)
+    rounded = QuantizedLinear(quantize(weight, scale, zero_point, grid), scale, zero_point, grid)
+    head.weight.data = rounded.dequantize(head.weight.dtype)
+    return rounded
 
 
 def _headline(method: Method, grid: Grid, source: SourceModel, windows, device, dtype) -> str:

@@ -19,8 +19,8 @@ SAMPLES_PER_BATCH = 64
 class InputStatistics:
     """Running statistics of the input x [tokens, in] of a linear group.
 
-    gram [in, in] is the weighted mean over tokens of x xᵀ, in float32, mean_square [in] its diagonal; abs_max and abs_mean are [in]; sample [n, in] is some of the
-    inputs themselves, evenly drawn.
+    gram [in, in] is the weighted mean over tokens of x xᵀ, in float32, mean_square [in] its diagonal; abs_max and
+    abs_mean are [in]; sample [n, in] is some of the inputs themselves, evenly drawn.
     """
 
     in_features: int

@@ -63,14 +63,15 @@ def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[C
 def _complete(folder: Path, config: dict, tensors: TensorReader) -> Check:
     wanted = [file for file in ("tokenizer.json", "tokenizer_config.json") if not (folder / file).is_file()]
     layers = config["num_hidden_layers"]
-    integer = config["quantization_config"].get("format") == INTEGER
+    scheme = config["quantization_config"]["config_groups"]["group_0"]
+    integer = scheme.get("format") == INTEGER
     parts = ("weight", "weight_scale") if integer else ("weight_packed", "weight_scale", "weight_shape")
     names = [f"model.layers.{i}.{linear}.{part}" for i in range(layers) for linear in LINEARS for part in parts]
     names += [f"model.layers.{i}.{norm}.weight" for i in range(layers)
               for norm in ("input_layernorm", "post_attention_layernorm")]
     names += ["model.embed_tokens.weight", "model.norm.weight"]
     if not config.get("tie_word_embeddings"):
-        names.append("lm_head.weight")
+        names.append("lm_head.weight_packed" if "lm_head.weight_packed" in tensors else "lm_head.weight")
     wanted += [name for name in names if name not in tensors]
     if wanted:
         return Check("files complete", False, f"missing: {', '.join(wanted[:3])}"

@@ -99,6 +99,28 @@ def test_every_method_on_every_architecture(tiny_models, calibration_text, tmp_p
     assert max(linear["relative_output_error"] for linear in record["linears"].values()) < 0.4
 
 
+@pytest.mark.parametrize("method, architecture, tied", [("quarot", "llama", True), ("gptq", "qwen3", False),
+                                                        ("smoothquant", "llama", False)])
+def test_quantized_head(tiny_models, calibration_text, tmp_path, method, architecture, tied):
+    output, plain = tmp_path / "head", tmp_path / "plain"
+    source = tiny_models[architecture, tied]
+    for folder, extra in ((output, ["--head-bits", 8]), (plain, [])):
+        result = quantize(method, source, folder, *extra, text=calibration_text)
+        assert result.returncode == 0, result.stderr
+    verified = run_script(ROOT / "verify_model.py", "--model-path", output)
+    assert verified.returncode == 0, verified.stdout
+    sizes = [json.loads((folder / METADATA_FILE).read_text())["bytes"]["quantized_weights"] for folder in (output, plain)]
+    assert sizes[0] < sizes[1] - 0.45 * 320 * 64 * 2
+    _, tensors = open_checkpoint(output)
+    assert "lm_head.weight_packed" in tensors and "lm_head.weight" not in tensors
+
+
+def test_a_tied_head_cannot_be_rounded_alone(tiny, calibration_text, tmp_path):
+    result = quantize("gptq", tiny, tmp_path / "out", "--head-bits", 8, text=calibration_text)
+    assert_user_error(result, "shares its head", "quarot")
+    assert not (tmp_path / "out").exists()
+
+
 def test_block_reconstruction(tiny, calibration_text, tmp_path):
     output = tmp_path / "quantized"
     result = quantize("adaround", tiny, output, "--reconstruction", "block", "--iterations", 20, text=calibration_text)

@@ -5,9 +5,9 @@ import torch
 from conftest import ARCHITECTURES
 
 from common.errors import UserError
+from common.grid import Grid
 from common.hadamard import hadamard, rotation
 from common.layerwise import Layer
-from common.grid import Grid
 from common.models import LINEAR_GROUPS, SourceModel
 from common.scaling import fold_scale, shared_by_heads
 from common.statistics import new_statistics

@@ -91,7 +91,7 @@ def take_off_grid(state: dict[str, Tensor], config, seed: int = SCALING_SEED) ->
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
 
-        def weight(name: str) -> Tensor:
+        def weight(name: str, prefix: str = prefix) -> Tensor:
             return state[f"{prefix}{name}.weight"]
 
         for norm, linears in (
