@@ -70,7 +70,8 @@ def run_configuration(batch: Batch, configuration: str) -> bool:
     result = batch.results / batch.name / f"{configuration}.json"
     folder = MODELS_FOLDER / batch.name / configuration
     log = Path("logs") / batch.name / f"{configuration}.log"
-    finished = batch.status.get(configuration, {}).get("state") == "done" and result.is_file()
+    # The log says that it was finished here: results of the documented run come with the repository.
+    finished = batch.status.get(configuration, {}).get("state") == "done" and result.is_file() and log.is_file()
     if finished and not batch.overwrite and (wanted is None or folder.is_dir()):
         say(f"=== {configuration}: finished before, skipped (--overwrite runs it again)")
         return True

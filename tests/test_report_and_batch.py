@@ -140,6 +140,11 @@ def test_finished_ones_are_skipped_until_overwrite(batch, capfd):
     assert batch("--only", "baseline,hqq-4bit") == 0
     assert "hqq-4bit: finished before, skipped" in capfd.readouterr().out
     assert len((batch.folder / "calls").read_text().splitlines()) == 1
+    shutil.rmtree(batch.folder / "logs")                                        # results of another machine
+    shutil.rmtree(batch.folder / "models")
+    assert batch("--only", "baseline,hqq-4bit") == 0
+    assert len((batch.folder / "calls").read_text().splitlines()) == 2
+    assert "skipped" not in capfd.readouterr().out
     assert batch("--only", "hqq-4bit", "--overwrite") == 0
     calls = (batch.folder / "calls").read_text().splitlines()
-    assert len(calls) == 2 and "--overwrite" in calls[1]
+    assert len(calls) == 3 and "--overwrite" in calls[2]
