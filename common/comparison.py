@@ -9,12 +9,11 @@ from common.progress import say
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity of both models. better: +1 if more is better, -1 if less is, 0 if neither."""
+    """One quantity of both models; None where it was not measured."""
 
     name: str
     baseline: float | None
     quantized: float | None
-    better: int = 0
     digits: int = 3
 
     def cells(self) -> list[str]:
@@ -26,29 +25,29 @@ class Row:
 
 
 _TASK_ROWS = (
-    ("arc", "accuracy", "ARC accuracy", 1), ("arc", "accuracy_norm", "ARC accuracy, length-normalised", 1),
-    ("arc", "macro_f1", "ARC macro F1", 1), ("squad_v2", "f1", "SQuAD v2 F1", 1),
-    ("squad_v2", "exact_match", "SQuAD v2 exact match", 1), ("squad_v2", "answerable_f1", "SQuAD v2 F1, answerable", 1),
-    ("squad_v2", "unanswerable_exact_match", "SQuAD v2 exact match, unanswerable", 1),
-    ("openmath", "mean_absolute_difference", "OpenMath mean absolute difference", -1),
-    ("openmath", "median_absolute_difference", "OpenMath median absolute difference", -1),
-    ("openmath", "within_tolerance", "OpenMath within 1e-6", 1), ("openmath", "no_number", "OpenMath no number", -1),
-    ("perplexity", "perplexity", "Perplexity", -1),
+    ("arc", "accuracy", "ARC accuracy"), ("arc", "accuracy_norm", "ARC accuracy, length-normalised"),
+    ("arc", "macro_f1", "ARC macro F1"), ("squad_v2", "f1", "SQuAD v2 F1"),
+    ("squad_v2", "exact_match", "SQuAD v2 exact match"), ("squad_v2", "answerable_f1", "SQuAD v2 F1, answerable"),
+    ("squad_v2", "unanswerable_exact_match", "SQuAD v2 exact match, unanswerable"),
+    ("openmath", "mean_absolute_difference", "OpenMath mean absolute difference"),
+    ("openmath", "median_absolute_difference", "OpenMath median absolute difference"),
+    ("openmath", "within_tolerance", "OpenMath within 1e-6"), ("openmath", "no_number", "OpenMath no number"),
+    ("perplexity", "perplexity", "Perplexity"),
 )
 
 
 def comparison_rows(baseline: dict, quantized: dict) -> list[Row]:
     """Rows of two results of the evaluation, `baseline` first."""
     sizes = [document["quantization"]["weights_bytes"] / 1e6 for document in (baseline, quantized)]
-    rows = [Row("Weights, MB", *sizes, better=-1, digits=1)]
+    rows = [Row("Weights, MB", *sizes, digits=1)]
     seconds = quantized["quantization"].get("seconds", {}).get("total")
     if seconds is not None:
         rows.append(Row("Quantization, s", None, seconds, digits=1))
     speeds = [document.get("speed", {}) for document in (baseline, quantized)]
-    rows.append(Row("Tokens/s", *[speed.get("tokens_per_second") for speed in speeds], better=1, digits=1))
-    rows.append(Row("Latency, s", *[speed.get("latency_seconds") for speed in speeds], better=-1))
+    rows.append(Row("Tokens/s", *[speed.get("tokens_per_second") for speed in speeds], digits=1))
+    rows.append(Row("Latency, s", *[speed.get("latency_seconds") for speed in speeds]))
     tasks = baseline["tasks"], quantized["tasks"]
-    for task, metric, name, better in _TASK_ROWS:
+    for task, metric, name in _TASK_ROWS:
         values = [document.get(task, {}).get(metric) for document in tasks]
         if any(value is not None for value in values):
             rows.append(Row(name, *values, better=better))

@@ -64,7 +64,7 @@ def _complete(folder: Path, config: dict, tensors: TensorReader) -> Check:
     wanted = [file for file in ("tokenizer.json", "tokenizer_config.json") if not (folder / file).is_file()]
     layers = config["num_hidden_layers"]
     scheme = config["quantization_config"]["config_groups"]["group_0"]
-    integer = scheme.get("format") == INTEGER
+    integer = (scheme.get("format") or config["quantization_config"].get("format")) == INTEGER
     parts = ("weight", "weight_scale") if integer else ("weight_packed", "weight_scale", "weight_shape")
     names = [f"model.layers.{i}.{linear}.{part}" for i in range(layers) for linear in LINEARS for part in parts]
     names += [f"model.layers.{i}.{norm}.weight" for i in range(layers)
