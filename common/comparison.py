@@ -50,7 +50,7 @@ def comparison_rows(baseline: dict, quantized: dict) -> list[Row]:
     for task, metric, name in _TASK_ROWS:
         values = [document.get(task, {}).get(metric) for document in tasks]
         if any(value is not None for value in values):
-            rows.append(Row(name, *values, better=better))
+            rows.append(Row(name, *values))
     return rows
 
 
