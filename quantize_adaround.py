@@ -31,16 +31,12 @@ def quantize_layer(layer: Layer, iterations: int) -> dict[str, QuantizedLinear]:
     """Codes of every linear, each group's rounding learned through its Gram matrix."""
     codes, settled = {}, []
     for group, statistics in zip(LINEAR_GROUPS, layer.statistics, strict=True):
-        weights = [layer.weight(name) for name in group.linears]
-        stacked = torch.cat(weights)
+        stacked = layer.stacked_weight(group)
         scale, zero_point = choose_ranges(stacked, statistics.gram, layer.grid, layer.scale_dtype)
         soft = learn_rounding(stacked, statistics.gram, scale, zero_point, layer.grid, iterations, STRENGTH,
                               TRAVEL / iterations)
         settled.append(soft.settled())
-        sizes = [len(weight) for weight in weights]
-        for name, *parts in zip(group.linears, soft.codes().split(sizes), scale.split(sizes), zero_point.split(sizes),
-                                strict=True):
-            codes[name] = QuantizedLinear(*parts, layer.grid)
+        codes.update(layer.split(group, soft.codes(), scale, zero_point))
     layer.notes["settled"] = min(settled)
     return codes
 

@@ -36,7 +36,7 @@ def rounding_loss(weight: Tensor, gram: Tensor, grid: Grid, scale: Tensor, scale
 def search_scale(layer: Layer, group_index: int) -> Tensor:
     """The scale [in] of one linear group, all ones if no other is better."""
     statistics = layer.statistics[group_index]
-    weight = torch.cat([layer.weight(name) for name in LINEAR_GROUPS[group_index].linears])
+    weight = layer.stacked_weight(LINEAR_GROUPS[group_index])
     groups = grouped(weight.abs(), layer.grid)
     relative = (groups / groups.amax(-1, keepdim=True).clamp(min=1e-8)).flatten(1).mean(0)
     candidates = [torch.ones_like(statistics.abs_mean)]

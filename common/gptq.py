@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from common.grid import QuantizedLinear, search_range
 from common.layerwise import Layer
 from common.models import LINEAR_GROUPS
@@ -20,15 +18,11 @@ def gptq_layer(layer: Layer, damping: float, sweeps: int) -> dict[str, Quantized
     """
     codes = {}
     for group, statistics in zip(LINEAR_GROUPS, layer.statistics, strict=True):
-        weights = [layer.weight(name) for name in group.linears]
-        stacked = torch.cat(weights)
+        stacked = layer.stacked_weight(group)
         scale, zero_point = search_range(stacked, layer.grid, statistics.mean_square, scale_dtype=layer.scale_dtype)
         rounded, used = solve(stacked, statistics.gram, scale, zero_point, layer.grid, damping,
                               name=layer.where(group.linears[0]))
         rounded, scale = refine(stacked, rounded, scale, zero_point, statistics.gram, layer.grid, layer.scale_dtype, sweeps,
                                 used)
-        sizes = [len(weight) for weight in weights]
-        for name, *parts in zip(group.linears, rounded.split(sizes), scale.split(sizes), zero_point.split(sizes),
-                                strict=True):
-            codes[name] = QuantizedLinear(*parts, layer.grid)
+        codes.update(layer.split(group, rounded, scale, zero_point))
     return codes

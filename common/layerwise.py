@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.grid import Grid, QuantizedLinear, round_per_token
-from common.models import LINEAR_GROUPS, LINEARS, SourceModel
+from common.models import LINEAR_GROUPS, LINEARS, LinearGroup, SourceModel
 from common.progress import track
 from common.statistics import InputStatistics, group_inputs, new_statistics
 
@@ -46,6 +46,16 @@ class Layer:
     def weight(self, name: str) -> Tensor:
         """The weights [out, in] of linear `name`, in float32."""
         return self.module.get_submodule(name).weight.float()
+
+    def stacked_weight(self, group: LinearGroup) -> Tensor:
+        """The weights of a group's linears, in float32, one under the other: they share the input."""
+        return torch.cat([self.weight(name) for name in group.linears])
+
+    def split(self, group: LinearGroup, codes: Tensor, scale: Tensor, zero_point: Tensor) -> dict[str, QuantizedLinear]:
+        """The linears of a group by name, out of what was found for their stacked weights."""
+        sizes = [self.module.get_submodule(name).out_features for name in group.linears]
+        parts = zip(group.linears, codes.split(sizes), scale.split(sizes), zero_point.split(sizes), strict=True)
+        return {name: QuantizedLinear(*tensors, self.grid) for name, *tensors in parts}
 
     def where(self, name: str) -> str:
         return f"model.layers.{self.index}.{name}"

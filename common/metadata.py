@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import resource
 from importlib import metadata as installed
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from common.checkpoint import METADATA_FILE
-from common.errors import UserError
+from common.results import read_json
 
 VERSION = 1
 _PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "lm-eval", "datasets", "numpy", "gemlite")
@@ -58,12 +57,4 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 def read(folder: Path) -> dict | None:
     """A checkpoint's metadata, or None when it was saved without. Raises UserError when the file is damaged."""
     file = folder / METADATA_FILE
-    if not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-        return content
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged ({error}); quantize again with --overwrite") from None
+    return read_json(file, "quantize again with --overwrite") if file.is_file() else None

@@ -33,15 +33,15 @@ class ModelResults:
         return [*CONFIGURATIONS, *sorted(set(self.documents) - set(CONFIGURATIONS))]
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises UserError when it is damaged."""
+def read_json(path: Path, remedy: str = "delete it and evaluate again") -> dict:
+    """A JSON object from a file. Raises UserError, which ends with the remedy, when it is damaged."""
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
             raise ValueError("not an object")
         return content
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and evaluate again") from None
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from None
 
 
 def load_model_results(folder: Path) -> ModelResults:
