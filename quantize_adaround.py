@@ -8,7 +8,11 @@ Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization
 layer (--reconstruction layer) the output error tr((Q - W) G (Q - W)ᵀ) of each linear is minimised through the Gram matrix G
 of its input: the exact gradient over all calibration tokens, without keeping an activation. With --reconstruction block
 the error of a whole decoder layer's output is minimised on the calibration windows (BRECQ, https://arxiv.org/abs/2102.05426).
+Input channels are equalised first (--equalize), as rounding learned on top of uneven channels keeps their error; the scales are
+AWQ's (https://arxiv.org/abs/2306.00978).
 """
+
+import argparse
 
 import torch
 
@@ -16,85 +20,91 @@ from common import cli
 from common.adaround import SoftRounding, beta_at, learn_rounding
 from common.grid import QuantizedLinear
 from common.layerwise import Layer, Method
-from common.models import LINEAR_GROUPS, LINEARS
+from common.models import LINEAR_GROUPS, LINEARS, LinearGroup
 from common.quantization import run
-from common.rounding import choose_ranges
+from common.rounding import choose_ranges, damped
+from common.scaling import equalize
 
-ITERATIONS, DEMO_ITERATIONS = 500, 100
+ITERATIONS, DEMO_ITERATIONS = 150, 100
+# Added to the Gram matrix's diagonal, as a share of its mean: a learned rounding fits the calibration text all too well.
+DAMPING = 1.0
 # Weight of the regulariser, and how far Adam could carry a v in all (from one end of h to the other is about 5): with less of
 # either a third of the roundings stay undecided (docs/quantization_methods_deep_dive.md).
 STRENGTH, TRAVEL = 1.0, 20.0
-BLOCK_BATCH, BLOCK_ERROR_WEIGHT = 4, 1000.0
+# Windows of a step of the block's reconstruction, and weight of its error, in units of what it starts from.
+BLOCK_BATCH, BLOCK_ERROR_WEIGHT = 4, 0.1
+# Where |v| starts from there: far enough from 0 to remember the layer-wise rounding, near enough to change it.
+BLOCK_START = 1.0
 
 
-def quantize_layer(layer: Layer, iterations: int) -> dict[str, QuantizedLinear]:
-    """Codes of every linear, each group's rounding learned through its Gram matrix."""
-    codes, settled = {}, []
+def quantize_layer(layer: Layer, iterations: int, block: bool) -> dict[str, QuantizedLinear]:
+    """Codes of every linear, each group's learned through its Gram matrix; with `block`, then on the layer's output."""
+    learned = []
     for group, statistics in zip(LINEAR_GROUPS, layer.statistics, strict=True):
-        stacked = layer.stacked_weight(group)
-        scale, zero_point = choose_ranges(stacked, statistics.gram, layer.grid, layer.scale_dtype)
-        soft = learn_rounding(stacked, statistics.gram, scale, zero_point, layer.grid, iterations, STRENGTH,
-                              TRAVEL / iterations)
-        settled.append(soft.settled())
-        codes.update(layer.split(group, soft.codes(), scale, zero_point))
-    layer.notes["settled"] = min(settled)
+        stacked, gram = layer.stacked_weight(group), damped(statistics.gram, DAMPING)
+        scale, zero_point = choose_ranges(stacked, gram, layer.grid, layer.scale_dtype)
+        learned.append(learn_rounding(stacked, gram, scale, zero_point, layer.grid, iterations, STRENGTH,
+                                      TRAVEL / iterations))
+    if block:
+        with torch.enable_grad():
+            reconstruct(layer, learned, iterations)
+    layer.notes["settled"] = min(rounding.settled() for rounding in learned)
+    codes = {}
+    for group, rounding in zip(LINEAR_GROUPS, learned, strict=True):
+        codes.update(layer.split(group, rounding.codes(), rounding.scale, rounding.zero_point))
     return codes
 
 
-def quantize_block(layer: Layer, iterations: int) -> dict[str, QuantizedLinear]:
-    """Codes of every linear, their roundings learned together on the decoder layer's output."""
-    soft = {}
-    for group, statistics in zip(LINEAR_GROUPS, layer.statistics, strict=True):
-        for name in group.linears:
-            weight = layer.weight(name)
-            ranges = choose_ranges(weight, statistics.gram, layer.grid, layer.scale_dtype)
-            # Begin where the layer-wise rounding ends up half-way: far better than the fractions.
-            soft[name] = learn_rounding(weight, statistics.gram, *ranges, layer.grid, iterations // 4, 0.0,
-                                        2.0 / iterations)
-    with torch.enable_grad():
-        _reconstruct(layer, soft, iterations)
-    layer.notes["settled"] = min(rounding.settled() for rounding in soft.values())
-    return {name: QuantizedLinear(rounding.codes(), rounding.scale, rounding.zero_point, layer.grid)
-            for name, rounding in soft.items()}
+def reconstruct(layer: Layer, learned: list[SoftRounding], iterations: int) -> None:
+    """Minimise the error of the layer's output over batches of windows, plus the regulariser, starting from `learned`.
 
-
-def _reconstruct(layer: Layer, soft: dict[str, SoftRounding], iterations: int) -> None:
-    """Minimise the mean squared error of the layer's output over batches of windows, plus the regulariser."""
-    device = next(iter(soft.values())).v.device
+    The error is relative to each token's size, as in `layerwise`, against the original model's output where that is known.
+    """
     inputs = torch.cat(layer.inputs)
+    device = layer.module.mlp.down_proj.weight.device
     with torch.no_grad():
-        targets = torch.cat([layer.forward(window.to(device)).to(inputs.device) for window in inputs.split(BLOCK_BATCH)])
-    for rounding in soft.values():
-        rounding.v.requires_grad_(True)
+        targets = torch.cat(layer.targets or [layer.forward(chunk.to(device)).to(chunk.device) for chunk in layer.inputs])
+        for rounding in learned:
+            rounding.v = torch.where(rounding.v >= 0, BLOCK_START, -BLOCK_START).requires_grad_(True)
     originals = {name: layer.module.get_submodule(name).weight for name in LINEARS}
-    optimiser = torch.optim.Adam([rounding.v for rounding in soft.values()], lr=TRAVEL / iterations)
-    power = targets.float().square().mean()
+    count = sum(rounding.v.numel() for rounding in learned)
+
+    def error(chosen: torch.Tensor | slice) -> torch.Tensor:
+        output, target = layer.forward(inputs[chosen].to(device)).float(), targets[chosen].to(device).float()
+        return ((output - target).square().mean(-1) / target.square().mean(-1).clamp(min=1e-12)).mean()
+
+    with torch.no_grad():
+        for group, rounding in zip(LINEAR_GROUPS, learned, strict=True):
+            _set_weights(layer, group, rounding.weight((rounding.v >= 0).float()))
+        start = error(slice(BLOCK_BATCH)).clamp(min=1e-12)
+    optimiser = torch.optim.Adam([rounding.v for rounding in learned], lr=TRAVEL / iterations)
     generator = torch.Generator().manual_seed(layer.index)
     for step in range(iterations):
-        chosen = torch.randint(0, len(inputs), (BLOCK_BATCH,), generator=generator)
         beta = beta_at(step, iterations)
         penalty = torch.zeros((), device=device)
-        for name, rounding in soft.items():
+        for group, rounding in zip(LINEAR_GROUPS, learned, strict=True):
             h = rounding.h()
-            _set_weight(layer, name, rounding.weight(h).to(originals[name].dtype))
+            _set_weights(layer, group, rounding.weight(h))
             if beta is not None:
-                penalty = penalty + (1 - (2 * h - 1).abs().pow(beta)).mean()
-        output = layer.forward(inputs[chosen].to(device))
-        error = (output.float() - targets[chosen].to(device).float()).square().mean() / power
+                penalty = penalty + (1 - (2 * h - 1).abs().pow(beta)).sum() / count
+        loss = error(torch.randint(0, len(inputs), (BLOCK_BATCH,), generator=generator)) / start
         optimiser.zero_grad()
-        (error * BLOCK_ERROR_WEIGHT + STRENGTH * penalty).backward()
+        (BLOCK_ERROR_WEIGHT * loss + STRENGTH * penalty).backward()
         optimiser.step()
     for name, weight in originals.items():
-        _set_weight(layer, name, weight)
-    for rounding in soft.values():
+        del layer.module.get_submodule(name).weight
+        layer.module.get_submodule(name).weight = weight
+    for rounding in learned:
         rounding.v = rounding.v.detach()
 
 
-def _set_weight(layer: Layer, name: str, weight: torch.Tensor) -> None:
-    """Put a parameter, or a tensor that carries a gradient, in the place of a linear's weight."""
-    linear = layer.module.get_submodule(name)
-    del linear.weight
-    linear.weight = weight
+def _set_weights(layer: Layer, group: LinearGroup, stacked: torch.Tensor) -> None:
+    """Put the rows of a tensor [out, in], which may carry a gradient, in the place of the weights of a group's linears."""
+    linears = [layer.module.get_submodule(name) for name in group.linears]
+    for linear, weight in zip(linears, stacked.split([linear.out_features for linear in linears]), strict=True):
+        dtype = linear.weight.dtype
+        del linear.weight
+        linear.weight = weight.to(dtype)
 
 
 def main() -> None:
@@ -102,12 +112,17 @@ def main() -> None:
     parser.add_argument("--iterations", type=cli.positive, metavar="N",
                         help=f"gradient steps per layer (default: {ITERATIONS}; {DEMO_ITERATIONS} with demo text)")
     parser.add_argument("--reconstruction", choices=("layer", "block"), default="layer",
-                        help="learn each linear's rounding alone, or a decoder layer's together (default: %(default)s)")
+                        help="learn each linear's rounding alone, or then all of a decoder layer's together (default: "
+                             "%(default)s)")
+    parser.add_argument("--equalize", action=argparse.BooleanOptionalAction, default=True,
+                        help="even out input channels before learning (default: %(default)s)")
+    cli.add_catch_up(parser)
     options = parser.parse_args()
     cli.resolve_sizes(options)
     options.iterations = options.iterations or (DEMO_ITERATIONS if options.calib_data == "demo" else ITERATIONS)
-    quantize = quantize_layer if options.reconstruction == "layer" else quantize_block
-    run(options, Method("adaround", lambda layer: quantize(layer, options.iterations)))
+    block = options.reconstruction == "block"
+    run(options, Method("adaround", lambda layer: quantize_layer(layer, options.iterations, block),
+                        prepare_layer=equalize if options.equalize else None, catch_up=options.catch_up))
 
 
 if __name__ == "__main__":

@@ -11,47 +11,13 @@ with the smallest output error tr((Q - W) G (Q - W)ᵀ), which the Gram matrix G
 without keeping an activation. The clipping of each group's range is then chosen by the same error.
 """
 
-import torch
-from torch import Tensor
-
 from common import cli
-from common.grid import Grid, QuantizedLinear, dequantize, grouped, min_max, quantize
+from common.grid import QuantizedLinear, quantize
 from common.layerwise import Layer, Method
 from common.models import LINEAR_GROUPS
 from common.quantization import run
-from common.rounding import choose_ranges, output_error
-from common.scaling import fold_scale, power_ratio, shared_by_heads
-
-RATIOS = 14
-
-
-def rounding_loss(weight: Tensor, gram: Tensor, grid: Grid, scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """Output error of weight [out, in] when weight * scale is rounded on its full range and divided by scale again."""
-    scaled = weight * scale
-    grid_scale, zero_point = min_max(grouped(scaled, grid), grid, scale_dtype=scale_dtype)
-    rounded = dequantize(quantize(scaled, grid_scale, zero_point, grid), grid_scale, zero_point, grid) / scale
-    return output_error(rounded - weight, gram).sum()
-
-
-def search_scale(layer: Layer, group_index: int) -> Tensor:
-    """The scale [in] of one linear group, all ones if no other is better."""
-    statistics = layer.statistics[group_index]
-    weight = layer.stacked_weight(LINEAR_GROUPS[group_index])
-    groups = grouped(weight.abs(), layer.grid)
-    relative = (groups / groups.amax(-1, keepdim=True).clamp(min=1e-8)).flatten(1).mean(0)
-    candidates = [torch.ones_like(statistics.abs_mean)]
-    for step in range(RATIOS):
-        ratio = power_ratio(statistics.abs_mean, relative, step / (RATIOS - 1))
-        candidates.append(shared_by_heads(layer, group_index, ratio))
-    losses = [rounding_loss(weight, statistics.gram, layer.grid, scale, layer.scale_dtype) for scale in candidates]
-    return torch.stack(candidates)[torch.stack(losses).argmin()]
-
-
-def prepare_layer(layer: Layer) -> None:
-    """Search and fold the scales of all four groups."""
-    for group_index in range(len(LINEAR_GROUPS)):
-        fold_scale(layer, group_index, search_scale(layer, group_index))
-
+from common.rounding import choose_ranges
+from common.scaling import equalize
 
 def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
     """Codes of every linear: ranges clipped by the output error, then nearest codes."""
@@ -65,8 +31,10 @@ def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
 
 
 def main() -> None:
-    options = cli.quantization_parser(__doc__, bits=4).parse_args()
-    run(options, Method("awq", quantize_layer, prepare_layer=prepare_layer))
+    parser = cli.quantization_parser(__doc__, bits=4)
+    cli.add_catch_up(parser)
+    options = parser.parse_args()
+    run(options, Method("awq", quantize_layer, prepare_layer=equalize, catch_up=options.catch_up))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,10 @@ def main() -> None:
     parser.add_argument("--sweeps", type=int, default=SWEEPS,
                         help="refinements of the rounded weights: scales refitted, then codes one by one (default: "
                              "%(default)s)")
+    cli.add_catch_up(parser)
     options = parser.parse_args()
-    run(options, Method("gptq", lambda layer: gptq_layer(layer, options.damping, options.sweeps)))
+    run(options, Method("gptq", lambda layer: gptq_layer(layer, options.damping, options.sweeps),
+                        catch_up=options.catch_up))
 
 
 if __name__ == "__main__":

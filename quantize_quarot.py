@@ -3,12 +3,17 @@
 
     python quantize_quarot.py --bits 4 --output models/Llama-3.2-1B-Instruct/quarot-4bit
     python quantize_quarot.py --model demo --head-bits 8
+    python quantize_quarot.py --model demo --act-bits 4 --kv-bits 4
 
 Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", https://arxiv.org/abs/2404.00456. The gain of
 every RMSNorm is multiplied into the linears that read it; then a random Hadamard rotation R1 of the hidden state is
 multiplied into all that reads or writes it, and a Hadamard rotation R2 of each value head into v_proj and o_proj. All of
 this folds into the weights, in float64: the rotated model is a plain model with the same function. Its embedding and head are no
 longer the same matrix, so a tied head is stored on its own. Weights are quantized to W4A16.
+
+With --act-bits or --kv-bits the inputs of the linears and the key-value cache are rounded as the model runs, after the
+paper's online rotations R3 of queries and keys and R4 of down_proj's input. Such a checkpoint does not load plainly, by
+intent; verify_model.py and common/evaluation.py run it.
 """
 
 import torch
@@ -16,15 +21,19 @@ from torch import Tensor, nn
 
 from common import cli
 from common.gptq import SWEEPS, gptq_layer
-from common.hadamard import rotation
+from common.hadamard import factors, rotate, rotation
 from common.layerwise import Method
-from common.models import SourceModel
+from common.models import MODELS_FOLDER, SourceModel, model_name
+from common.online import OnlineTransforms, attach, enable_attention
 from common.quantization import run
 
 # Rotated inputs are even, and need no more damping than the GPTQ paper's.
 DAMPING = 0.01
 READS_HIDDEN = {"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                 "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")}
+# Shares of their range that activations and cache keep. The paper's is 0.9 for all activations; the best for each token loses
+# a sixth less (docs/quantization_methods_deep_dive.md).
+ACTIVATION_CLIPS, KV_CLIP = (1.0, 0.9, 0.8, 0.7, 0.6), 0.95
 WRITES_HIDDEN = ("self_attn.o_proj", "mlp.down_proj")
 
 
@@ -69,13 +78,29 @@ def rotate_layer(module: nn.Module, hidden: Tensor, value: Tensor) -> None:
     o_proj.weight.data = times(o_proj.weight.unflatten(1, (-1, size)), value).flatten(1)
 
 
+def rotate_online(module: nn.Module, transforms: OnlineTransforms) -> None:
+    """Let a decoder layer apply R3 and R4 as it runs, and undo R4 in down_proj's weights."""
+    weight = module.mlp.down_proj.weight
+    weight.data = rotate(weight.double(), *factors(weight.shape[1])).to(weight.dtype)
+    attach(module, transforms)
+
+
 def main() -> None:
     parser = cli.quantization_parser(__doc__, bits=4)
     parser.add_argument("--damping", type=float, default=DAMPING,
                         help="added to the Gram matrix's diagonal, as a share of its mean (default: %(default)s)")
     parser.add_argument("--sweeps", type=int, default=SWEEPS,
                         help="refinements of the rounded weights (default: %(default)s)")
+    for flag, what in (("--act-bits", "inputs of the linears"), ("--kv-bits", "key-value cache")):
+        parser.add_argument(flag, type=int, choices=(4, 8), help=f"round the {what} to so many bits as the model runs; the "
+                            "checkpoint then loads through this project only (default: 16-bit)")
+    cli.add_catch_up(parser)
     options = parser.parse_args()
+    transforms = None
+    if options.act_bits or options.kv_bits:
+        transforms = OnlineTransforms(options.act_bits, options.kv_bits, ACTIVATION_CLIPS, KV_CLIP)
+        name = f"quarot-w{options.bits}a{options.act_bits or 16}kv{options.kv_bits or 16}"
+        options.output = options.output or MODELS_FOLDER / model_name(options.model) / name
     rotations: dict[str, Tensor] = {}
 
     def rewrite_model(source: SourceModel) -> None:
@@ -83,10 +108,17 @@ def main() -> None:
         rotations["hidden"] = rotation(source.config.hidden_size, options.seed)
         rotations["value"] = rotation(attention.head_dim, options.seed + 1)
         rotate_ends(source, rotations["hidden"])
+        if transforms:
+            enable_attention(source.model)
 
-    run(options, Method("quarot", lambda layer: gptq_layer(layer, options.damping, options.sweeps),
-                        rewrite_model=rewrite_model, unties=True,
-                        rewrite_layer=lambda _, module: rotate_layer(module, **rotations)))
+    def rewrite_layer(_, module: nn.Module) -> None:
+        rotate_layer(module, **rotations)
+        if transforms:
+            rotate_online(module, transforms)
+
+    run(options, Method("quarot", lambda layer: gptq_layer(layer, options.damping, options.sweeps), online=transforms,
+                        catch_up=options.catch_up,
+                        rewrite_model=rewrite_model, unties=True, rewrite_layer=rewrite_layer))
 
 
 if __name__ == "__main__":

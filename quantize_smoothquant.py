@@ -11,6 +11,7 @@ multiplied by it. Weights are then rounded per output channel, activations per t
 """
 
 import argparse
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -93,7 +94,8 @@ def main() -> None:
     if options.group_size != "channel":
         raise UserError("smoothquant has one scale per output channel, as int8 kernels need it; use --group-size channel")
     run(options, Method("smoothquant", quantize_layer, prepare_layer=lambda layer: prepare_layer(layer, options.alpha),
-                        activation_bits=ACTIVATION_BITS, needs=RANGES), bits=(8,))
+                        activation_bits=ACTIVATION_BITS, round_inputs=partial(round_per_token, bits=ACTIVATION_BITS),
+                        needs=RANGES), bits=(8,))
 
 
 if __name__ == "__main__":

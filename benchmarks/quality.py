@@ -31,6 +31,7 @@ RUNS = {
     "adaround-4bit": ("adaround", ["--bits", "4"]), "quarot-4bit": ("quarot", ["--bits", "4"]),
     "smoothquant-8bit": ("smoothquant", []), "gptq-8bit": ("gptq", ["--bits", "8"]),
     "hqq-8bit": ("hqq", ["--bits", "8"]), "adaround-8bit": ("adaround", ["--bits", "8"]),
+    "quarot-w4a4kv4": ("quarot", ["--bits", "4", "--act-bits", "4", "--kv-bits", "4"]),
 }
 
 

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.grid import Grid, QuantizedLinear
 from common.models import LINEARS, SourceModel, TensorReader
+from common.online import OnlineTransforms, mark_config
 
 METADATA_FILE = "quantization_metadata.json"
 # Weights alone are packed; 8-bit weights with 8-bit activations stay int8, as the integer kernels want them.
 PACKED, INTEGER = "pack-quantized", "int-quantized"
+_ENDS = ("model.embed_tokens", "lm_head")
 _PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
@@ -105,8 +107,10 @@ def check_output(output: Path, overwrite: bool) -> None:
 class CheckpointWriter:
     """Writes a quantized checkpoint layer by layer. Use as a context manager; without `finish` nothing is left behind."""
 
-    def __init__(self, output: Path, source: SourceModel, grid: Grid, activation_bits: int | None = None):
+    def __init__(self, output: Path, source: SourceModel, grid: Grid, activation_bits: int | None = None,
+                 online: OnlineTransforms | None = None):
         self.output, self.source, self.grid, self.activation_bits = output, source, grid, activation_bits
+        self.online = online
         self.form = INTEGER if activation_bits else PACKED
         self.folder = output.with_name(output.name + ".unfinished")
         self._weight_map: dict[str, str] = {}
@@ -156,28 +160,33 @@ class CheckpointWriter:
         self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         return file
 
-    def write_rest(self, head: QuantizedLinear | None = None) -> int:
+    def write_rest(self, ends: dict[str, QuantizedLinear]) -> int:
         """Write everything that is not a decoder layer: remaining tensors, index, configuration, tokenizer.
 
         Args:
-            head: the codes of an untied head that was quantized too.
+            ends: the codes of model.embed_tokens and lm_head, where they were quantized too.
         Returns:
             The bytes of all tensors.
         """
         source = self.source
-        decoder = source.model.model
-        rest = {"model.embed_tokens.weight": decoder.embed_tokens.weight, "model.norm.weight": decoder.norm.weight}
-        if not source.tied and head is None:
-            rest["lm_head.weight"] = source.model.lm_head.weight
-        rest = {name: tensor.to(source.storage_dtype) for name, tensor in rest.items()}
-        if head is not None:
-            rest.update({f"lm_head.{part}": tensor for part, tensor in compress(head, source.storage_dtype).items()})
+        rest = {"model.norm.weight": source.model.model.norm.weight.to(source.storage_dtype)}
+        for name in _ENDS[:1] if source.tied else _ENDS:
+            if name in ends:
+                parts = compress(ends[name], source.storage_dtype, _form_of_end(ends[name]))
+                rest.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
+            else:
+                rest[f"{name}.weight"] = source.model.get_submodule(name).weight.to(source.storage_dtype)
+        if source.tied and ends:
+            # The codes are shared on loading, as weights are; the scales are not.
+            rest["lm_head.weight_scale"] = rest["model.embed_tokens.weight_scale"].clone()
         self._save(rest, source.num_layers + 1)
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         config = source.config.to_diff_dict()
         config.update(architectures=[type(source.model).__name__], dtype=str(source.storage_dtype).removeprefix("torch."),
-                      quantization_config=self._quantization_config(head))
+                      quantization_config=self._quantization_config(ends))
+        if self.online:
+            mark_config(config, self.online)
         (self.folder / "config.json").write_text(json.dumps(config, indent=2))
         source.tokenizer.save_pretrained(self.folder)
         generation = source.folder / "generation_config.json"
@@ -185,17 +194,17 @@ class CheckpointWriter:
             shutil.copy(generation, self.folder)
         return self._bytes
 
-    def _quantization_config(self, head: QuantizedLinear | None) -> dict:
-        scheme = scheme_of(self.grid, self.activation_bits)
-        scheme.targets, scheme.format = ["re:.*_proj$"], self.form
-        groups = {"group_0": scheme.model_dump(mode="json", exclude_none=True)}
-        if head is not None:
-            scheme = scheme_of(head.grid)
-            scheme.targets, scheme.format = ["re:.*lm_head$"], PACKED
-            groups["group_1"] = scheme.model_dump(mode="json", exclude_none=True)
+    def _quantization_config(self, ends: dict[str, QuantizedLinear]) -> dict:
+        groups = {"group_0": _config_group(["re:.*_proj$"], scheme_of(self.grid, self.activation_bits), self.form)}
+        for name, end in ends.items():
+            rounded = _ENDS if self.source.tied else [name]
+            groups[f"group_{len(groups)}"] = _config_group([f"re:.*{module.split('.')[-1]}$" for module in rounded],
+                                                           scheme_of(end.grid), _form_of_end(end))
+        forms = {group["format"] for group in groups.values()}
+        quantized_head = "lm_head" in ends or (self.source.tied and ends)
         return {"quant_method": "compressed-tensors", "version": compressed_tensors_version,
-                "format": self.form if head is None or self.form == PACKED else "mixed-precision",
-                "quantization_status": "compressed", "config_groups": groups, "ignore": [] if head else ["lm_head"]}
+                "format": self.form if len(forms) == 1 else "mixed-precision", "quantization_status": "compressed",
+                "config_groups": groups, "ignore": [] if quantized_head else ["lm_head"]}
 
     def finish(self, metadata: dict | None) -> None:
         """Give the checkpoint its metadata and its real name. An older checkpoint there is replaced only now."""
@@ -212,6 +221,16 @@ class CheckpointWriter:
             shutil.rmtree(old)
         else:
             self.folder.rename(self.output)
+
+
+def _form_of_end(end: QuantizedLinear) -> str:
+    """How embedding and head are stored: 8 bits as int8, which transformers also takes for an embedding."""
+    return INTEGER if end.grid.bits == 8 else PACKED
+
+
+def _config_group(targets: list[str], scheme: QuantizationScheme, form: str) -> dict:
+    scheme.targets, scheme.format = targets, form
+    return scheme.model_dump(mode="json", exclude_none=True)
 
 
 def open_checkpoint(folder: Path) -> tuple[dict, TensorReader]:

@@ -16,6 +16,7 @@ import torch
 from common import calibration
 from common.errors import UserError
 from common.models import DEFAULT_MODEL
+from common.rounding import CATCH_UP
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -98,8 +99,10 @@ def quantization_parser(description: str, bits: int) -> argparse.ArgumentParser:
                         help="input channels that share a scale; auto is the largest of 128, 64, 32 that divides all "
                              "linears, channel one scale per output channel")
     parser.add_argument("--symmetric", action="store_true", help="no zero-points: codes are centred on zero")
-    parser.add_argument("--head-bits", type=int, choices=(4, 8), help="round the head too, if it is not the embedding's "
-                                                                      "(quarot unties it); one scale per row")
+    parser.add_argument("--head-bits", type=int, choices=(4, 8),
+                        help="round the head too, if it is not the embedding's own matrix (default: 16-bit)")
+    parser.add_argument("--embedding-bits", type=int, choices=(8,),
+                        help="round the embedding too, and with it a head that shares its matrix (default: 16-bit)")
     parser.add_argument("--calib-data", metavar="DATA",
                         help="calibration text: a data set (owner/name[/config][:split]), a .txt, .jsonl or .parquet "
                              f"file, or demo (default: {calibration.DEFAULT_DATA}; demo for the demo model)")
@@ -114,6 +117,13 @@ def quantization_parser(description: str, bits: int) -> argparse.ArgumentParser:
                         help="write quantization_metadata.json into the checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     return parser
+
+
+def add_catch_up(parser: argparse.ArgumentParser) -> None:
+    """--catch-up, for the methods that walk through the quantized layers with Gram matrices."""
+    parser.add_argument("--catch-up", type=share, default=CATCH_UP, metavar="SHARE",
+                        help="share of the quantized layers' accumulated error that each layer is made to recover; 0 spares a "
+                             "second pass (default: %(default)s)")
 
 
 def resolve_sizes(options: argparse.Namespace) -> None:
@@ -145,6 +155,13 @@ def configure_torch(seed: int) -> None:
     """Seed everything and let CUDA use tf32 for float32 products."""
     torch.manual_seed(seed)
     torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
 
 
 def positive(text: str) -> int:

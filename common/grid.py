@@ -203,6 +203,33 @@ def round_per_token(inputs: Tensor, bits: int) -> Tensor:
     return (inputs / scale).round_().clamp_(-(1 << (bits - 1)), (1 << (bits - 1)) - 1).mul_(scale)
 
 
+def round_clipped(inputs: Tensor, bits: int, clips: tuple[float, ...]) -> Tensor:
+    """As `round_per_token`, over that share of each token's range, one of `clips`, with the smallest squared error."""
+    levels = 1 << bits
+    largest = inputs.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(inputs.dtype).tiny)
+    best = best_error = None
+    for clip in clips:
+        scale = largest * (2 * clip / (levels - 1))
+        rounded = (inputs / scale).round_().clamp_(-levels // 2, levels // 2 - 1).mul_(scale)
+        error = (rounded - inputs).float().square().sum(-1, keepdim=True)
+        if best is None:
+            best, best_error = rounded, error
+        else:
+            best = torch.where(error < best_error, rounded, best)
+            best_error = torch.minimum(error, best_error)
+    return best
+
+
+def round_per_vector(values: Tensor, bits: int, clip: float = 1.0) -> Tensor:
+    """Round the vectors [..., size] of a key-value cache, each to an asymmetric grid of its own over `clip` of its range."""
+    low = values.amin(-1, keepdim=True).clamp(max=0.0).float() * clip
+    high = values.amax(-1, keepdim=True).clamp(min=0.0).float() * clip
+    scale = ((high - low) / ((1 << bits) - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+    zero = (-low / scale).round_()
+    codes = (values / scale).round_().add_(zero).clamp_(0, (1 << bits) - 1)
+    return codes.sub_(zero).mul_(scale).to(values.dtype)
+
+
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     """Weights [out, in] float32 of `codes` [out, in]; exact, since a product of int8 and a 16-bit scale fits float32."""
     values = grouped(codes, grid).float() - zero_point.float().unsqueeze(-1)

@@ -11,8 +11,17 @@ from common.errors import UserError
 def hadamard(order: int) -> Tensor:
     """A Hadamard matrix [order, order] of +1 and -1 in float64: H Hᵀ = order · I.
 
-    An order is written as m · 2^k with the smallest m that is 1 or that Paley reaches; H is then the Kronecker product
-    of Paley's matrix and Sylvester's.
+    Raises:
+        UserError: no construction reaches the order.
+    """
+    return torch.kron(*factors(order))
+
+
+def factors(order: int) -> tuple[Tensor, Tensor]:
+    """Two Hadamard matrices, of orders a · b = order and near each other, whose Kronecker product is `hadamard(order)`.
+
+    An order is written as m · 2^k with the smallest m that is 1 or that Paley reaches; H is the Kronecker product of
+    Paley's matrix and Sylvester's, and Sylvester's splits anywhere.
 
     Raises:
         UserError: no construction reaches the order.
@@ -21,9 +30,19 @@ def hadamard(order: int) -> Tensor:
     while power:
         core = _paley(order // power)
         if core is not None:
-            return torch.kron(core, _sylvester(power))
+            left = 1
+            while left * left * len(core) < power:
+                left *= 2
+            return torch.kron(core, _sylvester(left)), _sylvester(power // left)
         power //= 2
     raise UserError(f"no Hadamard matrix of order {order} is known here; this model cannot be rotated")
+
+
+def rotate(inputs: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """inputs [..., order] times the orthogonal Hadamard matrix of `factors` (left, right), as two small products."""
+    folded = inputs.unflatten(-1, (len(left), len(right)))
+    turned = left.T.to(inputs) @ (folded @ right.to(inputs))
+    return turned.flatten(-2) / (len(left) * len(right)) ** 0.5
 
 
 def rotation(order: int, seed: int) -> Tensor:

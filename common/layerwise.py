@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,11 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.grid import Grid, QuantizedLinear, round_per_token
+from common.grid import Grid, QuantizedLinear
 from common.models import LINEAR_GROUPS, LINEARS, LinearGroup, SourceModel
+from common.online import OnlineTransforms
 from common.progress import track
+from common.rounding import catch_up
 from common.statistics import InputStatistics, group_inputs, new_statistics
 
+# The groups, of one linear each, whose output is added to the residual stream.
+_O_PROJ, _DOWN_PROJ = ("self_attn.o_proj",), ("mlp.down_proj",)
 QUANTIZED_WEIGHTS = tuple(f"{name}.weight" for name in LINEARS)
 # Tokens that go through a layer at once.
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -40,6 +44,8 @@ class Layer:
     # Calibration hidden states before the layer, in chunks [batch, length, hidden], and how to run the layer on one.
     inputs: list[Tensor] | None = None
     forward: Callable[[Tensor], Tensor] | None = None
+    # The original model's hidden states after the layer, in the same chunks; None without `Method.catch_up`.
+    targets: list[Tensor] | None = None
     # What a method wants to have recorded about the layer, such as the settled share of a learned rounding.
     notes: dict[str, float] = field(default_factory=dict)
 
@@ -74,7 +80,11 @@ class Method:
     rewrite_model, rewrite_layer: change the model without changing its function before anything is measured, the small
         parts once and each layer when it is loaded (a rotation).
     prepare_layer: the same for a layer whose statistics are known (a scaling); has to keep them true.
-    activation_bits: inputs of the linears are rounded too, to so many bits, per token as they come.
+    catch_up: share of the residual stream's lag behind the original model that o_proj and down_proj are made to recover
+        before they are rounded (`rounding.catch_up`); needs GRAM, and a second pass through the original layers.
+    activation_bits: what a plain load rounds the inputs of the linears to, per token as they come.
+    round_inputs: that rounding.
+    online: what is done as the model runs and no plain load does; rewrite_layer attaches it.
     """
 
     name: str
@@ -83,7 +93,10 @@ class Method:
     rewrite_model: Callable[[SourceModel], None] | None = None
     rewrite_layer: Callable[[int, nn.Module], None] | None = None
     prepare_layer: Callable[[Layer], None] | None = None
+    catch_up: float = 0.0
     activation_bits: int | None = None
+    round_inputs: Callable[[Tensor], Tensor] | None = None
+    online: OnlineTransforms | None = None
     # rewrite_model gives a tied head weights of its own.
     unties: bool = False
 
@@ -123,14 +136,14 @@ class WalkResult:
 @torch.no_grad()
 def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Tensor | None, probe: Tensor,
                    finished: Callable[[int, nn.Module, dict[str, QuantizedLinear]], None],
-                   watch: Stopwatch, before_logits: Callable[[], None] = lambda: None) -> WalkResult:
+                   watch: Stopwatch, round_ends: Callable[[], None] = lambda: None) -> WalkResult:
     """Quantize every decoder layer in turn; each sees the output of the quantized layers before it.
 
     Args:
         windows: calibration tokens [samples, length], or None for a method that needs none.
         probe: tokens [1, length] of a fixed text that travels along; errors and recorded logits are measured on it.
         finished: called with (index, layer, codes) once a layer holds its dequantized weights.
-        before_logits: called after the last layer, to change the head.
+        round_ends: called before the first layer, to round embedding and head.
     Raises:
         UserError: a layer whose codes or scales are not finite; names it.
     """
@@ -141,9 +154,12 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
         if method.rewrite_model:
             method.rewrite_model(source)
             round_to_storage(source.model, source.storage_dtype)
+        if method.catch_up and windows is not None:
+            originals = _embed_chunks(source, windows)
+        round_ends()
         probe_arguments = source.layer_arguments(probe.shape[1])
         probed = source.embed(probe)
-        hidden, arguments = None, None
+        hidden, originals, arguments = None, None, None
         if windows is not None:
             arguments = source.layer_arguments(windows.shape[1])
             hidden = _embed_chunks(source, windows)
@@ -160,7 +176,10 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
             if windows is not None:
                 layer.inputs = hidden
                 layer.forward = partial(_forward, module, arguments=arguments[index])
-                layer.statistics = _collect(layer, source.device, method.needs)
+                paused = method.online.paused if method.online else nullcontext
+                layer.statistics = _collect(layer, source.device, method.needs, originals, paused)
+                layer.targets = originals
+                _catch_up(layer, method.catch_up)
         with watch("solve"):
             if method.prepare_layer:
                 method.prepare_layer(layer)
@@ -175,7 +194,7 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
         with watch("record"):
             for group_index, group in enumerate(LINEAR_GROUPS):
                 for name in group.linears:
-                    record = _install(layer, name, codes[name], inputs[group_index], method.activation_bits)
+                    record = _install(layer, name, codes[name], inputs[group_index], method.round_inputs)
                     linears[layer.where(name)] = record
             probed = _forward(module, probed, probe_arguments[index])
         with watch("propagate"):
@@ -185,8 +204,6 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
         with watch("write"):
             finished(index, module, codes)
             source.release_layer(index)
-    with watch("solve"):
-        before_logits()
     with watch("record"):
         return WalkResult(linears, notes, source.logits(probed)[0], source.original_logits(reference)[0])
 
@@ -206,25 +223,51 @@ def _forward(module: nn.Module, hidden: Tensor, arguments: dict) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _collect(layer: Layer, device: torch.device, needs: str) -> list[InputStatistics]:
+def _collect(layer: Layer, device: torch.device, needs: str, originals: list[Tensor] | None,
+             paused: Callable[[], AbstractContextManager]) -> list[InputStatistics]:
     """Statistics of every linear group over all calibration windows. For RANGES the inputs become the layer's outputs.
 
     The residual stream is normalised before it is read again, so an error that o_proj or down_proj adds to it counts
     relative to the token's size. A few tokens, the first of each text above all, carry values hundreds of times the
     usual; unweighted, they alone would decide how these two are rounded.
+
+    Args:
+        originals: hidden states of the original model before the layer; they become those after it.
+        paused: a context in which the layer runs as the original one would.
     """
     statistics = new_statistics(layer.module, device, with_gram=needs == GRAM)
     inputs: dict[int, Tensor] = {}
+    after_attention: list[Tensor] = []
+    watch = layer.module.post_attention_layernorm.register_forward_pre_hook(
+        lambda _, arguments: after_attention.append(arguments[0]))
     with group_inputs(layer.module, inputs.__setitem__):
         for i, home in enumerate(layer.inputs):
             chunk = home.to(device)
+            after_attention.clear()
+            if originals is not None:
+                with paused():
+                    original = layer.forward(originals[i].to(device))
+                originals[i] = original.to(home.device)
             output = layer.forward(chunk)
-            weights = {("self_attn.o_proj",): _token_weights(chunk), ("mlp.down_proj",): _token_weights(output)}
-            for group, group_input in inputs.items():
-                statistics[group].add(group_input, weights.get(LINEAR_GROUPS[group].linears))
+            lags = {}
+            if originals is not None:
+                lags = {_O_PROJ: after_attention[0] - after_attention[1], _DOWN_PROJ: original - output}
+            weights = {_O_PROJ: _token_weights(chunk), _DOWN_PROJ: _token_weights(output)}
+            for index, group in enumerate(LINEAR_GROUPS):
+                statistics[index].add(inputs[index], weights.get(group.linears), lags.get(group.linears))
             if needs == RANGES:
                 layer.inputs[i] = output.to(home.device)
+    watch.remove()
     return [group.finish() for group in statistics]
+
+
+def _catch_up(layer: Layer, share: float) -> None:
+    """Change the weights of the linears that write the residual stream so that they make up for its lag."""
+    for group, statistics in zip(LINEAR_GROUPS, layer.statistics, strict=True):
+        if statistics.lag is not None:
+            weight = layer.module.get_submodule(group.linears[0]).weight
+            changed = catch_up(weight.float(), statistics.gram, statistics.lag, share)
+            weight.data = changed.to(weight.dtype)
 
 
 def _token_weights(hidden: Tensor) -> Tensor:
@@ -239,14 +282,15 @@ def round_to_storage(module: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
-def _install(layer: Layer, name: str, quantized: QuantizedLinear, inputs: Tensor, activation_bits: int | None) -> dict:
+def _install(layer: Layer, name: str, quantized: QuantizedLinear, inputs: Tensor,
+             round_inputs: Callable[[Tensor], Tensor] | None) -> dict:
     """Put the dequantized weights into the layer; returns the linear's record."""
     linear = layer.module.get_submodule(name)
     weight = quantized.dequantize(linear.weight.dtype)
     before = nn.functional.linear(inputs, linear.weight).float()
-    if activation_bits:
-        linear.register_forward_pre_hook(lambda _, arguments: round_per_token(arguments[0], activation_bits))
-        change = nn.functional.linear(round_per_token(inputs, activation_bits), weight).float() - before
+    if round_inputs:
+        linear.register_forward_pre_hook(lambda _, arguments: round_inputs(arguments[0]))
+        change = nn.functional.linear(round_inputs(inputs), weight).float() - before
     else:
         change = nn.functional.linear(inputs, weight - linear.weight).float()
     error = (change.norm() / before.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()

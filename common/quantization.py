@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from common import metadata, probe
@@ -41,8 +42,8 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     with watch("load"):
         source = SourceModel(options.model, device, dtype)
         if options.head_bits and source.tied and not method.unties:
-            raise UserError(f"{source.name} shares its head with the embedding, so --head-bits has nothing to act on; it is "
-                            "for models with a head of their own and for quarot")
+            raise UserError(f"{source.name} shares its head with the embedding, so --head-bits has nothing to act on; "
+                            "--embedding-bits 8 rounds both")
         grid = Grid(options.bits, resolve_group_size(options.group_size, source.in_features()), options.symmetric)
     windows = None
     if method.needs != NOTHING:
@@ -52,17 +53,18 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
                                           options.seed, options.data_root)
     say(_headline(method, grid, source, windows, device, dtype))
     tokens = probe.probe_tokens(source.tokenizer)
-    with CheckpointWriter(output, source, grid, method.activation_bits) as writer:
-        head: list[QuantizedLinear] = []
+    with CheckpointWriter(output, source, grid, method.activation_bits, method.online) as writer:
+        ends: dict[str, QuantizedLinear] = {}
 
-        def round_head() -> None:
-            if options.head_bits:
-                head.append(_quantize_head(source, options.head_bits))
+        def round_ends() -> None:
+            for name, width in (("model.embed_tokens", options.embedding_bits), ("lm_head", options.head_bits)):
+                if width:
+                    ends[name] = _quantize_rows(source, name, width)
 
         result = quantize_model(source, method, grid, None if windows is None else windows.tokens, tokens,
-                                writer.write_layer, watch, round_head)
+                                writer.write_layer, watch, round_ends)
         with watch("write"):
-            weight_bytes = writer.write_rest(head[0] if head else None)
+            weight_bytes = writer.write_rest(ends)
         document = _document(options, method, grid, source, windows, result, tokens, watch, device, dtype)
         document["bytes"] = _sizes(source, weight_bytes, writer.folder)
         document["compression_ratio"] = round(document["bytes"]["baseline_weights"] / weight_bytes, 4)
@@ -72,14 +74,14 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     return output
 
 
-def _quantize_head(source: SourceModel, bits: int) -> QuantizedLinear:
-    """Round an untied head to nearest, one symmetric scale per row of the vocabulary, and put the result in its place."""
+def _quantize_rows(source: SourceModel, name: str, bits: int) -> QuantizedLinear:
+    """Round the embedding or head to nearest, one symmetric scale per row of the vocabulary, and put the result in place."""
     grid = Grid(bits, None, symmetric=True)
-    head = source.model.lm_head
-    weight = head.weight.float()
+    parameter = source.model.get_submodule(name).weight
+    weight = parameter.float()
     scale, zero_point = search_range(weight, grid, scale_dtype=source.storage_dtype)
     rounded = QuantizedLinear(quantize(weight, scale, zero_point, grid), scale, zero_point, grid)
-    head.weight.data = rounded.dequantize(head.weight.dtype)
+    parameter.data = rounded.dequantize(parameter.dtype)
     return rounded
 
 
@@ -102,6 +104,7 @@ def _document(options, method, grid, source, windows, result: WalkResult, tokens
         "bits": grid.bits,
         "grid": {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric},
         "activation_bits": method.activation_bits,
+        "online_transforms": asdict(method.online) if method.online else None,
         "model": {"name": source.name, "source": options.model, "architecture": source.config.model_type,
                   "storage_dtype": str(source.storage_dtype).removeprefix("torch.")},
         "options": given,

@@ -20,6 +20,8 @@ BLOCK = 128
 # happens not to use (WikiText-2 perplexity 1.176 against 1.190 of the baseline's; docs/quantization_methods_deep_dive.md).
 DAMPING = 0.1
 _DAMPING_TRIES = 5
+# Of `catch_up`: the share of the lag that o_proj and down_proj each recover, and the damping as a share of the mean diagonal.
+CATCH_UP, CATCH_UP_DAMPING = 0.5, 1.0
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
@@ -98,6 +100,23 @@ def _solve_block(target: Tensor, shifted: Tensor, factor: Tensor, scale: Tensor,
         code = torch.mul(value, inverse[j], out=codes[j])
         code.round_().add_(zero_point[j]).clamp_(grid.code_min, grid.code_max)
         torch.sub(target[j], torch.sub(code, zero_point[j]).mul_(scale[j]), out=error[j])
+
+
+def catch_up(weight: Tensor, gram: Tensor, lag: Tensor, share: float) -> Tensor:
+    """Weights [out, in] that, before they are rounded, make up for what the layers before have lost.
+
+    The residual stream falls short of the original model's by some lag. W + share · E[lag xᵀ] (G + damping)⁻¹ adds back the
+    share of it that is a linear function of this linear's input x: least squares, heavily damped. The idea of asymmetric
+    calibration (Li et al. 2025, arXiv 2504.02692), here with the residual stream as the target.
+
+    Args:
+        weight: [out, in] of a linear whose output is added to the residual stream.
+        gram: [in, in]; lag: E[lag xᵀ], [out, in].
+        share: between 0 and 1.
+    """
+    # Where inputs hold NaN the factorisation fails; the rounding that follows says so.
+    factor, _ = torch.linalg.cholesky_ex(damped(gram, CATCH_UP_DAMPING))
+    return weight + share * torch.cholesky_solve(lag.T, factor).T
 
 
 def output_error(difference: Tensor, gram: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from torch import nn
 
 from common.errors import UserError
 from common.models import load_tokenizer
+from common.online import attach_all, take_from_config
 from common.progress import track
+from common.results import read_json
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
 REPEATS = {"cpu": 3, "cuda": 10}
@@ -28,14 +30,17 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
         UserError: the folder holds no model that can be loaded.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model: it has no config.json")
+    content = read_json(folder / "config.json", "quantize or download it again")
     tokenizer = load_tokenizer(folder)
     try:
+        transforms = take_from_config(content)
+        config = {} if transforms is None else {"config": AutoConfig.for_model(**content)}
         model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa",
-                                                              output_loading_info=True)
+                                                              output_loading_info=True, **config)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError, EOFError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} cannot be loaded: {first[:200]}") from None
@@ -52,6 +57,8 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise UserError(f"{folder}: its weights cannot be unpacked ({str(error).splitlines()[0][:150]})") from None
+    if transforms:
+        attach_all(model, transforms)
     return model, tokenizer
 
 

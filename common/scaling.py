@@ -2,7 +2,7 @@
 
 With a positive s per channel, W' = W diag(s) reads x' = x / s. The division goes into the norm's gain, or into the rows of the
 linear whose output is x: up_proj feeds down_proj, and v_proj feeds o_proj through the attention's averages, where all
-query heads that share a key-value head must share s.
+query heads that share a key-value head must share s. `equalize` chooses s as AWQ does (Lin et al. 2023, arXiv 2306.00978).
 """
 
 from __future__ import annotations
@@ -10,9 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from common.grid import Grid, dequantize, grouped, min_max, quantize
 from common.layerwise import Layer
 from common.models import LINEAR_GROUPS
+from common.rounding import output_error
 from common.statistics import InputStatistics
+
+# Exponents that `search_scale` tries, beside no scaling at all.
+RATIOS = 14
 
 
 def shared_by_heads(layer: Layer, group_index: int, values: Tensor) -> Tensor:
@@ -66,3 +71,31 @@ def power_ratio(activation: Tensor, weight: Tensor, exponent: float) -> Tensor:
 def largest_weight(weights: list[Tensor]) -> Tensor:
     """Largest |w| of each input channel over all rows of all linears [out, in] that read it: [in]."""
     return torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+
+
+def rounding_loss(weight: Tensor, gram: Tensor, grid: Grid, scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """Output error of weight [out, in] when weight * scale is rounded on its full range and divided by scale again."""
+    scaled = weight * scale
+    grid_scale, zero_point = min_max(grouped(scaled, grid), grid, scale_dtype=scale_dtype)
+    rounded = dequantize(quantize(scaled, grid_scale, zero_point, grid), grid_scale, zero_point, grid) / scale
+    return output_error(rounded - weight, gram).sum()
+
+
+def search_scale(layer: Layer, group_index: int) -> Tensor:
+    """The scale [in] of one linear group, all ones if no other is better."""
+    statistics = layer.statistics[group_index]
+    weight = layer.stacked_weight(LINEAR_GROUPS[group_index])
+    groups = grouped(weight.abs(), layer.grid)
+    relative = (groups / groups.amax(-1, keepdim=True).clamp(min=1e-8)).flatten(1).mean(0)
+    candidates = [torch.ones_like(statistics.abs_mean)]
+    for step in range(RATIOS):
+        ratio = power_ratio(statistics.abs_mean, relative, step / (RATIOS - 1))
+        candidates.append(shared_by_heads(layer, group_index, ratio))
+    losses = [rounding_loss(weight, statistics.gram, layer.grid, scale, layer.scale_dtype) for scale in candidates]
+    return torch.stack(candidates)[torch.stack(losses).argmin()]
+
+
+def equalize(layer: Layer) -> None:
+    """Search and fold the scales of all four groups of a layer."""
+    for group_index in range(len(LINEAR_GROUPS)):
+        fold_scale(layer, group_index, search_scale(layer, group_index))

@@ -20,7 +20,8 @@ class InputStatistics:
     """Running statistics of the input x [tokens, in] of a linear group.
 
     gram [in, in] is the weighted mean over tokens of x xᵀ, in float32, mean_square [in] its diagonal; abs_max and
-    abs_mean are [in]; sample [n, in] is some of the inputs themselves, evenly drawn.
+    abs_mean are [in]; sample [n, in] is some of the inputs themselves, evenly drawn. lag [hidden, in], where it was asked
+    for, is the weighted mean of (lag of the residual stream) xᵀ.
     """
 
     in_features: int
@@ -32,6 +33,7 @@ class InputStatistics:
     abs_max: Tensor = field(init=False)
     abs_mean: Tensor = field(init=False)
     sample: Tensor = field(init=False)
+    lag: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self):
         if self.with_gram:
@@ -43,8 +45,14 @@ class InputStatistics:
         self._samples: list[Tensor] = []
         self._block = max(128, -(-self.in_features // 4))
 
-    def add(self, inputs: Tensor, token_weights: Tensor | None = None) -> None:
-        """Take in one more batch [..., in]; token_weights [...] say how much each token counts in the Gram matrix."""
+    def add(self, inputs: Tensor, token_weights: Tensor | None = None, lag: Tensor | None = None) -> None:
+        """Take in one more batch [..., in].
+
+        Args:
+            token_weights: [...], how much each token counts in the Gram matrix.
+            lag: [..., hidden], by how much the stream that the group's output was added to falls short of the original
+                model's.
+        """
         rows = inputs.detach().reshape(-1, self.in_features).float()
         weighted = rows if token_weights is None else rows * token_weights.reshape(-1, 1)
         self.weight += len(rows) if token_weights is None else token_weights.sum()
@@ -54,6 +62,9 @@ class InputStatistics:
             self.gram[start:stop, start:].addmm_(weighted[:, start:stop].T, rows[:, start:])
         if not self.with_gram:
             self.mean_square += (weighted * rows).sum(0)
+        if lag is not None:
+            product = lag.reshape(len(rows), -1).float().T @ weighted
+            self.lag = product if self.lag is None else self.lag.add_(product)
         magnitudes = rows.abs()
         torch.maximum(self.abs_max, magnitudes.amax(0), out=self.abs_max)
         self.abs_mean += magnitudes.sum(0)
@@ -71,6 +82,8 @@ class InputStatistics:
             self.mean_square = self.gram.diagonal().clone()
         else:
             self.mean_square /= self.weight
+        if self.lag is not None:
+            self.lag /= self.weight
         self.abs_mean /= max(self.tokens, 1)
         return self
 

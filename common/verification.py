@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from common import metadata, probe
 from common.checkpoint import INTEGER, decompress, grid_of, open_checkpoint, stored_parts, unpack
 from common.errors import UserError
 from common.grid import Grid
 from common.models import LINEARS, TensorReader
+from common.online import CONFIG_KEY
 from common.runtime import load_model
 
 # Perplexity of the probe text may be this many times the baseline's.
@@ -50,7 +52,8 @@ def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[C
         yield Check("plain load", False, str(error))
         return
     parameters = sum(p.numel() for p in model.parameters())
-    yield Check("plain load", True, f"{type(model).__name__}, {parameters / 1e6:.1f} M parameters on {device}")
+    loaded = f"{type(model).__name__}, {parameters / 1e6:.1f} M parameters on {device}"
+    yield _refused(folder, loaded) if CONFIG_KEY in config else Check("plain load", True, loaded)
     tokens = probe.probe_tokens(tokenizer)
     with torch.inference_mode():
         logits = model(tokens.to(device), use_cache=False).logits[0].float()
@@ -58,6 +61,15 @@ def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[C
     yield Check("no NaN or Inf", finite, "weights and logits are finite" if finite else "NaN or Inf found")
     yield from _recorded(record, logits, tokens, dtype)
     yield _generation(model, tokenizer, device)
+
+
+def _refused(folder: Path, loaded: str) -> Check:
+    """Whether transformers alone refuses a checkpoint that it would run wrongly."""
+    try:
+        AutoConfig.from_pretrained(folder)
+    except ValueError:
+        return Check("plain load", True, f"refused, as it should be: it rounds activations online; here {loaded}")
+    return Check("plain load", False, "transformers loads it without the online rotations it needs")
 
 
 def _complete(folder: Path, config: dict, tensors: TensorReader) -> Check:

@@ -99,25 +99,40 @@ def test_every_method_on_every_architecture(tiny_models, calibration_text, tmp_p
     assert max(linear["relative_output_error"] for linear in record["linears"].values()) < 0.4
 
 
-@pytest.mark.parametrize("method, architecture, tied", [("quarot", "llama", True), ("gptq", "qwen3", False),
-                                                        ("smoothquant", "llama", False)])
-def test_quantized_head(tiny_models, calibration_text, tmp_path, method, architecture, tied):
+HEAD, EMBEDDING = ("--head-bits", 8), ("--embedding-bits", 8)
+
+
+@pytest.mark.parametrize("method, architecture, tied, options", [
+    ("quarot", "llama", True, HEAD), ("gptq", "qwen3", False, HEAD), ("smoothquant", "llama", False, HEAD),
+    ("hqq", "mistral", False, ("--head-bits", 4)), ("quarot", "qwen2", True, (*HEAD, *EMBEDDING)),
+    ("gptq", "llama", True, EMBEDDING), ("awq", "qwen2", True, EMBEDDING), ("smoothquant", "llama", True, EMBEDDING),
+    ("adaround", "qwen3", False, EMBEDDING), ("hqq", "llama", False, (*EMBEDDING, *HEAD))])
+def test_quantized_head_and_embedding(tiny_models, calibration_text, tmp_path, method, architecture, tied, options):
     output, plain = tmp_path / "head", tmp_path / "plain"
     source = tiny_models[architecture, tied]
-    for folder, extra in ((output, ["--head-bits", 8]), (plain, [])):
-        result = quantize(method, source, folder, *extra, text=calibration_text)
+    few = ("--iterations", 20) if method == "adaround" else ()
+    for folder, extra in ((output, options), (plain, ())):
+        result = quantize(method, source, folder, *extra, *few, text=calibration_text)
         assert result.returncode == 0, result.stderr
     verified = run_script(ROOT / "verify_model.py", "--model-path", output)
     assert verified.returncode == 0, verified.stdout
     sizes = [json.loads((folder / METADATA_FILE).read_text())["bytes"]["quantized_weights"] for folder in (output, plain)]
-    assert sizes[0] < sizes[1] - 0.45 * 320 * 64 * 2
-    _, tensors = open_checkpoint(output)
-    assert "lm_head.weight_packed" in tensors and "lm_head.weight" not in tensors
+    # One matrix is stored where it is shared, of one byte for two; each row has a scale more.
+    assert sizes[0] < sizes[1] - 0.45 * 320 * 64 * 2 * len(options) / 2
+    config, tensors = open_checkpoint(output)
+    assert bool(config.get("tie_word_embeddings")) is (tied and method != "quarot")
+    assert ("model.embed_tokens.weight_scale" in tensors) is ("--embedding-bits" in options)
+    assert ("lm_head.weight" in tensors or "lm_head.weight_packed" in tensors) is not config.get("tie_word_embeddings", False)
+    from common import probe
+    from common.models import load_tokenizer
+    loaded = plain_load(output, probe.probe_tokens(load_tokenizer(output)), tmp_path)
+    record = json.loads((output / METADATA_FILE).read_text())["probe"]
+    assert probe.sample_difference(loaded["logits"][0], record) < 1e-5
 
 
 def test_a_tied_head_cannot_be_rounded_alone(tiny, calibration_text, tmp_path):
     result = quantize("gptq", tiny, tmp_path / "out", "--head-bits", 8, text=calibration_text)
-    assert_user_error(result, "shares its head", "quarot")
+    assert_user_error(result, "shares its head", "--embedding-bits 8")
     assert not (tmp_path / "out").exists()
 
 

@@ -6,7 +6,18 @@ import torch
 
 from common.errors import UserError
 from common.grid import Grid, dequantize, quantize, search_range
-from common.rounding import BLOCK, DAMPING, choose_ranges, damped, output_error, refine, solve
+from common.rounding import (
+    BLOCK,
+    CATCH_UP_DAMPING,
+    DAMPING,
+    catch_up,
+    choose_ranges,
+    damped,
+    output_error,
+    refine,
+    solve,
+)
+from common.statistics import InputStatistics
 
 
 def gptq_by_the_paper(weight, gram, scale, zero_point, grid, damping):
@@ -128,3 +139,35 @@ def test_chosen_ranges_beat_searched_ones(grid, generator):
     chosen = loss(*choose_ranges(weight, gram, grid, torch.bfloat16))
     assert (chosen <= loss(scale, zero_point) * (1 + 1e-4)).all()
     assert chosen.sum() < 0.97 * loss(scale, zero_point).sum()
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_catching_up_is_damped_least_squares(share):
+    """Against ridge regression of the lag on the inputs, by an augmented system in float64."""
+    generator = torch.Generator().manual_seed(11)
+    inputs = torch.randn(300, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    lag = inputs @ torch.randn(24, 10, generator=generator) * 0.1 + 0.3 * torch.randn(300, 10, generator=generator)
+    weight = torch.randn(10, 24, generator=generator)
+    statistics = InputStatistics(24, torch.device("cpu"))
+    for part, behind in zip(inputs.split(100), lag.split(100), strict=True):
+        statistics.add(part, lag=behind)
+    statistics.finish()
+    changed = catch_up(weight, statistics.gram, statistics.lag, share)
+    x, y = inputs.double() / 300**0.5, lag.double() / 300**0.5
+    ridge = (CATCH_UP_DAMPING * x.square().sum(0).mean()).sqrt() * torch.eye(24, dtype=torch.float64)
+    expected = torch.linalg.lstsq(torch.cat([x, ridge]), torch.cat([y, torch.zeros(24, 10, dtype=torch.float64)])).solution.T
+    assert torch.allclose(changed.double() - weight, share * expected, atol=1e-4)
+    left = (lag - inputs @ (changed - weight).T).square().sum()
+    assert left < lag.square().sum()
+    assert torch.equal(catch_up(weight, statistics.gram, statistics.lag, 0.0), weight)
+
+
+def test_token_weights_count_in_the_lag_as_in_the_gram_matrix():
+    generator = torch.Generator().manual_seed(12)
+    inputs, lag = torch.randn(2, 15, 8, generator=generator), torch.randn(2, 15, 6, generator=generator)
+    weights = torch.rand(2, 15, generator=generator) + 0.1
+    statistics = InputStatistics(8, torch.device("cpu"))
+    statistics.add(inputs, weights, lag)
+    statistics.finish()
+    expected = torch.einsum("bt,bth,bti->hi", weights.double(), lag.double(), inputs.double()) / weights.sum()
+    assert torch.allclose(statistics.lag.double(), expected, atol=1e-5)

@@ -1,0 +1,109 @@
+"""What QuaRot does while the model runs: rotations that do not fold into weights, and rounding of activations and cache.
+
+R3 turns queries and keys after the rotary embedding, R4 turns down_proj's input (Ashkboos et al. 2024, arXiv 2404.00456,
+figure 3). Inputs of the linears are rounded per token, keys and values per token and head: as every vector of the cache is
+rounded by itself, rounding what attention reads is the same as storing it rounded.
+
+A model whose weights expect this is wrong without it, so such a checkpoint has a model type that transformers does not
+know: a plain load fails at once. `runtime.load_model` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from common.grid import round_clipped, round_per_vector
+from common.hadamard import factors, rotate
+from common.models import LINEARS
+
+# The key of config.json that holds what is to be done, and the suffix of a model type that has to have it.
+CONFIG_KEY, MODEL_TYPE_SUFFIX = "online_transforms", "_with_online_transforms"
+ATTENTION = "sdpa_with_online_transforms"
+
+
+@dataclass
+class OnlineTransforms:
+    """Bits of activations and of the key-value cache, None: left as they are.
+
+    activation_clips: shares of its range among which each token's best is taken; kv_clip: the share of a cached vector's.
+    """
+
+    activation_bits: int | None
+    kv_bits: int | None
+    activation_clips: tuple[float, ...]
+    kv_clip: float
+    _active = True                                                              # not a field: nothing that is stored
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While open nothing is rounded; rotations go on."""
+        self._active = False
+        yield
+        self._active = True
+
+    def round_inputs(self, inputs: Tensor) -> Tensor:
+        """Inputs [..., in] of a quantized linear as they are rounded."""
+        if self.activation_bits is None or not self._active:
+            return inputs
+        return round_clipped(inputs, self.activation_bits, self.activation_clips)
+
+    def round_cache(self, values: Tensor) -> Tensor:
+        """Keys or values [..., head size] as the cache holds them."""
+        return values if self.kv_bits is None or not self._active else round_per_vector(values, self.kv_bits, self.kv_clip)
+
+
+def enable_attention(model: nn.Module) -> None:
+    """Let the model's attention do what `attach` asks of each layer."""
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)
+
+
+def attach(layer: nn.Module, transforms: OnlineTransforms) -> None:
+    """Rotate a decoder layer's queries and keys (R3) and down_proj's input (R4) as they come; round inputs and cache."""
+    attention, weight = layer.self_attn, layer.mlp.down_proj.weight
+    attention.online = transforms, [factor.to(weight) for factor in factors(attention.head_dim)]
+    left, right = [factor.to(weight) for factor in factors(weight.shape[1])]
+    layer.mlp.down_proj.register_forward_pre_hook(lambda _, arguments: rotate(arguments[0], left, right))
+    for name in LINEARS:
+        layer.get_submodule(name).register_forward_pre_hook(lambda _, arguments: transforms.round_inputs(arguments[0]))
+
+
+def attach_all(model: nn.Module, transforms: OnlineTransforms) -> None:
+    """Make a model whose weights were rotated for them run with the transforms."""
+    enable_attention(model)
+    for layer in model.model.layers:
+        attach(layer, transforms)
+
+
+def mark_config(config: dict, transforms: OnlineTransforms) -> None:
+    """Turn the content of a config.json into one that only `take_from_config` understands."""
+    config[CONFIG_KEY] = asdict(transforms)
+    config["model_type"] += MODEL_TYPE_SUFFIX
+    config["architectures"] = [name + "WithOnlineTransforms" for name in config["architectures"]]
+
+
+def take_from_config(config: dict) -> OnlineTransforms | None:
+    """Undo `mark_config`: the transforms a checkpoint needs, or None when it is a plain one."""
+    if CONFIG_KEY not in config:
+        return None
+    transforms = OnlineTransforms(**config.pop(CONFIG_KEY))
+    config["model_type"] = config["model_type"].removesuffix(MODEL_TYPE_SUFFIX)
+    config["architectures"] = [name.removesuffix("WithOnlineTransforms") for name in config["architectures"]]
+    return transforms
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments):
+    """Scaled dot-product attention [batch, heads, length, head size] over rotated and rounded keys and rounded values."""
+    if hasattr(module, "online"):
+        transforms, (left, right) = module.online
+        query, key = rotate(query, left, right), transforms.round_cache(rotate(key, left, right))
+        value = transforms.round_cache(value)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)

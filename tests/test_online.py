@@ -1,0 +1,108 @@
+"""QuaRot's online rotations and rounding: function kept, plain loading refused, cache and full forward alike."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, ROOT, run_script
+from test_rotation_and_scaling import BOUNDS, all_logits
+
+from common.checkpoint import METADATA_FILE
+from common.grid import round_clipped, round_per_token, round_per_vector
+from common.hadamard import factors, hadamard, rotate, rotation
+from common.models import SourceModel
+from common.online import OnlineTransforms, enable_attention
+from common.runtime import load_model
+from quantize_quarot import rotate_ends, rotate_layer, rotate_online
+
+
+@pytest.mark.parametrize("order", [16, 64, 96, 128, 1536, 4864, 5632, 8192])
+def test_rotating_by_factors_is_the_product_with_the_whole_matrix(order):
+    inputs = torch.randn(3, order, generator=torch.Generator().manual_seed(order), dtype=torch.float64)
+    left, right = factors(order)
+    assert len(left) * len(right) == order and max(len(left), len(right)) < order
+    assert torch.allclose(rotate(inputs, left, right), inputs @ hadamard(order) / order**0.5, atol=1e-12)
+
+
+@pytest.mark.parametrize("bits, clip", [(4, 1.0), (4, 0.95), (8, 1.0)])
+def test_rounding_of_cache_vectors(bits, clip):
+    values = torch.randn(5, 2, 7, 16, generator=torch.Generator().manual_seed(bits)) * 3 + 0.5
+    rounded = round_per_vector(values, bits, clip).double().numpy()
+    for vector, found in zip(values.double().numpy().reshape(-1, 16), rounded.reshape(-1, 16), strict=True):
+        low, high = min(vector.min(), 0) * clip, max(vector.max(), 0) * clip
+        step = (high - low) / (2**bits - 1)
+        first = -np.round(-low / step) * step                                   # zero is on the grid
+        grid = first + step * np.arange(2**bits)
+        nearest = grid[np.abs(grid[None] - vector[:, None]).argmin(1)]
+        assert np.allclose(found, nearest, atol=1e-5) or np.abs(np.abs(found - vector) - np.abs(nearest - vector)).max() < 1e-5
+    assert torch.equal(round_per_vector(torch.zeros(3, 16), bits, clip), torch.zeros(3, 16))
+
+
+def test_each_token_gets_its_best_clip():
+    inputs = torch.randn(50, 96, generator=torch.Generator().manual_seed(1)) ** 3
+    clips = (1.0, 0.8, 0.6, 0.4)
+    rounded = round_clipped(inputs, 4, clips)
+    for token, found in zip(inputs.double().numpy(), rounded.double().numpy(), strict=True):
+        steps = [np.abs(token).max() * 2 * clip / 15 for clip in clips]
+        tries = [np.clip(np.round(token / step), -8, 7) * step for step in steps]
+        best = min(((one - token) ** 2).sum() for one in tries)
+        assert ((found - token) ** 2).sum() == pytest.approx(best, rel=1e-4)
+    assert torch.equal(round_clipped(torch.zeros(2, 8), 4, clips), torch.zeros(2, 8))
+    alike = (round_clipped(inputs, 4, (1.0,)) - round_per_token(inputs, 4)).abs() < 1e-5
+    assert alike.float().mean() > 0.999                                         # a value half-way may fall either way
+
+
+@pytest.mark.parametrize("dtype, bound", BOUNDS)
+@pytest.mark.parametrize("architecture, tied", ARCHITECTURES)
+@torch.no_grad()
+def test_online_rotations_leave_logits_unchanged(tiny_models, architecture, tied, dtype, bound):
+    folder = str(tiny_models[architecture, tied])
+    tokens = torch.randint(0, 320, (2, 50), generator=torch.Generator().manual_seed(2))
+    before = all_logits(SourceModel(folder, torch.device("cpu"), dtype), tokens)
+    source = SourceModel(folder, torch.device("cpu"), dtype)
+    hidden, value = rotation(64, seed=0), rotation(16, seed=1)
+    rotate_ends(source, hidden)
+    enable_attention(source.model)
+
+    def change(_, module):
+        rotate_layer(module, hidden, value)
+        rotate_online(module, OnlineTransforms(None, None, (1.0,), 1.0))
+
+    after = all_logits(source, tokens, change)
+    assert (before - after).abs().max() < bound * before.abs().max()
+
+
+@pytest.mark.parametrize("architecture, tied", ARCHITECTURES)
+@pytest.mark.parametrize("options", [("--act-bits", 4, "--kv-bits", 4), ("--act-bits", 8), ("--kv-bits", 8)])
+def test_online_checkpoint(tiny_models, calibration_text, tmp_path, architecture, tied, options):
+    output = tmp_path / "online"
+    result = run_script(ROOT / "quantize_quarot.py", "--model", tiny_models[architecture, tied], "--output", output, *options,
+                        "--calib-data", calibration_text, "--calib-samples", 8, "--calib-length", 64)
+    assert result.returncode == 0, result.stderr
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(ValueError, match=f"{architecture}_with_online_transforms"):
+        AutoModelForCausalLM.from_pretrained(output)
+    verified = run_script(ROOT / "verify_model.py", "--model-path", output)
+    assert verified.returncode == 0, verified.stdout
+    assert "PASS  plain load: refused" in verified.stdout
+    record = json.loads((output / METADATA_FILE).read_text())["online_transforms"]
+    assert [record["activation_bits"], record["kv_bits"]] == [dict(zip(options[::2], options[1::2], strict=True)).get(flag)
+                                                             for flag in ("--act-bits", "--kv-bits")]
+    model, _ = load_model(output, torch.device("cpu"), torch.float32)
+    tokens = torch.randint(2, 300, (1, 40), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        whole = model(tokens).logits
+        first = model(tokens[:, :25], use_cache=True)
+        rest = model(tokens[:, 25:], past_key_values=first.past_key_values, use_cache=True)
+    in_parts = torch.cat([first.logits, rest.logits], dim=1)
+    # A value on the edge between two codes may fall either way.
+    assert ((whole - in_parts).abs().amax(-1) < 1e-3 * whole.abs().max()).float().mean() > 0.9
+
+
+def test_its_default_output_says_what_is_rounded(tiny, calibration_text, tmp_path):
+    result = run_script(ROOT / "quantize_quarot.py", "--model", tiny, "--act-bits", 4, "--calib-data", calibration_text,
+                        "--calib-samples", 4, "--calib-length", 64, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "models" / tiny.name / "quarot-w4a4kv16" / "config.json").is_file()
