@@ -154,12 +154,11 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
         if method.rewrite_model:
             method.rewrite_model(source)
             round_to_storage(source.model, source.storage_dtype)
-        if method.catch_up and windows is not None:
-            originals = _embed_chunks(source, windows)
+        originals = _embed_chunks(source, windows) if method.catch_up and windows is not None else None
         round_ends()
         probe_arguments = source.layer_arguments(probe.shape[1])
         probed = source.embed(probe)
-        hidden, originals, arguments = None, None, None
+        hidden, arguments = None, None
         if windows is not None:
             arguments = source.layer_arguments(windows.shape[1])
             hidden = _embed_chunks(source, windows)

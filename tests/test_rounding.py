@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, run_script
 
 from common.errors import UserError
 from common.grid import Grid, dequantize, quantize, search_range
+from common.models import LINEARS
 from common.rounding import (
     BLOCK,
     CATCH_UP_DAMPING,
@@ -171,3 +173,29 @@ def test_token_weights_count_in_the_lag_as_in_the_gram_matrix():
     statistics.finish()
     expected = torch.einsum("bt,bth,bti->hi", weights.double(), lag.double(), inputs.double()) / weights.sum()
     assert torch.allclose(statistics.lag.double(), expected, atol=1e-5)
+
+
+def test_catching_up_brings_the_model_nearer_to_the_original(tiny_models, calibration_text, tmp_path):
+    """On the very windows of the calibration, three bits: hidden states after the last layer, and the untouched linears."""
+    from common.calibration import calibration_windows
+    from common.models import load_tokenizer
+    from common.runtime import load_model
+
+    source = tiny_models["llama", False]
+    windows = calibration_windows(str(calibration_text), load_tokenizer(source), 16, 64, 0, None).tokens
+    cpu = torch.device("cpu")
+    errors, weights = [], []
+    with torch.no_grad():
+        expected = load_model(source, cpu, torch.float32)[0].model(windows).last_hidden_state
+        for share in (0.0, 0.5):
+            output = tmp_path / str(share)
+            result = run_script(ROOT / "quantize_gptq.py", "--model", source, "--bits", 3, "--catch-up", share, "--output", output,
+                                "--calib-data", calibration_text, "--calib-samples", 16, "--calib-length", 64)
+            assert result.returncode == 0, result.stderr
+            model = load_model(output, cpu, torch.float32)[0]
+            errors.append((model.model(windows).last_hidden_state - expected).square().mean().item())
+            weights.append([model.model.layers[0].get_submodule(name).weight for name in LINEARS])
+    assert errors[1] < 0.97 * errors[0]
+    same = [torch.equal(a, b) for a, b in zip(*weights, strict=True)]
+    # In the first layer nothing lags yet, so both have the same codes there.
+    assert all(same)
