@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Regenerate README's tables and the plots it shows, from results/ alone.
+"""Regenerate README's tables, the plots, docs/report.html and CSV files, from results/ alone.
 
     python analyze_results.py
     python analyze_results.py --results-dir /tmp/results --readme /tmp/README.md --figures-dir /tmp/figures
@@ -10,10 +10,11 @@ import os
 from pathlib import Path
 
 from common import cli
+from common.comparison import compare_all
 from common.errors import UserError
 from common.plots import draw_all
 from common.progress import say
-from common.report import in_table_order, replace_between_markers, section
+from common.report import in_table_order, page, replace_between_markers, section, write_csv
 from common.results import RESULTS_FOLDER, load_all
 
 
@@ -22,17 +23,27 @@ def main() -> None:
     parser.add_argument("--results-dir", type=Path, default=RESULTS_FOLDER, help="default: %(default)s")
     parser.add_argument("--readme", type=Path, default=Path("README.md"), help="default: %(default)s")
     parser.add_argument("--figures-dir", type=Path, default=Path("docs/figures"), help="default: %(default)s")
+    parser.add_argument("--report", type=Path, help="HTML page with everything in it (default: report.html beside the figures' "
+                                                    "folder)")
+    parser.add_argument("--tables-dir", type=Path, help="CSV files (default: tables beside the figures' folder)")
     options = parser.parse_args()
+    report = options.report or options.figures_dir.parent / "report.html"
+    tables = options.tables_dir or options.figures_dir.parent / "tables"
     models = in_table_order(load_all(options.results_dir))
     if not models:
         raise UserError(f"{options.results_dir} holds no results; run common/evaluation.py or run_all_quantization.sh first")
-    sections = []
+    drawn = []
     for results in models:
-        drawn = draw_all(results, options.figures_dir / results.name)
-        links = [(caption, Path(os.path.relpath(file, options.readme.parent)).as_posix()) for caption, file in drawn]
-        sections.append(section(results, links))
+        comparisons = compare_all(options.results_dir, results)
+        drawn.append((results, comparisons, draw_all(results, comparisons, options.figures_dir / results.name)))
+        write_csv(results, comparisons, tables / results.name)
+    sections = [section(results, comparisons, [(caption, Path(os.path.relpath(file, options.readme.parent)).as_posix())
+                                               for caption, file in figures])
+                for results, comparisons, figures in drawn]
     replace_between_markers(options.readme, "\n\n".join(sections))
-    say(f"{options.readme}: tables of {', '.join(results.name for results in models)}")
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text(page(drawn), encoding="utf-8")
+    say(f"{options.readme}: tables of {', '.join(results.name for results in models)}; {report}; CSV in {tables}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,28 @@
 #!/usr/bin/env python3
-"""Compare a quantized model with its 16-bit baseline: size, time, speed and every metric with its difference.
+"""Compare a quantized model with its 16-bit baseline: size, time, speed, and every metric with its difference.
 
     python compare_to_baseline.py --quantized models/Llama-3.2-1B-Instruct/gptq-4bit
+    python compare_to_baseline.py --quantized models/SmolLM2-135M-Instruct/awq-4bit --json
 
-Results that are missing are evaluated first; the other arguments are those of common/evaluation.py.
+Differences are paired, sample by sample, with a 95% bootstrap interval; flips are answers that went wrong / came right; the
+last column says what the difference is. Results that are missing are evaluated first; the other arguments are those of
+common/evaluation.py. A chart goes beside the results.
 """
 
 import argparse
+import contextlib
+import json
+import sys
 from pathlib import Path
 
 from common import cli, metadata
 from common.checkpoint import open_checkpoint
-from common.comparison import comparison_rows, print_rows
+from common.comparison import compare, facts, print_comparison, samples_by_task
 from common.errors import UserError
 from common.evaluation import add_evaluation_arguments, evaluate_model, names_of
 from common.models import resolve_folder
+from common.plots import comparison_chart, save
+from common.progress import say
 from common.results import read_json
 
 
@@ -23,14 +31,28 @@ def main() -> None:
     parser.add_argument("--quantized", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--baseline", help="hub id, folder, or demo (default: the model the checkpoint was made from)")
     parser.add_argument("--overwrite", action="store_true", help="evaluate again even where there are results")
+    parser.add_argument("--json", action="store_true", help="print JSON alone, for other programs")
     add_evaluation_arguments(parser)
     options = parser.parse_args()
     open_checkpoint(options.quantized)
     name, configuration = names_of(options.quantized)
     baseline = options.baseline or _made_from(options.quantized)
-    documents = [_evaluated(resolve_folder(baseline), options, name, "baseline"),
-                 _evaluated(options.quantized, options, name, configuration)]
-    print_rows(comparison_rows(*documents))
+    # What the evaluation says on the way would spoil the JSON.
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        documents = [_evaluated(resolve_folder(baseline), options, name, "baseline"),
+                     _evaluated(options.quantized, options, name, configuration)]
+    samples = [samples_by_task(options.results_dir, name, part) for part in ("baseline", configuration)]
+    comparisons = compare(*[{task: rows for task, rows in one.items() if task in options.tasks} for one in samples])
+    chart = options.results_dir / name / f"{configuration}-against-baseline.png"
+    save(comparison_chart(comparisons, f"{name} {configuration} against its baseline"), chart)
+    if options.json:
+        print(json.dumps({"model": name, "configuration": configuration, "chart": str(chart),
+                          "facts": {row[0]: {"baseline": row[1], "quantized": row[2]} for row in facts(*documents)},
+                          "metrics": [one.as_dict() for one in comparisons],
+                          "divergence": documents[1]["tasks"].get("perplexity", {}).get("divergence")}, indent=1))
+        return
+    print_comparison(*documents, comparisons)
+    say(f"chart: {chart}")
 
 
 def _made_from(folder: Path) -> str:

@@ -30,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = resolve_folder(options.model)
     load_config(folder)
-    evaluate_model(folder, options, model_name(options.model), CONFIGURATION)
+    evaluate_model(folder, options, model_name(options.model), CONFIGURATION, twice=True)
 
 
 if __name__ == "__main__":

@@ -256,6 +256,11 @@ def open_checkpoint(folder: Path) -> tuple[dict, TensorReader]:
     return config, TensorReader(folder)
 
 
+def is_quantized(folder: Path) -> bool:
+    """Whether the model in a folder says that it is quantized, in this format or another."""
+    return "quantization_config" in json.loads((folder / "config.json").read_text())
+
+
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

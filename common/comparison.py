@@ -1,63 +1,218 @@
-"""Two evaluated models side by side: the rows of compare_to_baseline.py."""
+"""Two evaluated models side by side: every metric with its difference, how sure that is, and a verdict."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import numpy as np
+
+from common import significance
+from common.errors import UserError
 from common.progress import say
+from common.results import ModelResults, has_samples, load_samples
+from common.significance import Difference, Flips, Metric, paired_bootstrap
+
+
+def _field(name: str) -> Callable[[list[dict]], Metric]:
+    return lambda samples: significance.mean([np.nan if sample[name] is None else sample[name] for sample in samples])
+
+
+def _macro_f1(samples: list[dict]) -> Metric:
+    return significance.macro_f1([sample["gold"] for sample in samples], [sample["predicted"] for sample in samples])
+
+
+def _no_number(samples: list[dict]) -> Metric:
+    return significance.mean([float(sample["absolute_difference"] is None) for sample in samples])
 
 
 @dataclass(frozen=True)
-class Row:
-    """One quantity of both models; None where it was not measured."""
+class MetricKind:
+    """A metric of a task that is compared.
 
+    metric: from the task's per-sample records. binary: the records' field that says right or wrong, where there is one.
+    cluster: the field by which samples belong together. margin: a loss below this is no matter. logarithmic: the metric is a
+    mean of logarithms, shown as its exponential, and the difference as a ratio.
+    """
+
+    task: str
+    key: str
     name: str
-    baseline: float | None
-    quantized: float | None
-    digits: int = 3
-
-    def cells(self) -> list[str]:
-        values = ["–" if v is None else f"{v:.{self.digits}f}" for v in (self.baseline, self.quantized)]
-        if None in (self.baseline, self.quantized):
-            return [self.name, *values, "–", "–"]
-        ratio = f"{self.quantized / self.baseline:.3f} x" if self.baseline else "–"
-        return [self.name, *values, f"{self.quantized - self.baseline:+.{self.digits}f}", ratio]
+    metric: Callable[[list[dict]], Metric]
+    larger_is_better: bool = True
+    margin: float = 0.02
+    binary: str | None = None
+    cluster: str | None = None
+    logarithmic: bool = False
 
 
-_TASK_ROWS = (
-    ("arc", "accuracy", "ARC accuracy"), ("arc", "accuracy_norm", "ARC accuracy, length-normalised"),
-    ("arc", "macro_f1", "ARC macro F1"), ("squad_v2", "f1", "SQuAD v2 F1"),
-    ("squad_v2", "exact_match", "SQuAD v2 exact match"), ("squad_v2", "answerable_f1", "SQuAD v2 F1, answerable"),
-    ("squad_v2", "unanswerable_exact_match", "SQuAD v2 exact match, unanswerable"),
-    ("openmath", "mean_absolute_difference", "OpenMath mean absolute difference"),
-    ("openmath", "median_absolute_difference", "OpenMath median absolute difference"),
-    ("openmath", "within_tolerance", "OpenMath within 1e-6"), ("openmath", "no_number", "OpenMath no number"),
-    ("perplexity", "perplexity", "Perplexity"),
+METRICS = (
+    MetricKind("arc", "accuracy", "ARC accuracy", _field("acc"), binary="acc"),
+    MetricKind("arc", "accuracy_norm", "ARC accuracy, length-normalised", _field("acc_norm"), binary="acc_norm"),
+    MetricKind("arc", "macro_f1", "ARC macro F1", _macro_f1),
+    MetricKind("squad_v2", "f1", "SQuAD v2 F1", _field("f1"), cluster="cluster"),
+    MetricKind("squad_v2", "exact_match", "SQuAD v2 exact match", _field("exact_match"), binary="exact_match",
+               cluster="cluster"),
+    MetricKind("openmath", "within_tolerance", "OpenMath correct", _field("correct"), binary="correct"),
+    MetricKind("openmath", "mean_absolute_difference", "OpenMath mean absolute difference", _field("absolute_difference"),
+               larger_is_better=False, margin=0.0),
+    MetricKind("openmath", "no_number", "OpenMath no number", _no_number, larger_is_better=False),
+    MetricKind("perplexity", "perplexity", "Perplexity", _field("loss"), larger_is_better=False, margin=0.01,
+               logarithmic=True),
 )
 
 
-def comparison_rows(baseline: dict, quantized: dict) -> list[Row]:
-    """Rows of two results of the evaluation, `baseline` first."""
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of both models. For a logarithmic metric `difference` is that of the logarithms."""
+
+    kind: MetricKind
+    baseline: float
+    quantized: float
+    difference: Difference
+    flips: Flips | None
+
+    @property
+    def p_value(self) -> float:
+        """One-sided p-value of a loss: McNemar's where answers are right or wrong, else the bootstrap's."""
+        if self.flips:
+            return self.flips.p_value
+        return self.difference.p_lower if self.kind.larger_is_better else self.difference.p_higher
+
+    def verdict(self, p_value: float | None = None) -> str:
+        """A word for the difference; p_value: the one of `adjusted_p_values`, where this is one of many comparisons."""
+        return significance.verdict(self.difference, self.kind.larger_is_better, self.kind.margin,
+                                    self.p_value if p_value is None else p_value)
+
+    @property
+    def detectable(self) -> float:
+        """The smallest true difference that would show. Without a flip that is three in n: fewer flips may show none."""
+        return max(self.difference.detectable, 3 / self.difference.samples) if self.flips else self.difference.detectable
+
+    def shown_difference(self) -> str:
+        """Difference with its interval, as ratios for a logarithmic metric."""
+        values = self.difference.value, self.difference.low, self.difference.high
+        if self.kind.logarithmic:
+            point, low, high = map(math.exp, values)
+            return f"{point:.3f} x [{low:.3f}, {high:.3f}]"
+        point, low, high = map(signed, values)
+        return f"{point} [{low}, {high}]"
+
+    def as_dict(self) -> dict:
+        """For --json and CSV."""
+        found: dict = {"task": self.kind.task, "metric": self.kind.key, "name": self.kind.name, "baseline": self.baseline,
+                 "quantized": self.quantized, "scale": "log" if self.kind.logarithmic else "linear",
+                 **{"difference" if name == "value" else name: value for name, value in asdict(self.difference).items()},
+                 "smallest_detectable": self.detectable, "p_value": self.p_value, "verdict": self.verdict()}
+        if self.flips:
+            found.update(to_wrong=self.flips.to_wrong, to_right=self.flips.to_right)
+        # JSON has no NaN.
+        return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in found.items()}
+
+
+def signed(value: float) -> str:
+    """A difference: three digits after the point, four significant ones where it is large."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:+.3f}" if abs(value) < 100 else f"{value:+.4g}"
+
+
+def compare(baseline: dict[str, list[dict]], quantized: dict[str, list[dict]]) -> list[Comparison]:
+    """Compare two models by the records of their samples, lists by task.
+
+    Raises:
+        UserError: the models were evaluated on different samples.
+    """
+    found = []
+    for kind in METRICS:
+        if kind.task not in baseline or kind.task not in quantized:
+            continue
+        pair = baseline[kind.task], quantized[kind.task]
+        ids = [[sample["id"] for sample in samples] for samples in pair]
+        if ids[0] != ids[1]:
+            raise UserError(f"the two models were evaluated on different samples of {kind.task}; evaluate both again with "
+                            "--overwrite")
+        count = len(ids[0])
+        metrics = [kind.metric(samples) for samples in pair]
+        values = [significance.value(metric, count) for metric in metrics]
+        clusters = [sample[kind.cluster] for sample in pair[0]] if kind.cluster else None
+        flips = significance.flips(*[[sample[kind.binary] for sample in samples] for samples in pair]) if kind.binary else None
+        if kind.logarithmic:
+            values = [math.exp(one) for one in values]
+        found.append(Comparison(kind, *values, paired_bootstrap(*metrics, count, clusters), flips))
+    return found
+
+
+def samples_by_task(results_dir: Path, model: str, configuration: str) -> dict[str, list[dict]]:
+    """The per-sample records of a configuration, by task."""
+    found: dict[str, list[dict]] = {}
+    for sample in load_samples(results_dir, model, configuration):
+        found.setdefault(sample["task"], []).append(sample)
+    return found
+
+
+def compare_all(results_dir: Path, results: ModelResults) -> dict[str, list[Comparison]]:
+    """Every evaluated configuration of a model against its baseline; none for those without records of the same samples."""
+    if "baseline" not in results.documents or not has_samples(results_dir, results.name, "baseline"):
+        return {}
+    baseline = samples_by_task(results_dir, results.name, "baseline")
+    found = {}
+    for name in results.configurations():
+        if name != "baseline" and name in results.documents and has_samples(results_dir, results.name, name):
+            try:
+                found[name] = compare(baseline, samples_by_task(results_dir, results.name, name))
+            except UserError as error:
+                say(f"{results.name} {name}: no comparison ({error})")
+    return found
+
+
+def adjusted_p_values(comparisons: dict[str, list[Comparison]]) -> dict[tuple[str, str, str], float]:
+    """p-values of a loss after Holm over all configurations, by (configuration, task, metric)."""
+    families: dict[tuple[str, str], dict[str, float]] = {}
+    for name, rows in comparisons.items():
+        for one in rows:
+            families.setdefault((one.kind.task, one.kind.key), {})[name] = one.p_value
+    return {(name, *family): p for family, values in families.items() for name, p in significance.holm(values).items()}
+
+
+def facts(baseline: dict, quantized: dict) -> list[tuple[str, float | None, float | None, int]]:
+    """Size, time and speed of two results: name, baseline's, quantized's, digits."""
     sizes = [document["quantization"]["weights_bytes"] / 1e6 for document in (baseline, quantized)]
-    rows = [Row("Weights, MB", *sizes, digits=1)]
-    seconds = quantized["quantization"].get("seconds", {}).get("total")
-    if seconds is not None:
-        rows.append(Row("Quantization, s", None, seconds, digits=1))
+    rows = [("Weights, MB", *sizes, 1),
+            ("Quantization, s", None, quantized["quantization"].get("seconds", {}).get("total"), 1)]
     speeds = [document.get("speed", {}) for document in (baseline, quantized)]
-    rows.append(Row("Tokens/s", *[speed.get("tokens_per_second") for speed in speeds], digits=1))
-    rows.append(Row("Latency, s", *[speed.get("latency_seconds") for speed in speeds]))
-    tasks = baseline["tasks"], quantized["tasks"]
-    for task, metric, name in _TASK_ROWS:
-        values = [document.get(task, {}).get(metric) for document in tasks]
-        if any(value is not None for value in values):
-            rows.append(Row(name, *values))
-    return rows
+    rows.append(("Tokens/s", *[speed.get("tokens_per_second") for speed in speeds], 1))
+    rows.append(("Latency, s", *[speed.get("latency_seconds") for speed in speeds], 3))
+    return [row for row in rows if row[1] is not None or row[2] is not None]
 
 
-def print_rows(rows: list[Row]) -> None:
-    """Print rows as an aligned table."""
-    lines = [["", "Baseline", "Quantized", "Difference", "Ratio"], *[row.cells() for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+def print_comparison(baseline: dict, quantized: dict, comparisons: list[Comparison]) -> None:
+    """Print one aligned table of everything, then the divergence."""
+    lines = [["", "Baseline", "Quantized", "Difference [95%]", "Flips -/+", "p of a loss", "Detectable", "Verdict"]]
+    for name, before, after, digits in facts(baseline, quantized):
+        cells = ["–" if value is None else f"{value:.{digits}f}" for value in (before, after)]
+        change = f"{after / before:.3f} x" if before and after else "–"
+        lines.append([name, *cells, change, "", "", "", ""])
+    for one in comparisons:
+        flips = ["–" if one.flips is None else f"{one.flips.to_wrong}/{one.flips.to_right}", f"{one.p_value:.3g}"]
+        lines.append([one.kind.name, *["–" if math.isnan(value) else f"{value:.4g}" for value in (one.baseline, one.quantized)], one.shown_difference(),
+                      *flips, detectable(one), one.verdict()])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
-        say("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                      for i, (cell, width) in enumerate(zip(line, widths, strict=True))))
+        say("  ".join(cell.ljust(width) if i in (0, len(line) - 1) else cell.rjust(width)
+                      for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip())
+    divergence = quantized["tasks"].get("perplexity", {}).get("divergence")
+    if divergence:
+        say(f"KL divergence from the baseline over {divergence['tokens']} tokens: mean {divergence['kl_mean']:.4g}, median "
+            f"{divergence['kl_median']:.4g}, 99% {divergence['kl_99']:.4g}, 99.9% {divergence['kl_999']:.4g} nats; same most "
+            f"likely token {100 * divergence['same_top']:.2f}%")
+
+
+def detectable(one: Comparison) -> str:
+    """The smallest difference that would show, as a ratio for a logarithmic metric."""
+    size = one.detectable
+    if not math.isfinite(size):
+        return "–"
+    return f"{math.exp(size):.3f} x" if one.kind.logarithmic else f"{size:.3g}"

@@ -19,18 +19,21 @@ if __name__ == "__main__":
 
 import argparse
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import yaml
 
-from common import metadata
-from common.calibration import evaluation_windows
+from common import metadata, overlap
+from common.calibration import Windows, evaluation_windows
+from common.checkpoint import is_quantized
 from common.cli import add_device_arguments, configure_torch, positive, resolve_device, resolve_dtype, run
 from common.data import Rows, demo_rows, load_rows
 from common.demo.model import DEMO_NAME
+from common.divergence import compare_logits, last_hidden_states, summarise
 from common.errors import UserError
-from common.models import model_name
+from common.models import SourceModel, load_tokenizer, model_name
 from common.progress import say, track
 from common.results import RESULTS_FOLDER, load_samples, read_json, write_json, write_samples
 from common.runtime import load_model, measure_speed, weight_bytes
@@ -92,8 +95,8 @@ def _is_plain_number(text: str) -> bool:
                                                       .replace("e", ""))
 
 
-def run_task(task: str, model, tokenizer, rows: Rows, demo: bool) -> tuple[dict, list[dict]]:
-    """Run one lm-eval task. Returns its summary and the record of every sample."""
+def run_task(task: str, model, tokenizer, rows: Rows, demo: bool, batch_share: float = 1.0) -> tuple[dict, list[dict]]:
+    """Run one lm-eval task, in batches of a share of the usual size. Returns its summary and the record of every sample."""
     import datasets
     import lm_eval.api.task
     from lm_eval.evaluator import evaluate
@@ -110,7 +113,7 @@ def run_task(task: str, model, tokenizer, rows: Rows, demo: bool) -> tuple[dict,
     loaded = {"tasks": {task: lm_eval.api.task.ConfigurableTask(config=config)}, "groups": {}}
     chat = TASK_DATA[task].chat and not demo and bool(tokenizer.chat_template)
     start = time.perf_counter()
-    outcome = evaluate(HarnessModel(model, tokenizer), loaded, bootstrap_iters=0, apply_chat_template=chat,
+    outcome = evaluate(HarnessModel(model, tokenizer, batch_share), loaded, bootstrap_iters=0, apply_chat_template=chat,
                        fewshot_as_multiturn=chat)
     seconds = time.perf_counter() - start
     logged = sorted(outcome["samples"][task], key=lambda sample: sample["doc_id"])
@@ -121,32 +124,75 @@ def run_task(task: str, model, tokenizer, rows: Rows, demo: bool) -> tuple[dict,
 
 
 @torch.inference_mode()
-def perplexity(model, windows) -> tuple[dict, list[dict]]:
+def perplexity(model, windows: Windows, original: SourceModel | None = None) -> tuple[dict, list[dict]]:
     """Perplexity of consecutive windows [samples, length]: exp of the mean negative log-likelihood per token.
 
-    Every window's first token is context only. The record of each window is its mean negative log-likelihood.
+    Every window's first token is context only. The record of each window is its mean negative log-likelihood and, where the
+    original model is given, the divergence from it at every token (`common.divergence`).
     """
     device = next(model.parameters()).device
     start = time.perf_counter()
-    losses = []
-    for window in track(windows.tokens, "perplexity", unit="windows"):
+    references = last_hidden_states(original, windows.tokens) if original else [None] * len(windows.tokens)
+    samples = []
+    for index, (window, reference) in enumerate(zip(track(windows.tokens, "perplexity", unit="windows"), references,
+                                                    strict=True)):
         window = window.to(device)
         hidden = model.model(window.unsqueeze(0), use_cache=False).last_hidden_state[0, :-1]
         # A slice of the vocabulary's logits at a time: all of them would take gigabytes.
-        total = sum(torch.nn.functional.cross_entropy(model.lm_head(part).float(), target, reduction="sum")
-                    for part, target in zip(hidden.split(256), window[1:].split(256), strict=True))
-        losses.append(total / (len(window) - 1))
-    values = torch.stack(losses).double().cpu()
+        total, divergence, same = torch.zeros((), device=device), [], torch.zeros((), dtype=torch.long, device=device)
+        for first in range(0, len(hidden), 256):
+            part = slice(first, first + 256)
+            logits = model.lm_head(hidden[part]).float()
+            total += torch.nn.functional.cross_entropy(logits, window[1:][part], reduction="sum")
+            if reference is not None:
+                values, equal = compare_logits(original.original_logits(reference[:-1][part].to(device)), logits)
+                divergence.append(values)
+                same += equal.sum()
+        samples.append({"id": f"window-{index}", "loss": total.item() / (len(window) - 1)})
+        if divergence:
+            samples[-1] |= {"kl": [float(f"{value:.3e}") for value in torch.cat(divergence).tolist()], "same_top": same.item()}
+    values = torch.tensor([sample["loss"] for sample in samples], dtype=torch.float64)
     error = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(float("nan"))
     mean = values.mean()
-    samples = [{"id": f"window-{i}", "loss": loss} for i, loss in enumerate(values.tolist())]
-    return {"perplexity": mean.exp().item(), "standard_error": (mean.exp() * error).item(), "windows": len(values),
-            "length": windows.tokens.shape[1], "data": windows.source, "fingerprint": windows.fingerprint,
-            "seconds": round(time.perf_counter() - start, 2)}, samples
+    summary = {"perplexity": mean.exp().item(), "standard_error": (mean.exp() * error).item(), "windows": len(values),
+               "length": windows.tokens.shape[1], "data": windows.source, "fingerprint": windows.fingerprint,
+               "seconds": round(time.perf_counter() - start, 2)}
+    if original:
+        summary["divergence"] = summarise(samples)
+    return summary, samples
 
 
-def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configuration: str) -> dict:
-    """Evaluate the model in `folder` and write its results. Returns the document that was written."""
+def _original(folder: Path, device: torch.device, dtype: torch.dtype) -> SourceModel | None:
+    """The model that a checkpoint was made from, or the folder itself where it is one; None where it is not to be had."""
+    record = metadata.read(folder)
+    if record is None and is_quantized(folder):
+        return None
+    try:
+        return SourceModel(str(folder) if record is None else record["model"]["source"], device, dtype)
+    except UserError as error:
+        say(f"divergence from the baseline is left out: {error}")
+        return None
+
+
+def _noise(tasks: dict, samples: dict[str, list[dict]], model, tokenizer, rows: dict, demo: bool) -> dict:
+    """The tasks once more in other batches: how many answers change, and by how much at most, though nothing has changed."""
+    scores = {"arc": "acc", "squad_v2": "f1", "openmath": "correct"}
+    found = {}
+    for task in tasks:
+        _, again = run_task(task, model, tokenizer, rows[task], demo, batch_share=0.5)
+        changes = [abs(one[scores[task]] - other[scores[task]]) for one, other in zip(samples[task], again, strict=True)]
+        found[task] = {"changed": sum(change > 0 for change in changes), "largest": max(changes), "samples": len(changes)}
+    return found
+
+
+def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configuration: str, twice: bool = False) -> dict:
+    """Evaluate the model in `folder` and write its results. Returns the document that was written.
+
+    Args:
+        twice: run the tasks a second time in other batches, for the noise floor of every comparison.
+    Raises:
+        UserError: no model there, no data, or evaluation data that the model was calibrated on.
+    """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model: it has no config.json")
     device = resolve_device(options.device)
@@ -156,6 +202,13 @@ def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configu
     chosen = options.tasks
     # Data first: a missing data set should not cost the time it takes to load the model.
     rows = {task: task_rows(task, options, demo) for task in chosen if task in TASK_DATA}
+    windows = None
+    if "perplexity" in chosen:
+        windows = evaluation_windows(options.perplexity_data or ("demo" if demo else PERPLEXITY_DATA), load_tokenizer(folder),
+                                     options.windows or (DEMO_WINDOWS if demo else WINDOWS),
+                                     options.window_length or (DEMO_WINDOW_LENGTH if demo else WINDOW_LENGTH),
+                                     options.data_root)
+    _check_overlap(folder, rows, windows)
     started = time.perf_counter()
     model, tokenizer = load_model(folder, device, dtype)
     loading = time.perf_counter() - started
@@ -163,24 +216,50 @@ def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configu
     tasks, samples = {}, {}
     for task in rows:
         tasks[task], samples[task] = run_task(task, model, tokenizer, rows[task], demo)
-    if "perplexity" in chosen:
-        windows = evaluation_windows(options.perplexity_data or ("demo" if demo else PERPLEXITY_DATA), tokenizer,
-                                     options.windows or (DEMO_WINDOWS if demo else WINDOWS),
-                                     options.window_length or (DEMO_WINDOW_LENGTH if demo else WINDOW_LENGTH),
-                                     options.data_root)
-        tasks["perplexity"], samples["perplexity"] = perplexity(model, windows)
+    noise = _noise(tasks, samples, model, tokenizer, rows, demo) if twice else None
+    if windows is not None:
+        tasks["perplexity"], samples["perplexity"] = perplexity(model, windows, _original(folder, device, dtype))
     document = {
         "format_version": 1, "model": name, "configuration": configuration, "demo_data": demo,
         "versions": metadata.versions(), "device": metadata.describe_device(device),
         "compute_dtype": str(dtype).removeprefix("torch."), "load_seconds": round(loading, 2),
         "quantization": _quantization_facts(folder), "tasks": tasks,
     }
+    if noise:
+        document["noise"] = noise
     if "speed" in chosen:
         document["speed"] = measure_speed(model, model.config.vocab_size)
     document["memory"] = {"weights_bytes": weight_bytes(model), **metadata.peak_memory(device)}
     document["seconds"] = round(time.perf_counter() - started, 2)
     say(describe(document))
     return write_results(options.results_dir, document, samples)
+
+
+def _check_overlap(folder: Path, rows: dict[str, Rows], windows: Windows | None) -> None:
+    """Refuse to evaluate a model on text that it was calibrated on."""
+    record = metadata.read(folder)
+    prints = ((record or {}).get("calibration") or {}).get("passages")
+    if not prints:
+        return
+    texts = {task: [" ".join(_strings(row)) for row in data.rows] for task, data in rows.items()}
+    if windows is not None:
+        tokenizer = load_tokenizer(folder)
+        texts["perplexity"] = [tokenizer.decode(window) for window in windows.tokens]
+    known = overlap.unpack(prints)
+    for task, passages in texts.items():
+        shared = overlap.first_shared(known, passages)
+        if shared:
+            raise UserError(f"{task} would be evaluated on text that {folder} was calibrated on (\"{shared} ...\"); quantize "
+                            f"with other --calib-data, evaluate on other data, or leave {task} out of --tasks")
+
+
+def _strings(value) -> Iterator[str]:
+    """All text in a row of a data set."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
 
 
 def _quantization_facts(folder: Path) -> dict:
@@ -195,9 +274,13 @@ def _quantization_facts(folder: Path) -> dict:
     return {"weights_bytes": document["bytes"]["quantized_weights"],
             "folder_bytes": document["bytes"]["quantized_folder"], "compression_ratio": document["compression_ratio"],
             "seconds": document["seconds"], "memory": document["memory"], "device": document["device"],
-            "grid": document["grid"], "calibration": document["calibration"],
+            "grid": document["grid"], "calibration": _without_passages(document["calibration"]),
             "probe": {key: document["probe"][key] for key in ("baseline_perplexity", "perplexity", "divergence")},
             "relative_output_error": errors}
+
+
+def _without_passages(calibration: dict | None) -> dict | None:
+    return calibration and {key: value for key, value in calibration.items() if key != "passages"}
 
 
 def write_results(results_dir: Path, document: dict, samples: dict[str, list[dict]]) -> dict:

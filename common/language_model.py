@@ -24,11 +24,12 @@ class HarnessModel(TemplateLM):
     seeing each other. Prompts that start alike are generated from one shared prefix.
     """
 
-    def __init__(self, model, tokenizer):
+    def __init__(self, model, tokenizer, batch_share: float = 1.0):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self._device = next(model.parameters()).device
-        self.batch_size = GENERATION_BATCH[self._device.type]
+        self.batch_size = max(1, int(batch_share * GENERATION_BATCH[self._device.type]))
+        self.scoring_tokens = int(batch_share * SCORING_TOKENS[self._device.type])
 
     # --- what lm-eval asks about the model --------------------------------------------------------------------------
 
@@ -71,7 +72,7 @@ class HarnessModel(TemplateLM):
         rows = [(list(context), [requests[i][2] for i in indices], indices) for context, indices in questions.items()]
         rows.sort(key=lambda row: -_row_length(row))                            # longest first: memory shows at once
         answers: list = [None] * len(requests)
-        for batch in track(_batches(rows, SCORING_TOKENS[self._device.type]), "choices", unit="batches"):
+        for batch in track(_batches(rows, self.scoring_tokens), "choices", unit="batches"):
             for row, scored in zip(batch, self._score_rows(batch), strict=True):
                 for index, value in zip(row[2], scored, strict=True):
                     answers[index] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
+from common.comparison import Comparison  # noqa: E402
 from common.models import LINEARS  # noqa: E402
 from common.results import ModelResults  # noqa: E402
 
@@ -23,48 +25,151 @@ def style(configuration: str) -> tuple[str, str]:
     return STYLE.get(configuration.split("-")[0], _OTHER)
 
 
-def draw_all(results: ModelResults, folder: Path) -> list[tuple[str, Path]]:
+def save(figure, file: Path) -> None:
+    """Write a figure; without the software's version the same results give the same bytes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_all(results: ModelResults, comparisons: dict[str, list[Comparison]], folder: Path) -> list[tuple[str, Path]]:
     """Draw every plot that the results allow into `folder`. Returns captions and files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    plots = (("Perplexity and ARC accuracy against size", "accuracy_against_size", accuracy_against_size),
-             ("Quantization time", "quantization_time", quantization_time),
-             ("Memory", "memory", memory),
-             ("Relative output error by layer", "error_by_layer", error_by_layer))
+    plots = (("Perplexity and ARC accuracy against size", "accuracy_against_size",
+              lambda: accuracy_against_size(results, comparisons)),
+             ("Divergence from the baseline", "divergence", lambda: divergence(results)),
+             ("Relative output error by layer", "error_by_layer", lambda: error_by_layer(results)),
+             ("Quantization time", "quantization_time", lambda: quantization_time(results)),
+             ("Memory", "memory", lambda: memory(results)),
+             ("Tokens per second against size", "speed_against_size", lambda: speed_against_size(results)))
     drawn = []
     for caption, name, draw in plots:
-        figure = draw(results)
+        figure = draw()
         if figure is not None:
-            file = folder / f"{name}.png"
-            # Without the software's version the same results give the same bytes.
-            figure.savefig(file, dpi=120, metadata={"Software": None})
-            plt.close(figure)
-            drawn.append((f"{caption}, {results.name}", file))
+            save(figure, folder / f"{name}.png")
+            drawn.append((f"{caption}, {results.name}", folder / f"{name}.png"))
     return drawn
 
 
-def accuracy_against_size(results: ModelResults):
-    """ARC accuracy (left) and perplexity (right) against megabytes of weights."""
-    panels = [("arc", "accuracy", "ARC accuracy (higher is better)"),
-              ("perplexity", "perplexity", "Perplexity (lower is better)")]
+def _point(axis, name: str, x: float, y: float, error: tuple[float, float] | None = None) -> None:
+    """One configuration: its colour and marker, hollow for 8 bits; error: how far the interval reaches down and up."""
+    colour, marker = style(name)
+    bars = None if error is None else [[max(error[0], 0.0)], [max(error[1], 0.0)]]
+    axis.errorbar(x, y, yerr=bars, fmt=marker, color=colour, markersize=9, label=name, capsize=3, linewidth=1,
+                  markerfacecolor="white" if name.endswith("8bit") else colour, markeredgewidth=1.6)
+
+
+def _legend(figure, axis) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+
+
+def pareto_front(points: list[tuple[float, float]], larger_is_better: bool) -> list[tuple[float, float]]:
+    """Those (size, value) that no other point beats in both, by size."""
+    front: list[tuple[float, float]] = []
+    for size, value in sorted(points, key=lambda p: (p[0], -p[1] if larger_is_better else p[1])):
+        if not front or (value > front[-1][1] if larger_is_better else value < front[-1][1]):
+            front.append((size, value))
+    return front
+
+
+def accuracy_against_size(results: ModelResults, comparisons: dict[str, list[Comparison]]):
+    """ARC accuracy (left) and perplexity (right) against megabytes of weights, with the Pareto front.
+
+    Bars are the 95% interval of the difference to the baseline, laid around the configuration's value.
+    """
+    panels = [("arc", "accuracy", "ARC accuracy (higher is better)", True),
+              ("perplexity", "perplexity", "Perplexity (lower is better)", False)]
     names = [name for name in results.configurations() if name in results.documents]
     panels = [p for p in panels if any(p[0] in results.documents[name]["tasks"] for name in names)]
     if len(names) < 2 or not panels:
         return None
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), layout="constrained", squeeze=False)
-    for axis, (task, metric, label) in zip(axes[0], panels, strict=True):
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.4), layout="constrained", squeeze=False)
+    for axis, (task, metric, label, larger) in zip(axes[0], panels, strict=True):
+        points = []
         for name in names:
             value = results.documents[name]["tasks"].get(task, {}).get(metric)
-            if value is not None:
-                colour, marker = style(name)
-                size = results.documents[name]["quantization"]["weights_bytes"] / 1e6
-                hollow = name.endswith("8bit")
-                axis.plot(size, value, marker, color=colour, markersize=11, label=name,
-                          markerfacecolor="white" if hollow else colour, markeredgewidth=1.8)
+            if value is None:
+                continue
+            points.append((results.documents[name]["quantization"]["weights_bytes"] / 1e6, value))
+            error = None
+            for one in comparisons.get(name, []):
+                if (one.kind.task, one.kind.key) == (task, metric):
+                    found = one.difference
+                    error = (found.value - found.low, found.high - found.value)
+                    if one.kind.logarithmic:
+                        error = (value * (1 - math.exp(-error[0])), value * (math.exp(error[1]) - 1))
+            _point(axis, name, *points[-1], error)
+        front = pareto_front(points, larger)
+        axis.plot(*zip(*front, strict=True), color="#999999", linewidth=1, linestyle="--", zorder=0,
+                  drawstyle="steps-post", label="Pareto front")
         axis.set_xlabel("Weights, MB")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    _legend(figure, axes[0][0])
+    return figure
+
+
+def divergence(results: ModelResults):
+    """Divergence from the baseline by configuration: mean, median and the rare large ones, on a logarithmic axis."""
+    found = {name: results.documents[name]["tasks"].get("perplexity", {}).get("divergence")
+             for name in results.configurations() if name in results.documents and name != "baseline"}
+    names = [name for name, value in found.items() if value]
+    if not names:
+        return None
+    figure, axis = plt.subplots(figsize=(8, 0.42 * len(names) + 1.8), layout="constrained")
+    for key, marker, shade, label in (("kl_median", "o", "#ffffff", "median"), ("kl_mean", "D", "#000000", "mean"),
+                                      ("kl_99", "s", "#bdbdbd", "99%"), ("kl_999", "^", "#636363", "99.9%")):
+        # A logarithmic axis has no zero.
+        values = [max(found[name][key], 1e-9) for name in names]
+        axis.scatter(values, range(len(names)), marker=marker, color=shade, edgecolor="black", s=48, label=label, zorder=3)
+    axis.hlines(range(len(names)), *zip(*[(max(found[name]["kl_median"], 1e-9), found[name]["kl_999"]) for name in names],
+                                        strict=True), color="#999999", linewidth=1)
+    axis.set_xscale("log")
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_xlabel("Kullback-Leibler divergence from the baseline, nats per token")
+    axis.legend(fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+def speed_against_size(results: ModelResults):
+    """Tokens per second of single answers against megabytes of weights."""
+    names = [name for name in results.configurations()
+             if results.documents.get(name, {}).get("speed", {}).get("tokens_per_second")]
+    if len(names) < 2:
+        return None
+    figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    for name in names:
+        document = results.documents[name]
+        _point(axis, name, document["quantization"]["weights_bytes"] / 1e6, document["speed"]["tokens_per_second"])
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("Weights, MB")
+    axis.set_ylabel("Tokens per second, batch 1")
+    axis.grid(alpha=0.3)
+    _legend(figure, axis)
+    return figure
+
+
+def comparison_chart(comparisons: list[Comparison], title: str):
+    """Differences of one model to its baseline with their intervals: shares on the left, perplexity on the right."""
+    shares = [one for one in comparisons if not one.kind.logarithmic and one.kind.key != "mean_absolute_difference"]
+    ratios = [one for one in comparisons if one.kind.logarithmic]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.45 * max(len(shares), 2) + 1.8), layout="constrained", width_ratios=(3, 1))
+    panels = ((axes[0], shares, "Difference to the baseline, percentage points", lambda value: 100 * value),
+              (axes[1], ratios, "Perplexity above the baseline's, %", lambda value: 100 * math.expm1(value)))
+    for axis, rows, label, scale in panels:
+        for row, one in enumerate(rows):
+            low, value, high = (scale(v) for v in (one.difference.low, one.difference.value, one.difference.high))
+            axis.errorbar(value, row, xerr=[[max(value - low, 0)], [max(high - value, 0)]], fmt="o", color="black", capsize=4)
+            axis.annotate(one.verdict(), (value, row), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+        axis.axvline(0, color="#999999", linewidth=1)
+        axis.set_yticks(range(len(rows)), [one.kind.name for one in rows])
+        axis.set_ylim(len(rows) - 0.5, -0.7)
+        axis.margins(x=0.15)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_xlabel(label)
+    figure.suptitle(title, fontsize=11)
     return figure
 
 

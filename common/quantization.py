@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from common import metadata, probe
+from common import metadata, overlap, probe
 from common.calibration import calibration_windows
 from common.checkpoint import CheckpointWriter, check_output, folder_bytes
 from common.cli import configure_torch, resolve_device, resolve_dtype, resolve_sizes
@@ -109,7 +109,8 @@ def _document(options, method, grid, source, windows, result: WalkResult, tokens
                   "storage_dtype": str(source.storage_dtype).removeprefix("torch.")},
         "options": given,
         "seed": options.seed,
-        "calibration": None if windows is None else windows.describe(),
+        "calibration": None if windows is None else
+        {**windows.describe(), "passages": overlap.pack([source.tokenizer.decode(window) for window in windows.tokens])},
         "versions": metadata.versions(),
         "device": metadata.describe_device(device),
         "compute_dtype": str(dtype).removeprefix("torch."),

@@ -1,11 +1,24 @@
-"""README's tables, made from results/ alone."""
+"""README's tables, the HTML report and CSV files, made from results/ alone."""
 
 from __future__ import annotations
 
+import base64
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
+from common.comparison import Comparison, adjusted_p_values
 from common.errors import UserError
 from common.results import CONFIGURATIONS, ModelResults
+from common.significance import NO_LOSS
+
+# By configuration, its differences to the baseline.
+Comparisons = dict[str, list[Comparison]]
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 STATES = {"not started": "⬜ Not started", "running": "🔄 Running", "done": "✅ Done", "failed": "❌ Failed",
@@ -21,21 +34,32 @@ def status_of(results: ModelResults, configuration: str) -> tuple[str, str]:
     return ("done", "") if configuration in results.documents else ("not started", "")
 
 
-def table(header: list[str], rows: list[list[str]], numbers: bool = True) -> str:
-    """A markdown table; columns of numbers, all but the first, are aligned right."""
-    lines = [header, ["---", *["---:" if numbers else "---"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+@dataclass(frozen=True)
+class Table:
+    """A table of strings. numbers: all columns but the first are aligned right. note: a paragraph before it."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    numbers: bool = True
+    note: str = ""
+
+    def markdown(self) -> str:
+        lines = [self.header, ["---", *["---:" if self.numbers else "---"] * (len(self.header) - 1)], *self.rows]
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n\n".join(part for part in (f"#### {self.title}", self.note, text) if part)
+
+    def html(self) -> str:
+        cells = ["".join(f"<th>{escape(cell)}</th>" for cell in self.header)]
+        cells += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in self.rows]
+        style = ' class="numbers"' if self.numbers else ""
+        body = "\n".join(f"<tr>{line}</tr>" for line in cells)
+        note = f"<p>{escape(self.note)}</p>\n" if self.note else ""
+        return f"<h3>{escape(self.title)}</h3>\n{note}<table{style}>\n{body}\n</table>"
 
 
 def number(value: float | None, digits: int = 3) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
-
-
-def with_difference(value: float | None, baseline: float | None, digits: int = 3) -> str:
-    """A value and, in brackets, how far it is from the baseline's."""
-    if value is None or baseline is None:
-        return number(value, digits)
-    return f"{value:.{digits}f} ({value - baseline:+.{digits}f})"
 
 
 def significant(value: float | None) -> str:
@@ -45,19 +69,15 @@ def significant(value: float | None) -> str:
     return f"{value:.4g}" if abs(value) < 1e6 else f"{value:.2e}"
 
 
-def _signed(value: float) -> str:
-    return f"{'+' if value >= 0 else '-'}{significant(abs(value))}"
-
-
-def status_table(results: ModelResults) -> str:
+def status_table(results: ModelResults) -> Table:
     rows = []
     for name in results.configurations():
         state, reason = status_of(results, name)
         rows.append([name, STATES[state], reason.replace("|", "/") or NONE])
-    return table(["Configuration", "Status", "Note"], rows, numbers=False)
+    return Table("Status", ["Configuration", "Status", "Note"], rows, numbers=False)
 
 
-def size_table(results: ModelResults) -> str:
+def size_table(results: ModelResults) -> Table:
     baseline = results.documents.get("baseline")
     rows = []
     for name, document in _evaluated(results):
@@ -69,41 +89,86 @@ def size_table(results: ModelResults) -> str:
         group = NONE if grid is None else str(grid["group_size"] or "channel")
         rows.append([name, "16" if grid is None else str(grid["bits"]), group, f"{facts['weights_bytes'] / 1e6:.1f}",
                      f"{ratio:.2f}" if ratio else NONE, f"{facts['folder_bytes'] / 1e6:.1f}"])
-    return table(["Configuration", "Bits", "Group", "Weights, MB", "Times smaller", "Folder, MB"], rows)
+    return Table("Size", ["Configuration", "Bits", "Group", "Weights, MB", "Times smaller", "Folder, MB"], rows)
 
 
-# Columns of the accuracy table: task, metric, heading, digits.
+# Columns of the accuracy table: task, metric, heading.
 ACCURACY_COLUMNS = (
-    ("arc", "accuracy", "ARC accuracy", 3), ("arc", "macro_f1", "ARC F1", 3), ("squad_v2", "f1", "SQuAD v2 F1", 3),
-    ("squad_v2", "exact_match", "SQuAD v2 EM", 3), ("openmath", "within_tolerance", "OpenMath correct", 3),
+    ("arc", "accuracy", "ARC accuracy"), ("arc", "macro_f1", "ARC F1"), ("squad_v2", "f1", "SQuAD v2 F1"),
+    ("squad_v2", "exact_match", "SQuAD v2 EM"), ("openmath", "within_tolerance", "OpenMath correct"),
+    ("openmath", "mean_absolute_difference", "OpenMath mean absolute difference"),
+    ("openmath", "no_number", "OpenMath no number"),
 )
+ACCURACY_NOTE = ("In brackets: the difference to the baseline with its 95% interval (paired bootstrap, SQuAD v2 by passage). "
+                 "The mean absolute difference is over the answers that hold a number; `no number` is the share of those that "
+                 "hold none.")
 
 
-def accuracy_table(results: ModelResults) -> str:
-    baseline = results.documents.get("baseline", {}).get("tasks", {})
+def accuracy_table(results: ModelResults, comparisons: Comparisons) -> Table:
     rows = []
     for name, document in _evaluated(results):
+        compared = {(one.kind.task, one.kind.key): one for one in comparisons.get(name, [])}
         row = [name]
-        for task, metric, _, digits in ACCURACY_COLUMNS:
+        for task, metric, _ in ACCURACY_COLUMNS:
             value = document["tasks"].get(task, {}).get(metric)
-            reference = baseline.get(task, {}).get(metric)
-            row.append(number(value, digits) if name == "baseline" else with_difference(value, reference, digits))
-        math, text = document["tasks"].get("openmath", {}), document["tasks"].get("perplexity", {})
-        mean, median = math.get("mean_absolute_difference"), math.get("median_absolute_difference")
-        reference = baseline.get("openmath", {}).get("mean_absolute_difference")
-        change = "" if name == "baseline" or None in (mean, reference) else f" ({_signed(mean - reference)})"
-        row.append(f"{significant(mean)}{change} / {significant(median)}")
-        row.append(number(math.get("no_number"), 3))
-        reference = baseline.get("perplexity", {}).get("perplexity")
-        value = text.get("perplexity")
-        row.append(number(value, 2) if value is None or reference is None or name == "baseline"
-                   else f"{value:.2f} ({value / reference:.3f} x)")
+            shown = significant(value) if metric == "mean_absolute_difference" else number(value)
+            one = compared.get((task, metric))
+            row.append(shown if one is None or value is None else f"{shown} ({one.shown_difference()})")
         rows.append(row)
-    headings = [heading for *_, heading, _ in ACCURACY_COLUMNS]
-    return table(["Configuration", *headings, "OpenMath difference, mean / median", "no number", "Perplexity"], rows)
+    return Table("Accuracy", ["Configuration", *[heading for *_, heading in ACCURACY_COLUMNS]], rows, note=ACCURACY_NOTE)
 
 
-def efficiency_table(results: ModelResults) -> str:
+VERDICT_COLUMNS = (("arc", "accuracy", "ARC accuracy"), ("squad_v2", "f1", "SQuAD v2 F1"),
+                   ("squad_v2", "exact_match", "SQuAD v2 EM"), ("openmath", "within_tolerance", "OpenMath correct"),
+                   ("perplexity", "perplexity", "Perplexity"))
+
+
+def verdict_table(comparisons: Comparisons) -> Table:
+    """A word for each difference, with flips to wrong / to right and the p-value of a loss after Holm."""
+    adjusted = adjusted_p_values(comparisons)
+    rows, detectable = [], {}
+    for name, compared in comparisons.items():
+        found = {(one.kind.task, one.kind.key): one for one in compared}
+        row = [name]
+        for task, metric, heading in VERDICT_COLUMNS:
+            one = found.get((task, metric))
+            if one is None:
+                row.append(NONE)
+                continue
+            size = one.detectable
+            detectable.setdefault(heading, []).append(math.expm1(size) if one.kind.logarithmic else size)
+            p_value = adjusted[name, task, metric]
+            flips = "" if one.flips is None else f"{one.flips.to_wrong}/{one.flips.to_right}, "
+            row.append(f"{one.verdict(p_value)} ({flips}p {p_value:.2g})")
+        rows.append(row)
+    sizes = "; ".join(f"{heading} {max(values):.2g}" for heading, values in detectable.items() if np.isfinite(max(values)))
+    note = (f"A loss is an interval wholly below zero with p at most 0.05; \"{NO_LOSS}\" one that excludes a loss of more "
+            "than 0.02 (perplexity: 1%). In brackets: answers that went wrong / came right, and the one-sided p of a loss "
+            "(McNemar's exact test, or the bootstrap's where answers are not right or wrong) after Holm over all "
+            f"configurations. Smallest differences that samples of this size detect four times in five: {sizes}.")
+    return Table("What the differences mean", ["Configuration", *[heading for *_, heading in VERDICT_COLUMNS]], rows,
+                 numbers=False, note=note)
+
+
+def divergence_table(results: ModelResults, comparisons: Comparisons) -> Table:
+    rows = []
+    for name, document in _evaluated(results):
+        text = document["tasks"].get("perplexity", {})
+        apart = text.get("divergence", {})
+        one = next((one for one in comparisons.get(name, []) if one.kind.task == "perplexity"), None)
+        value, error = text.get("perplexity"), text.get("standard_error")
+        shown = number(value, 2) if error is None or not math.isfinite(error) else f"{value:.2f} ± {error:.2f}"
+        rows.append([name, shown, NONE if one is None else one.shown_difference(),
+                     *[significant(apart.get(key)) for key in ("kl_mean", "kl_median", "kl_99", "kl_999")],
+                     NONE if not apart else f"{100 * apart['same_top']:.2f}"])
+    return Table("Perplexity and divergence from the baseline",
+                 ["Configuration", "Perplexity ± standard error", "Ratio [95%]", "KL mean", "KL median", "KL 99%", "KL 99.9%",
+                  "Same top token, %"], rows,
+                 note="Kullback-Leibler divergence in nats per token, on the same tokens. The baseline's own row is the noise "
+                      "floor: the same model computed in other batches.")
+
+
+def efficiency_table(results: ModelResults) -> Table:
     rows = []
     for name, document in _evaluated(results):
         speed, memory, facts = document.get("speed", {}), document["memory"], document["quantization"]
@@ -115,8 +180,10 @@ def efficiency_table(results: ModelResults) -> str:
         rows.append([name, number(speed.get("latency_seconds"), 2), number(speed.get("tokens_per_second"), 1),
                      speed.get("kernels", NONE), gib(memory["weights_bytes"]), gib(peak),
                      number(seconds, 1), gib(quantizing_peak)])
-    return table(["Configuration", "Latency, s", "Tokens/s", "Kernels", "Weights in memory, GiB", "Peak memory, GiB",
-                  "Quantization, s", "Quantization peak, GiB"], rows)
+    return Table("Efficiency", ["Configuration", "Latency, s", "Tokens/s", "Kernels", "Weights in memory, GiB",
+                  "Peak memory, GiB", "Quantization, s", "Quantization peak, GiB"], rows,
+                 note="Kernels `dense`: plain transformers unpacks the weights when the model is loaded, so a smaller checkpoint "
+                      "saves disk there, not memory or time; the library's wrappers cost a little.")
 
 
 def gib(size: float | None) -> str:
@@ -154,6 +221,10 @@ def conditions(results: ModelResults) -> str:
         sentences.append(f"Latency is one answer of {speed['new_tokens']} tokens to a prompt of {speed['prompt_tokens']}, "
                          f"batch 1, median of {speed['runs']} runs; tokens/s is its decoding. Peak memory is the evaluating "
                          f"process's, on {'the GPU' if device['type'] == 'cuda' else 'the host'}.")
+    noise = results.documents.get("baseline", {}).get("noise")
+    if noise:
+        changes = "; ".join(f"{task} {found['changed']} of {found['samples']}" for task, found in noise.items())
+        sentences.append(f"Noise floor: the baseline evaluated twice, in other batches, scored differently on {changes} samples.")
     odd = [name for name, document in evaluated if not _comparable(document, first)]
     if odd:
         sentences.append(f"⚠️ Measured on another device, type, version or data than {evaluated[0][0]}, so not to be "
@@ -169,21 +240,84 @@ def _comparable(document: dict, other: dict) -> bool:
                         for task in shared for name in fields)
 
 
-def section(results: ModelResults, figures: list[tuple[str, str]]) -> str:
-    """Everything README shows of one model. figures: (caption, path as README links it)."""
-    parts = [f"### {results.name}", conditions(results)]
+def tables(results: ModelResults, comparisons: Comparisons) -> list[Table]:
+    """All tables of one model."""
+    found = [status_table(results)]
+    if results.documents:
+        found += [size_table(results), accuracy_table(results, comparisons)]
+        if comparisons:
+            found.append(verdict_table(comparisons))
+        if any("perplexity" in document["tasks"] for document in results.documents.values()):
+            found.append(divergence_table(results, comparisons))
+        found.append(efficiency_table(results))
+    return found
+
+
+def introduction(results: ModelResults) -> list[str]:
+    """The sentences before a model's tables."""
+    parts = [conditions(results)]
     if any(document["demo_data"] for document in results.documents.values()):
         parts.append("Scores on the demo's own tasks compare methods with each other, not models with the literature.")
-    parts += ["#### Status", status_table(results)]
-    if results.documents:
-        parts += ["#### Size", size_table(results), "#### Accuracy",
-                  "In brackets: difference to the baseline. The mean absolute difference is over the answers that hold a "
-                  "number; `no number` is the share of those that hold none.",
-                  accuracy_table(results), "#### Efficiency",
-                  "Kernels `dense`: plain transformers unpacks the weights when the model is loaded, so a smaller checkpoint "
-                  "saves disk there, not memory or time; the library's wrappers cost a little.", efficiency_table(results)]
-    parts += [f"![{caption}]({path})" for caption, path in figures]
-    return "\n\n".join(parts)
+    return parts
+
+
+def section(results: ModelResults, comparisons: Comparisons, figures: list[tuple[str, str]]) -> str:
+    """Everything README shows of one model. figures: (caption, path as README links it)."""
+    return "\n\n".join([f"### {results.name}", *introduction(results),
+                        *[table.markdown() for table in tables(results, comparisons)],
+                        *[f"![{caption}]({path})" for caption, path in figures]])
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Quantization comparison</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #111; background: #fff }}
+table {{ border-collapse: collapse; margin: 1em 0; font-size: 13px }} td, th {{ border: 1px solid #bbb; padding: .25em .6em }}
+th {{ background: #eee; text-align: left }} .numbers td:not(:first-child) {{ text-align: right; white-space: nowrap }}
+img {{ max-width: 100% }} figure {{ margin: 1.5em 0 }}
+</style></head><body>
+<h1>Quantization comparison</h1>
+{body}
+</body></html>
+"""
+
+
+def page(sections: list[tuple[ModelResults, Comparisons, list[tuple[str, Path]]]]) -> str:
+    """One HTML page with all tables and plots in it, which needs no other file."""
+    parts = []
+    for results, comparisons, figures in sections:
+        parts.append(f"<h2>{escape(results.name)}</h2>")
+        parts += [f"<p>{escape(text)}</p>" for text in introduction(results)]
+        parts += [table.html() for table in tables(results, comparisons)]
+        for caption, file in figures:
+            image = base64.b64encode(file.read_bytes()).decode()
+            parts.append(f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{image}">'
+                         f"<figcaption>{escape(caption)}</figcaption></figure>")
+    return _PAGE.format(body="\n".join(parts))
+
+
+def write_csv(results: ModelResults, comparisons: Comparisons, folder: Path) -> None:
+    """Everything as CSV: measurements.csv, a line for each configuration and number; comparisons.csv, for each difference."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [{"configuration": name, "quantity": quantity, "value": value} for name, document in _evaluated(results)
+             for quantity, value in _numbers(document) if not quantity.startswith("quantization.relative_output_error")]
+    pd.DataFrame(lines, columns=["configuration", "quantity", "value"]).to_csv(folder / "measurements.csv", index=False)
+    errors = [{"configuration": name, "linear": linear, "relative_output_error": error} for name, document in _evaluated(results)
+              for linear, error in document["quantization"].get("relative_output_error", {}).items()]
+    pd.DataFrame(errors, columns=["configuration", "linear", "relative_output_error"]).to_csv(
+        folder / "error_by_layer.csv", index=False)
+    adjusted = adjusted_p_values(comparisons)
+    rows = [{"configuration": name, **one.as_dict(), "p_value_holm": adjusted.get((name, one.kind.task, one.kind.key))}
+            for name, compared in comparisons.items() for one in compared]
+    pd.DataFrame(rows).to_csv(folder / "comparisons.csv", index=False)
+
+
+def _numbers(value, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in nested dictionaries, with the dotted path to it."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, f"{prefix}.{key}" if prefix else key)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield prefix, value
 
 
 def replace_between_markers(readme: Path, content: str) -> None:

@@ -73,6 +73,11 @@ def load_samples(results_dir: Path, model: str, configuration: str) -> list[dict
         raise UserError(f"{path} is missing or damaged ({error}); evaluate again") from None
 
 
+def has_samples(results_dir: Path, model: str, configuration: str) -> bool:
+    """Whether the records of a configuration's samples are there."""
+    return (results_dir / model / "samples" / f"{configuration}.jsonl.gz").is_file()
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file in one step: readers see the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -189,8 +189,8 @@ def test_catching_up_brings_the_model_nearer_to_the_original(tiny_models, calibr
         expected = load_model(source, cpu, torch.float32)[0].model(windows).last_hidden_state
         for share in (0.0, 0.5):
             output = tmp_path / str(share)
-            result = run_script(ROOT / "quantize_gptq.py", "--model", source, "--bits", 3, "--catch-up", share, "--output", output,
-                                "--calib-data", calibration_text, "--calib-samples", 16, "--calib-length", 64)
+            result = run_script(ROOT / "quantize_gptq.py", "--model", source, "--bits", 3, "--catch-up", share,
+                                "--output", output, "--calib-data", calibration_text, "--calib-samples", 16, "--calib-length", 64)
             assert result.returncode == 0, result.stderr
             model = load_model(output, cpu, torch.float32)[0]
             errors.append((model.model(windows).last_hidden_state - expected).square().mean().item())

@@ -1,0 +1,39 @@
+"""Whether an evaluation text holds passages of a calibration text: remembered in a checkpoint as hashes of word sequences.
+
+Of the calibration text every eighth sequence of 13 words is hashed (13 words is the length customary for such checks), of
+the evaluation text every one: a run of 20 words in common is always found, and no text has to be kept.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+WORDS, STRIDE = 13, 8
+
+
+def _hashes(text: str, stride: int) -> Iterable[tuple[int, str]]:
+    words = re.findall(r"\w+", text.lower())
+    for start in range(0, len(words) - WORDS + 1, stride):
+        passage = " ".join(words[start:start + WORDS])
+        yield int.from_bytes(hashlib.blake2b(passage.encode(), digest_size=8).digest(), "little"), passage
+
+
+def pack(texts: Iterable[str]) -> str:
+    """The hashes of calibration texts, as base64 of 64-bit numbers in ascending order."""
+    found = sorted({number for text in texts for number, _ in _hashes(text, STRIDE)})
+    return base64.b64encode(np.array(found, "<u8").tobytes()).decode()
+
+
+def unpack(packed: str) -> set[int]:
+    """The hashes that `pack` wrote."""
+    return set(np.frombuffer(base64.b64decode(packed), "<u8").tolist())
+
+
+def first_shared(known: set[int], texts: Iterable[str]) -> str | None:
+    """The first passage of `texts` whose hash is known, or None."""
+    return next((passage for text in texts for number, passage in _hashes(text, 1) if number in known), None)
