@@ -197,8 +197,8 @@ def print_comparison(baseline: dict, quantized: dict, comparisons: list[Comparis
         lines.append([name, *cells, change, "", "", "", ""])
     for one in comparisons:
         flips = ["–" if one.flips is None else f"{one.flips.to_wrong}/{one.flips.to_right}", f"{one.p_value:.3g}"]
-        lines.append([one.kind.name, *["–" if math.isnan(value) else f"{value:.4g}" for value in (one.baseline, one.quantized)], one.shown_difference(),
-                      *flips, detectable(one), one.verdict()])
+        values = ["–" if math.isnan(value) else f"{value:.4g}" for value in (one.baseline, one.quantized)]
+        lines.append([one.kind.name, *values, one.shown_difference(), *flips, detectable(one), one.verdict()])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
         say("  ".join(cell.ljust(width) if i in (0, len(line) - 1) else cell.rjust(width)

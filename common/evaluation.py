@@ -247,9 +247,9 @@ def _check_overlap(folder: Path, rows: dict[str, Rows], windows: Windows | None)
         texts["perplexity"] = [tokenizer.decode(window) for window in windows.tokens]
     known = overlap.unpack(prints)
     for task, passages in texts.items():
-        shared = overlap.first_shared(known, passages)
-        if shared:
-            raise UserError(f"{task} would be evaluated on text that {folder} was calibrated on (\"{shared} ...\"); quantize "
+        share, passage = overlap.largest_share(known, passages)
+        if share >= overlap.TOO_MUCH:
+            raise UserError(f"{task} would be evaluated on text that {folder} was calibrated on (\"{passage} ...\"); quantize "
                             f"with other --calib-data, evaluate on other data, or leave {task} out of --tasks")
 
 

@@ -1,7 +1,8 @@
 """Whether an evaluation text holds passages of a calibration text: remembered in a checkpoint as hashes of word sequences.
 
 Of the calibration text every eighth sequence of 13 words is hashed (13 words is the length customary for such checks), of
-the evaluation text every one: a run of 20 words in common is always found, and no text has to be kept.
+the evaluation text every one: a run of 20 words in common is always found, and no text has to be kept. Set phrases are in
+many texts; an overlap is a text of which half or more is known.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterable
 import numpy as np
 
 WORDS, STRIDE = 13, 8
+TOO_MUCH = 0.5
 
 
 def _hashes(text: str, stride: int) -> Iterable[tuple[int, str]]:
@@ -34,6 +36,13 @@ def unpack(packed: str) -> set[int]:
     return set(np.frombuffer(base64.b64decode(packed), "<u8").tolist())
 
 
-def first_shared(known: set[int], texts: Iterable[str]) -> str | None:
-    """The first passage of `texts` whose hash is known, or None."""
-    return next((passage for text in texts for number, passage in _hashes(text, 1) if number in known), None)
+def largest_share(known: set[int], texts: Iterable[str]) -> tuple[float, str]:
+    """The largest share of any of `texts` that is known, between 0 and 1, and a passage of it."""
+    largest = 0.0, ""
+    for text in texts:
+        passages = list(_hashes(text, 1))
+        shared = [passage for number, passage in passages if number in known]
+        if shared:
+            # One in STRIDE of a copied text's passages was kept.
+            largest = max(largest, (min(1.0, STRIDE * len(shared) / len(passages)), shared[0]))
+    return largest

@@ -2,8 +2,16 @@
 
 import json
 
-from conftest import ROOT, run_script
+from conftest import ROOT, assert_user_error, run_script
 from test_report_and_batch import document
+
+from common.results import write_samples
+
+
+def records(right, losses):
+    arc = [{"id": f"q{i}", "acc": float(r), "acc_norm": float(r), "gold": "AB"[i % 2], "predicted": "AB"[(i + (not r)) % 2]}
+           for i, r in enumerate(right)]
+    return {"arc": arc, "perplexity": [{"id": f"w{i}", "loss": loss} for i, loss in enumerate(losses)]}
 
 
 def test_two_models_side_by_side(tiny, tmp_path):
@@ -13,11 +21,18 @@ def test_two_models_side_by_side(tiny, tmp_path):
     folder.mkdir(parents=True)
     for name, accuracy in (("baseline", 0.75), ("hqq-4bit", 0.5)):
         (folder / f"{name}.json").write_text(json.dumps(document(name, accuracy)))
-    result = run_script(ROOT / "compare_to_baseline.py", "--quantized", checkpoint, "--results-dir", tmp_path / "results",
-                        "--tasks", "arc,openmath,perplexity,speed")
+    write_samples(tmp_path / "results", tiny.name, "baseline", records([1, 1, 1, 0] * 10, [2.0, 3.0, 2.5]))
+    write_samples(tmp_path / "results", tiny.name, "hqq-4bit", records([0, 1, 1, 0] * 10, [2.2, 3.2, 2.7]))
+    arguments = [ROOT / "compare_to_baseline.py", "--quantized", checkpoint, "--results-dir", tmp_path / "results", "--tasks",
+                 "arc,perplexity,speed"]
+    result = run_script(*arguments)
     assert result.returncode == 0, result.stderr
-    rows = {line[:34].strip(): line[34:].split() for line in result.stdout.splitlines()}
-    assert rows["ARC accuracy"] == ["0.750", "0.500", "-0.250", "0.667", "x"]
-    assert rows["Weights, MB"] == ["2.0", "0.5", "-1.5", "0.250", "x"]
-    assert rows["Perplexity"][-2:] == ["1.500", "x"]
+    rows = {line[:32].strip(): line[32:].split() for line in result.stdout.splitlines()}
+    assert rows["ARC accuracy"][:3] == ["0.75", "0.5", "-0.250"] and "10/0" in rows["ARC accuracy"]
+    assert rows["ARC accuracy"][-1] == "loss" and "0.000977" in rows["ARC accuracy"]     # 2^-10
+    assert rows["Weights, MB"] == ["2.0", "0.5", "0.250", "x"]
+    assert rows["Perplexity"][2:6] == ["1.221", "x", "[1.221,", "1.221]"]
     assert rows["Quantization, s"][1] == "3.5"
+    assert (tmp_path / "results" / tiny.name / "hqq-4bit-against-baseline.png").stat().st_size > 5000
+    write_samples(tmp_path / "results", tiny.name, "hqq-4bit", records([0, 1, 1], [2.2, 3.2, 2.7]))
+    assert_user_error(run_script(*arguments), "different samples of arc", "--overwrite")

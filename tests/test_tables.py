@@ -1,0 +1,206 @@
+"""Every number of README's accuracy, verdict and divergence tables, recomputed from the per-sample records with pandas alone."""
+
+import csv
+import json
+import math
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, run_script
+
+CONFIGURATIONS = ("baseline", "gptq-4bit", "hqq-8bit")
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_models, tmp_path_factory):
+    """A folder with results of a tiny model and two quantized ones, and the README made from them."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    model, results = tiny_models["llama", True], folder / "results"
+    common = ["--data", "demo", "--limit", 60, "--windows", 4, "--window-length", 96, "--results-dir", results]
+    assert run_script(ROOT / "common/baseline.py", "--model", model, *common).returncode == 0
+    for name in CONFIGURATIONS[1:]:
+        method, bits = name.removesuffix("bit").split("-")
+        # Two bits in truth, so that answers do change.
+        result = run_script(ROOT / f"quantize_{method}.py", "--model", model, "--bits", 2, "--output", folder / name,
+                            *(["--calib-data", "demo", "--calib-samples", 4, "--calib-length", 64] if method == "gptq" else []))
+        assert result.returncode == 0, result.stderr
+        result = run_script(ROOT / "common/evaluation.py", "--model-path", folder / name, *common)
+        assert result.returncode == 0, result.stderr
+    (folder / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\n")
+    result = run_script(ROOT / "analyze_results.py", "--results-dir", results, "--readme", folder / "README.md",
+                        "--figures-dir", folder / "docs" / "figures")
+    assert result.returncode == 0, result.stderr
+    return folder, model.name
+
+
+def tables(text: str) -> dict[str, dict[str, dict[str, str]]]:
+    """Tables of a README by title, then configuration, then column."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    title, header = "", None
+    for line in text.splitlines():
+        if line.startswith("#"):
+            title, header = line.lstrip("# "), None
+        elif line.startswith("| "):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if header is None:
+                header = cells
+            elif not set(line) <= set("|-: "):
+                found.setdefault(title, {})[cells[0]] = dict(zip(header[1:], cells[1:], strict=True))
+    return found
+
+
+def records(folder, model, name) -> dict[str, pd.DataFrame]:
+    frame = pd.read_json(folder / "results" / model / "samples" / f"{name}.jsonl.gz", lines=True)
+    return {task: part.dropna(axis=1, how="all").reset_index(drop=True) for task, part in frame.groupby("task")}
+
+
+def f1_of_classes(frame: pd.DataFrame) -> float:
+    scores = []
+    for label in frame.gold.unique():
+        hits = ((frame.gold == label) & (frame.predicted == label)).sum()
+        scores.append(2 * hits / ((frame.gold == label).sum() + (frame.predicted == label).sum()))
+    return float(np.mean(scores))
+
+
+def mean_of(column):
+    return lambda frame: frame[column].mean() if column in frame else math.nan
+
+
+COLUMNS = {
+    "ARC accuracy": ("arc", mean_of("acc")), "ARC F1": ("arc", f1_of_classes), "SQuAD v2 F1": ("squad_v2", mean_of("f1")),
+    "SQuAD v2 EM": ("squad_v2", mean_of("exact_match")), "OpenMath correct": ("openmath", mean_of("correct")),
+    "OpenMath mean absolute difference": ("openmath", mean_of("absolute_difference")),
+    "OpenMath no number": ("openmath", lambda f: f["absolute_difference"].isna().mean() if "absolute_difference" in f else 1.0),
+    "Ratio [95%]": ("perplexity", lambda frame: math.exp(frame.loss.mean())),
+}
+
+
+def interval(before: pd.DataFrame, after: pd.DataFrame, metric, cluster: str | None) -> tuple[float, float]:
+    """A paired bootstrap by drawing rows, written out; another random stream than the tables'."""
+    rng = np.random.default_rng(99)
+    groups = before[cluster] if cluster else before.index.to_series()
+    members = [np.flatnonzero(groups == name) for name in groups.unique()]
+    found = []
+    for _ in range(400):
+        rows = np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
+        found.append(metric(after.iloc[rows]) - metric(before.iloc[rows]))
+    return tuple(np.nanquantile(found, [0.025, 0.975]))
+
+
+def numbers(cell: str) -> list[float]:
+    return [float(number) for number in re.findall(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?", cell)]
+
+
+def test_accuracy_table(evaluated):
+    folder, model = evaluated
+    table = tables((folder / "README.md").read_text())["Accuracy"]
+    before = records(folder, model, "baseline")
+    changed = 0
+    for name in CONFIGURATIONS:
+        after = records(folder, model, name)
+        for column, (task, metric) in COLUMNS.items():
+            if column not in table[name]:
+                continue
+            cell, value = numbers(table[name][column]), metric(after[task])
+            if math.isnan(value):
+                assert not cell
+                continue
+            assert cell[0] == pytest.approx(value, rel=1e-3, abs=6e-4)
+            if name != "baseline" and len(cell) == 4:
+                difference = value - metric(before[task])
+                low, high = interval(before[task], after[task], metric, "cluster" if task == "squad_v2" else None)
+                width = max(high - low, 1e-9)
+                assert cell[1] == pytest.approx(difference, rel=2e-3, abs=6e-4)
+                # Two bootstraps agree to a share of the interval's width, and to the digits shown.
+                assert cell[2] == pytest.approx(low, abs=0.2 * width + 1e-3)
+                assert cell[3] == pytest.approx(high, abs=0.2 * width + 1e-3)
+                changed += difference != 0
+    assert changed >= 4                                                         # there was something to recompute
+
+
+def test_verdict_table(evaluated):
+    folder, model = evaluated
+    table = tables((folder / "README.md").read_text())["What the differences mean"]
+    before = records(folder, model, "baseline")
+    fields = {"ARC accuracy": ("arc", "acc"), "SQuAD v2 EM": ("squad_v2", "exact_match"),
+              "OpenMath correct": ("openmath", "correct")}
+    for column, (task, field) in fields.items():
+        p_values = {}
+        for name in CONFIGURATIONS[1:]:
+            first, after = before[task][field], records(folder, model, name)[task][field]
+            lost, won = int(((first == 1) & (after == 0)).sum()), int(((first == 0) & (after == 1)).sum())
+            assert f"({lost}/{won}, " in table[name][column]
+            changed = lost + won
+            p_values[name] = sum(math.comb(changed, k) for k in range(lost, changed + 1)) / 2**changed
+        smallest, largest = sorted(p_values, key=p_values.get)
+        adjusted = {smallest: min(1, 2 * p_values[smallest])}
+        adjusted[largest] = max(adjusted[smallest], min(1, p_values[largest]))
+        for name, expected in adjusted.items():
+            assert numbers(table[name][column])[-1] == pytest.approx(expected, rel=0.06)
+
+
+def test_divergence_table(evaluated):
+    folder, model = evaluated
+    table = tables((folder / "README.md").read_text())["Perplexity and divergence from the baseline"]
+    before = records(folder, model, "baseline")["perplexity"]
+    for name in CONFIGURATIONS:
+        windows = records(folder, model, name)["perplexity"]
+        row, divergence = table[name], windows.kl.explode().astype(float)
+        value, error = numbers(row["Perplexity ± standard error"])
+        assert value == pytest.approx(math.exp(windows.loss.mean()), abs=6e-3)
+        assert error == pytest.approx(math.exp(windows.loss.mean()) * windows.loss.sem(), abs=6e-3)
+        for column, expected in (("KL mean", divergence.mean()), ("KL median", divergence.median()),
+                                 ("KL 99%", divergence.quantile(0.99)), ("KL 99.9%", divergence.quantile(0.999)),
+                                 ("Same top token, %", 100 * windows.same_top.sum() / len(divergence))):
+            assert numbers(row[column])[0] == pytest.approx(expected, rel=2e-3, abs=1e-7 if "KL" in column else 6e-3), column
+        if name == "baseline":
+            assert divergence.mean() < 1e-5                                     # the noise floor
+        else:
+            assert numbers(row["Ratio [95%]"])[0] == pytest.approx(math.exp((windows.loss - before.loss).mean()), abs=6e-4)
+
+
+def test_report_stands_alone_and_csv_holds_everything(evaluated):
+    folder, model = evaluated
+    page = (folder / "docs" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 5
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    for title in ("Accuracy", "What the differences mean", "Perplexity and divergence from the baseline", "Efficiency", "Size"):
+        assert f"<h3>{title}</h3>" in page
+    with (folder / "docs" / "tables" / model / "comparisons.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["configuration"] for row in rows} == set(CONFIGURATIONS[1:])
+    assert {"difference", "low", "high", "p_value_holm", "verdict", "smallest_detectable"} <= set(rows[0])
+    measured = pd.read_csv(folder / "docs" / "tables" / model / "measurements.csv")
+    document = json.loads((folder / "results" / model / "gptq-4bit.json").read_text())
+    one = measured[(measured.configuration == "gptq-4bit") & (measured.quantity == "tasks.arc.accuracy")]
+    assert one.value.item() == document["tasks"]["arc"]["accuracy"]
+    assert len(pd.read_csv(folder / "docs" / "tables" / model / "error_by_layer.csv")) == 2 * 14
+
+
+def test_noise_floor_is_said(evaluated):
+    folder, model = evaluated
+    noise = json.loads((folder / "results" / model / "baseline.json").read_text())["noise"]
+    assert set(noise) == {"arc", "squad_v2", "openmath"} and all(task["changed"] <= 2 for task in noise.values())
+    assert "Noise floor: the baseline evaluated twice" in (folder / "README.md").read_text()
+
+
+def test_compare_prints_the_same(evaluated):
+    folder, model = evaluated
+    arguments = [ROOT / "compare_to_baseline.py", "--quantized", folder / "gptq-4bit", "--results-dir", folder / "results"]
+    printed = run_script(*arguments)
+    assert printed.returncode == 0, printed.stderr
+    assert "KL divergence from the baseline" in printed.stdout and "same most likely token" in printed.stdout
+    found = run_script(*arguments, "--json")
+    content = json.loads(found.stdout)
+    table = tables((folder / "README.md").read_text())
+    by_name = {row["metric"]: row for row in content["metrics"]}
+    for column, key in (("ARC accuracy", "accuracy"), ("SQuAD v2 F1", "f1"), ("OpenMath correct", "within_tolerance")):
+        shown = numbers(table["Accuracy"]["gptq-4bit"][column])
+        row = by_name[key]
+        assert shown == pytest.approx([row["quantized"], row["difference"], row["low"], row["high"]], abs=6e-4)
+    assert content["divergence"]["kl_mean"] > 0
+    from pathlib import Path
+
+    assert Path(content["chart"]).stat().st_size > 5000
