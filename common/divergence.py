@@ -1,15 +1,23 @@
 """How far a quantized model's next-token distributions are from the original model's, on the same tokens.
 
 The original is walked through layer by layer, so it is never in memory whole beside the other; only its last hidden states are
-kept, and logits are made from them a slice at a time. Reported as llama.cpp's tool does: Kullback-Leibler divergence in nats,
-mean, median and the rare large ones, and how often both models' most likely token is the same.
+kept, on disk for the next configuration of a batch, and logits are made from them a slice at a time. Reported as llama.cpp's
+tool does: Kullback-Leibler divergence in nats, mean, median and the rare large ones, and how often both models' most likely
+token is the same.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.calibration import Windows
 from common.layerwise import CHUNK_TOKENS
 from common.models import SourceModel
 from common.progress import track
@@ -32,12 +40,32 @@ def last_hidden_states(source: SourceModel, windows: Tensor) -> list[Tensor]:
     return list(torch.cat(chunks))
 
 
-def compare_logits(original: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Kullback-Leibler divergence of `logits` from `original`, both [tokens, vocabulary], and whether the most likely token is
-    the same: two tensors [tokens].
+def hidden_states(source: SourceModel, windows: Windows, folder: Path) -> Tensor:
+    """`last_hidden_states` [samples, length, hidden], from a file in `folder` where this was computed before.
+
+    The file's name is a hash of the tokens, the model's files and how it was computed. Above a gigabyte nothing is kept.
     """
-    expected, found = torch.log_softmax(original.float(), -1), torch.log_softmax(logits.float(), -1)
-    divergence = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="none").sum(-1)
+    files = sorted([*source.folder.glob("*.safetensors"), source.folder / "config.json"])
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    identity = repr((windows.fingerprint, stamps, str(source.dtype), source.device.type, torch.__version__))
+    path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
+    try:
+        return load_file(path)["states"]
+    except (OSError, SafetensorError, KeyError):
+        states = torch.stack(last_hidden_states(source, windows.tokens))
+    if states.nbytes < 2**30:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        save_file({"states": states}, unfinished)
+        unfinished.rename(path)
+    return states
+
+
+def compare(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """Kullback-Leibler divergence of `found` from `expected`, both log-probabilities [tokens, vocabulary], and whether the most
+    likely token is the same: two tensors [tokens].
+    """
+    divergence = (expected - found).mul_(expected.exp()).sum(-1)
     # Rounding can take the divergence of equal distributions a hair below zero.
     return divergence.clamp(min=0.0), expected.argmax(-1) == found.argmax(-1)
 

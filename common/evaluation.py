@@ -31,7 +31,7 @@ from common.checkpoint import is_quantized
 from common.cli import add_device_arguments, configure_torch, positive, resolve_device, resolve_dtype, run
 from common.data import Rows, demo_rows, load_rows
 from common.demo.model import DEMO_NAME
-from common.divergence import compare_logits, last_hidden_states, summarise
+from common.divergence import compare, hidden_states, summarise
 from common.errors import UserError
 from common.models import SourceModel, load_tokenizer, model_name
 from common.progress import say, track
@@ -42,6 +42,7 @@ from common.tasks import scoring
 TASKS = ("arc", "squad_v2", "openmath", "perplexity", "speed")
 TASK_FILES = Path(__file__).parent / "tasks"
 SAMPLE_SEED = 1234
+STATES_FOLDER = "baseline_states"
 # Results of two runs belong together when these agree.
 _SAME_RUN = ("demo_data", "versions", "device", "compute_dtype", "quantization")
 
@@ -124,15 +125,17 @@ def run_task(task: str, model, tokenizer, rows: Rows, demo: bool, batch_share: f
 
 
 @torch.inference_mode()
-def perplexity(model, windows: Windows, original: SourceModel | None = None) -> tuple[dict, list[dict]]:
+def perplexity(model, windows: Windows, original: SourceModel | None = None, states: Path | None = None,
+               ) -> tuple[dict, list[dict]]:
     """Perplexity of consecutive windows [samples, length]: exp of the mean negative log-likelihood per token.
 
     Every window's first token is context only. The record of each window is its mean negative log-likelihood and, where the
-    original model is given, the divergence from it at every token (`common.divergence`).
+    original model is given, the divergence from it at every token (`common.divergence`); states: where the original's hidden
+    states are kept.
     """
     device = next(model.parameters()).device
     start = time.perf_counter()
-    references = last_hidden_states(original, windows.tokens) if original else [None] * len(windows.tokens)
+    references = hidden_states(original, windows, states) if original else [None] * len(windows.tokens)
     samples = []
     for index, (window, reference) in enumerate(zip(track(windows.tokens, "perplexity", unit="windows"), references,
                                                     strict=True)):
@@ -142,10 +145,10 @@ def perplexity(model, windows: Windows, original: SourceModel | None = None) -> 
         total, divergence, same = torch.zeros((), device=device), [], torch.zeros((), dtype=torch.long, device=device)
         for first in range(0, len(hidden), 256):
             part = slice(first, first + 256)
-            logits = model.lm_head(hidden[part]).float()
-            total += torch.nn.functional.cross_entropy(logits, window[1:][part], reduction="sum")
+            found = torch.log_softmax(model.lm_head(hidden[part]).float(), -1)
+            total -= found.gather(1, window[1:][part].unsqueeze(1)).sum()
             if reference is not None:
-                values, equal = compare_logits(original.original_logits(reference[:-1][part].to(device)), logits)
+                values, equal = compare(torch.log_softmax(original.logits(reference[:-1][part].to(device)), -1), found)
                 divergence.append(values)
                 same += equal.sum()
         samples.append({"id": f"window-{index}", "loss": total.item() / (len(window) - 1)})
@@ -218,7 +221,8 @@ def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configu
         tasks[task], samples[task] = run_task(task, model, tokenizer, rows[task], demo)
     noise = _noise(tasks, samples, model, tokenizer, rows, demo) if twice else None
     if windows is not None:
-        tasks["perplexity"], samples["perplexity"] = perplexity(model, windows, _original(folder, device, dtype))
+        tasks["perplexity"], samples["perplexity"] = perplexity(model, windows, _original(folder, device, dtype),
+                                                                options.results_dir / name / STATES_FOLDER)
     document = {
         "format_version": 1, "model": name, "configuration": configuration, "demo_data": demo,
         "versions": metadata.versions(), "device": metadata.describe_device(device),

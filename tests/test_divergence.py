@@ -8,8 +8,9 @@ from conftest import ROOT, assert_user_error, run_script
 from scipy import stats
 
 from common import overlap
+from common.calibration import Windows
 from common.checkpoint import METADATA_FILE
-from common.divergence import compare_logits, last_hidden_states, summarise
+from common.divergence import compare, hidden_states, last_hidden_states, summarise
 from common.models import SourceModel
 from common.runtime import load_model
 
@@ -19,11 +20,11 @@ CPU = torch.device("cpu")
 def test_divergence_is_scipys():
     generator = torch.Generator().manual_seed(0)
     original, other = torch.randn(2, 30, 50, generator=generator, dtype=torch.float64) * 3
-    divergence, same = compare_logits(original.float(), other.float())
+    divergence, same = compare(original.float().log_softmax(-1), other.float().log_softmax(-1))
     expected = [stats.entropy(p.numpy(), q.numpy()) for p, q in zip(original.softmax(-1), other.softmax(-1), strict=True)]
     assert torch.allclose(divergence.double(), torch.tensor(expected), rtol=1e-4)
     assert same.tolist() == (original.argmax(-1) == other.argmax(-1)).tolist()
-    nothing, all_same = compare_logits(original.float(), original.float())
+    nothing, all_same = compare(original.float().log_softmax(-1), original.float().log_softmax(-1))
     assert nothing.max() < 1e-6 and all_same.all()
 
 
@@ -40,6 +41,22 @@ def test_the_walk_gives_the_models_own_hidden_states(tiny):
     with torch.no_grad():
         expected = model.model(windows).last_hidden_state
         assert torch.allclose(model.model.norm(states), expected, atol=1e-4)
+
+
+def test_hidden_states_are_kept_for_the_same_model_and_tokens_only(tiny, tiny_models, tmp_path):
+    generator = torch.Generator().manual_seed(3)
+    windows = [Windows(torch.randint(0, 300, (2, 20), generator=generator), "made up", None) for _ in range(2)]
+    source = SourceModel(str(tiny), CPU, torch.float32)
+    first = hidden_states(source, windows[0], tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    source.load_layer = None                                                    # a second walk would fail
+    assert torch.equal(hidden_states(source, windows[0], tmp_path), first)
+    other = SourceModel(str(tiny_models["qwen3", False]), CPU, torch.float32)
+    for model, tokens in ((SourceModel(str(tiny), CPU, torch.float32), windows[1]), (other, windows[0])):
+        assert not torch.equal(hidden_states(model, tokens, tmp_path), first)
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    assert torch.equal(hidden_states(SourceModel(str(tiny), CPU, torch.float32), windows[0], tmp_path), first)
 
 
 def test_shared_passages_are_found_wherever_they_lie():
