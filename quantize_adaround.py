@@ -25,7 +25,7 @@ from common.quantization import run
 from common.rounding import choose_ranges, damped
 from common.scaling import equalize
 
-ITERATIONS, DEMO_ITERATIONS = 150, 80
+ITERATIONS, DEMO_ITERATIONS = 150, 60
 # Added to the Gram matrix's diagonal, as a share of its mean: a learned rounding fits the calibration text all too well.
 DAMPING = 1.0
 # Weight of the regulariser, and how far Adam could carry a v in all (from one end of h to the other is about 5): with less of
