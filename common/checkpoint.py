@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.grid import Grid, QuantizedLinear
-from common.models import LINEARS, SourceModel, TensorReader
+from common.layerwise import Resumption
+from common.models import INDEX_FILE, LINEARS, SourceModel, TensorReader
 from common.online import OnlineTransforms, mark_config
+from common.unfinished import UnfinishedFolder
 
 METADATA_FILE = "quantization_metadata.json"
 # Weights alone are packed; 8-bit weights with 8-bit activations stay int8, as the integer kernels want them.
@@ -96,36 +98,62 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise UserError(f"output {output} holds something that is not a checkpoint; it is not replaced")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        probe = output.with_name(output.name + ".unfinished")
-        probe.mkdir(exist_ok=True)
-        (probe / "writable").touch()
-        shutil.rmtree(probe)
+        probe = output.with_name(f"{output.name}.{os.getpid()}")
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise UserError(f"output {output} cannot be written ({error.strerror or error})") from None
 
 
 class CheckpointWriter:
-    """Writes a quantized checkpoint layer by layer. Use as a context manager; without `finish` nothing is left behind."""
+    """Writes a quantized checkpoint layer by layer. Use as a context manager; without `finish` there is no output, and what is
+    left, if any layer was finished, is a folder that `fingerprint` and `resume` decide on (`unfinished`).
+    """
 
     def __init__(self, output: Path, source: SourceModel, grid: Grid, activation_bits: int | None = None,
-                 online: OnlineTransforms | None = None):
+                 online: OnlineTransforms | None = None, fingerprint: dict | None = None, resume: bool = False):
         self.output, self.source, self.grid, self.activation_bits = output, source, grid, activation_bits
         self.online = online
         self.form = INTEGER if activation_bits else PACKED
-        self.folder = output.with_name(output.name + ".unfinished")
+        self.unfinished = UnfinishedFolder(output, fingerprint or {}, resume)
+        self.folder = self.unfinished.path
         self._weight_map: dict[str, str] = {}
         self._bytes = 0
 
     def __enter__(self) -> CheckpointWriter:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        self.unfinished.open()
+        # Written last, so of no use to a run that goes on, and it would hide the single shards.
+        (self.folder / INDEX_FILE).unlink(missing_ok=True)
+        for index in range(len(self.unfinished.records)):
+            try:
+                self._enter(self._shard(index), TensorReader(self.folder, self._shard(index)))
+            except UserError:
+                self.unfinished.drop_after(index)
+                break
         return self
 
     def __exit__(self, *_exception) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.unfinished.close()
 
-    def write_layer(self, index: int, module: nn.Module, codes: dict[str, QuantizedLinear]) -> None:
-        """Write one decoder layer as a shard of its own, read it back and compare.
+    def resumption(self) -> Resumption:
+        """The layers that an earlier run finished."""
+        return Resumption(self.unfinished.records, self._restore)
+
+    def _restore(self, index: int, module: nn.Module) -> None:
+        """Put the weights of a finished layer into a module, exactly as they were in memory when it was written."""
+        prefix = f"model.layers.{index}."
+        tensors = TensorReader(self.folder, self._shard(index))
+        for name, parameter in module.named_parameters():
+            linear = name.removesuffix(".weight")
+            if linear in LINEARS:
+                state = stored_parts(tensors.read, tensors, prefix + linear)
+                value = decompress({part: tensor.to(parameter.device) for part, tensor in state.items()}, self.grid)
+            else:
+                value = tensors.read(prefix + name)
+            parameter.data = value.to(parameter.device, parameter.dtype)
+
+    def write_layer(self, index: int, module: nn.Module, codes: dict[str, QuantizedLinear], record: dict) -> None:
+        """Write one decoder layer as a shard of its own, read it back and compare; its record is kept for a resumption.
 
         Raises:
             UserError: what was read back is not what was quantized.
@@ -137,7 +165,7 @@ class CheckpointWriter:
         for name, linear in codes.items():
             for part, tensor in compress(linear, self.source.storage_dtype, self.form).items():
                 tensors[f"{prefix}{name}.{part}"] = tensor
-        file = self._save(tensors, index + 1)
+        file = self._save(tensors, self._shard(index))
         written = load_file(self.folder / file)
         for name, linear in codes.items():
             state = stored_parts(written.__getitem__, written, prefix + name)
@@ -145,10 +173,18 @@ class CheckpointWriter:
             if not torch.equal(decompress(state, self.grid), linear.dequantize()):
                 raise UserError(f"{prefix}{name}: what was written does not read back the same; the disk or "
                                 "compressed-tensors is at fault, nothing was saved")
+        self.unfinished.finish_layer(record)
 
-    def _save(self, tensors: dict[str, Tensor], shard: int) -> str:
-        # +1 for the shard with the embedding, the final norm and an untied head.
-        file = f"model-{shard:05d}-of-{self.source.num_layers + 1:05d}.safetensors"
+    def _shard(self, index: int) -> str:
+        # One for each layer, and the last for the embedding, the final norm and an untied head.
+        return f"model-{index + 1:05d}-of-{self.source.num_layers + 1:05d}.safetensors"
+
+    def _enter(self, file: str, tensors: TensorReader) -> None:
+        """Count a shard's tensors in."""
+        self._weight_map.update(dict.fromkeys(tensors.names(), file))
+        self._bytes += tensors.total_bytes()
+
+    def _save(self, tensors: dict[str, Tensor], file: str) -> str:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
             save_file(tensors, self.folder / file, metadata={"format": "pt"})
@@ -156,8 +192,7 @@ class CheckpointWriter:
             raise UserError(f"cannot write {self.folder / file}: {error}; free some space or choose another --output") \
                 from None
         (self.folder / file).chmod(0o644)                                       # safetensors makes private files
-        self._weight_map.update(dict.fromkeys(tensors, file))
-        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        self._enter(file, TensorReader(self.folder, file))
         return file
 
     def write_rest(self, ends: dict[str, QuantizedLinear]) -> int:
@@ -179,9 +214,9 @@ class CheckpointWriter:
         if source.tied and ends:
             # The codes are shared on loading, as weights are; the scales are not.
             rest["lm_head.weight_scale"] = rest["model.embed_tokens.weight_scale"].clone()
-        self._save(rest, source.num_layers + 1)
+        self._save(rest, self._shard(source.num_layers))
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
-        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
         config = source.config.to_diff_dict()
         config.update(architectures=[type(source.model).__name__], dtype=str(source.storage_dtype).removeprefix("torch."),
                       quantization_config=self._quantization_config(ends))
@@ -221,6 +256,7 @@ class CheckpointWriter:
             shutil.rmtree(old)
         else:
             self.folder.rename(self.output)
+        self.unfinished.clean(self.output)
 
 
 def _form_of_end(end: QuantizedLinear) -> str:

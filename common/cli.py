@@ -116,6 +116,8 @@ def quantization_parser(description: str, bits: int) -> argparse.ArgumentParser:
     parser.add_argument("--save-metadata", action=argparse.BooleanOptionalAction, default=True,
                         help="write quantization_metadata.json into the checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with what an interrupted run of the same command left; the result is the same, bit for bit")
     return parser
 
 

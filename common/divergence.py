@@ -45,9 +45,7 @@ def hidden_states(source: SourceModel, windows: Windows, folder: Path) -> Tensor
 
     The file's name is a hash of the tokens, the model's files and how it was computed. Above a gigabyte nothing is kept.
     """
-    files = sorted([*source.folder.glob("*.safetensors"), source.folder / "config.json"])
-    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    identity = repr((windows.fingerprint, stamps, str(source.dtype), source.device.type, torch.__version__))
+    identity = repr((windows.fingerprint, source.tensors.describe(), str(source.dtype), source.device.type, torch.__version__))
     path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
     try:
         return load_file(path)["states"]

@@ -133,78 +133,140 @@ class WalkResult:
     baseline_probe_logits: Tensor
 
 
+@dataclass
+class Resumption:
+    """Layers that an earlier run finished: their records, and a function that puts layer `index`'s weights into a module."""
+
+    records: list[dict]
+    restore: Callable[[int, nn.Module], None]
+
+
+@dataclass
+class _Streams:
+    """What travels through the layers.
+
+    reference, probed: the probe text [1, length, hidden] in the original and the quantized model.
+    hidden: calibration hidden states, in chunks [batch, length, hidden], of the quantized model (for RANGES the original).
+    originals: the same of the original model, to catch up with.
+    probe_arguments, arguments: for each layer, how it is called on the probe and on a window.
+    """
+
+    reference: Tensor
+    probed: Tensor
+    hidden: list[Tensor] | None
+    originals: list[Tensor] | None
+    probe_arguments: list[dict]
+    arguments: list[dict] | None
+
+
 @torch.no_grad()
 def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Tensor | None, probe: Tensor,
-                   finished: Callable[[int, nn.Module, dict[str, QuantizedLinear]], None],
-                   watch: Stopwatch, round_ends: Callable[[], None] = lambda: None) -> WalkResult:
+                   finished: Callable[[int, nn.Module, dict[str, QuantizedLinear], dict], None], watch: Stopwatch,
+                   round_ends: Callable[[], None] = lambda: None, resumption: Resumption | None = None) -> WalkResult:
     """Quantize every decoder layer in turn; each sees the output of the quantized layers before it.
 
     Args:
         windows: calibration tokens [samples, length], or None for a method that needs none.
         probe: tokens [1, length] of a fixed text that travels along; errors and recorded logits are measured on it.
-        finished: called with (index, layer, codes) once a layer holds its dequantized weights.
+        finished: called with (index, layer, codes, record) once a layer holds its dequantized weights.
         round_ends: called before the first layer, to round embedding and head.
+        resumption: layers that need not be quantized again; the streams are led through them as they were then.
     Raises:
         UserError: a layer whose codes or scales are not finite; names it.
     """
-    linears: dict[str, dict] = {}
-    notes: list[dict[str, float]] = []
+    records = list(resumption.records) if resumption else []
+    resumed = len(records)
     with watch("load"):
-        reference = source.embed(probe)
-        if method.rewrite_model:
-            method.rewrite_model(source)
-            round_to_storage(source.model, source.storage_dtype)
-        originals = _embed_chunks(source, windows) if method.catch_up and windows is not None else None
-        round_ends()
-        probe_arguments = source.layer_arguments(probe.shape[1])
-        probed = source.embed(probe)
-        hidden, arguments = None, None
-        if windows is not None:
-            arguments = source.layer_arguments(windows.shape[1])
-            hidden = _embed_chunks(source, windows)
+        streams = _start(source, method, windows, probe, round_ends)
     for index in track(range(source.num_layers), f"{method.name} {grid.bits}-bit layers", unit="layers"):
         with watch("load"):
             module = source.load_layer(index)
             layer = Layer(index, module, grid, source.storage_dtype)
         with watch("record"):
-            reference = _forward(module, reference, probe_arguments[index])
-        with watch("statistics"):
-            if method.rewrite_layer:
+            streams.reference = _forward(module, streams.reference, streams.probe_arguments[index])
+        if method.rewrite_layer:
+            with watch("statistics"):
                 method.rewrite_layer(index, module)
                 round_to_storage(module, source.storage_dtype)
-            if windows is not None:
-                layer.inputs = hidden
-                layer.forward = partial(_forward, module, arguments=arguments[index])
-                paused = method.online.paused if method.online else nullcontext
-                layer.statistics = _collect(layer, source.device, method.needs, originals, paused)
-                layer.targets = originals
-                _catch_up(layer, method.catch_up)
-        with watch("solve"):
-            if method.prepare_layer:
-                method.prepare_layer(layer)
-                round_to_storage(module, source.storage_dtype)
-        with watch("record"):
-            inputs: dict[int, Tensor] = {}
-            with group_inputs(module, inputs.__setitem__):
-                _forward(module, probed, probe_arguments[index])
-        with watch("solve"):
-            codes = method.quantize_layer(layer)
-            notes.append(layer.notes)
-        with watch("record"):
-            for group_index, group in enumerate(LINEAR_GROUPS):
-                for name in group.linears:
-                    record = _install(layer, name, codes[name], inputs[group_index], method.round_inputs)
-                    linears[layer.where(name)] = record
-            probed = _forward(module, probed, probe_arguments[index])
+        if windows is not None:
+            layer.inputs = streams.hidden
+            layer.forward = partial(_forward, module, arguments=streams.arguments[index])
+        if index < resumed:
+            with watch("resume"):
+                _replay(layer, method, streams, source.device, resumption.restore)
+        else:
+            codes, record = _quantize_layer(layer, method, streams, source, watch)
+            records.append(record)
+            with watch("write"):
+                finished(index, module, codes, record)
         with watch("propagate"):
+            streams.probed = _forward(module, streams.probed, streams.probe_arguments[index])
             if method.needs == GRAM and index + 1 < source.num_layers:
-                for i, chunk in enumerate(hidden):
-                    hidden[i] = layer.forward(chunk.to(source.device)).to(chunk.device)
-        with watch("write"):
-            finished(index, module, codes)
-            source.release_layer(index)
+                for i, chunk in enumerate(streams.hidden):
+                    streams.hidden[i] = layer.forward(chunk.to(source.device)).to(chunk.device)
+        source.release_layer(index)
+    linears = {name: linear for record in records for name, linear in record["linears"].items()}
     with watch("record"):
-        return WalkResult(linears, notes, source.logits(probed)[0], source.original_logits(reference)[0])
+        return WalkResult(linears, [record["notes"] for record in records], source.logits(streams.probed)[0],
+                          source.original_logits(streams.reference)[0])
+
+
+def _start(source: SourceModel, method: Method, windows: Tensor | None, probe: Tensor,
+           round_ends: Callable[[], None]) -> _Streams:
+    """The streams before the first layer, the model's small parts rewritten and rounded."""
+    reference = source.embed(probe)
+    if method.rewrite_model:
+        method.rewrite_model(source)
+        round_to_storage(source.model, source.storage_dtype)
+    originals = _embed_chunks(source, windows) if method.catch_up and windows is not None else None
+    round_ends()
+    hidden, arguments = None, None
+    if windows is not None:
+        hidden, arguments = _embed_chunks(source, windows), source.layer_arguments(windows.shape[1])
+    return _Streams(reference, source.embed(probe), hidden, originals, source.layer_arguments(probe.shape[1]), arguments)
+
+
+def _quantize_layer(layer: Layer, method: Method, streams: _Streams, source: SourceModel, watch: Stopwatch,
+                    ) -> tuple[dict[str, QuantizedLinear], dict]:
+    """Quantize a layer and put the dequantized weights into it. Returns the codes and the record of the layer."""
+    module = layer.module
+    if streams.hidden is not None:
+        with watch("statistics"):
+            layer.statistics = _collect(layer, source.device, method, streams.originals)
+            layer.targets = streams.originals
+            _catch_up(layer, method.catch_up)
+    with watch("solve"):
+        if method.prepare_layer:
+            method.prepare_layer(layer)
+            round_to_storage(module, source.storage_dtype)
+    with watch("record"):
+        inputs: dict[int, Tensor] = {}
+        with group_inputs(module, inputs.__setitem__):
+            _forward(module, streams.probed, streams.probe_arguments[layer.index])
+    with watch("solve"):
+        codes = method.quantize_layer(layer)
+    with watch("record"):
+        linears = {layer.where(name): _install(layer, name, codes[name], inputs[group_index], method.round_inputs)
+                   for group_index, group in enumerate(LINEAR_GROUPS) for name in group.linears}
+    return codes, {"linears": linears, "notes": layer.notes}
+
+
+def _replay(layer: Layer, method: Method, streams: _Streams, device: torch.device,
+            restore: Callable[[int, nn.Module], None]) -> None:
+    """Do to the streams what quantizing the layer did, and put its finished weights into the module."""
+    if streams.originals is not None:
+        with _paused(method):
+            streams.originals[:] = [layer.forward(chunk.to(device)).to(chunk.device) for chunk in streams.originals]
+    if method.needs == RANGES:
+        streams.hidden[:] = [layer.forward(chunk.to(device)).to(chunk.device) for chunk in streams.hidden]
+    restore(layer.index, layer.module)
+    for name in LINEARS:
+        _round_inputs(layer.module.get_submodule(name), method.round_inputs)
+
+
+def _paused(method: Method) -> AbstractContextManager:
+    """A context in which layers run as the original ones would."""
+    return method.online.paused() if method.online else nullcontext()
 
 
 def _embed_chunks(source: SourceModel, windows: Tensor) -> list[Tensor]:
@@ -222,8 +284,7 @@ def _forward(module: nn.Module, hidden: Tensor, arguments: dict) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _collect(layer: Layer, device: torch.device, needs: str, originals: list[Tensor] | None,
-             paused: Callable[[], AbstractContextManager]) -> list[InputStatistics]:
+def _collect(layer: Layer, device: torch.device, method: Method, originals: list[Tensor] | None) -> list[InputStatistics]:
     """Statistics of every linear group over all calibration windows. For RANGES the inputs become the layer's outputs.
 
     The residual stream is normalised before it is read again, so an error that o_proj or down_proj adds to it counts
@@ -232,9 +293,8 @@ def _collect(layer: Layer, device: torch.device, needs: str, originals: list[Ten
 
     Args:
         originals: hidden states of the original model before the layer; they become those after it.
-        paused: a context in which the layer runs as the original one would.
     """
-    statistics = new_statistics(layer.module, device, with_gram=needs == GRAM)
+    statistics = new_statistics(layer.module, device, with_gram=method.needs == GRAM)
     inputs: dict[int, Tensor] = {}
     after_attention: list[Tensor] = []
     watch = layer.module.post_attention_layernorm.register_forward_pre_hook(
@@ -244,7 +304,7 @@ def _collect(layer: Layer, device: torch.device, needs: str, originals: list[Ten
             chunk = home.to(device)
             after_attention.clear()
             if originals is not None:
-                with paused():
+                with _paused(method):
                     original = layer.forward(originals[i].to(device))
                 originals[i] = original.to(home.device)
             output = layer.forward(chunk)
@@ -254,7 +314,7 @@ def _collect(layer: Layer, device: torch.device, needs: str, originals: list[Ten
             weights = {_O_PROJ: _token_weights(chunk), _DOWN_PROJ: _token_weights(output)}
             for index, group in enumerate(LINEAR_GROUPS):
                 statistics[index].add(inputs[index], weights.get(group.linears), lags.get(group.linears))
-            if needs == RANGES:
+            if method.needs == RANGES:
                 layer.inputs[i] = output.to(home.device)
     watch.remove()
     return [group.finish() for group in statistics]
@@ -281,14 +341,20 @@ def round_to_storage(module: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
+def _round_inputs(linear: nn.Module, round_inputs: Callable[[Tensor], Tensor] | None) -> None:
+    """Let a linear round its inputs from now on."""
+    if round_inputs:
+        linear.register_forward_pre_hook(lambda _, arguments: round_inputs(arguments[0]))
+
+
 def _install(layer: Layer, name: str, quantized: QuantizedLinear, inputs: Tensor,
              round_inputs: Callable[[Tensor], Tensor] | None) -> dict:
     """Put the dequantized weights into the layer; returns the linear's record."""
     linear = layer.module.get_submodule(name)
     weight = quantized.dequantize(linear.weight.dtype)
     before = nn.functional.linear(inputs, linear.weight).float()
+    _round_inputs(linear, round_inputs)
     if round_inputs:
-        linear.register_forward_pre_hook(lambda _, arguments: round_inputs(arguments[0]))
         change = nn.functional.linear(round_inputs(inputs), weight).float() - before
     else:
         change = nn.functional.linear(inputs, weight - linear.weight).float()

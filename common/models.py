@@ -21,6 +21,7 @@ from common.errors import UserError
 
 DEFAULT_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
 MODELS_FOLDER = Path("models")
+INDEX_FILE = "model.safetensors.index.json"
 SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -122,14 +123,15 @@ def _first_line(error: Exception) -> str:
 class TensorReader:
     """Reads single tensors out of a folder's safetensors files, sharded or not."""
 
-    def __init__(self, folder: Path):
-        index = folder / "model.safetensors.index.json"
+    def __init__(self, folder: Path, single: str = "model.safetensors"):
+        """Args: single: the file with all tensors, where there is no index."""
+        index = folder / INDEX_FILE
         try:
             if index.is_file():
                 weight_map = json.loads(index.read_text())["weight_map"]
-            elif (folder / "model.safetensors").is_file():
-                with safe_open(folder / "model.safetensors", "pt") as file:
-                    weight_map = dict.fromkeys(file.keys(), "model.safetensors")
+            elif (folder / single).is_file():
+                with safe_open(folder / single, "pt") as file:
+                    weight_map = dict.fromkeys(file.keys(), single)
             else:
                 raise UserError(f"{folder} has no model.safetensors (only safetensors weights are read)")
             self._files = {name: safe_open(folder / name, "pt") for name in sorted(set(weight_map.values()))}
@@ -152,6 +154,11 @@ class TensorReader:
             return self._files[self._weight_map[name]].get_tensor(name)
         except (KeyError, SafetensorError) as error:
             raise UserError(f"{self._folder}: tensor {name} is missing or damaged ({_first_line(error)})") from None
+
+    def describe(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and time of last change of every file, to tell whether it is still the same model."""
+        stats = [(name, (self._folder / name).stat()) for name in sorted(self._files)]
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
     def total_bytes(self) -> int:
         """Bytes of all tensors as stored."""

@@ -18,6 +18,7 @@ from common.results import ModelResults  # noqa: E402
 STYLE = {"baseline": ("#000000", "*"), "gptq": ("#0072B2", "o"), "awq": ("#E69F00", "s"), "hqq": ("#D55E00", "^"),
          "smoothquant": ("#56B4E9", "D"), "adaround": ("#009E73", "v"), "quarot": ("#CC79A7", "P")}
 _OTHER = ("#777777", "X")
+SIZE_LABEL = "Weights, MB (equal sizes side by side)"
 
 
 def style(configuration: str) -> tuple[str, str]:
@@ -63,6 +64,22 @@ def _legend(figure, axis) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
 
 
+def side_by_side(sizes: list[float]) -> list[float]:
+    """Where to draw points of these sizes: those that would lie on each other are set side by side around their mean."""
+    step = 0.028 * (max(sizes) - min(sizes))
+    places = list(sizes)
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    start = 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or sizes[order[end]] - sizes[order[end - 1]] > 0.3 * step:
+            crowd = order[start:end]
+            middle = sum(sizes[i] for i in crowd) / len(crowd)
+            for rank, i in enumerate(sorted(crowd)):
+                places[i] = middle + (rank - (len(crowd) - 1) / 2) * step
+            start = end
+    return places
+
+
 def pareto_front(points: list[tuple[float, float]], larger_is_better: bool) -> list[tuple[float, float]]:
     """Those (size, value) that no other point beats in both, by size."""
     front: list[tuple[float, float]] = []
@@ -85,12 +102,10 @@ def accuracy_against_size(results: ModelResults, comparisons: dict[str, list[Com
         return None
     figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.4), layout="constrained", squeeze=False)
     for axis, (task, metric, label, larger) in zip(axes[0], panels, strict=True):
-        points = []
-        for name in names:
-            value = results.documents[name]["tasks"].get(task, {}).get(metric)
-            if value is None:
-                continue
-            points.append((results.documents[name]["quantization"]["weights_bytes"] / 1e6, value))
+        shown = [name for name in names if results.documents[name]["tasks"].get(task, {}).get(metric) is not None]
+        points = [(results.documents[name]["quantization"]["weights_bytes"] / 1e6,
+                   results.documents[name]["tasks"][task][metric]) for name in shown]
+        for name, (_, value), place in zip(shown, points, side_by_side([size for size, _ in points]), strict=True):
             error = None
             for one in comparisons.get(name, []):
                 if (one.kind.task, one.kind.key) == (task, metric):
@@ -98,11 +113,11 @@ def accuracy_against_size(results: ModelResults, comparisons: dict[str, list[Com
                     error = (found.value - found.low, found.high - found.value)
                     if one.kind.logarithmic:
                         error = (value * (1 - math.exp(-error[0])), value * (math.exp(error[1]) - 1))
-            _point(axis, name, *points[-1], error)
+            _point(axis, name, place, value, error)
         front = pareto_front(points, larger)
         axis.plot(*zip(*front, strict=True), color="#999999", linewidth=1, linestyle="--", zorder=0,
                   drawstyle="steps-post", label="Pareto front")
-        axis.set_xlabel("Weights, MB")
+        axis.set_xlabel(SIZE_LABEL)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     _legend(figure, axes[0][0])
@@ -140,11 +155,12 @@ def speed_against_size(results: ModelResults):
     if len(names) < 2:
         return None
     figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    for name in names:
-        document = results.documents[name]
-        _point(axis, name, document["quantization"]["weights_bytes"] / 1e6, document["speed"]["tokens_per_second"])
+    places = side_by_side([results.documents[name]["quantization"]["weights_bytes"] / 1e6 for name in names])
+    for name, place in zip(names, places, strict=True):
+        _point(axis, name, place, results.documents[name]["speed"]["tokens_per_second"])
     axis.set_ylim(bottom=0)
-    axis.set_xlabel("Weights, MB")
+    axis.margins(y=0.1)
+    axis.set_xlabel(SIZE_LABEL)
     axis.set_ylabel("Tokens per second, batch 1")
     axis.grid(alpha=0.3)
     _legend(figure, axis)
@@ -157,12 +173,13 @@ def comparison_chart(comparisons: list[Comparison], title: str):
     ratios = [one for one in comparisons if one.kind.logarithmic]
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.45 * max(len(shares), 2) + 1.8), layout="constrained", width_ratios=(3, 1))
     panels = ((axes[0], shares, "Difference to the baseline, percentage points", lambda value: 100 * value),
-              (axes[1], ratios, "Perplexity above the baseline's, %", lambda value: 100 * math.expm1(value)))
+              (axes[1], ratios, "Above the baseline, %", lambda value: 100 * math.expm1(value)))
     for axis, rows, label, scale in panels:
         for row, one in enumerate(rows):
             low, value, high = (scale(v) for v in (one.difference.low, one.difference.value, one.difference.high))
             axis.errorbar(value, row, xerr=[[max(value - low, 0)], [max(high - value, 0)]], fmt="o", color="black", capsize=4)
-            axis.annotate(one.verdict(), (value, row), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+            axis.annotate(one.verdict(), (value, row), xytext=(0, 7), textcoords="offset points", ha="center",
+                          fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
         axis.axvline(0, color="#999999", linewidth=1)
         axis.set_yticks(range(len(rows)), [one.kind.name for one in rows])
         axis.set_ylim(len(rows) - 0.5, -0.7)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from common import metadata, overlap, probe
 from common.calibration import calibration_windows
-from common.checkpoint import CheckpointWriter, check_output, folder_bytes
+from common.checkpoint import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
 from common.cli import configure_torch, resolve_device, resolve_dtype, resolve_sizes
 from common.errors import UserError
 from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve_group_size, search_range
@@ -37,6 +38,9 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     configure_torch(options.seed)
     resolve_sizes(options)
     output = options.output or MODELS_FOLDER / model_name(options.model) / f"{method.name}-{options.bits}bit"
+    if options.resume and (output / METADATA_FILE).is_file() and not options.overwrite:
+        say(f"{output} is finished; there is nothing to resume")
+        return output
     check_output(output, options.overwrite)
     watch = Stopwatch(device)
     with watch("load"):
@@ -53,7 +57,8 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
                                           options.seed, options.data_root)
     say(_headline(method, grid, source, windows, device, dtype))
     tokens = probe.probe_tokens(source.tokenizer)
-    with CheckpointWriter(output, source, grid, method.activation_bits, method.online) as writer:
+    fingerprint = _fingerprint(options, method, source, windows, device, dtype)
+    with CheckpointWriter(output, source, grid, method.activation_bits, method.online, fingerprint, options.resume) as writer:
         ends: dict[str, QuantizedLinear] = {}
 
         def round_ends() -> None:
@@ -62,7 +67,7 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
                     ends[name] = _quantize_rows(source, name, width)
 
         result = quantize_model(source, method, grid, None if windows is None else windows.tokens, tokens,
-                                writer.write_layer, watch, round_ends)
+                                writer.write_layer, watch, round_ends, writer.resumption())
         with watch("write"):
             weight_bytes = writer.write_rest(ends)
         document = _document(options, method, grid, source, windows, result, tokens, watch, device, dtype)
@@ -72,6 +77,20 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
         writer.finish(document if options.save_metadata else None)
     say(_summary(output, document))
     return output
+
+
+# Options that change nothing in the result.
+_WITHOUT_EFFECT = ("output", "overwrite", "resume", "save_metadata", "data_root", "device", "dtype", "calib_data", "model")
+
+
+def _fingerprint(options, method: Method, source: SourceModel, windows, device, dtype) -> dict:
+    """All that decides a checkpoint's codes, for a run that goes on with another's layers."""
+    weights = hashlib.sha256(repr(source.tensors.describe()).encode()).hexdigest()[:16]
+    return {"method": method.name, "model": source.name, "weights": weights,
+            "calibration": windows and windows.fingerprint[:16],
+            **{f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in _WITHOUT_EFFECT},
+            "device": metadata.describe_device(device)["name"], "type": str(dtype).removeprefix("torch."),
+            **{f"version of {package}": version for package, version in metadata.versions().items()}}
 
 
 def _quantize_rows(source: SourceModel, name: str, bits: int) -> QuantizedLinear:

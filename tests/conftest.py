@@ -51,12 +51,12 @@ def tiny_tokenizer():
     return fast
 
 
-def build_tiny(architecture: str, tied: bool, seed: int = 0):
-    """A random model with grouped-query attention: hidden 64, 2 layers, bfloat16; biases for qwen2."""
+def build_tiny(architecture: str, tied: bool, seed: int = 0, layers: int = 2):
+    """A random model with grouped-query attention: hidden 64, bfloat16; biases for qwen2."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        architecture, vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        architecture, vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=tied, bos_token_id=0,
         eos_token_id=1, pad_token_id=1, sliding_window=None)
     torch.manual_seed(seed)

@@ -1,0 +1,61 @@
+#!/usr/bin/env python3
+"""Seconds that the generation and ranking tasks take on a model of the Llama-3.2-1B shape with random weights.
+
+    python benchmarks/evaluation_speed.py --data-root ../shared/data
+
+ARC-Challenge test whole, 2,000 questions of SQuAD v2, 500 of OpenMath (GSM8K in its columns). A random model hardly ever stops of
+itself, so every answer is generated to its full length: the slowest case. Tokens are the demo model's.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from common import metadata  # noqa: E402
+from common.cli import configure_torch, quiet_libraries, resolve_device, resolve_dtype  # noqa: E402
+from common.data import load_rows  # noqa: E402
+from common.evaluation import SAMPLE_SEED, TASK_DATA, run_task  # noqa: E402
+from common.models import load_tokenizer, resolve_folder  # noqa: E402
+
+SHAPE = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+             num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, max_position_embeddings=8192)
+SAMPLES = {"arc": 1172, "squad_v2": 2000, "openmath": 500}
+DATA = {**{task: data.address for task, data in TASK_DATA.items()},
+        "openmath": "openmath_standin/gsm8k_as_openmath2:test"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--openmath-data", default=DATA["openmath"])
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="fewer for a trial (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="samples per task, for a trial")
+    options = parser.parse_args()
+    quiet_libraries()
+    configure_torch(0)
+    device = resolve_device("auto")
+    dtype = resolve_dtype("auto", device)
+    tokenizer = load_tokenizer(resolve_folder("demo"))
+    config = LlamaConfig(**{**SHAPE, "num_hidden_layers": options.layers}, eos_token_id=tokenizer.eos_token_id)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").eval().requires_grad_(False)
+    print(f"{metadata.describe_device(device)['name']}, {dtype}, torch {torch.__version__}", flush=True)
+    total = 0.0
+    for task, samples in SAMPLES.items():
+        address = options.openmath_data if task == "openmath" else DATA[task]
+        rows = load_rows(address, options.data_root, seed=SAMPLE_SEED)
+        rows.rows = rows.rows[:options.limit or samples]
+        summary, _ = run_task(task, model, tokenizer, rows, demo=False)
+        total += summary["seconds"]
+        print(f"{task}: {summary['samples']} samples in {summary['seconds']:.1f} s", flush=True)
+    print(f"total: {total:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

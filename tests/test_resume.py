@@ -1,0 +1,180 @@
+"""Interrupted runs: what is left is marked, can be gone on with, and gives the same bits; nobody writes over another."""
+
+import fcntl
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_tokenizer
+
+from common.checkpoint import METADATA_FILE
+from common.unfinished import UnfinishedFolder
+
+LAYERS = 8
+METHODS = {"gptq": [], "awq": ["--embedding-bits", 8], "hqq": [], "smoothquant": [], "adaround": ["--iterations", 15],
+           "quarot": ["--act-bits", 4, "--kv-bits", 4, "--head-bits", 8]}
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A tiny model of eight layers."""
+    folder = tmp_path_factory.mktemp("deep") / "deep"
+    build_tiny("llama", True, layers=LAYERS).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def command(method, model, output, text, *extra):
+    calibration = [] if method == "hqq" else ["--calib-data", text, "--calib-samples", 8, "--calib-length", 64]
+    return [ROOT / f"quantize_{method}.py", "--model", model, "--output", output, *METHODS[method], *calibration, *extra]
+
+
+def content(folder):
+    """Everything in a checkpoint, but for times, memory and the options of the run in the metadata."""
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    record = json.loads(files.pop(METADATA_FILE))
+    for key in ("seconds", "memory", "options"):
+        del record[key]
+    return files, record
+
+
+def interrupt_after(monkeypatch, layers):
+    """Let a run end, as by Ctrl-C, when so many layers are finished."""
+    original = UnfinishedFolder.finish_layer
+
+    def finish_layer(self, record):
+        original(self, record)
+        if len(self.records) == layers:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(UnfinishedFolder, "finish_layer", finish_layer)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_is_bit_identical(deep, calibration_text, tmp_path, monkeypatch, method):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_script(*command(method, deep, whole, calibration_text)).returncode == 0
+    for layers in (2, 5):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, layers)
+            result = run_script(*command(method, deep, parts, calibration_text, "--resume"))
+        assert result.returncode == 130 and "--resume goes on from there" in result.stdout
+        assert not parts.exists() and (tmp_path / "parts.unfinished").is_dir()
+    result = run_script(*command(method, deep, parts, calibration_text, "--resume"))
+    assert result.returncode == 0, result.stderr
+    assert "after 5 layers" in result.stdout
+    assert content(parts) == content(whole)
+    assert not (tmp_path / "parts.unfinished").exists()
+    assert run_script(ROOT / "verify_model.py", "--model-path", parts).returncode == 0
+    again = run_script(*command(method, deep, parts, calibration_text, "--resume"))
+    assert again.returncode == 0 and "nothing to resume" in again.stdout
+
+
+def kill_and_resume(method, model, text, folder, kills, seed):
+    """Run in processes of their own, killed -9 at random moments of the quantization, until one comes through."""
+    rng = random.Random(seed)
+    output = folder / "killed"
+    progress = folder / "killed.unfinished" / "progress.json"
+    done = 0
+    while done < kills:
+        process = subprocess.Popen([sys.executable, *map(str, command(method, model, output, text, "--resume"))],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = progress.stat().st_mtime_ns if progress.is_file() else 0
+        # From the moment that this run has touched its folder, it may be killed at any time.
+        while process.poll() is None and (not progress.is_file() or progress.stat().st_mtime_ns == before):
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.15)
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            return done
+        done += 1
+        assert not output.exists() or (output / METADATA_FILE).is_file()
+    result = run_script(*command(method, model, output, text, "--resume"))
+    assert result.returncode == 0, result.stderr
+    return done
+
+
+def killed_often(method, model, text, tmp_path, kills):
+    whole = tmp_path / "whole"
+    assert run_script(*command(method, model, whole, text)).returncode == 0
+    done = 0
+    for attempt in range(100):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        done += kill_and_resume(method, model, text, folder, min(4, kills - done), seed=attempt)
+        assert content(folder / "killed") == content(whole)
+        if done >= kills:
+            return
+    pytest.fail(f"only {done} kills landed")
+
+
+def test_killed_at_random_moments(deep, calibration_text, tmp_path):
+    killed_often("gptq", deep, calibration_text, tmp_path, kills=3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("method", ["gptq", "quarot", "smoothquant"])
+def test_killed_twenty_times(deep, calibration_text, tmp_path, method):
+    killed_often(method, deep, calibration_text, tmp_path, kills=20)
+
+
+def test_only_the_same_run_is_gone_on_with(deep, tiny, calibration_text, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        run_script(*command("gptq", deep, output, calibration_text))
+    other_text = tmp_path / "other.txt"
+    other_text.write_text(calibration_text.read_text()[5000:])
+    for extra, words in ((["--damping", 0.3], ["--damping", "0.1 then", "0.3 now"]), (["--bits", 3], ["--bits", "4 then"]),
+                         (["--calib-data", other_text], ["calibration"]), (["--seed", 1], ["--seed"])):
+        changed = run_script(*command("gptq", deep, output, calibration_text, "--resume", *extra))
+        assert_user_error(changed, "cannot resume", *words)
+    assert_user_error(run_script(*command("gptq", tiny, output, calibration_text, "--resume")), "cannot resume", "model")
+    assert_user_error(run_script(*command("awq", deep, output, calibration_text, "--resume")), "method gptq then, awq now")
+    # A damaged shard is done again.
+    shards = sorted((tmp_path / "out.unfinished").glob("*.safetensors"))
+    assert len(shards) == 3
+    shards[1].write_bytes(shards[1].read_bytes()[:200])
+    result = run_script(*command("gptq", deep, output, calibration_text, "--resume"))
+    assert result.returncode == 0, result.stderr
+    whole = tmp_path / "whole"
+    assert run_script(*command("gptq", deep, whole, calibration_text)).returncode == 0
+    assert content(output) == content(whole)
+
+
+def test_without_resume_it_starts_again(deep, calibration_text, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        run_script(*command("hqq", deep, output, calibration_text))
+    result = run_script(*command("hqq", deep, output, calibration_text))
+    assert result.returncode == 0 and "resuming" not in result.stdout
+    other = run_script(*command("hqq", deep, tmp_path / "new", calibration_text, "--resume"))
+    assert other.returncode == 0 and "nothing to resume" in other.stdout
+
+
+def test_damaged_progress(deep, calibration_text, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        run_script(*command("hqq", deep, output, calibration_text))
+    (tmp_path / "out.unfinished" / "progress.json").write_text("{")
+    assert_user_error(run_script(*command("hqq", deep, output, calibration_text, "--resume")), "damaged", "without --resume")
+
+
+def test_two_processes_on_one_output(deep, calibration_text, tmp_path):
+    (tmp_path / "out.unfinished").mkdir()
+    handle = os.open(tmp_path / "out.unfinished" / "lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        assert_user_error(run_script(*command("hqq", deep, tmp_path / "out", calibration_text)), "another process is writing")
+        assert (tmp_path / "out.unfinished" / "lock").is_file()
+    finally:
+        os.close(handle)
+    assert run_script(*command("hqq", deep, tmp_path / "out", calibration_text)).returncode == 0
