@@ -45,8 +45,10 @@ class OnlineTransforms:
     def paused(self) -> Iterator[None]:
         """While open nothing is rounded; rotations go on."""
         self._active = False
-        yield
-        self._active = True
+        try:
+            yield
+        finally:
+            self._active = True
 
     def round_inputs(self, inputs: Tensor) -> Tensor:
         """Inputs [..., in] of a quantized linear as they are rounded."""

@@ -82,11 +82,14 @@ def test_an_output_that_is_no_checkpoint_is_never_replaced(tiny, tmp_path):
     assert (output / "thesis.txt").read_text() == "years of work"
 
 
-def test_disk_full_leaves_nothing_behind(tiny, tmp_path):
-    """A writer that cannot write half-way: the size limit of a file stands in for the full disk."""
+@pytest.mark.parametrize("limit, left", [(30000, True), (9000, False)])
+def test_disk_full(tiny, tmp_path, limit, left):
+    """A writer that cannot write half-way: the size limit of a file stands in for the full disk. Finished layers are kept."""
     code = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); sys.argv = sys.argv[1:]; "
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.argv = sys.argv[1:]; "
             f"sys.path.insert(0, {str(ROOT)!r}); import runpy; runpy.run_path(sys.argv[0], run_name='__main__')")
-    result = run_script("-c", code, HQQ, "--model", tiny, "--output", tmp_path / "out", inline=False)
-    assert_user_error(result, "cannot write")
-    assert not list(tmp_path.iterdir())
+    arguments = [HQQ, "--model", tiny, "--output", tmp_path / "out"]
+    assert_user_error(run_script("-c", code, *arguments, inline=False), "cannot write")
+    assert [file.name for file in tmp_path.iterdir()] == (["out.unfinished"] if left else [])
+    freed = run_script(*arguments, "--resume")
+    assert freed.returncode == 0 and ("after 2 layers" in freed.stdout) is left
