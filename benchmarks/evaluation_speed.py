@@ -49,8 +49,7 @@ def main() -> None:
     total = 0.0
     for task, samples in SAMPLES.items():
         address = options.openmath_data if task == "openmath" else DATA[task]
-        rows = load_rows(address, options.data_root, seed=SAMPLE_SEED)
-        rows.rows = rows.rows[:options.limit or samples]
+        rows = load_rows(address, options.data_root, limit=options.limit or samples, seed=SAMPLE_SEED)
         summary, _ = run_task(task, model, tokenizer, rows, demo=False)
         total += summary["seconds"]
         print(f"{task}: {summary['samples']} samples in {summary['seconds']:.1f} s", flush=True)
