@@ -10,7 +10,6 @@ multiplied by it. Weights are then rounded per output channel, activations per t
 --alpha auto every linear group gets the α, or no smoothing, with the smallest output error over a sample of its inputs.
 """
 
-import argparse
 from functools import partial
 
 import torch
@@ -77,12 +76,7 @@ def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
 
 
 def _alpha(text: str) -> float | None:
-    if text == "auto":
-        return None
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
+    return None if text == "auto" else cli.share(text)
 
 
 def main() -> None:

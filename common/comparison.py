@@ -145,6 +145,11 @@ def compare(baseline: dict[str, list[dict]], quantized: dict[str, list[dict]]) -
     return found
 
 
+def by_metric(comparisons: list[Comparison]) -> dict[tuple[str, str], Comparison]:
+    """The comparisons of one configuration by task and metric."""
+    return {(one.kind.task, one.kind.key): one for one in comparisons}
+
+
 def samples_by_task(results_dir: Path, model: str, configuration: str) -> dict[str, list[dict]]:
     """The per-sample records of a configuration, by task."""
     found: dict[str, list[dict]] = {}

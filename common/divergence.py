@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.calibration import Windows
-from common.layerwise import CHUNK_TOKENS
+from common.layerwise import embed_chunks, run_layer
 from common.models import SourceModel
 from common.progress import track
 
@@ -26,18 +26,16 @@ QUANTILES = {"kl_median": 0.5, "kl_99": 0.99, "kl_999": 0.999}
 
 
 @torch.no_grad()
-def last_hidden_states(source: SourceModel, windows: Tensor) -> list[Tensor]:
-    """Hidden states [length, hidden] after the last decoder layer, on the host, of each window of token ids [samples, length]."""
+def last_hidden_states(source: SourceModel, windows: Tensor) -> Tensor:
+    """Hidden states [samples, length, hidden] after the last decoder layer, on the host, of token ids [samples, length]."""
     arguments = source.layer_arguments(windows.shape[1])
-    rows = max(1, CHUNK_TOKENS[source.device.type] // windows.shape[1])
-    chunks = [source.embed(chunk).cpu() for chunk in windows.split(rows)]
+    chunks = embed_chunks(source, windows)
     for index in track(range(source.num_layers), "original model", unit="layers"):
         layer = source.load_layer(index)
         for i, chunk in enumerate(chunks):
-            output = layer(chunk.to(source.device), **arguments[index])
-            chunks[i] = (output[0] if isinstance(output, tuple) else output).cpu()
+            chunks[i] = run_layer(layer, chunk.to(source.device), arguments[index]).to(chunk.device)
         source.release_layer(index)
-    return list(torch.cat(chunks))
+    return torch.cat(chunks).cpu()
 
 
 def hidden_states(source: SourceModel, windows: Windows, folder: Path) -> Tensor:
@@ -50,7 +48,7 @@ def hidden_states(source: SourceModel, windows: Windows, folder: Path) -> Tensor
     try:
         return load_file(path)["states"]
     except (OSError, SafetensorError, KeyError):
-        states = torch.stack(last_hidden_states(source, windows.tokens))
+        states = last_hidden_states(source, windows.tokens)
     if states.nbytes < 2**30:
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")

@@ -177,11 +177,11 @@ def _original(folder: Path, device: torch.device, dtype: torch.dtype) -> SourceM
         return None
 
 
-def _noise(tasks: dict, samples: dict[str, list[dict]], model, tokenizer, rows: dict, demo: bool) -> dict:
+def _noise(samples: dict[str, list[dict]], model, tokenizer, rows: dict, demo: bool) -> dict:
     """The tasks once more in other batches: how many answers change, and by how much at most, though nothing has changed."""
     scores = {"arc": "acc", "squad_v2": "f1", "openmath": "correct"}
     found = {}
-    for task in tasks:
+    for task in samples:
         _, again = run_task(task, model, tokenizer, rows[task], demo, batch_share=0.5)
         changes = [abs(one[scores[task]] - other[scores[task]]) for one, other in zip(samples[task], again, strict=True)]
         found[task] = {"changed": sum(change > 0 for change in changes), "largest": max(changes), "samples": len(changes)}
@@ -205,21 +205,21 @@ def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configu
     chosen = options.tasks
     # Data first: a missing data set should not cost the time it takes to load the model.
     rows = {task: task_rows(task, options, demo) for task in chosen if task in TASK_DATA}
-    windows = None
+    tokenizer, windows = load_tokenizer(folder), None
     if "perplexity" in chosen:
-        windows = evaluation_windows(options.perplexity_data or ("demo" if demo else PERPLEXITY_DATA), load_tokenizer(folder),
+        windows = evaluation_windows(options.perplexity_data or ("demo" if demo else PERPLEXITY_DATA), tokenizer,
                                      options.windows or (DEMO_WINDOWS if demo else WINDOWS),
                                      options.window_length or (DEMO_WINDOW_LENGTH if demo else WINDOW_LENGTH),
                                      options.data_root)
-    _check_overlap(folder, rows, windows)
+    _check_overlap(folder, tokenizer, rows, windows)
     started = time.perf_counter()
-    model, tokenizer = load_model(folder, device, dtype)
+    model, _ = load_model(folder, device, dtype)
     loading = time.perf_counter() - started
     say(f"Evaluating {name} {configuration} on {device} in {str(dtype).removeprefix('torch.')}: {', '.join(chosen)}")
     tasks, samples = {}, {}
     for task in rows:
         tasks[task], samples[task] = run_task(task, model, tokenizer, rows[task], demo)
-    noise = _noise(tasks, samples, model, tokenizer, rows, demo) if twice else None
+    noise = _noise(samples, model, tokenizer, rows, demo) if twice else None
     if windows is not None:
         tasks["perplexity"], samples["perplexity"] = perplexity(model, windows, _original(folder, device, dtype),
                                                                 options.results_dir / name / STATES_FOLDER)
@@ -239,7 +239,7 @@ def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configu
     return write_results(options.results_dir, document, samples)
 
 
-def _check_overlap(folder: Path, rows: dict[str, Rows], windows: Windows | None) -> None:
+def _check_overlap(folder: Path, tokenizer, rows: dict[str, Rows], windows: Windows | None) -> None:
     """Refuse to evaluate a model on text that it was calibrated on."""
     record = metadata.read(folder)
     prints = ((record or {}).get("calibration") or {}).get("passages")
@@ -247,7 +247,6 @@ def _check_overlap(folder: Path, rows: dict[str, Rows], windows: Windows | None)
         return
     texts = {task: [" ".join(_strings(row)) for row in data.rows] for task, data in rows.items()}
     if windows is not None:
-        tokenizer = load_tokenizer(folder)
         texts["perplexity"] = [tokenizer.decode(window) for window in windows.tokens]
     known = overlap.unpack(prints)
     for task, passages in texts.items():

@@ -183,14 +183,14 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
             module = source.load_layer(index)
             layer = Layer(index, module, grid, source.storage_dtype)
         with watch("record"):
-            streams.reference = _forward(module, streams.reference, streams.probe_arguments[index])
+            streams.reference = run_layer(module, streams.reference, streams.probe_arguments[index])
         if method.rewrite_layer:
             with watch("statistics"):
                 method.rewrite_layer(index, module)
                 round_to_storage(module, source.storage_dtype)
         if windows is not None:
             layer.inputs = streams.hidden
-            layer.forward = partial(_forward, module, arguments=streams.arguments[index])
+            layer.forward = partial(run_layer, module, arguments=streams.arguments[index])
         if index < resumed:
             with watch("resume"):
                 _replay(layer, method, streams, source.device, resumption.restore)
@@ -200,10 +200,9 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
             with watch("write"):
                 finished(index, module, codes, record)
         with watch("propagate"):
-            streams.probed = _forward(module, streams.probed, streams.probe_arguments[index])
+            streams.probed = run_layer(module, streams.probed, streams.probe_arguments[index])
             if method.needs == GRAM and index + 1 < source.num_layers:
-                for i, chunk in enumerate(streams.hidden):
-                    streams.hidden[i] = layer.forward(chunk.to(source.device)).to(chunk.device)
+                _advance(layer, streams.hidden, source.device)
         source.release_layer(index)
     linears = {name: linear for record in records for name, linear in record["linears"].items()}
     with watch("record"):
@@ -218,11 +217,11 @@ def _start(source: SourceModel, method: Method, windows: Tensor | None, probe: T
     if method.rewrite_model:
         method.rewrite_model(source)
         round_to_storage(source.model, source.storage_dtype)
-    originals = _embed_chunks(source, windows) if method.catch_up and windows is not None else None
+    originals = embed_chunks(source, windows) if method.catch_up and windows is not None else None
     round_ends()
     hidden, arguments = None, None
     if windows is not None:
-        hidden, arguments = _embed_chunks(source, windows), source.layer_arguments(windows.shape[1])
+        hidden, arguments = embed_chunks(source, windows), source.layer_arguments(windows.shape[1])
     return _Streams(reference, source.embed(probe), hidden, originals, source.layer_arguments(probe.shape[1]), arguments)
 
 
@@ -242,7 +241,7 @@ def _quantize_layer(layer: Layer, method: Method, streams: _Streams, source: Sou
     with watch("record"):
         inputs: dict[int, Tensor] = {}
         with group_inputs(module, inputs.__setitem__):
-            _forward(module, streams.probed, streams.probe_arguments[layer.index])
+            run_layer(module, streams.probed, streams.probe_arguments[layer.index])
     with watch("solve"):
         codes = method.quantize_layer(layer)
     with watch("record"):
@@ -256,12 +255,18 @@ def _replay(layer: Layer, method: Method, streams: _Streams, device: torch.devic
     """Do to the streams what quantizing the layer did, and put its finished weights into the module."""
     if streams.originals is not None:
         with _paused(method):
-            streams.originals[:] = [layer.forward(chunk.to(device)).to(chunk.device) for chunk in streams.originals]
+            _advance(layer, streams.originals, device)
     if method.needs == RANGES:
-        streams.hidden[:] = [layer.forward(chunk.to(device)).to(chunk.device) for chunk in streams.hidden]
+        _advance(layer, streams.hidden, device)
     restore(layer.index, layer.module)
     for name in LINEARS:
         _round_inputs(layer.module.get_submodule(name), method.round_inputs)
+
+
+def _advance(layer: Layer, chunks: list[Tensor], device: torch.device) -> None:
+    """Replace hidden states, in chunks, by those after the layer; one chunk at a time, each where it was."""
+    for i, chunk in enumerate(chunks):
+        chunks[i] = layer.forward(chunk.to(device)).to(chunk.device)
 
 
 def _paused(method: Method) -> AbstractContextManager:
@@ -269,7 +274,7 @@ def _paused(method: Method) -> AbstractContextManager:
     return method.online.paused() if method.online else nullcontext()
 
 
-def _embed_chunks(source: SourceModel, windows: Tensor) -> list[Tensor]:
+def embed_chunks(source: SourceModel, windows: Tensor) -> list[Tensor]:
     """Hidden states of all windows before the first layer, in chunks, on the device where they fit."""
     home = source.device
     size = windows.numel() * source.config.hidden_size * source.dtype.itemsize
@@ -279,7 +284,8 @@ def _embed_chunks(source: SourceModel, windows: Tensor) -> list[Tensor]:
     return [source.embed(chunk).to(home) for chunk in windows.split(rows)]
 
 
-def _forward(module: nn.Module, hidden: Tensor, arguments: dict) -> Tensor:
+def run_layer(module: nn.Module, hidden: Tensor, arguments: dict) -> Tensor:
+    """Hidden states [batch, length, hidden] after a decoder layer."""
     output = module(hidden, **arguments)
     return output[0] if isinstance(output, tuple) else output
 

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
-from common.comparison import Comparison  # noqa: E402
+from common.comparison import Comparison, by_metric  # noqa: E402
 from common.models import LINEARS  # noqa: E402
 from common.results import ModelResults  # noqa: E402
 
@@ -107,12 +107,11 @@ def accuracy_against_size(results: ModelResults, comparisons: dict[str, list[Com
                    results.documents[name]["tasks"][task][metric]) for name in shown]
         for name, (_, value), place in zip(shown, points, side_by_side([size for size, _ in points]), strict=True):
             error = None
-            for one in comparisons.get(name, []):
-                if (one.kind.task, one.kind.key) == (task, metric):
-                    found = one.difference
-                    error = (found.value - found.low, found.high - found.value)
-                    if one.kind.logarithmic:
-                        error = (value * (1 - math.exp(-error[0])), value * (math.exp(error[1]) - 1))
+            one = by_metric(comparisons.get(name, [])).get((task, metric))
+            if one:
+                error = (one.difference.value - one.difference.low, one.difference.high - one.difference.value)
+                if one.kind.logarithmic:
+                    error = (value * (1 - math.exp(-error[0])), value * (math.exp(error[1]) - 1))
             _point(axis, name, place, value, error)
         front = pareto_front(points, larger)
         axis.plot(*zip(*front, strict=True), color="#999999", linewidth=1, linestyle="--", zorder=0,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.comparison import Comparison, adjusted_p_values
+from common.comparison import Comparison, adjusted_p_values, by_metric
 from common.errors import UserError
 from common.results import CONFIGURATIONS, ModelResults
 from common.significance import NO_LOSS
@@ -107,7 +107,7 @@ ACCURACY_NOTE = ("In brackets: the difference to the baseline with its 95% inter
 def accuracy_table(results: ModelResults, comparisons: Comparisons) -> Table:
     rows = []
     for name, document in _evaluated(results):
-        compared = {(one.kind.task, one.kind.key): one for one in comparisons.get(name, [])}
+        compared = by_metric(comparisons.get(name, []))
         row = [name]
         for task, metric, _ in ACCURACY_COLUMNS:
             value = document["tasks"].get(task, {}).get(metric)
@@ -128,7 +128,7 @@ def verdict_table(comparisons: Comparisons) -> Table:
     adjusted = adjusted_p_values(comparisons)
     rows, detectable = [], {}
     for name, compared in comparisons.items():
-        found = {(one.kind.task, one.kind.key): one for one in compared}
+        found = by_metric(compared)
         row = [name]
         for task, metric, heading in VERDICT_COLUMNS:
             one = found.get((task, metric))
@@ -155,7 +155,7 @@ def divergence_table(results: ModelResults, comparisons: Comparisons) -> Table:
     for name, document in _evaluated(results):
         text = document["tasks"].get("perplexity", {})
         apart = text.get("divergence", {})
-        one = next((one for one in comparisons.get(name, []) if one.kind.task == "perplexity"), None)
+        one = by_metric(comparisons.get(name, [])).get(("perplexity", "perplexity"))
         value, error = text.get("perplexity"), text.get("standard_error")
         shown = number(value, 2) if error is None or not math.isfinite(error) else f"{value:.2f} ± {error:.2f}"
         rows.append([name, shown, NONE if one is None else one.shown_difference(),

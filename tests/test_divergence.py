@@ -36,7 +36,7 @@ def test_summary_by_hand():
 
 def test_the_walk_gives_the_models_own_hidden_states(tiny):
     windows = torch.randint(0, 300, (5, 30), generator=torch.Generator().manual_seed(1))
-    states = torch.stack(last_hidden_states(SourceModel(str(tiny), CPU, torch.float32), windows))
+    states = last_hidden_states(SourceModel(str(tiny), CPU, torch.float32), windows)
     model = load_model(tiny, CPU, torch.float32)[0]
     with torch.no_grad():
         expected = model.model(windows).last_hidden_state
