@@ -12,19 +12,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from shape import SHAPE, random_model  # noqa: E402
 
 from common import metadata  # noqa: E402
 from common.cli import configure_torch, quiet_libraries, resolve_device, resolve_dtype  # noqa: E402
 from common.data import load_rows  # noqa: E402
 from common.evaluation import SAMPLE_SEED, TASK_DATA, run_task  # noqa: E402
-from common.models import load_tokenizer, resolve_folder  # noqa: E402
+from common.models import load_tokenizer, resolve_folder, use_fused_norms  # noqa: E402
 
-SHAPE = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-             num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, max_position_embeddings=8192)
 SAMPLES = {"arc": 1172, "squad_v2": 2000, "openmath": 500}
 DATA = {**{task: data.address for task, data in TASK_DATA.items()},
         "openmath": "openmath_standin/gsm8k_as_openmath2:test"}
@@ -42,9 +40,8 @@ def main() -> None:
     device = resolve_device("auto")
     dtype = resolve_dtype("auto", device)
     tokenizer = load_tokenizer(resolve_folder("demo"))
-    config = LlamaConfig(**{**SHAPE, "num_hidden_layers": options.layers}, eos_token_id=tokenizer.eos_token_id)
-    with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").eval().requires_grad_(False)
+    model = random_model(device, dtype, tokenizer.eos_token_id, num_hidden_layers=options.layers)
+    use_fused_norms(model)
     print(f"{metadata.describe_device(device)['name']}, {dtype}, torch {torch.__version__}", flush=True)
     total = 0.0
     for task, samples in SAMPLES.items():

@@ -8,16 +8,15 @@ WikiText-2 test, 80 windows of 2048; calibration 64 x 2048, group 64, asymmetric
 
 import argparse
 import json
-import runpy
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+from scripts import quantize  # noqa: E402
 
 from common.calibration import evaluation_windows  # noqa: E402
 from common.cli import configure_torch, quiet_libraries, resolve_device  # noqa: E402
@@ -33,18 +32,6 @@ RUNS = {
     "hqq-8bit": ("hqq", ["--bits", "8"]), "adaround-8bit": ("adaround", ["--bits", "8"]),
     "quarot-w4a4kv4": ("quarot", ["--bits", "4", "--act-bits", "4", "--kv-bits", "4"]),
 }
-
-
-def quantize(script: str, options: list[str]) -> float:
-    """Run a quantize script in this process. Returns its seconds."""
-    sys.argv = [f"quantize_{script}.py", *options]
-    start = time.perf_counter()
-    try:
-        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            raise RuntimeError(f"{' '.join(sys.argv)} ended with {end.code}") from None
-    return time.perf_counter() - start
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.grid import Grid, grouped
+from common.kernels import use_triton
 
 STRETCH, OFFSET = 1.2, -0.1
 BETA_START, BETA_END = 20.0, 2.0
@@ -75,44 +76,65 @@ def regulariser_gradient(h: Tensor, beta: float) -> Tensor:
     return -2 * beta * centred.abs().pow(beta - 1) * centred.sign()
 
 
-class Gradient:
-    """The derivative by v of tr(D G Dᵀ) / u + strength · Σ (1 - |2h - 1|^β), u the mean s² G of a weight."""
+class Learning:
+    """Adam on v for the loss tr(D G Dᵀ) / u + strength · Σ (1 - |2h - 1|^β), with D [out, in] the error of the soft weights.
+
+    u, the mean s² G of a weight, lets `strength` weigh the regulariser alike in every layer.
+    """
 
     def __init__(self, soft: SoftRounding, weight: Tensor, gram: Tensor):
-        self.soft, self.target, self.gram = soft, weight, gram
+        self.soft, self.target, self.gram = soft, weight.contiguous(), gram
         steps = soft.scale.unsqueeze(-1).expand(-1, -1, weight.shape[1] // soft.scale.shape[1]).flatten(1)
-        self.factor = 2 * steps / (steps.square() * gram.diagonal()).mean()
-        low = grouped(soft.low, soft.grid) + soft.zero_point.unsqueeze(-1)
-        # Where both neighbours are clipped to the same code, h has no effect.
-        self.factor *= ((low >= soft.grid.code_min) & (low < soft.grid.code_max)).flatten(1)
+        self.unit = (steps.square() * gram.diagonal()).mean()
+        self.moment, self.variance = torch.zeros_like(soft.v), torch.zeros_like(soft.v)
+        self.difference = soft.weight(soft.h()) - self.target
+        if not use_triton(soft.v):
+            low = grouped(soft.low, soft.grid) + soft.zero_point.unsqueeze(-1)
+            # Where both neighbours are clipped to the same code, h has no effect.
+            inside = ((low >= soft.grid.code_min) & (low < soft.grid.code_max)).flatten(1)
+            self._factor = 2 * steps / self.unit * inside
 
-    def __call__(self, strength: float, beta: float | None) -> Tensor:
-        """The gradient [out, in] at the present v; beta None leaves the regulariser out."""
+    def gradient(self, strength: float, beta: float | None) -> Tensor:
+        """The loss's derivative by v [out, in]; beta None leaves the regulariser out."""
+        return self._by_v(self.difference @ self.gram, strength, beta)
+
+    def _by_v(self, product: Tensor, strength: float, beta: float | None) -> Tensor:
+        """The same from D G [out, in]."""
         sigmoid = torch.sigmoid(self.soft.v)
         h = (STRETCH * sigmoid + OFFSET).clamp_(0.0, 1.0)
-        gradient = (self.soft.weight(h).sub_(self.target) @ self.gram).mul_(self.factor)
+        gradient = product.mul_(self._factor)
         if beta is not None:
             gradient += strength * regulariser_gradient(h, beta)
         return gradient.mul_(STRETCH * sigmoid * (1 - sigmoid) * ((h > 0) & (h < 1)))
+
+    def step(self, strength: float, beta: float | None, rate: float) -> None:
+        """One step; `rate` holds the learning rate and Adam's corrections for its start from zero."""
+        soft, product = self.soft, self.difference @ self.gram
+        if use_triton(soft.v):
+            from common.kernels import rounding_triton
+
+            rounding_triton.learning_step(soft.v, soft.low, soft.scale, soft.zero_point, self.target, product, self.unit,
+                                          self.moment, self.variance, self.difference, soft.grid, strength, beta, rate)
+            return
+        gradient = self._by_v(product, strength, beta)
+        self.moment.lerp_(gradient, 0.1)
+        self.variance.lerp_(gradient.square_(), 0.001)
+        soft.v.addcdiv_(self.moment, self.variance.sqrt().add_(1e-8), value=-rate)
+        self.difference = soft.weight(soft.h()).sub_(self.target)
 
 
 def learn_rounding(weight: Tensor, gram: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, iterations: int,
                    strength: float, learning_rate: float) -> SoftRounding:
     """Learn the rounding of one or more stacked linears through the Gram matrix of their input.
 
-    The loss is tr(D G Dᵀ), exact over all calibration tokens, in units of the mean s² G of a weight, so that `strength`
-    weighs the regulariser alike in every layer; its gradient by the weights is 2 D G. Adam, as in the paper.
+    The loss is tr(D G Dᵀ), exact over all calibration tokens; its gradient by the weights is 2 D G. Adam, as in the paper.
 
     Args:
         weight: [out, in] float32; gram: [in, in]; scale, zero_point: [out, groups].
     """
     soft = SoftRounding.start(weight, scale, zero_point, grid)
-    moment, variance = torch.zeros_like(soft.v), torch.zeros_like(soft.v)
-    gradient_of = Gradient(soft, weight, gram)
+    learning = Learning(soft, weight, gram)
     for step in range(iterations):
-        gradient = gradient_of(strength, beta_at(step, iterations))
-        moment.lerp_(gradient, 0.1)
-        variance.lerp_(gradient.square_(), 0.001)
         rate = learning_rate * math.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
-        soft.v.addcdiv_(moment, variance.sqrt().add_(1e-8), value=-rate)
+        learning.step(strength, beta_at(step, iterations), rate)
     return soft

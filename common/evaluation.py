@@ -36,7 +36,7 @@ from common.errors import UserError
 from common.models import SourceModel, load_tokenizer, model_name
 from common.progress import say, track
 from common.results import RESULTS_FOLDER, load_samples, read_json, write_json, write_samples
-from common.runtime import load_model, measure_speed, weight_bytes
+from common.runtime import load_for_running, measure_speed, weight_bytes
 from common.tasks import scoring
 
 TASKS = ("arc", "squad_v2", "openmath", "perplexity", "speed")
@@ -213,7 +213,7 @@ def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configu
                                      options.data_root)
     _check_overlap(folder, tokenizer, rows, windows)
     started = time.perf_counter()
-    model, _ = load_model(folder, device, dtype)
+    model, _ = load_for_running(folder, device, dtype)
     loading = time.perf_counter() - started
     say(f"Evaluating {name} {configuration} on {device} in {str(dtype).removeprefix('torch.')}: {', '.join(chosen)}")
     tasks, samples = {}, {}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.kernels import use_triton
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 AUTO_GROUP_SIZES = (128, 64, 32)
@@ -147,6 +148,10 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor | None = None, n
     """
     first, last, steps = SEARCH.get(grid.bits, SEARCH[4])
     candidates = [1.0, *torch.linspace(first, last, steps).tolist()]
+    if use_triton(weight) and norm in (2.0, 4.0):
+        from common.kernels import rounding_triton
+
+        return rounding_triton.search_range(weight, grid, importance, norm, scale_dtype, candidates)
     groups = grouped(weight, grid)                                              # [out, groups, group]
     factor = None if importance is None else grouped(importance.float().unsqueeze(0), grid)
     scales, zeros = [], []

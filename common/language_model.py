@@ -10,11 +10,14 @@ from lm_eval.api.model import TemplateLM
 from torch import Tensor
 from transformers import DynamicCache
 
+from common.decoding import STEPS_AT_ONCE, Decoder, can_decode
 from common.progress import track
 
 # Tokens in one batch of questions, and answers that are generated at once.
 SCORING_TOKENS = {"cpu": 2048, "cuda": 16384}
 GENERATION_BATCH = {"cpu": 32, "cuda": 128}
+# Share of a card's free memory that the cache of generated answers may take.
+CACHE_SHARE = 0.4
 
 
 class HarnessModel(TemplateLM):
@@ -125,14 +128,67 @@ class HarnessModel(TemplateLM):
         prefix = _common_prefix(prompts)
         shared = self._prefix_cache(prompts[0][:prefix]) if prefix else None
         answers: list[str] = [""] * len(requests)
-        batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        settings = requests[0].args[1]
+        until, max_new = list(settings.get("until") or []), settings["max_gen_toks"]
+        length = len(prompts[order[0]]) + max_new + STEPS_AT_ONCE
+        decoder = None
+        if self._device.type == "cuda" and can_decode(self.model, length):
+            decoder = Decoder(self.model, self._rows_that_fit(length), length)
+        size = decoder.rows if decoder else self.batch_size
+        batches = [order[i:i + size] for i in range(0, len(order), size)]
         for batch in track(batches, "answers", unit="batches"):
-            settings = requests[batch[0]].args[1]
-            texts = self._generate([prompts[i][prefix:] for i in batch], prefix, shared,
-                                   list(settings.get("until") or []), settings["max_gen_toks"])
+            rest = [prompts[i][prefix:] for i in batch]
+            if decoder:
+                texts = self._decode(decoder, rest, shared, until, max_new)
+            else:
+                texts = self._generate(rest, prefix, shared, until, max_new)
             for index, text in zip(batch, texts, strict=True):
                 answers[index] = text
         return answers
+
+    def _rows_that_fit(self, length: int) -> int:
+        """The batch size, halved until its cache fits into the card's free memory."""
+        config, attention = self.model.config, self.model.model.layers[0].self_attn
+        row = (2 * config.num_hidden_layers * config.num_key_value_heads * attention.head_dim * length
+               * self.model.model.norm.weight.element_size())
+        free, rows = torch.cuda.mem_get_info(self._device)[0], self.batch_size
+        while rows > 1 and rows * row > CACHE_SHARE * free:
+            rows //= 2
+        return rows
+
+    def _decode(self, decoder: Decoder, prompts: list[list[int]], shared: DynamicCache | None, until: list[str],
+                max_new: int) -> list[str]:
+        """As `_generate`, on a card: several steps between two looks at what was written."""
+        decoder.start(prompts, shared)
+        stops = self._stop_tokens()
+        written: list[list[int]] = [[] for _ in prompts]
+        slots: list[int | None] = list(range(len(prompts)))                     # which prompt is in which row
+        new = [decoder.tokens[:len(prompts)].tolist()]
+        while True:
+            for row, sample in enumerate(slots):
+                if sample is not None and self._take(written[sample], [step[row] for step in new], stops, until, max_new):
+                    slots[row] = None
+            going = [row for row, sample in enumerate(slots) if sample is not None]
+            if not going:
+                break
+            rows = len(slots)
+            if 2 * len(going) <= rows:                                          # answers that ended leave the batch
+                decoder.keep(going)
+                slots = [slots[row] for row in going]
+                rows = len(going)
+            # Few batch sizes, as each is captured once.
+            rows = min(1 << (rows - 1).bit_length(), decoder.rows)
+            slots += [None] * (rows - len(slots))
+            new = decoder.run(rows).tolist()
+        return [_cut(self.tokenizer.decode(ids, skip_special_tokens=True), until) for ids in written]
+
+    def _take(self, written: list[int], new: list[int], stops: set[int], until: list[str], max_new: int) -> bool:
+        """Add new tokens to an answer. Returns whether it has ended."""
+        for token in new:
+            if token in stops or len(written) >= max_new:
+                return True
+            written.append(token)
+        return len(written) >= max_new or bool(until) and self._stopped(written, until)
 
     def _prefix_cache(self, tokens: list[int]) -> DynamicCache:
         cache = DynamicCache()
@@ -184,7 +240,7 @@ class HarnessModel(TemplateLM):
 
     def _stopped(self, written: list[int], until: list[str]) -> bool:
         # A stop string may span tokens, so a few of the last ones are looked at together.
-        tail = self.tokenizer.decode(written[-8:], skip_special_tokens=True)
+        tail = self.tokenizer.decode(written[-8 - STEPS_AT_ONCE:], skip_special_tokens=True)
         return any(stop in tail for stop in until)
 
     def _stop_tokens(self) -> set[int]:

@@ -101,20 +101,35 @@ class Method:
     unties: bool = False
 
 
-@dataclass
 class Stopwatch:
-    """Wall-clock seconds by phase; device work is waited for at the end of each."""
+    """Seconds by phase. On a card they are read off the stream, and nothing is waited for before `seconds` is asked."""
 
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
+    def __init__(self, device: torch.device):
+        self._on_card = device.type == "cuda"
+        self._spans: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._on_card:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self._now()
         yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        self._spans.append((phase, start, self._now()))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        if self._on_card:
+            torch.cuda.synchronize()
+        found: dict[str, float] = {}
+        for phase, start, end in self._spans:
+            span = start.elapsed_time(end) / 1000 if self._on_card else end - start
+            found[phase] = found.get(phase, 0.0) + span
+        return found
 
 
 @dataclass
@@ -245,8 +260,15 @@ def _quantize_layer(layer: Layer, method: Method, streams: _Streams, source: Sou
     with watch("solve"):
         codes = method.quantize_layer(layer)
     with watch("record"):
-        linears = {layer.where(name): _install(layer, name, codes[name], inputs[group_index], method.round_inputs)
-                   for group_index, group in enumerate(LINEAR_GROUPS) for name in group.linears}
+        found = [_install(layer, name, codes[name], inputs[group_index], method.round_inputs)
+                 for group_index, group in enumerate(LINEAR_GROUPS) for name in group.linears]
+        errors, finite = torch.stack([torch.stack(pair) for pair in found]).T.tolist()
+    linears = {}
+    for name, error, is_finite in zip(LINEARS, errors, finite, strict=True):
+        if not is_finite:
+            raise UserError(f"{layer.where(name)}: quantization gave NaN or Inf; use other calibration data or --dtype float32")
+        linears[layer.where(name)] = {"bits": layer.grid.bits, "group_size": layer.grid.group_size,
+                                      "relative_output_error": error}
     return codes, {"linears": linears, "notes": layer.notes}
 
 
@@ -354,8 +376,8 @@ def _round_inputs(linear: nn.Module, round_inputs: Callable[[Tensor], Tensor] | 
 
 
 def _install(layer: Layer, name: str, quantized: QuantizedLinear, inputs: Tensor,
-             round_inputs: Callable[[Tensor], Tensor] | None) -> dict:
-    """Put the dequantized weights into the layer; returns the linear's record."""
+             round_inputs: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Put the dequantized weights into the layer; returns the relative output error, and whether all is finite as 0 or 1."""
     linear = layer.module.get_submodule(name)
     weight = quantized.dequantize(linear.weight.dtype)
     before = nn.functional.linear(inputs, linear.weight).float()
@@ -364,8 +386,6 @@ def _install(layer: Layer, name: str, quantized: QuantizedLinear, inputs: Tensor
         change = nn.functional.linear(round_inputs(inputs), weight).float() - before
     else:
         change = nn.functional.linear(inputs, weight - linear.weight).float()
-    error = (change.norm() / before.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
-    if not torch.isfinite(quantized.scale).all() or not torch.isfinite(weight).all():
-        raise UserError(f"{layer.where(name)}: quantization gave NaN or Inf; use other calibration data or --dtype float32")
+    error = change.norm() / before.norm().clamp(min=torch.finfo(torch.float32).tiny)
     linear.weight.data = weight
-    return {"bits": quantized.grid.bits, "group_size": quantized.grid.group_size, "relative_output_error": error}
+    return error, (torch.isfinite(quantized.scale).all() & torch.isfinite(weight).all()).float()

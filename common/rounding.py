@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.grid import TILE_ELEMENTS, Grid, dequantize, grouped, min_max, quantize, rounding_error, search_range
+from common.kernels import use_triton
 
 BLOCK = 128
 # As a share of the mean diagonal. More than the paper's 0.01: errors then avoid the directions that the calibration text
@@ -74,32 +75,42 @@ def solve(weight: Tensor, gram: Tensor, scale: Tensor, zero_point: Tensor, grid:
     # A dead channel feeds back nothing (its row and column of the Gram are zero), so its own weight does not matter.
     order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     factor, damping = feedback_factor(gram[order][:, order], damping, name)
-    group_of = torch.arange(columns, device=weight.device) // (columns // scale.shape[1])
+    group_of = (torch.arange(columns, device=weight.device) // (columns // scale.shape[1]))[order]
     # Channels first, so that one channel of all rows lies together.
-    scales = scale.float().T[group_of[order]].contiguous()
-    zeros = zero_point.float().T[group_of[order]].contiguous()
+    scales, zeros = scale.float().T.contiguous(), zero_point.float().T.contiguous()
     target = weight.float().T[order].contiguous()
-    codes = torch.empty_like(target)
+    codes = torch.empty_like(target, dtype=torch.int8)
     error = torch.empty_like(target)                                            # w - q of the channels done
     for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        shifted = target[start:stop].addmm(factor[:start, start:stop].T, error[:start])
-        _solve_block(target[start:stop], shifted, factor[start:stop, start:stop], scales[start:stop], zeros[start:stop],
-                     grid, codes[start:stop], error[start:stop])
+        block = slice(start, min(start + BLOCK, columns))
+        shifted = target[block].addmm(factor[:start, block].T, error[:start])
+        round_block(target[block], shifted, factor[block, block], scales[group_of[block]], zeros[group_of[block]], grid,
+                    codes[block], error[block])
     back = torch.empty_like(codes)
     back[order] = codes
-    return back.T.to(torch.int8).contiguous(), damping
+    return back.T.contiguous(), damping
 
 
-def _solve_block(target: Tensor, shifted: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid,
-                 codes: Tensor, error: Tensor) -> None:
-    """Round one block of channels in turn; fills codes and error. All [block, out] but factor [block, block]."""
+def round_block(target: Tensor, shifted: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid,
+                codes: Tensor, error: Tensor) -> None:
+    """Round a block of channels in turn, each to the code nearest to shifted_j + sum over k < j of error_k factor_kj.
+
+    All are [block, out] but factor [block, block], of which the part above the diagonal counts.
+
+    Args:
+        codes, error: filled with the codes and with target minus what they stand for.
+    """
+    if use_triton(target):
+        from common.kernels import rounding_triton
+
+        rounding_triton.round_block(target, shifted, factor, scale, zero_point, grid, codes, error)
+        return
     inverse = 1.0 / scale
     for j in range(len(target)):
         value = torch.addmv(shifted[j], error[:j].T, factor[:j, j]) if j else shifted[j]
-        code = torch.mul(value, inverse[j], out=codes[j])
-        code.round_().add_(zero_point[j]).clamp_(grid.code_min, grid.code_max)
-        torch.sub(target[j], torch.sub(code, zero_point[j]).mul_(scale[j]), out=error[j])
+        code = torch.mul(value, inverse[j]).round_().add_(zero_point[j]).clamp_(grid.code_min, grid.code_max)
+        codes[j] = code
+        torch.sub(target[j], code.sub_(zero_point[j]).mul_(scale[j]), out=error[j])
 
 
 def catch_up(weight: Tensor, gram: Tensor, lag: Tensor, share: float) -> Tensor:
@@ -216,22 +227,18 @@ def _descend(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, g
     """One sweep of coordinate descent: each channel's codes in turn get their best value given all the others."""
     columns = weight.shape[1]
     group_of = torch.arange(columns, device=weight.device) // (columns // scale.shape[1])
-    scales = scale.T[group_of].contiguous()                                     # channels first, as in `solve`
-    zeros = zero_point.T[group_of].contiguous()
-    inverse = 1.0 / scales
-    new = codes.T.float().contiguous()
-    error = (new - zeros).mul_(scales).sub_(weight.T)
+    scales, zeros = scale.T.contiguous(), zero_point.T.contiguous()             # channels first, as in `solve`
+    new = codes.T.contiguous()
+    error = (new - zeros[group_of]).mul_(scales[group_of]).sub_(weight.T)       # q - w
     pull = 1.0 / gram.diagonal()
+    gained = torch.empty(min(BLOCK, columns), len(weight), device=weight.device)
     for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        gradient = gram[start:stop] @ error                                     # [block, out]
-        local = gram[start:stop, start:stop]
-        for j in range(start, stop):
-            row = gradient[j - start]
-            best = torch.addcmul(new[j], row * pull[j], inverse[j], value=-1.0)
-            best.round_().clamp_(grid.code_min, grid.code_max)
-            change = (best - new[j]).mul_(scales[j])
-            new[j] = best
-            error[j] += change
-            gradient.addr_(local[:, j - start], change)
-    return new.T.to(torch.int8).contiguous()
+        block = slice(start, min(start + BLOCK, columns))
+        gradient = gram[block] @ error                                          # [block, out]
+        present = error[block] + weight.T[block]
+        gain = gained[:len(present)]
+        # The best value of channel j alone is q_j - gradient_j / G_jj; later ones feel the changes of earlier ones.
+        round_block(present, present - gradient * pull[block, None], gram[block, block] * pull[block], scales[group_of[block]],
+                    zeros[group_of[block]], grid, new[block], gain)
+        error[block] -= gain
+    return new.T.contiguous()

@@ -53,9 +53,20 @@ class InputStatistics:
             lag: [..., hidden], by how much the stream that the group's output was added to falls short of the original
                 model's.
         """
-        rows = inputs.detach().reshape(-1, self.in_features).float()
-        weighted = rows if token_weights is None else rows * token_weights.reshape(-1, 1)
+        rows = inputs.detach().reshape(-1, self.in_features)
         self.weight += len(rows) if token_weights is None else token_weights.sum()
+        if rows.is_cuda and rows.dtype != torch.float32:
+            self._add_products_of_halves(rows, token_weights, lag)
+        else:
+            self._add_products(rows.float(), token_weights, lag)
+        magnitudes = rows.abs()
+        torch.maximum(self.abs_max, magnitudes.amax(0), out=self.abs_max)
+        self.abs_mean += magnitudes.sum(0, dtype=torch.float32)
+        self.tokens += len(rows)
+        self._samples.append(rows[::max(1, len(rows) // SAMPLES_PER_BATCH)].float())
+
+    def _add_products(self, rows: Tensor, token_weights: Tensor | None, lag: Tensor | None) -> None:
+        weighted = rows if token_weights is None else rows * token_weights.reshape(-1, 1)
         # The Gram matrix is symmetric: its upper blocks suffice until all batches are in.
         for start in range(0, self.in_features if self.with_gram else 0, self._block):
             stop = start + self._block
@@ -63,13 +74,27 @@ class InputStatistics:
         if not self.with_gram:
             self.mean_square += (weighted * rows).sum(0)
         if lag is not None:
-            product = lag.reshape(len(rows), -1).float().T @ weighted
-            self.lag = product if self.lag is None else self.lag.add_(product)
-        magnitudes = rows.abs()
-        torch.maximum(self.abs_max, magnitudes.amax(0), out=self.abs_max)
-        self.abs_mean += magnitudes.sum(0)
-        self.tokens += len(rows)
-        self._samples.append(rows[::max(1, len(rows) // SAMPLES_PER_BATCH)].clone())
+            self._add_lag(lag.reshape(len(rows), -1).float().T @ weighted)
+
+    def _add_products_of_halves(self, rows: Tensor, token_weights: Tensor | None, lag: Tensor | None) -> None:
+        """The same on tensor cores: products of 16-bit numbers are exact and summed in float32.
+
+        The root of a token's weight goes into both factors of the Gram matrix, which so stays one of real vectors.
+        """
+        root = None if token_weights is None else token_weights.reshape(-1, 1).sqrt()
+        scaled = rows if root is None else (rows * root).to(rows.dtype)
+        if not self.with_gram:
+            self.mean_square += scaled.float().square().sum(0)
+        for start in range(0, self.in_features if self.with_gram else 0, self._block):
+            stop = start + self._block
+            self.gram[start:stop, start:] += torch.mm(scaled[:, start:stop].T, scaled[:, start:], out_dtype=torch.float32)
+        if lag is not None:
+            lag = lag.reshape(len(rows), -1)
+            lag = lag if root is None else (lag * root).to(rows.dtype)
+            self._add_lag(torch.mm(lag.T, scaled, out_dtype=torch.float32))
+
+    def _add_lag(self, product: Tensor) -> None:
+        self.lag = product if self.lag is None else self.lag.add_(product)
 
     def finish(self) -> InputStatistics:
         """Turn sums into means, once all batches are in."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.adaround import BETA_END, BETA_START, Gradient, SoftRounding, beta_at, learn_rounding, regulariser_gradient
+from common.adaround import BETA_END, BETA_START, Learning, SoftRounding, beta_at, learn_rounding, regulariser_gradient
 from common.grid import Grid, dequantize, quantize
 from common.rounding import output_error
 from test_rounding import problem
@@ -43,7 +43,7 @@ def test_gradient_against_autograd(grid, beta, generator):
     if beta is not None:
         loss = loss + strength * (1 - (2 * h - 1).abs().pow(beta)).sum()
     loss.backward()
-    found = Gradient(soft, weight, gram)(strength, beta)
+    found = Learning(soft, weight, gram).gradient(strength, beta)
     # On the edge of the grid, where a code is just clipped, the derivative is one-sided.
     codes = torch.floor(weight / steps) + zero
     inner = (codes >= grid.code_min) & (codes < grid.code_max)

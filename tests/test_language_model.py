@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import WORDS, build_tiny, tiny_tokenizer
 
+from common.decoding import STEPS_AT_ONCE, Decoder
 from common.language_model import HarnessModel
+from common.runtime import load_model
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
@@ -51,3 +53,19 @@ def test_generation_equals_greedy_generation_alone(harness, until):
         for stop in until:
             expected = expected.split(stop)[0]
         assert answer == expected
+
+
+def test_decoding_in_rounds_gives_the_same_answers(tiny_models):
+    """What runs on a card, on the CPU: several steps at once, rows that end leave, a shared prefix."""
+    model, tokenizer = load_model(tiny_models["llama", True], torch.device("cpu"), torch.float32)
+    harness = HarnessModel(model, tokenizer)
+    generator = torch.Generator().manual_seed(9)
+    prefix = torch.randint(2, 320, (6,), generator=generator).tolist()
+    prompts = [torch.randint(2, 320, (length,), generator=generator).tolist() for length in (9, 4, 7, 1, 3)]
+    with torch.inference_mode():
+        shared = harness._prefix_cache(prefix)
+        for until, most in (([], 20), (["e"], 20), ([" the", "\n"], 3)):
+            expected = harness._generate(prompts, len(prefix), shared, until, most)
+            decoder = Decoder(model, 8, len(prefix) + 9 + 20 + STEPS_AT_ONCE)
+            assert harness._decode(decoder, prompts, shared, until, most) == expected
+            assert harness._decode(decoder, prompts[2:], shared, until, most) == expected[2:]

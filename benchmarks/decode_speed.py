@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""Tokens per second of a model of the Llama-3.2-1B shape, 16-bit and packed, at batch 1, 8 and 32.
+
+    python benchmarks/decode_speed.py --output decode.json
+
+Random weights, rounded to nearest. A prompt of 64 random tokens, 128 new ones; medians over several runs in one process. The
+roofline is the time that reading weights and cache once takes at the bandwidth of a large copy, measured in the same run.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import torch  # noqa: E402
+from shape import SHAPE, random_model  # noqa: E402
+
+from common import metadata  # noqa: E402
+from common.cli import configure_torch, quiet_libraries, resolve_device  # noqa: E402
+from common.decoding import STEPS_AT_ONCE, Decoder  # noqa: E402
+from common.grid import Grid, grouped, min_max, quantize  # noqa: E402
+from common.kernels.inference import PackedWeight  # noqa: E402
+from common.models import LINEARS, use_fused_norms  # noqa: E402
+from common.packed import PackedEmbedding, PackedLinear  # noqa: E402
+from common.runtime import weight_bytes  # noqa: E402
+
+PROMPT, NEW, CACHE, REPEATS = 64, 128, 2048, 5
+
+
+@dataclass(frozen=True)
+class Form:
+    grid: Grid | None
+    activation_bits: int | None = None
+    ends: bool = False
+
+
+FORMS = {"bf16": Form(None), "W4A16 g128": Form(Grid(4, 128)), "W4A16 g128, int8 ends": Form(Grid(4, 128), ends=True),
+         "W4A16 g128 symmetric": Form(Grid(4, 128, True)), "W8A16": Form(Grid(8, None, True)),
+         "W8A8": Form(Grid(8, None, True), 8)}
+
+
+def packed(weight: torch.Tensor, grid: Grid) -> PackedWeight:
+    """Weights [out, in] rounded to nearest and packed."""
+    scale, zero_point = min_max(grouped(weight, grid), grid)
+    codes = quantize(weight, scale, zero_point, grid).to(torch.int32) - grid.code_min
+    per_word = 32 // grid.bits
+    words = torch.zeros(len(codes), codes.shape[1] // per_word, dtype=torch.int32, device=codes.device)
+    for place in range(per_word):
+        words |= codes[:, place::per_word] << (place * grid.bits)
+    zero = None if grid.symmetric else (zero_point - grid.code_min).to(torch.uint8)
+    return PackedWeight(words, scale.to(weight.dtype), zero, grid.bits)
+
+
+def build(form: Form, device: torch.device):
+    model = random_model(device, torch.bfloat16)
+    use_fused_norms(model)
+    if form.grid is None:
+        return model
+    for layer in model.model.layers:
+        for name in LINEARS:
+            weight = layer.get_submodule(name).weight
+            layer.set_submodule(name, PackedLinear(packed(weight, form.grid), None, form.activation_bits))
+    if form.ends:
+        rows = PackedLinear(packed(model.lm_head.weight, Grid(8, None, True)), None)
+        model.model.embed_tokens, model.lm_head = PackedEmbedding(rows, torch.bfloat16), rows
+    return model
+
+
+@torch.inference_mode()
+def measure(model, batch: int) -> dict:
+    """Medians of prefill and decode seconds."""
+    decoder = Decoder(model, batch, CACHE)
+    prompts = torch.randint(0, SHAPE["vocab_size"], (batch, PROMPT)).tolist()
+
+    def now() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    times = []
+    for _ in range(REPEATS + 1):
+        start = now()
+        decoder.start(prompts)
+        middle = now()
+        for _ in range(NEW // STEPS_AT_ONCE):
+            decoder.run(batch)
+        times.append((middle - start, now() - middle))
+    prefill, decode = (statistics.median(column) for column in zip(*times[1:], strict=True))
+    cache = decoder.cache.numel() * decoder.cache.element_size() * (PROMPT + NEW / 2) / CACHE
+    return {"prefill_tokens_per_second": batch * PROMPT / prefill, "decode_tokens_per_second": batch * NEW / decode,
+            "latency_seconds": prefill + decode, "step_seconds": decode / NEW, "cache_bytes_read": cache,
+            "memory_bytes": torch.cuda.memory_allocated(), "peak_bytes": torch.cuda.max_memory_allocated()}
+
+
+def bandwidth() -> float:
+    """Bytes per second of a large copy, read and written counted."""
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times = []
+    for _ in range(6):
+        start.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return 2 * source.nbytes / statistics.median(times[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--output", type=Path, help="JSON of everything")
+    options = parser.parse_args()
+    quiet_libraries()
+    configure_torch(0)
+    device = resolve_device("cuda")
+    rate = bandwidth()
+    results = {"device": metadata.describe_device(device), "versions": metadata.versions(), "copy_bytes_per_second": rate,
+               "rows": []}
+    print(f"{results['device']['name']}, copy {rate / 1e12:.2f} TB/s", flush=True)
+    for name in options.forms:
+        model = build(FORMS[name], device)
+        gc.collect()
+        torch.cuda.empty_cache()
+        # The embedding is not read whole, unless it is the head too.
+        weights = weight_bytes(model)
+        for batch in options.batches:
+            torch.cuda.reset_peak_memory_stats()
+            row = {"form": name, "batch": batch, "weight_bytes": weights, **measure(model, batch)}
+            row["roofline_share"] = (weights + row["cache_bytes_read"]) / rate / row["step_seconds"]
+            results["rows"].append(row)
+            print(f"RESULT {name}, batch {batch}: prefill {row['prefill_tokens_per_second']:.0f}, decode "
+                  f"{row['decode_tokens_per_second']:.0f} tokens/s, latency {row['latency_seconds']:.3f} s, weights "
+                  f"{weights / 2**30:.2f} GiB, in use {row['memory_bytes'] / 2**30:.2f} GiB, roofline "
+                  f"{row['roofline_share']:.0%}", flush=True)
+        del model
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

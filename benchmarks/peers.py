@@ -1,0 +1,52 @@
+"""Other libraries, each as its documentation says to use it: a function of a model in memory, token windows [samples, length]
+and a tokenizer, that quantizes the model's linears in place. Each raises ImportError where its library is not installed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def _compress(model, windows: Tensor, tokenizer, recipe: list) -> None:
+    from datasets import Dataset
+    from llmcompressor import oneshot
+
+    data = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()})
+    oneshot(model=model, processor=tokenizer, dataset=data, recipe=recipe, max_seq_length=windows.shape[1],
+            num_calibration_samples=len(windows), pad_to_max_length=False, shuffle_calibration_samples=False)
+
+
+def llm_compressor_gptq(model, windows: Tensor, tokenizer) -> None:
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    _compress(model, windows, tokenizer, [GPTQModifier(targets="Linear", scheme="W4A16_ASYM", ignore=["lm_head"])])
+
+
+def llm_compressor_awq(model, windows: Tensor, tokenizer) -> None:
+    from llmcompressor.modifiers.awq import AWQModifier
+
+    _compress(model, windows, tokenizer, [AWQModifier(targets="Linear", scheme="W4A16_ASYM", ignore=["lm_head"])])
+
+
+def llm_compressor_smoothquant(model, windows: Tensor, tokenizer) -> None:
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.smoothquant import SmoothQuantModifier
+
+    _compress(model, windows, tokenizer, [SmoothQuantModifier(smoothing_strength=0.8),
+                                          GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])])
+
+
+def hqq(model, _windows: Tensor, _tokenizer) -> None:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    settings = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+    for layer in model.model.layers:
+        for name, linear in list(layer.named_modules()):
+            if isinstance(linear, nn.Linear):
+                layer.set_submodule(name, HQQLinear(linear, settings, compute_dtype=linear.weight.dtype,
+                                                    device=str(linear.weight.device)))
+
+
+PEERS = {"hqq 4-bit g64": hqq, "llm-compressor GPTQ": llm_compressor_gptq, "llm-compressor SmoothQuant + GPTQ W8A8":
+         llm_compressor_smoothquant, "llm-compressor AWQ": llm_compressor_awq}

@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Seconds and memory that quantizing a model of the Llama-3.2-1B shape takes, our methods beside other libraries.
+
+    python benchmarks/quantization_speed.py --output speed.json
+    python benchmarks/quantization_speed.py --only gptq,hqq --peers ""
+
+Random weights and 128 x 2048 random tokens, the same for all. Our figures are a script's own, from the finished checkpoint's
+metadata: `work` is all but reading the model and writing the checkpoint. A peer (benchmarks/requirements.txt) is given the
+model in memory and timed without saving; one that is not installed is left out.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import torch  # noqa: E402
+from peers import PEERS  # noqa: E402
+from scripts import quantize  # noqa: E402
+from shape import random_model, write_random_model  # noqa: E402
+
+from common import metadata, quantization  # noqa: E402
+from common.calibration import Windows  # noqa: E402
+from common.checkpoint import METADATA_FILE  # noqa: E402
+from common.cli import quiet_libraries, resolve_device  # noqa: E402
+from common.models import load_tokenizer, resolve_folder  # noqa: E402
+
+SAMPLES, LENGTH = 128, 2048
+METHODS = {"gptq": ["--group-size", "128"], "awq": ["--group-size", "128"], "hqq": ["--group-size", "64"], "smoothquant": [],
+           "quarot": ["--group-size", "128"], "adaround": ["--group-size", "128"]}
+# Phases that are no work on the model's weights.
+NOT_WORK = ("load", "write", "calibration text", "total")
+
+
+def _forget_peak() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def ours(method: str, folder: Path, windows: Windows, scratch: Path) -> dict:
+    """Seconds by phase and peak device memory of one of our scripts."""
+    quantization.calibration_windows = lambda *_, **__: windows
+    output = scratch / method
+    _forget_peak()
+    quantize(method, ["--model", str(folder), "--output", str(output), "--overwrite", *METHODS[method]])
+    document = json.loads((output / METADATA_FILE).read_text())
+    seconds = document["seconds"]
+    return {"seconds": seconds, "work": sum(value for phase, value in seconds.items() if phase not in NOT_WORK),
+            "total": seconds["total"], "peak_device_bytes": document["memory"]["peak_device_bytes"]}
+
+
+def peer(name: str, windows: Windows, tokenizer, device: torch.device, changes: dict) -> dict | None:
+    """Seconds and peak device memory of another library; None where it is not installed."""
+    model = random_model(device, torch.bfloat16, **changes)
+    _forget_peak()
+    start = time.perf_counter()
+    try:
+        PEERS[name](model, windows.tokens, tokenizer)
+    except ImportError as error:
+        print(f"{name}: not installed ({error})")
+        return None
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    return {"work": time.perf_counter() - start, "peak_device_bytes": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(METHODS), help="our methods (default: %(default)s)")
+    parser.add_argument("--peers", default=",".join(PEERS), help="other libraries (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="fewer layers, for a trial")
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each of ours; the median counts")
+    parser.add_argument("--output", type=Path, help="JSON of everything")
+    options = parser.parse_args()
+    quiet_libraries()
+    device = resolve_device("auto")
+    tokenizer = load_tokenizer(resolve_folder("demo"))
+    changes = {"num_hidden_layers": options.layers} if options.layers else {}
+    generator = torch.Generator().manual_seed(0)
+    windows = Windows(torch.randint(0, 128256, (options.samples, LENGTH), generator=generator), "random tokens", 0)
+    results = {"device": metadata.describe_device(device), "versions": metadata.versions(), "samples": options.samples,
+               "length": LENGTH, "ours": {}, "peers": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = write_random_model(Path(scratch) / "model", tokenizer, device, **changes)
+        for method in filter(None, options.only.split(",")):
+            runs = sorted((ours(method, folder, windows, Path(scratch)) for _ in range(options.repeats)),
+                          key=lambda run: run["work"])
+            found = results["ours"][method] = runs[len(runs) // 2]
+            phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in found["seconds"].items())
+            peak = f"{found['peak_device_bytes'] / 2**30:.2f} GiB" if found["peak_device_bytes"] else "–"
+            print(f"RESULT {method}: work {found['work']:.2f} s, peak {peak} ({phases})", flush=True)
+    for name in filter(None, options.peers.split(",")):
+        found = peer(name, windows, tokenizer, device, changes)
+        if found:
+            results["peers"][name] = found
+            print(f"RESULT {name}: work {found['work']:.2f} s, peak {(found['peak_device_bytes'] or 0) / 2**30:.2f} GiB",
+                  flush=True)
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

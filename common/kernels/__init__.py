@@ -1,0 +1,34 @@
+"""Operations that have a Triton kernel for CUDA and a twin in plain torch.
+
+`inference` and `rounding` hold the functions to call, with their twins; a CUDA tensor goes to the kernel of the same name in
+`inference_triton` or `rounding_triton` where Triton works.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from common.progress import say
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether an operation on `tensor` goes to a Triton kernel."""
+    return tensor.is_cuda and triton_works()
+
+
+@cache
+def triton_works() -> bool:
+    """Whether Triton can compile and run a kernel here; says why not, once."""
+    try:
+        from common.kernels.inference_triton import silu_mul
+
+        silu_mul(torch.zeros(1, 32, device="cuda", dtype=torch.bfloat16))
+        torch.cuda.synchronize()
+        return True
+    except Exception as error:  # a missing C compiler, driver or package: each raises its own type
+        say(f"Triton does not work here ({type(error).__name__}: {str(error).strip().splitlines()[-1:] or ''}); plain torch is "
+            "used, which is slower. It needs a C compiler: sudo apt install gcc")
+        return False

@@ -1,0 +1,166 @@
+"""The Triton kernels behind `grid.search_range`, `rounding.round_block` and the steps of `adaround.learn_rounding`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from common.grid import Grid
+
+_STORED = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+# Added and subtracted, it leaves no room for a fraction: rounding to the nearest integer, half to even.
+_MAGIC = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _nearest(value):
+    return (value + _MAGIC) - _MAGIC
+
+
+def round_block(target: Tensor, shifted: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, codes: Tensor,
+                error: Tensor) -> None:
+    """`rounding.round_block`; a program keeps the errors of some rows in registers and goes through the channels."""
+    channels, rows = target.shape
+    block_rows = 16
+    _round_block[(triton.cdiv(rows, block_rows),)](
+        target, shifted, factor.T.contiguous(), scale, zero_point, codes, error, rows, channels, CODE_MIN=grid.code_min,
+        CODE_MAX=grid.code_max, BLOCK_ROWS=block_rows, BLOCK_CHANNELS=triton.next_power_of_2(channels), num_warps=4)
+
+
+@triton.jit
+def _round_block(target, shifted, factor, scale, zero_point, codes, error, rows, channels, CODE_MIN: tl.constexpr,
+                 CODE_MAX: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    mine = row < rows
+    channel = tl.arange(0, BLOCK_CHANNELS)
+    errors = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+    for j in range(0, channels):
+        place = j * rows + row
+        pull = tl.load(factor + j * channels + channel, mask=channel < channels, other=0.0)
+        step = tl.load(scale + place, mask=mine, other=1.0)
+        zero = tl.load(zero_point + place, mask=mine, other=0.0)
+        # Errors of channels to come are still zero, so what the factor holds below its diagonal does not matter.
+        value = tl.load(shifted + place, mask=mine, other=0.0) + tl.sum(errors * pull[None, :], 1)
+        code = _nearest(value * (1.0 / step)) + zero
+        code = tl.minimum(tl.maximum(code, CODE_MIN), CODE_MAX)
+        left = tl.load(target + place, mask=mine, other=0.0) - (code - zero) * step
+        errors = tl.where((channel == j)[None, :], left[:, None], errors)
+        tl.store(codes + place, code.to(tl.int8), mask=mine)
+        tl.store(error + place, left, mask=mine)
+
+
+def search_range(weight: Tensor, grid: Grid, importance: Tensor | None, norm: float, scale_dtype: torch.dtype,
+                 candidates: list[float]) -> tuple[Tensor, Tensor]:
+    """`grid.search_range` for the norms 2 and 4; a program keeps some groups in registers and tries all candidates."""
+    rows, channels = weight.shape
+    groups = grid.groups(channels)
+    size = channels // groups
+    scale = torch.empty(rows, groups, device=weight.device)
+    zero_point = torch.empty_like(scale)
+    block_size = triton.next_power_of_2(size)
+    block_groups = max(1, 2048 // block_size)
+    _search_range[(triton.cdiv(rows * groups, block_groups),)](
+        weight, importance, torch.tensor(candidates, device=weight.device), scale, zero_point, rows * groups, groups, size,
+        len(candidates), torch.finfo(scale_dtype).tiny, STORED=_STORED[scale_dtype], HAS_IMPORTANCE=importance is not None,
+        FOURTH=norm == 4.0, SYMMETRIC=grid.symmetric, BITS=grid.bits, BLOCK_GROUPS=block_groups, BLOCK_SIZE=block_size,
+        num_warps=4)
+    return scale, zero_point
+
+
+@triton.jit
+def _search_range(weight, importance, candidates, scale, zero_point, total, groups, size, count, tiny, STORED: tl.constexpr,
+                  HAS_IMPORTANCE: tl.constexpr, FOURTH: tl.constexpr, SYMMETRIC: tl.constexpr, BITS: tl.constexpr,
+                  BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    CODE_MIN: tl.constexpr = -(1 << (BITS - 1))
+    CODE_MAX: tl.constexpr = (1 << (BITS - 1)) - 1
+    group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
+    member = tl.arange(0, BLOCK_SIZE)
+    mask = (group < total)[:, None] & (member < size)[None, :]
+    values = tl.load(weight + group[:, None] * size + member[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_IMPORTANCE:
+        factor = tl.load(importance + (group % groups)[:, None] * size + member[None, :], mask=mask, other=0.0)
+    lowest = tl.minimum(tl.min(values, 1), 0.0)
+    highest = tl.maximum(tl.max(values, 1), 0.0)
+    largest = tl.max(tl.abs(values), 1)
+    best_error = tl.full((BLOCK_GROUPS,), float("inf"), tl.float32)
+    best_scale = tl.full((BLOCK_GROUPS,), 1.0, tl.float32)
+    best_zero = tl.zeros((BLOCK_GROUPS,), tl.float32)
+    for index in range(0, count):
+        shrink = tl.load(candidates + index)
+        if SYMMETRIC:
+            step = tl.div_rn(largest * shrink * 2.0, LEVELS + 0.0 * largest)
+        else:
+            step = tl.div_rn(highest * shrink - lowest * shrink, LEVELS + 0.0 * largest)
+        step = step.to(STORED).to(tl.float32)
+        step = tl.where(step >= tiny, step, 1.0)
+        if SYMMETRIC:
+            zero = tl.zeros((BLOCK_GROUPS,), tl.float32)
+        else:
+            zero = _nearest(CODE_MIN - tl.div_rn(lowest * shrink, step))
+            zero = tl.minimum(tl.maximum(zero, CODE_MIN), CODE_MAX)
+        code = _nearest(values * (1.0 / step)[:, None]) + zero[:, None]
+        code = tl.minimum(tl.maximum(code, CODE_MIN), CODE_MAX)
+        error = (code - zero[:, None]) * step[:, None] - values
+        error *= error
+        if FOURTH:
+            error *= error
+        if HAS_IMPORTANCE:
+            error *= factor
+        loss = tl.sum(error, 1)
+        better = loss < best_error
+        best_error = tl.where(better, loss, best_error)
+        best_scale = tl.where(better, step, best_scale)
+        best_zero = tl.where(better, zero, best_zero)
+    tl.store(scale + group, best_scale, mask=group < total)
+    tl.store(zero_point + group, best_zero, mask=group < total)
+
+
+def learning_step(v: Tensor, low: Tensor, scale: Tensor, zero_point: Tensor, target: Tensor, product: Tensor, unit: Tensor,
+                  moment: Tensor, variance: Tensor, difference: Tensor, grid: Grid, strength: float, beta: float | None,
+                  rate: float) -> None:
+    """One step of Adam on v, and what the weights are off by after it; see `adaround.Learning`. All [out, in] but unit []."""
+    count, block = v.numel(), 1024
+    _learning_step[(triton.cdiv(count, block),)](
+        v, low, scale, zero_point, target, product, unit, moment, variance, difference, count,
+        v.shape[1] // scale.shape[1], strength, beta or 0.0, rate, HAS_BETA=beta is not None, CODE_MIN=grid.code_min,
+        CODE_MAX=grid.code_max, BLOCK=block, num_warps=4)
+
+
+@triton.jit
+def _soft(v):
+    sigmoid = tl.sigmoid(v)
+    return sigmoid, tl.minimum(tl.maximum(1.2 * sigmoid - 0.1, 0.0), 1.0)
+
+
+@triton.jit
+def _learning_step(v, low, scale, zero_point, target, product, unit, moment, variance, difference, count, size, strength, beta,
+                   rate, HAS_BETA: tl.constexpr, CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < count
+    value = tl.load(v + place, mask=mask, other=0.0)
+    step = tl.load(scale + place // size, mask=mask, other=1.0)
+    zero = tl.load(zero_point + place // size, mask=mask, other=0.0)
+    base = tl.load(low + place, mask=mask, other=0.0) + zero
+    sigmoid, h = _soft(value)
+    gradient = tl.load(product + place, mask=mask, other=0.0) * (2.0 * step / tl.load(unit))
+    gradient = tl.where((base >= CODE_MIN) & (base < CODE_MAX), gradient, 0.0)
+    if HAS_BETA:
+        centred = 2.0 * h - 1.0
+        size_of = tl.abs(centred)
+        power = tl.where(size_of > 0, tl.exp2((beta - 1.0) * tl.log2(tl.maximum(size_of, 1e-30))), 0.0)
+        gradient -= strength * 2.0 * beta * power * tl.where(centred > 0, 1.0, -1.0)
+    gradient = tl.where((h > 0.0) & (h < 1.0), gradient * 1.2 * sigmoid * (1.0 - sigmoid), 0.0)
+    first = tl.load(moment + place, mask=mask, other=0.0)
+    second = tl.load(variance + place, mask=mask, other=0.0)
+    first += 0.1 * (gradient - first)
+    second += 0.001 * (gradient * gradient - second)
+    value -= rate * first / (tl.sqrt(second) + 1e-8)
+    tl.store(v + place, value, mask=mask)
+    tl.store(moment + place, first, mask=mask)
+    tl.store(variance + place, second, mask=mask)
+    _, h = _soft(value)
+    code = tl.minimum(tl.maximum(base + h, CODE_MIN), CODE_MAX)
+    tl.store(difference + place, (code - zero) * step - tl.load(target + place, mask=mask, other=0.0), mask=mask)

@@ -1,0 +1,163 @@
+"""Models whose linears, embedding and head stay packed in memory and are unpacked inside the matrix product."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from common.checkpoint import grid_of, open_checkpoint, stored_parts
+from common.errors import UserError
+from common.grid import Grid
+from common.kernels.inference import FUSED_ROWS, PackedWeight, packed_matmul, round_rows, unpack
+from common.models import LINEARS
+from common.online import CONFIG_KEY
+
+PACKED_BITS = (4, 8)
+
+
+class PackedLinear(nn.Module):
+    """A linear on packed weights.
+
+    Args:
+        bias: [out] or None.
+        activation_bits: 8 for inputs rounded per token as they come; a product of integers then.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, activation_bits: int | None = None):
+        super().__init__()
+        self.activation_bits = activation_bits
+        self.put(weight, bias)
+
+    def put(self, weight: PackedWeight, bias: Tensor | None) -> None:
+        """Replace the weights and the bias."""
+        self._bits, self._signed = weight.bits, weight.signed
+        for name, tensor in (("packed", weight.packed), ("scale", weight.scale), ("zero_point", weight.zero_point),
+                             ("bias", bias)):
+            self.register_buffer(name, tensor)
+
+    @property
+    def codes(self) -> PackedWeight:
+        return PackedWeight(self.packed, self.scale, self.zero_point, self._bits, self._signed)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.activation_bits is None:
+            output = packed_matmul(inputs, self.codes)
+        else:
+            output = self._integer_product(inputs.reshape(-1, inputs.shape[-1])).view(*inputs.shape[:-1], -1)
+        return output if self.bias is None else output + self.bias
+
+    def _integer_product(self, rows: Tensor) -> Tensor:
+        """The product with rows [rows, in] rounded per token: of int8 with int32 sums where that pays."""
+        out, channels = self.codes.shape
+        if not (rows.is_cuda and len(rows) > FUSED_ROWS and out % 8 == channels % 8 == 0):
+            return packed_matmul(round_rows(rows, self.activation_bits), self.codes)
+        scale = rows.abs().amax(-1, keepdim=True) * 2 / ((1 << self.activation_bits) - 1)
+        scale = torch.where(scale > 0, scale, torch.finfo(rows.dtype).eps)
+        codes = (rows / scale).round_().clamp_(-128, 127).to(torch.int8)
+        sums = torch._int_mm(codes, self.packed.view(torch.int8).T)
+        return (sums * scale.float()).mul_(self.scale.view(1, -1).float()).to(rows.dtype)
+
+
+def stack(linears: list[PackedLinear]) -> PackedLinear:
+    """One linear of all output channels of several that share their input; those become views of it."""
+    def joined(tensors: list[Tensor | None]) -> Tensor | None:
+        return None if tensors[0] is None else torch.cat(tensors)
+
+    codes = [linear.codes for linear in linears]
+    whole = replace(codes[0], packed=joined([part.packed for part in codes]), scale=joined([part.scale for part in codes]),
+                    zero_point=joined([part.zero_point for part in codes]))
+    bias = joined([linear.bias for linear in linears])
+    start = 0
+    for linear, part in zip(linears, codes, strict=True):
+        rows = slice(start, start + len(part.packed))
+        linear.put(whole[rows], None if bias is None else bias[rows])
+        start = rows.stop
+    return PackedLinear(whole, bias, linears[0].activation_bits)
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding whose rows are int8 codes with a scale each."""
+
+    def __init__(self, rows: PackedLinear, dtype: torch.dtype):
+        super().__init__()
+        self.rows, self.dtype = rows, dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return unpack(self.rows.codes[tokens.reshape(-1)], self.dtype).view(*tokens.shape, -1)
+
+
+def packed_weight(parts: dict[str, Tensor], grid: Grid) -> PackedWeight:
+    """A linear's tensors as a checkpoint stores them, ready for `packed_matmul`. Raises KeyError where one is missing."""
+    scale = parts["weight_scale"]
+    if "weight_packed" not in parts:
+        return PackedWeight(parts["weight"].view(torch.int32), scale, None, grid.bits, signed=True)
+    zero_point = None
+    if not grid.symmetric:
+        zero_point = _unpack_rows(parts["weight_zero_point"], grid.bits, len(scale))
+    return PackedWeight(parts["weight_packed"], scale, zero_point, grid.bits)
+
+
+def _unpack_rows(packed: Tensor, bits: int, rows: int) -> Tensor:
+    """Zero-points [rows, groups] uint8, offset as the codes are, of the checkpoint's int32, packed along the rows."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device).view(1, -1, 1)
+    return ((packed.unsqueeze(1) >> shifts) & ((1 << bits) - 1)).flatten(0, 1)[:rows].to(torch.uint8)
+
+
+def can_be_packed(config: dict) -> bool:
+    """Whether a checkpoint (the content of its config.json) can run on packed weights."""
+    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+    return CONFIG_KEY not in config and bool(groups) and all(group["weights"]["num_bits"] in PACKED_BITS for group in groups)
+
+
+def load_packed(folder: Path, device: torch.device, dtype: torch.dtype):
+    """The model in a checkpoint folder with its quantized weights packed.
+
+    Raises:
+        UserError: tensors are missing, damaged or do not fit the configuration.
+    """
+    content, tensors = open_checkpoint(folder)
+    schemes = list(content["quantization_config"]["config_groups"].values())
+    grid, activations = grid_of(schemes[0]), schemes[0].get("input_activations")
+    ends = {"lm_head" if "lm_head" in group["targets"][0] else "model.embed_tokens": grid_of(group) for group in schemes[1:]}
+    config = AutoConfig.for_model(**{key: value for key, value in content.items() if key != "quantization_config"})
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+    def linear(name: str, grid: Grid, bits: int | None = None) -> PackedLinear:
+        parts = stored_parts(lambda part: tensors.read(part).to(device), tensors, name)
+        bias = tensors.read(f"{name}.bias").to(device, dtype) if f"{name}.bias" in tensors else None
+        try:
+            return PackedLinear(packed_weight(parts, grid), bias, bits)
+        except KeyError as error:
+            raise UserError(f"{folder}: {name} lacks its {error.args[0]}; quantize again") from None
+
+    decoder = model.model
+    for index, layer in enumerate(decoder.layers):
+        for name in LINEARS:
+            layer.set_submodule(name, linear(f"model.layers.{index}.{name}", grid, activations and activations["num_bits"]))
+    if ends:
+        if "model.embed_tokens" in ends or config.tie_word_embeddings:
+            rows = linear("model.embed_tokens", next(iter(ends.values())))
+            decoder.embed_tokens = PackedEmbedding(rows, dtype)
+            if config.tie_word_embeddings:
+                model.lm_head = rows
+        if "lm_head" in ends and not config.tie_word_embeddings:
+            model.lm_head = linear("lm_head", ends["lm_head"])
+    for name, parameter in list(model.named_parameters()):
+        if name != "lm_head.weight" or not config.tie_word_embeddings:
+            owner, _, leaf = name.rpartition(".")
+            value = nn.Parameter(tensors.read(name).to(device, dtype), requires_grad=False)
+            if value.shape != parameter.shape:
+                raise UserError(f"{folder}: {name} does not fit its config.json")
+            setattr(model.get_submodule(owner), leaf, value)
+    if isinstance(model.lm_head, nn.Linear) and config.tie_word_embeddings:
+        model.lm_head.weight = decoder.embed_tokens.weight
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()

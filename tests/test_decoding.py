@@ -1,0 +1,74 @@
+"""Packed models and the decoder, on CPU through the twins of their kernels, against transformers' own load and generate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, run_script
+
+from common.decoding import Decoder, can_decode
+from common.packed import PackedLinear, load_packed
+from common.runtime import load_model
+
+CPU = torch.device("cpu")
+FORMS = {"gptq": ["--bits", "4", "--group-size", "32"], "hqq": ["--bits", "8", "--symmetric"], "smoothquant": [],
+         "quarot": ["--bits", "4", "--group-size", "32", "--head-bits", "8", "--embedding-bits", "8"]}
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(2, 320, (length,), generator=generator).tolist() for length in (5, 12, 1)]
+
+
+def greedy(model, prompt: list[int], steps: int) -> list[int]:
+    """Each token by a whole forward pass."""
+    tokens = list(prompt)
+    with torch.inference_mode():
+        for _ in range(steps):
+            tokens.append(model(torch.tensor([tokens])).logits[0, -1].argmax().item())
+    return tokens[len(prompt):]
+
+
+@pytest.mark.parametrize(("architecture", "tied"), ARCHITECTURES)
+def test_decoder_writes_what_forward_passes_do(tiny_models, prompts, architecture, tied):
+    model, _ = load_model(tiny_models[architecture, tied], CPU, torch.float32)
+    expected = [greedy(model, prompt, 9) for prompt in prompts]
+    assert can_decode(model, 32)
+    decoder = Decoder(model, 4, 32)
+    with torch.inference_mode():
+        decoder.start(prompts)
+        first = decoder.tokens[:3].tolist()
+        written = decoder.run(3).T.tolist()
+    assert [[token, *rest] for token, rest in zip(first, written, strict=True)] == expected
+    # The model's own forward pass still works: its linears are views now.
+    assert greedy(model, prompts[0], 9) == expected[0]
+
+
+@pytest.mark.parametrize("method", FORMS)
+def test_packed_model_equals_plain_load(tiny_models, tmp_path, prompts, method):
+    output = tmp_path / method
+    run_script(f"quantize_{method}.py", "--model", tiny_models["qwen2", True], "--output", output, "--calib-samples", "2",
+               "--calib-length", "64", "--calib-data", "demo", *FORMS[method])
+    plain, _ = load_model(output, CPU, torch.float32)
+    packed = load_packed(output, CPU, torch.float32)
+    assert isinstance(packed.model.layers[0].mlp.down_proj, PackedLinear)
+    tokens = torch.tensor([prompts[1]])
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(tokens).logits, plain(tokens).logits, rtol=1e-4, atol=1e-4)
+        decoder = Decoder(packed, 1, 32)
+        decoder.start([prompts[1]])
+        written = [decoder.tokens[0].item(), *decoder.run(1)[:, 0].tolist()]
+        torch.testing.assert_close(packed(tokens).logits, plain(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert written == greedy(plain, prompts[1], 9)
+
+
+def test_keep_moves_rows(tiny_models, prompts):
+    model, _ = load_model(tiny_models["llama", True], CPU, torch.float32)
+    with torch.inference_mode():
+        decoder = Decoder(model, 3, 40)
+        decoder.start(prompts)
+        decoder.run(3)
+        decoder.keep([0, 2])
+        written = decoder.run(2).T.tolist()
+    assert written == [greedy(model, prompts[row], 17)[9:] for row in (0, 2)]

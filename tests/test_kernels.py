@@ -1,0 +1,185 @@
+"""Triton kernels, in Triton's interpreter, against their twins in plain torch; the twins against float64."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton", reason="triton is not installed: its kernels are tested where it is")
+
+from common import adaround, grid, rounding  # noqa: E402
+from common.grid import Grid, search_range  # noqa: E402
+from common.kernels import inference, rounding_triton  # noqa: E402
+from common.kernels import inference_triton as kernels  # noqa: E402
+from common.kernels.inference import PackedWeight  # noqa: E402
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
+    difference = (found.double() - expected.double()).norm() / expected.double().norm()
+    assert difference < bound, difference
+
+
+def packed_weights(generator, out: int, channels: int, groups: int, bits: int, asymmetric: bool):
+    words = channels * bits // 32
+    packed = torch.randint(-2**31, 2**31, (out, words), generator=generator).to(torch.int32)
+    scale = (torch.rand(out, groups, generator=generator) + 0.5).to(torch.bfloat16)
+    zero = torch.randint(0, 1 << bits, (out, groups), generator=generator).to(torch.uint8) if asymmetric else None
+    return PackedWeight(packed, scale, zero, bits)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize(("bits", "channels", "groups"), [(4, 576, 9), (4, 128, 1), (8, 192, 3), (8, 64, 1)])
+def test_packed_matmul(generator, bits, channels, groups, asymmetric):
+    codes = packed_weights(generator, 37, channels, groups, bits, asymmetric)
+    packed, scale, zero = codes.packed, codes.scale, codes.zero_point
+    # Unpacked once more, in Python's own integers.
+    weight = torch.zeros(37, channels, dtype=torch.float64)
+    per_word = 32 // bits
+    for row in range(37):
+        for channel in range(channels):
+            code = (int(packed[row, channel // per_word]) % 2**32) >> (channel % per_word * bits) & (1 << bits) - 1
+            group = channel // (channels // groups)
+            offset = 1 << bits - 1 if zero is None else int(zero[row, group])
+            weight[row, channel] = (code - offset) * scale[row, group].double()
+    exact = inference.unpack(codes, torch.float64)
+    assert torch.equal(exact, weight)
+    assert torch.equal(kernels.unpack(codes, torch.float32), weight.float())
+    for rows in (1, 3, 17):
+        inputs = torch.randn(rows, channels, generator=generator)
+        expected = inputs.double() @ weight.T
+        close(inference.packed_matmul(inputs, codes), expected, 1e-6)
+        close(kernels.packed_matmul(inputs, codes), expected, 1e-6)
+
+
+def test_add_rms_norm(generator):
+    hidden, update = torch.randn(3, 100, generator=generator), torch.randn(3, 100, generator=generator)
+    gain = torch.rand(100, generator=generator)
+    for added in (None, update):
+        first, second = hidden.clone(), hidden.clone()
+        expected = inference.add_rms_norm(first, added, gain, 1e-5)
+        close(kernels.add_rms_norm(second, added, gain, 1e-5), expected, 1e-6)
+        assert torch.equal(first, second)
+        exact = (hidden if added is None else hidden + added).double()
+        close(expected, exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain, 1e-6)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotate_and_store(generator, normed):
+    heads, key_heads, size, length, rows = 6, 2, 16, 40, 3
+    projected = torch.randn(rows, (heads + 2 * key_heads) * size, generator=generator)
+    angle = torch.randn(length, size // 2, generator=generator).repeat(1, 2)
+    positions = torch.tensor([0, 7, 39])
+    norms = (torch.rand(size, generator=generator), torch.rand(size, generator=generator), 1e-6) if normed else None
+    results = []
+    for function in (inference.rotate_and_store, kernels.rotate_and_store):
+        keys, values = torch.randn(2, rows, key_heads, length, size, generator=torch.Generator().manual_seed(5))
+        results.append((function(projected, angle.cos(), angle.sin(), positions, keys, values, norms), keys, values))
+    for found, expected in zip(results[1], results[0], strict=True):
+        close(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("length", [100, 1100])
+def test_attend(generator, length):
+    heads, key_heads, size, rows = 6, 2, 16, 3
+    query = torch.randn(rows, heads, size, generator=generator)
+    keys, values = torch.randn(2, rows, key_heads, length, size, generator=generator)
+    positions = torch.tensor([0, 70, length - 1])
+    expected = torch.empty(rows, heads, size, dtype=torch.float64)
+    for row, position in enumerate(positions.tolist()):
+        for head in range(heads):
+            key, value = (cache[row, head // (heads // key_heads), :position + 1].double() for cache in (keys, values))
+            expected[row, head] = torch.softmax(0.3 * key @ query[row, head].double(), 0) @ value
+    for function in (inference.attend, kernels.attend):
+        close(function(query, keys, values, positions, 0.3), expected.flatten(1), 1e-6)
+
+
+def test_silu_mul(generator):
+    both = torch.randn(3, 2 * 100, generator=generator)
+    expected = both[:, :100].double() / (1 + (-both[:, :100].double()).exp()) * both[:, 100:]
+    for function in (inference.silu_mul, kernels.silu_mul):
+        close(function(both), expected, 1e-6)
+
+
+def test_signed_bytes(generator):
+    codes = torch.randint(-128, 128, (5, 64), generator=generator).to(torch.int8)
+    scale = torch.rand(5, 1, generator=generator)
+    weight, inputs = PackedWeight(codes.view(torch.int32), scale, None, 8, signed=True), torch.randn(2, 64, generator=generator)
+    for module in (inference, kernels):
+        assert torch.equal(module.unpack(weight, torch.float32), codes.float() * scale)
+        close(module.packed_matmul(inputs, weight), inputs.double() @ (codes.double() * scale.double()).T, 1e-6)
+
+
+def test_round_rows(generator):
+    inputs = torch.randn(4, 100, generator=generator)
+    inputs[1] = 0
+    assert torch.equal(kernels.round_rows(inputs, 8), inference.round_rows(inputs, 8))
+    # The interpreter cuts where a card rounds to bfloat16.
+    half = inputs.bfloat16()
+    close(kernels.round_rows(half, 8), inference.round_rows(half, 8), 0.02)
+
+
+GRIDS = [Grid(4, 32), Grid(4, 32, True), Grid(8, None), Grid(3, 48)]
+
+
+def weights_on_grid(generator, form: Grid, rows: int = 21, channels: int = 96):
+    weight = torch.randn(rows, channels, generator=generator)
+    scale, zero_point = search_range(weight, form)
+    return weight, scale, zero_point
+
+
+@pytest.mark.parametrize("form", GRIDS, ids=str)
+@pytest.mark.parametrize("channels", [128, 40])
+def test_round_block(generator, form, channels):
+    rows = 21
+    target = torch.randn(channels, rows, generator=generator)
+    shifted = target + 0.1 * torch.randn(channels, rows, generator=generator)
+    # Below the diagonal the factor holds anything.
+    factor = 0.2 * torch.randn(channels, channels, generator=generator)
+    scale = (torch.rand(channels, rows, generator=generator) + 0.5) / form.code_max
+    zero = torch.randint(-2, 3, (channels, rows), generator=generator).float()
+    results = []
+    for function in (rounding.round_block, rounding_triton.round_block):
+        codes, error = torch.empty(channels, rows, dtype=torch.int8), torch.empty(channels, rows)
+        function(target, shifted, factor, scale, zero, form, codes, error)
+        results.append((codes, error))
+    assert torch.equal(results[0][0], results[1][0])
+    close(results[1][1], results[0][1], 1e-5)
+
+
+@pytest.mark.parametrize("form", GRIDS, ids=str)
+@pytest.mark.parametrize(("weighted", "norm"), [(True, 2.0), (False, 4.0)])
+def test_search_range(generator, form, weighted, norm):
+    weight = torch.randn(21, 96, generator=generator)
+    weight[3] = 0
+    importance = torch.rand(96, generator=generator) if weighted else None
+    first, last, steps = grid.SEARCH.get(form.bits, grid.SEARCH[4])
+    candidates = [1.0, *torch.linspace(first, last, steps).tolist()]
+    expected = grid.search_range(weight, form, importance, norm, torch.float32)
+    found = rounding_triton.search_range(weight, form, importance, norm, torch.float32, candidates)
+
+    def losses(scale, zero_point):
+        error = grid.rounding_error(grid.grouped(weight, form), scale, zero_point, form).abs().pow(norm)
+        return (error if importance is None else error * grid.grouped(importance[None], form)).sum(-1)
+
+    # Two candidates that are equally good may be told apart either way.
+    assert (found[0] == expected[0]).float().mean() > 0.95
+    torch.testing.assert_close(losses(*found), losses(*expected), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", GRIDS, ids=str)
+def test_learning_step(generator, form):
+    weight, scale, zero_point = weights_on_grid(generator, form)
+    inputs = torch.randn(200, 96, generator=generator)
+    gram = inputs.T @ inputs / 200
+    soft = adaround.SoftRounding.start(weight, scale, zero_point, form)
+    twin = adaround.Learning(soft, weight, gram)
+    other = adaround.Learning(adaround.SoftRounding(soft.low, scale, zero_point, form, soft.v.clone()), weight, gram)
+    for beta in (None, 20.0, 2.5):
+        twin.step(0.7, beta, 0.3)
+        rounding_triton.learning_step(other.soft.v, soft.low, scale, zero_point, weight, other.difference @ gram, other.unit,
+                                      other.moment, other.variance, other.difference, form, 0.7, beta, 0.3)
+        close(other.soft.v, twin.soft.v, 1e-4)
+        close(other.difference, twin.difference, 1e-3)
