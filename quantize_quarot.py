@@ -34,18 +34,22 @@ READS_HIDDEN = {"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "sel
 # Shares of their range that activations and cache keep. The paper's is 0.9 for all activations; the best for each token loses
 # a sixth less (docs/quantization_methods_deep_dive.md).
 ACTIVATION_CLIPS, KV_CLIP = (1.0, 0.9, 0.8, 0.7, 0.6), 0.95
+# Rows that are rotated at once.
+ROWS = 16384
 WRITES_HIDDEN = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def times(weight: Tensor, matrix: Tensor) -> Tensor:
-    """weight @ matrix in float64, returned in the weight's own type."""
-    return (weight.double() @ matrix.to(weight.device)).to(weight.dtype)
+    """weight [..., in] @ matrix in float64, some rows at a time, returned in the weight's own type."""
+    matrix = matrix.to(weight.device)
+    return torch.cat([(part.double() @ matrix).to(weight.dtype) for part in weight.split(ROWS)])
 
 
 def fuse_norm(norm: nn.Module, linears: list[nn.Linear]) -> None:
     """Multiply an RMSNorm's gain [hidden] into the columns of the linears that read it; the gain becomes one."""
     for linear in linears:
-        linear.weight.data = (linear.weight.double() * norm.weight.double()).to(linear.weight.dtype)
+        linear.weight.data = torch.cat([(part.double() * norm.weight.double()).to(part.dtype)
+                                        for part in linear.weight.data.split(ROWS)])
     norm.weight.data = torch.ones_like(norm.weight)
 
 

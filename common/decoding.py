@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from common.kernels.inference import add_rms_norm, attend, rotate_and_store, silu_mul
+from common.kernels.inference import Rotary, add_rms_norm, attend, silu_mul
 from common.models import SUPPORTED_ARCHITECTURES
 from common.packed import PackedLinear, stack
 
@@ -83,8 +83,7 @@ class Decoder:
         self.positions = torch.zeros(rows, dtype=torch.long, device=self.device)
         self.written = torch.zeros(STEPS_AT_ONCE, rows, dtype=torch.long, device=self.device)
         positions = torch.arange(length, device=self.device)
-        cosine, sine = model.model.rotary_emb(norm, positions.unsqueeze(0))
-        self.cosine, self.sine = cosine[0].to(dtype).contiguous(), sine[0].to(dtype).contiguous()
+        self.tables = [table[0].to(dtype).contiguous() for table in model.model.rotary_emb(norm, positions.unsqueeze(0))]
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def step(self, rows: int, index: int = 0) -> None:
@@ -95,8 +94,7 @@ class Decoder:
         for index_of_layer, layer in enumerate(self.layers):
             keys, values = self.cache[index_of_layer, :, :rows]
             projected = layer.qkv(add_rms_norm(hidden, update, layer.input_norm.weight, epsilon))
-            query = rotate_and_store(projected, self.cosine, self.sine, positions, keys, values, layer.norms)
-            update = layer.output(attend(query, keys, values, positions, layer.scaling))
+            update = layer.output(attend(projected, Rotary(*self.tables, layer.norms), positions, keys, values, layer.scaling))
             gate_up = layer.gate_up(add_rms_norm(hidden, update, layer.output_norm.weight, epsilon))
             update = layer.down(silu_mul(gate_up))
         logits = self.model.lm_head(add_rms_norm(hidden, update, self.model.model.norm.weight, epsilon))

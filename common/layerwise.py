@@ -79,7 +79,7 @@ class Method:
         the original layers, for 8-bit methods whose errors are small; or NOTHING.
     rewrite_model, rewrite_layer: change the model without changing its function before anything is measured, the small
         parts once and each layer when it is loaded (a rotation).
-    prepare_layer: the same for a layer whose statistics are known (a scaling); has to keep them true.
+    prepare_layer: the same for a layer whose statistics are known, magnitudes too (a scaling); has to keep them true.
     catch_up: share of the residual stream's lag behind the original model that o_proj and down_proj are made to recover
         before they are rounded (`rounding.catch_up`); needs GRAM, and a second pass through the original layers.
     activation_bits: what a plain load rounds the inputs of the linears to, per token as they come.
@@ -193,6 +193,7 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
     resumed = len(records)
     with watch("load"):
         streams = _start(source, method, windows, probe, round_ends)
+        source.move_ends(torch.device("cpu"))
     for index in track(range(source.num_layers), f"{method.name} {grid.bits}-bit layers", unit="layers"):
         with watch("load"):
             module = source.load_layer(index)
@@ -221,6 +222,7 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
         source.release_layer(index)
     linears = {name: linear for record in records for name, linear in record["linears"].items()}
     with watch("record"):
+        source.move_ends(source.device)
         return WalkResult(linears, [record["notes"] for record in records], source.logits(streams.probed)[0],
                           source.original_logits(streams.reference)[0])
 
@@ -322,7 +324,7 @@ def _collect(layer: Layer, device: torch.device, method: Method, originals: list
     Args:
         originals: hidden states of the original model before the layer; they become those after it.
     """
-    statistics = new_statistics(layer.module, device, with_gram=method.needs == GRAM)
+    statistics = new_statistics(layer.module, device, method.needs == GRAM, method.prepare_layer is not None)
     inputs: dict[int, Tensor] = {}
     after_attention: list[Tensor] = []
     watch = layer.module.post_attention_layernorm.register_forward_pre_hook(

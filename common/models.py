@@ -235,6 +235,15 @@ class SourceModel:
             self.model.lm_head.weight = nn.Parameter(self.model.lm_head.weight.detach().clone(), requires_grad=False)
             self.tied = self.config.tie_word_embeddings = False
 
+    def move_ends(self, device: torch.device) -> None:
+        """Move embedding and head, which take memory and are not needed between the first layer and the last."""
+        head, embedding = self.model.lm_head, self.model.model.embed_tokens
+        embedding.to(device)
+        if self.tied:
+            head.weight = embedding.weight
+        else:
+            head.to(device)
+
     def in_features(self) -> dict[str, int]:
         """Input channels of every linear that is quantized, by its name inside a decoder layer."""
         layer = self.model.model.layers[0]

@@ -37,7 +37,7 @@ def damped(gram: Tensor, damping: float) -> Tensor:
 
 
 def feedback_factor(gram: Tensor, damping: float, name: str = "") -> tuple[Tensor, float]:
-    """Strictly upper triangular A [in, in] with gram + damping = (A + I) diag (A + I)ᵀ, and the damping that was used.
+    """Strictly upper triangular A [in, in] with gram + damping = (A + I) diag (A + I)ᵀ, transposed, and the damping used.
 
     A failed Cholesky is retried with ten times the damping.
 
@@ -48,10 +48,11 @@ def feedback_factor(gram: Tensor, damping: float, name: str = "") -> tuple[Tenso
         # Lower Cholesky of the matrix flipped on both axes is, flipped back, an upper factor: gram = R Rᵀ.
         lower, failed = torch.linalg.cholesky_ex(damped(gram, damping).flip(0, 1))
         if not failed.item():
-            upper = lower.flip(0, 1)
-            factor = upper / upper.diagonal()
+            factor = lower.flip(0, 1).T.contiguous()
+            del lower
+            factor /= factor.diagonal().clone().unsqueeze(1)
             if torch.isfinite(factor).all():
-                return factor.triu_(1), damping
+                return factor.tril_(-1), damping
         damping *= 10
     raise UserError(f"{name or 'a layer'}: its calibration inputs contain NaN or Inf, or are degenerate; "
                     "use other calibration data, or --dtype float32")
@@ -83,7 +84,7 @@ def solve(weight: Tensor, gram: Tensor, scale: Tensor, zero_point: Tensor, grid:
     error = torch.empty_like(target)                                            # w - q of the channels done
     for start in range(0, columns, BLOCK):
         block = slice(start, min(start + BLOCK, columns))
-        shifted = target[block].addmm(factor[:start, block].T, error[:start])
+        shifted = target[block].addmm(factor[block, :start], error[:start])
         round_block(target[block], shifted, factor[block, block], scales[group_of[block]], zeros[group_of[block]], grid,
                     codes[block], error[block])
     back = torch.empty_like(codes)
@@ -93,9 +94,9 @@ def solve(weight: Tensor, gram: Tensor, scale: Tensor, zero_point: Tensor, grid:
 
 def round_block(target: Tensor, shifted: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid,
                 codes: Tensor, error: Tensor) -> None:
-    """Round a block of channels in turn, each to the code nearest to shifted_j + sum over k < j of error_k factor_kj.
+    """Round a block of channels in turn, each to the code nearest to shifted_j + sum over k < j of factor_jk error_k.
 
-    All are [block, out] but factor [block, block], of which the part above the diagonal counts.
+    All are [block, out] but factor [block, block], of which the part below the diagonal counts.
 
     Args:
         codes, error: filled with the codes and with target minus what they stand for.
@@ -107,7 +108,7 @@ def round_block(target: Tensor, shifted: Tensor, factor: Tensor, scale: Tensor, 
         return
     inverse = 1.0 / scale
     for j in range(len(target)):
-        value = torch.addmv(shifted[j], error[:j].T, factor[:j, j]) if j else shifted[j]
+        value = torch.addmv(shifted[j], error[:j].T, factor[j, :j]) if j else shifted[j]
         code = torch.mul(value, inverse[j]).round_().add_(zero_point[j]).clamp_(grid.code_min, grid.code_max)
         codes[j] = code
         torch.sub(target[j], code.sub_(zero_point[j]).mul_(scale[j]), out=error[j])
@@ -230,15 +231,14 @@ def _descend(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, g
     scales, zeros = scale.T.contiguous(), zero_point.T.contiguous()             # channels first, as in `solve`
     new = codes.T.contiguous()
     error = (new - zeros[group_of]).mul_(scales[group_of]).sub_(weight.T)       # q - w
-    pull = 1.0 / gram.diagonal()
+    # The best value of channel j alone is q_j - gradient_j / G_jj; later channels feel the changes of earlier ones.
+    pull = gram / gram.diagonal().unsqueeze(1)
     gained = torch.empty(min(BLOCK, columns), len(weight), device=weight.device)
     for start in range(0, columns, BLOCK):
         block = slice(start, min(start + BLOCK, columns))
-        gradient = gram[block] @ error                                          # [block, out]
         present = error[block] + weight.T[block]
         gain = gained[:len(present)]
-        # The best value of channel j alone is q_j - gradient_j / G_jj; later ones feel the changes of earlier ones.
-        round_block(present, present - gradient * pull[block, None], gram[block, block] * pull[block], scales[group_of[block]],
+        round_block(present, present.addmm(pull[block], error, alpha=-1), pull[block, block], scales[group_of[block]],
                     zeros[group_of[block]], grid, new[block], gain)
         error[block] -= gain
     return new.T.contiguous()

@@ -19,14 +19,15 @@ SAMPLES_PER_BATCH = 64
 class InputStatistics:
     """Running statistics of the input x [tokens, in] of a linear group.
 
-    gram [in, in] is the weighted mean over tokens of x xᵀ, in float32, mean_square [in] its diagonal; abs_max and
-    abs_mean are [in]; sample [n, in] is some of the inputs themselves, evenly drawn. lag [hidden, in], where it was asked
-    for, is the weighted mean of (lag of the residual stream) xᵀ.
+    gram [in, in] is the weighted mean over tokens of x xᵀ, in float32, mean_square [in] its diagonal. with_magnitudes:
+    abs_max and abs_mean are [in], and sample [n, in] is some of the inputs themselves, evenly drawn. lag [hidden, in], where
+    it was asked for, is the weighted mean of (lag of the residual stream) xᵀ.
     """
 
     in_features: int
     device: torch.device
     with_gram: bool = True
+    with_magnitudes: bool = True
     tokens: int = 0
     gram: Tensor = field(init=False)
     mean_square: Tensor = field(init=False)
@@ -54,18 +55,19 @@ class InputStatistics:
                 model's.
         """
         rows = inputs.detach().reshape(-1, self.in_features)
-        self.weight += len(rows) if token_weights is None else token_weights.sum()
         if rows.is_cuda and rows.dtype != torch.float32:
             self._add_products_of_halves(rows, token_weights, lag)
         else:
             self._add_products(rows.float(), token_weights, lag)
-        magnitudes = rows.abs()
-        torch.maximum(self.abs_max, magnitudes.amax(0), out=self.abs_max)
-        self.abs_mean += magnitudes.sum(0, dtype=torch.float32)
         self.tokens += len(rows)
-        self._samples.append(rows[::max(1, len(rows) // SAMPLES_PER_BATCH)].float())
+        if self.with_magnitudes:
+            magnitudes = rows.abs()
+            torch.maximum(self.abs_max, magnitudes.amax(0), out=self.abs_max)
+            self.abs_mean += magnitudes.sum(0, dtype=torch.float32)
+            self._samples.append(rows[::max(1, len(rows) // SAMPLES_PER_BATCH)].float())
 
     def _add_products(self, rows: Tensor, token_weights: Tensor | None, lag: Tensor | None) -> None:
+        self.weight += len(rows) if token_weights is None else token_weights.sum()
         weighted = rows if token_weights is None else rows * token_weights.reshape(-1, 1)
         # The Gram matrix is symmetric: its upper blocks suffice until all batches are in.
         for start in range(0, self.in_features if self.with_gram else 0, self._block):
@@ -81,8 +83,9 @@ class InputStatistics:
 
         The root of a token's weight goes into both factors of the Gram matrix, which so stays one of real vectors.
         """
-        root = None if token_weights is None else token_weights.reshape(-1, 1).sqrt()
-        scaled = rows if root is None else (rows * root).to(rows.dtype)
+        root = None if token_weights is None else token_weights.reshape(-1, 1).sqrt().to(rows.dtype)
+        self.weight += len(rows) if root is None else root.float().square().sum()
+        scaled = rows if root is None else rows * root
         if not self.with_gram:
             self.mean_square += scaled.float().square().sum(0)
         for start in range(0, self.in_features if self.with_gram else 0, self._block):
@@ -90,7 +93,7 @@ class InputStatistics:
             self.gram[start:stop, start:] += torch.mm(scaled[:, start:stop].T, scaled[:, start:], out_dtype=torch.float32)
         if lag is not None:
             lag = lag.reshape(len(rows), -1)
-            lag = lag if root is None else (lag * root).to(rows.dtype)
+            lag = lag if root is None else lag * root
             self._add_lag(torch.mm(lag.T, scaled, out_dtype=torch.float32))
 
     def _add_lag(self, product: Tensor) -> None:
@@ -98,8 +101,9 @@ class InputStatistics:
 
     def finish(self) -> InputStatistics:
         """Turn sums into means, once all batches are in."""
-        self.sample = torch.cat(self._samples)
-        self._samples.clear()
+        if self.with_magnitudes:
+            self.sample = torch.cat(self._samples)
+            self._samples.clear()
         if self.with_gram:
             self.gram.triu_()
             self.gram += self.gram.triu(1).T.clone()
@@ -129,7 +133,7 @@ def group_inputs(layer: nn.Module, receive: Callable[[int, Tensor], None]) -> It
             handle.remove()
 
 
-def new_statistics(layer: nn.Module, device: torch.device, with_gram: bool) -> list[InputStatistics]:
+def new_statistics(layer: nn.Module, device: torch.device, with_gram: bool, with_magnitudes: bool) -> list[InputStatistics]:
     """Empty statistics for each linear group of a layer."""
-    return [InputStatistics(layer.get_submodule(group.linears[0]).in_features, device, with_gram)
+    return [InputStatistics(layer.get_submodule(group.linears[0]).in_features, device, with_gram, with_magnitudes)
             for group in LINEAR_GROUPS]

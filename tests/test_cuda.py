@@ -17,8 +17,9 @@ from common.runtime import load_for_running, load_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-# Largest relative difference of logits between packed kernels and the dense load, both in bfloat16.
-LOGITS_TOLERANCE = 0.02
+# Largest relative difference of logits between packed kernels and the dense load, both in bfloat16; rounded activations make
+# small differences large where a value lies between two codes.
+LOGITS_TOLERANCE = {"smoothquant": 0.06}
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -85,15 +86,16 @@ def test_every_method_packed_and_dense(tiny_models, tmp_path, method, architectu
         assert result.returncode == 0, result.stdout + result.stderr
         codes[device] = json.loads((output / "quantization_metadata.json").read_text())
     assert abs(codes["cuda"]["probe"]["perplexity"] / codes["cpu"]["probe"]["perplexity"] - 1) < 0.05
+    tolerance = LOGITS_TOLERANCE.get(method, 0.02)
     plain, _ = load_model(tmp_path / "cuda", CUDA, torch.bfloat16)
     packed, _ = load_for_running(tmp_path / "cuda", CUDA, torch.bfloat16)
     tokens = torch.randint(2, 320, (2, 40), generator=torch.Generator().manual_seed(1)).cuda()
     with torch.inference_mode():
         expected = plain(tokens).logits.float()
-        assert relative(packed(tokens).logits.float(), expected) < LOGITS_TOLERANCE
+        assert relative(packed(tokens).logits.float(), expected) < tolerance
         decoder = Decoder(packed, 2, 128)
         first = decoder.start(tokens.tolist())
-        assert relative(first.float(), expected[:, -1]) < LOGITS_TOLERANCE
+        assert relative(first.float(), expected[:, -1]) < tolerance
         written = torch.cat([decoder.tokens[:2].cpu()[None], decoder.run(2).cpu(), decoder.run(2).cpu()])
         # Teacher-forced: what the decoder chose has nearly the largest logit of the plain model.
         whole = torch.cat([tokens, written.T.cuda()], dim=1)

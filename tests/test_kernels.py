@@ -67,33 +67,37 @@ def test_add_rms_norm(generator):
 
 
 @pytest.mark.parametrize("normed", [False, True])
-def test_rotate_and_store(generator, normed):
-    heads, key_heads, size, length, rows = 6, 2, 16, 40, 3
+@pytest.mark.parametrize("length", [100, 1100])
+def test_attend(generator, length, normed):
+    heads, key_heads, size, rows = 6, 2, 16, 4
     projected = torch.randn(rows, (heads + 2 * key_heads) * size, generator=generator)
     angle = torch.randn(length, size // 2, generator=generator).repeat(1, 2)
-    positions = torch.tensor([0, 7, 39])
-    norms = (torch.rand(size, generator=generator), torch.rand(size, generator=generator), 1e-6) if normed else None
-    results = []
-    for function in (inference.rotate_and_store, kernels.rotate_and_store):
-        keys, values = torch.randn(2, rows, key_heads, length, size, generator=torch.Generator().manual_seed(5))
-        results.append((function(projected, angle.cos(), angle.sin(), positions, keys, values, norms), keys, values))
-    for found, expected in zip(results[1], results[0], strict=True):
-        close(found, expected, 1e-6)
-
-
-@pytest.mark.parametrize("length", [100, 1100])
-def test_attend(generator, length):
-    heads, key_heads, size, rows = 6, 2, 16, 3
-    query = torch.randn(rows, heads, size, generator=generator)
-    keys, values = torch.randn(2, rows, key_heads, length, size, generator=generator)
-    positions = torch.tensor([0, 70, length - 1])
+    positions = torch.tensor([0, 70, length // 2, length - 1])
+    cached = torch.randn(2, rows, key_heads, length, size, generator=generator)
+    gains = torch.rand(2, size, generator=generator) + 0.5
     expected = torch.empty(rows, heads, size, dtype=torch.float64)
+    after = cached.double()
     for row, position in enumerate(positions.tolist()):
+        vectors = projected[row].double().view(-1, size)
+        turned = []
+        for head, vector in enumerate(vectors[:heads + key_heads]):
+            if normed:
+                vector = vector / (vector.square().mean() + 1e-6).sqrt() * gains[int(head >= heads)]
+            # As complex numbers: channel c is the real part, c + size / 2 the imaginary one.
+            number = torch.complex(vector[:size // 2], vector[size // 2:]) * torch.exp(1j * angle[position, :size // 2].double())
+            turned.append(torch.cat([number.real, number.imag]))
+        after[0, row, :, position] = torch.stack(turned[heads:])
+        after[1, row, :, position] = vectors[heads + key_heads:]
         for head in range(heads):
-            key, value = (cache[row, head // (heads // key_heads), :position + 1].double() for cache in (keys, values))
-            expected[row, head] = torch.softmax(0.3 * key @ query[row, head].double(), 0) @ value
+            key, value = after[:, row, head // (heads // key_heads), :position + 1]
+            expected[row, head] = torch.softmax(0.3 * key @ turned[head], 0) @ value
     for function in (inference.attend, kernels.attend):
-        close(function(query, keys, values, positions, 0.3), expected.flatten(1), 1e-6)
+        keys, values = cached.clone()
+        rotary = inference.Rotary(angle.cos(), angle.sin(), (gains[0], gains[1], 1e-6) if normed else None)
+        for _ in range(2):                                                      # a second time: counters are back at zero
+            close(function(projected, rotary, positions, keys, values, 0.3), expected.flatten(1), 1e-5)
+        close(keys, after[0], 1e-6)
+        assert torch.equal(values.double(), after[1])
 
 
 def test_silu_mul(generator):
@@ -136,7 +140,7 @@ def test_round_block(generator, form, channels):
     rows = 21
     target = torch.randn(channels, rows, generator=generator)
     shifted = target + 0.1 * torch.randn(channels, rows, generator=generator)
-    # Below the diagonal the factor holds anything.
+    # Above the diagonal the factor holds anything.
     factor = 0.2 * torch.randn(channels, channels, generator=generator)
     scale = (torch.rand(channels, rows, generator=generator) + 0.5) / form.code_max
     zero = torch.randint(-2, 3, (channels, rows), generator=generator).float()

@@ -84,7 +84,7 @@ def test_scaling_leaves_logits_unchanged_and_statistics_true(tiny_models, tokens
 
     def change(index, module):
         layer = Layer(index, module, Grid(4, 32), torch.bfloat16)
-        layer.statistics = new_statistics(module, torch.device("cpu"), with_gram=True)
+        layer.statistics = new_statistics(module, torch.device("cpu"), with_gram=True, with_magnitudes=True)
         for group_index, statistics in enumerate(layer.statistics):
             inputs = torch.randn(30, statistics.in_features, generator=generator)
             statistics.add(inputs)

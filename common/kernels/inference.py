@@ -93,39 +93,41 @@ def add_rms_norm(hidden: Tensor, update: Tensor | None, gain: Tensor, epsilon: f
     return gain * values.to(hidden.dtype)
 
 
-def rotate_and_store(projected: Tensor, cosine: Tensor, sine: Tensor, positions: Tensor, keys: Tensor, values: Tensor,
-                     norms: tuple[Tensor, Tensor, float] | None) -> Tensor:
-    """Turn queries and keys by their positions, put keys and values into the cache. Returns queries [rows, heads, size].
+@dataclass(frozen=True)
+class Rotary:
+    """The rotary embedding of a model: cosine and sine [length, size], and the norms of queries and keys where it has them.
+
+    norms: gains [size] of queries and keys, and their epsilon.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+    norms: tuple[Tensor, Tensor, float] | None = None
+
+
+def attend(projected: Tensor, rotary: Rotary, positions: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """Attention of one new token per row, whose key and value are put into the cache: [rows, heads * size].
 
     Args:
         projected: [rows, (heads + 2 * key-value heads) * size], queries, keys, values side by side.
-        cosine, sine: [length, size] tables; positions: [rows].
+        positions: [rows], how many tokens each row has in the cache.
         keys, values: the cache, [rows, key-value heads, length, size].
-        norms: gains [size] of the norms of queries and keys, and their epsilon, where the model has them.
     """
     if use_triton(projected):
         from common.kernels import inference_triton
 
-        return inference_triton.rotate_and_store(projected, cosine, sine, positions, keys, values, norms)
-    key_heads, size = keys.shape[1], keys.shape[3]
+        return inference_triton.attend(projected, rotary, positions, keys, values, scaling)
+    key_heads, length, size = keys.shape[1:]
     heads = projected.view(len(projected), -1, size)
     query, key, value = heads.split([heads.shape[1] - 2 * key_heads, key_heads, key_heads], dim=1)
-    if norms is not None:
-        query, key = (add_rms_norm(part.clone(), None, gain, norms[2]) for part, gain in ((query, norms[0]), (key, norms[1])))
-    turn, tilt = (table[positions].unsqueeze(1) for table in (cosine, sine))
+    if rotary.norms is not None:
+        query, key = (add_rms_norm(part.clone(), None, gain, rotary.norms[2])
+                      for part, gain in ((query, rotary.norms[0]), (key, rotary.norms[1])))
+    turn, tilt = (table[positions].unsqueeze(1) for table in (rotary.cosine, rotary.sine))
     query, key = (part * turn + torch.cat([-part[..., size // 2:], part[..., :size // 2]], -1) * tilt for part in (query, key))
     rows = torch.arange(len(projected), device=projected.device)
     keys[rows, :, positions], values[rows, :, positions] = key, value
-    return query
-
-
-def attend(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scaling: float) -> Tensor:
-    """Attention of one new token per row over the cache up to and with its position: [rows, heads * size]."""
-    if use_triton(query):
-        from common.kernels import inference_triton
-
-        return inference_triton.attend(query, keys, values, positions, scaling)
-    seen = torch.arange(keys.shape[2], device=query.device) <= positions[:, None]
+    seen = torch.arange(length, device=query.device) <= positions[:, None]
     return functional.scaled_dot_product_attention(query.unsqueeze(2), keys, values, seen[:, None, None], scale=scaling,
                                                    enable_gqa=True).flatten(1)
 

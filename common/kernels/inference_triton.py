@@ -2,89 +2,130 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.kernels.inference import SIGN_BITS, PackedWeight
+from common.kernels.inference import SIGN_BITS, PackedWeight, Rotary
 
-# Attention over longer contexts is split between programs, whose partial results a second kernel joins.
+# Attention over longer contexts is split between programs; the last of them to finish joins their results.
 SPLIT_LENGTH, BLOCK_LENGTH = 512, 64
+# Programs that a product should have at least, so that every multiprocessor has work.
+PROGRAMS = 256
 
 
 def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     rows, channels = inputs.shape
     out, words = weight.packed.shape
-    output = torch.empty(rows, out, device=inputs.device, dtype=inputs.dtype)
-    arguments = (inputs, weight.packed, weight.scale, weight.zero_point, output)
-    sizes = (out, words, words // weight.scale.shape[1])
+    group_words = words // weight.scale.shape[1]
     form = {"BITS": weight.bits, "HAS_ZERO": weight.zero_point is not None, "SIGN_BITS": SIGN_BITS if weight.signed else 0}
     if rows == 1:
-        block_out = 4
-        _matvec[(triton.cdiv(out, block_out),)](*arguments, *sizes, **form, BLOCK_OUT=block_out,
-                                                BLOCK_WORDS=min(256, triton.next_power_of_2(words)), num_warps=4)
-    else:
-        block_out = 16 if out <= 4096 else 32
-        _matmul[(triton.cdiv(out, block_out),)](*arguments, rows, *sizes, **form, BLOCK_OUT=block_out, BLOCK_WORDS=32,
-                                                BLOCK_ROWS=max(16, triton.next_power_of_2(rows)), num_warps=4, num_stages=3)
+        output = torch.empty(1, out, device=inputs.device, dtype=inputs.dtype)
+        # Pieces of a group: so many words that a power of two of them is a group.
+        piece = min(16, group_words & -group_words)
+        block_out = 8 if out <= 4096 else 16
+        _matvec[(triton.cdiv(out, block_out),)](
+            inputs, weight.packed, weight.scale, weight.zero_point, output, out, words, group_words // piece, **form,
+            PIECE=piece, BLOCK_OUT=block_out, BLOCK_PIECES=min(256 // piece, triton.next_power_of_2(words // piece)),
+            num_warps=4)
+        return output
+    size = channels // weight.scale.shape[1]
+    block = min(128, size & -size)
+    if block < 16:                                                              # no product of so few channels
+        return inputs @ unpack(weight, inputs.dtype).T
+    block_out = 32 if out <= 4096 else 64
+    tiles, steps = triton.cdiv(out, block_out), channels // block
+    splits = max(1, min(steps, PROGRAMS // tiles))
+    partial = torch.empty(splits, rows, out, device=inputs.device, dtype=torch.float32)
+    _matmul[(tiles, splits)](
+        inputs, weight.packed.view(torch.uint8), weight.scale, weight.zero_point, partial, rows, out, channels, size,
+        triton.cdiv(steps, splits), **form, BLOCK_ROWS=max(16, triton.next_power_of_2(rows)), BLOCK_OUT=block_out, BLOCK=block,
+        num_warps=4, num_stages=3)
+    output = torch.empty(rows, out, device=inputs.device, dtype=inputs.dtype)
+    _sum_parts[(triton.cdiv(rows * out, 1024),)](partial, output, rows * out, SPLITS=splits, BLOCK=1024, num_warps=4)
     return output
 
 
 @triton.jit
-def _matvec(inputs, packed, scale, zero_point, output, out, words, group_words, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
-            SIGN_BITS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_WORDS: tl.constexpr):
+def _matvec(inputs, packed, scale, zero_point, output, out, words, group_pieces, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
+            SIGN_BITS: tl.constexpr, PIECE: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_PIECES: tl.constexpr):
     PER_WORD: tl.constexpr = 32 // BITS
     channel = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     in_range = channel < out
-    total = tl.zeros((BLOCK_OUT, BLOCK_WORDS), tl.float32)
-    for start in range(0, words, BLOCK_WORDS):
-        word = start + tl.arange(0, BLOCK_WORDS)
-        mask = in_range[:, None] & (word < words)[None, :]
-        codes = tl.load(packed + channel.to(tl.int64)[:, None] * words + word[None, :], mask=mask, other=0) ^ SIGN_BITS
-        place = channel[:, None] * (words // group_words) + (word // group_words)[None, :]
+    pieces = words // PIECE
+    total = tl.zeros((BLOCK_OUT, BLOCK_PIECES), tl.float32)
+    for start in range(0, pieces, BLOCK_PIECES):
+        piece = start + tl.arange(0, BLOCK_PIECES)
+        known = piece < pieces
+        word = piece[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
+        mask = in_range[:, None] & known[None, :]
+        codes = tl.load(packed + channel[:, None, None] * words + word[None, :, :], mask=mask[:, :, None], other=0) ^ SIGN_BITS
+        place = channel[:, None] * (pieces // group_pieces) + (piece // group_pieces)[None, :]
         step = tl.load(scale + place, mask=mask, other=0.0).to(tl.float32)
-        product = tl.zeros((BLOCK_OUT, BLOCK_WORDS), tl.float32)
-        sum_of_inputs = tl.zeros((BLOCK_WORDS,), tl.float32)
+        product = tl.zeros((BLOCK_OUT, BLOCK_PIECES, PIECE), tl.float32)
+        sum_of_inputs = tl.zeros((BLOCK_PIECES, PIECE), tl.float32)
         for i in tl.static_range(PER_WORD):
-            value = tl.load(inputs + word * PER_WORD + i, mask=word < words, other=0.0).to(tl.float32)
+            value = tl.load(inputs + word * PER_WORD + i, mask=known[:, None], other=0.0).to(tl.float32)
             code = (codes >> (BITS * i)) & ((1 << BITS) - 1)
-            product += code.to(tl.float32) * value[None, :]
+            product += code.to(tl.float32) * value[None, :, :]
             sum_of_inputs += value
+        whole = tl.sum(product, 2)
         if HAS_ZERO:
             zero = tl.load(zero_point + place, mask=mask, other=0).to(tl.float32)
-            total += step * (product - zero * sum_of_inputs[None, :])
+            whole -= zero * tl.sum(sum_of_inputs, 1)[None, :]
         else:
-            total += step * (product - (1 << (BITS - 1)) * sum_of_inputs[None, :])
+            whole -= (1 << (BITS - 1)) * tl.sum(sum_of_inputs, 1)[None, :]
+        total += step * whole
     tl.store(output + channel, tl.sum(total, 1).to(output.dtype.element_ty), mask=in_range)
 
 
 @triton.jit
-def _matmul(inputs, packed, scale, zero_point, output, rows, out, words, group_words, BITS: tl.constexpr,
+def _matmul(inputs, packed, scale, zero_point, partial, rows, out, channels, size, steps, BITS: tl.constexpr,
             HAS_ZERO: tl.constexpr, SIGN_BITS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
-            BLOCK_WORDS: tl.constexpr):
-    PER_WORD: tl.constexpr = 32 // BITS
+            BLOCK: tl.constexpr):
     dtype: tl.constexpr = inputs.dtype.element_ty
+    PER_BYTE: tl.constexpr = 8 // BITS
+    BYTES: tl.constexpr = BLOCK // PER_BYTE
     channel = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = tl.arange(0, BLOCK_ROWS)
+    column, byte = tl.arange(0, BLOCK), tl.arange(0, BYTES)
     in_range = channel < out
     total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
-    for start in range(0, words, BLOCK_WORDS):
-        word = start + tl.arange(0, BLOCK_WORDS)
-        mask = (word < words)[:, None] & in_range[None, :]
-        codes = tl.load(packed + channel.to(tl.int64)[None, :] * words + word[:, None], mask=mask, other=0) ^ SIGN_BITS
-        place = channel[None, :] * (words // group_words) + (word // group_words)[:, None]
-        step = tl.load(scale + place, mask=mask, other=0.0).to(tl.float32)
-        if HAS_ZERO:
-            zero = tl.load(zero_point + place, mask=mask, other=0).to(tl.float32)
+    first = tl.program_id(1) * steps * BLOCK
+    for start in range(first, tl.minimum(first + steps * BLOCK, channels), BLOCK):
+        value = tl.load(inputs + row[:, None] * channels + start + column[None, :], mask=(row < rows)[:, None], other=0.0)
+        codes = tl.load(packed + channel[:, None] * (channels // PER_BYTE) + start // PER_BYTE + byte[None, :],
+                        mask=in_range[:, None], other=0)
+        if BITS == 4:                                                           # the low half is the first of two channels
+            code = tl.join(codes & 15, codes >> 4).reshape(BLOCK_OUT, BLOCK)
         else:
-            zero = tl.full((BLOCK_WORDS, BLOCK_OUT), 1 << (BITS - 1), tl.float32)
-        for i in tl.static_range(PER_WORD):
-            value = tl.load(inputs + row[:, None] * (words * PER_WORD) + (word * PER_WORD + i)[None, :],
-                            mask=(row < rows)[:, None] & (word < words)[None, :], other=0.0)
-            code = ((codes >> (BITS * i)) & ((1 << BITS) - 1)).to(tl.float32)
-            total = tl.dot(value, ((code - zero) * step).to(dtype), total, input_precision="ieee")
-    tl.store(output + row[:, None] * out + channel[None, :], total.to(dtype), mask=(row < rows)[:, None] & in_range[None, :])
+            code = codes
+        if SIGN_BITS != 0:
+            code = code ^ 128
+        place = channel * (channels // size) + start // size
+        step = tl.load(scale + place, mask=in_range, other=0.0).to(tl.float32)
+        if HAS_ZERO:
+            zero = tl.load(zero_point + place, mask=in_range, other=0).to(tl.int16)
+        else:
+            zero = tl.full((BLOCK_OUT,), 1 << (BITS - 1), tl.int16)
+        # Differences of codes are small integers: exact in 16 bits.
+        exact = (code.to(tl.int16) - zero[:, None]).to(dtype)
+        total += tl.dot(value, tl.trans(exact), input_precision="ieee") * step[None, :]
+    place = (tl.program_id(1) * rows + row[:, None]) * out + channel[None, :]
+    tl.store(partial + place, total, mask=(row < rows)[:, None] & in_range[None, :])
+
+
+@triton.jit
+def _sum_parts(partial, output, count, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < count
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial + split * count + place, mask=mask, other=0.0)
+    tl.store(output + place, total.to(output.dtype.element_ty), mask=mask)
 
 
 def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -166,84 +207,74 @@ def _add_rms_norm(hidden, update, gain, output, size, epsilon, HAS_UPDATE: tl.co
     tl.store(output + place, (factor * exact.to(dtype).to(tl.float32)).to(dtype), mask=mask)
 
 
-def rotate_and_store(projected: Tensor, cosine: Tensor, sine: Tensor, positions: Tensor, keys: Tensor, values: Tensor,
-                     norms: tuple[Tensor, Tensor, float] | None) -> Tensor:
+@cache
+def _counters(count: int, device: torch.device) -> Tensor:
+    """Zeros that programs count with and leave at zero."""
+    return torch.zeros(count, device=device, dtype=torch.int32)
+
+
+def attend(projected: Tensor, rotary: Rotary, positions: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
     rows, key_heads, length, size = keys.shape
-    heads = projected.shape[1] // size
-    query = torch.empty(rows, heads - 2 * key_heads, size, device=projected.device, dtype=projected.dtype)
-    query_gain, key_gain, epsilon = norms or (None, None, 0.0)
-    _rotate_and_store[(rows, heads)](projected, cosine, sine, positions, keys, values, query, query_gain, key_gain, epsilon,
-                                     heads, length, keys.stride(0), KEY_HEADS=key_heads, HAS_NORMS=norms is not None,
-                                     SIZE=size, num_warps=1)
-    return query
-
-
-@triton.jit
-def _rotate_and_store(projected, cosine, sine, positions, keys, values, query, query_gain, key_gain, epsilon, heads, length,
-                      row_stride, KEY_HEADS: tl.constexpr, HAS_NORMS: tl.constexpr, SIZE: tl.constexpr):
-    HALF: tl.constexpr = SIZE // 2
-    dtype: tl.constexpr = projected.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    queries = heads - 2 * KEY_HEADS
-    lane = tl.arange(0, HALF)
-    source = projected + (row * heads + head) * SIZE
-    first, second = tl.load(source + lane), tl.load(source + HALF + lane)
-    position = tl.load(positions + row)
-    if head < queries + KEY_HEADS:
-        if HAS_NORMS:
-            gain = query_gain if head < queries else key_gain
-            one, two = first.to(tl.float32), second.to(tl.float32)
-            factor = tl.rsqrt((tl.sum(one * one, 0) + tl.sum(two * two, 0)) / SIZE + epsilon)
-            first = ((one * factor).to(dtype).to(tl.float32) * tl.load(gain + lane).to(tl.float32)).to(dtype)
-            second = ((two * factor).to(dtype).to(tl.float32) * tl.load(gain + HALF + lane).to(tl.float32)).to(dtype)
-        table = position * SIZE + lane
-        one, two = first.to(tl.float32), second.to(tl.float32)
-        first = (one * tl.load(cosine + table).to(tl.float32) - two * tl.load(sine + table).to(tl.float32)).to(dtype)
-        second = (two * tl.load(cosine + table + HALF).to(tl.float32) +
-                  one * tl.load(sine + table + HALF).to(tl.float32)).to(dtype)
-    if head < queries:
-        target = query + (row * queries + head) * SIZE
-    elif head < queries + KEY_HEADS:
-        target = keys + row * row_stride + ((head - queries) * length + position) * SIZE
-    else:
-        target = values + row * row_stride + ((head - queries - KEY_HEADS) * length + position) * SIZE
-    tl.store(target + lane, first)
-    tl.store(target + HALF + lane, second)
-
-
-def attend(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scaling: float) -> Tensor:
-    rows, key_heads, length, size = keys.shape
-    heads = query.shape[1]
+    heads = projected.shape[1] // size - 2 * key_heads
     splits = triton.cdiv(length, SPLIT_LENGTH)
     block_heads = max(16, triton.next_power_of_2(heads // key_heads))
-    output = torch.empty(rows, heads * size, device=query.device, dtype=query.dtype)
-    partial = torch.empty(rows, heads, splits, size, device=query.device) if splits > 1 else output
-    weights = torch.empty(rows, heads, splits, 2, device=query.device) if splits > 1 else output
-    _attend[(rows, key_heads, splits)](query, keys, values, positions, partial, weights, length, keys.stride(0), scaling,
-                                       heads, HEADS_PER_KEY=heads // key_heads, BLOCK_HEADS=block_heads, SIZE=size,
-                                       SPLITS=splits, SPLIT=SPLIT_LENGTH, BLOCK=BLOCK_LENGTH, num_warps=4)
-    if splits > 1:
-        _join[(rows, heads)](partial, weights, output, heads, SIZE=size, SPLITS=splits,
-                             BLOCK_SPLITS=triton.next_power_of_2(splits), num_warps=1)
+    output = torch.empty(rows, heads * size, device=projected.device, dtype=projected.dtype)
+    # A partial result and, after it, its largest score and its sum of weights.
+    partial = torch.empty(rows, heads, splits, size + 2, device=projected.device) if splits > 1 else output
+    counters = _counters(rows * key_heads, projected.device) if splits > 1 else positions
+    query_gain, key_gain, epsilon = rotary.norms or (None, None, 0.0)
+    _attend[(rows, key_heads, splits)](
+        projected, rotary.cosine, rotary.sine, query_gain, key_gain, epsilon, positions, keys, values, output, partial, counters,
+        length, keys.stride(0), scaling, KEY_HEADS=key_heads, HEADS_PER_KEY=heads // key_heads, BLOCK_HEADS=block_heads,
+        SIZE=size, HAS_NORMS=rotary.norms is not None, SPLITS=splits, SPLIT=SPLIT_LENGTH, BLOCK=BLOCK_LENGTH, num_warps=4)
     return output
 
 
 @triton.jit
-def _attend(query, keys, values, positions, partial, weights, length, row_stride, scaling, heads, HEADS_PER_KEY: tl.constexpr,
-            BLOCK_HEADS: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+def _attend(projected, cosine, sine, query_gain, key_gain, epsilon, positions, keys, values, output, partial, counters, length,
+            row_stride, scaling, KEY_HEADS: tl.constexpr, HEADS_PER_KEY: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+            SIZE: tl.constexpr, HAS_NORMS: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    HEADS: tl.constexpr = KEY_HEADS * HEADS_PER_KEY
+    dtype: tl.constexpr = projected.dtype.element_ty
     row, key_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    dtype: tl.constexpr = query.dtype.element_ty
     member, lane = tl.arange(0, BLOCK_HEADS), tl.arange(0, SIZE)
-    head = key_head * HEADS_PER_KEY + member
+    other = (lane + SIZE // 2) % SIZE                                           # what the rotation mixes a channel with
+    sign = tl.where(lane < SIZE // 2, -1.0, 1.0)
     mine = (member < HEADS_PER_KEY)[:, None]
-    q = tl.load(query + (row * heads + head)[:, None] * SIZE + lane[None, :], mask=mine, other=0.0)
+    position = tl.load(positions + row).to(tl.int32)
+    turn = tl.load(cosine + position * SIZE + lane).to(tl.float32)
+    tilt = tl.load(sine + position * SIZE + lane).to(tl.float32) * sign
+    source = projected + row * (HEADS + 2 * KEY_HEADS) * SIZE
+    head = key_head * HEADS_PER_KEY + member
+    query = tl.load(source + head[:, None] * SIZE + lane[None, :], mask=mine, other=0.0)
+    query_mix = tl.load(source + head[:, None] * SIZE + other[None, :], mask=mine, other=0.0)
+    key = tl.load(source + (HEADS + key_head) * SIZE + lane)
+    key_mix = tl.load(source + (HEADS + key_head) * SIZE + other)
+    if HAS_NORMS:
+        exact = query.to(tl.float32)
+        factor = tl.rsqrt(tl.sum(exact * exact, 1) / SIZE + epsilon)[:, None]
+        query = (exact * factor).to(dtype).to(tl.float32) * tl.load(query_gain + lane).to(tl.float32)[None, :]
+        query_mix = (query_mix.to(tl.float32) * factor).to(dtype).to(tl.float32) * \
+            tl.load(query_gain + other).to(tl.float32)[None, :]
+        exact = key.to(tl.float32)
+        factor = tl.rsqrt(tl.sum(exact * exact, 0) / SIZE + epsilon)
+        key = (exact * factor).to(dtype).to(tl.float32) * tl.load(key_gain + lane).to(tl.float32)
+        key_mix = (key_mix.to(tl.float32) * factor).to(dtype).to(tl.float32) * tl.load(key_gain + other).to(tl.float32)
+    q = (query.to(tl.float32) * turn[None, :] + query_mix.to(tl.float32) * tilt[None, :]).to(dtype)
     base = row * row_stride + key_head * length * SIZE
     begin = split * SPLIT
-    end = tl.minimum(tl.load(positions + row).to(tl.int32) + 1, begin + SPLIT)
+    end = tl.minimum(position, begin + SPLIT)
     largest = tl.full((BLOCK_HEADS,), -1e30, tl.float32)
     weight = tl.zeros((BLOCK_HEADS,), tl.float32)
     total = tl.zeros((BLOCK_HEADS, SIZE), tl.float32)
+    if position // SPLIT == split:                                              # the new token itself
+        k = (key.to(tl.float32) * turn + key_mix.to(tl.float32) * tilt).to(dtype)
+        v = tl.load(source + (HEADS + KEY_HEADS + key_head) * SIZE + lane)
+        tl.store(keys + base + position * SIZE + lane, k)
+        tl.store(values + base + position * SIZE + lane, v)
+        largest = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scaling
+        weight += 1.0
+        total += v.to(tl.float32)[None, :]
     for start in range(begin, end, BLOCK):
         time = start + tl.arange(0, BLOCK)
         place = base + time[:, None] * SIZE + lane[None, :]
@@ -258,27 +289,32 @@ def _attend(query, keys, values, positions, partial, weights, length, row_stride
         total = tl.dot(share.to(dtype), v, total * decay[:, None], input_precision="ieee")
         weight = weight * decay + tl.sum(share, 1)
         largest = higher
+    target = output + (row * HEADS + head)[:, None] * SIZE + lane[None, :]
     if SPLITS == 1:
-        tl.store(partial + (row * heads + head)[:, None] * SIZE + lane[None, :], (total / weight[:, None]).to(dtype),
-                 mask=mine)
+        tl.store(target, (total / weight[:, None]).to(dtype), mask=mine)
     else:
-        place = (row * heads + head) * SPLITS + split
-        tl.store(partial + place[:, None] * SIZE + lane[None, :], total, mask=mine)
-        tl.store(weights + place * 2, largest, mask=member < HEADS_PER_KEY)
-        tl.store(weights + place * 2 + 1, weight, mask=member < HEADS_PER_KEY)
-
-
-@triton.jit
-def _join(partial, weights, output, heads, SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * heads + tl.program_id(1)
-    split, lane = tl.arange(0, BLOCK_SPLITS), tl.arange(0, SIZE)
-    mask = split < SPLITS
-    largest = tl.load(weights + (place * SPLITS + split) * 2, mask=mask, other=-1e30)
-    weight = tl.load(weights + (place * SPLITS + split) * 2 + 1, mask=mask, other=0.0)
-    factor = tl.exp(largest - tl.max(largest, 0))
-    parts = tl.load(partial + (place * SPLITS + split)[:, None] * SIZE + lane[None, :], mask=mask[:, None], other=0.0)
-    total = tl.sum(parts * factor[:, None], 0) / tl.sum(weight * factor, 0)
-    tl.store(output + place * SIZE + lane, total.to(output.dtype.element_ty))
+        part = partial + (row * HEADS + head) * SPLITS * (SIZE + 2)
+        place = part + split * (SIZE + 2)
+        tl.store(place[:, None] + lane[None, :], total, mask=mine)
+        tl.store(place + SIZE, largest, mask=member < HEADS_PER_KEY)
+        tl.store(place + SIZE + 1, weight, mask=member < HEADS_PER_KEY)
+        tl.debug_barrier()
+        counter = counters + row * KEY_HEADS + key_head
+        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
+            largest = tl.full((BLOCK_HEADS,), -1e30, tl.float32)
+            weight = tl.zeros((BLOCK_HEADS,), tl.float32)
+            total = tl.zeros((BLOCK_HEADS, SIZE), tl.float32)
+            for index in range(0, SPLITS):
+                place = part + index * (SIZE + 2)
+                one = tl.load(place + SIZE, mask=member < HEADS_PER_KEY, other=-1e30)
+                higher = tl.maximum(largest, one)
+                decay, share = tl.exp(largest - higher), tl.exp(one - higher)
+                found = tl.load(place[:, None] + lane[None, :], mask=mine, other=0.0)
+                total = total * decay[:, None] + found * share[:, None]
+                weight = weight * decay + tl.load(place + SIZE + 1, mask=member < HEADS_PER_KEY, other=1.0) * share
+                largest = higher
+            tl.store(target, (total / weight[:, None]).to(dtype), mask=mine)
+            tl.store(counter, 0)
 
 
 def silu_mul(gate_and_up: Tensor) -> Tensor:

@@ -25,12 +25,12 @@ def round_block(target: Tensor, shifted: Tensor, factor: Tensor, scale: Tensor, 
     channels, rows = target.shape
     block_rows = 16
     _round_block[(triton.cdiv(rows, block_rows),)](
-        target, shifted, factor.T.contiguous(), scale, zero_point, codes, error, rows, channels, CODE_MIN=grid.code_min,
+        target, shifted, factor, scale, zero_point, codes, error, rows, channels, factor.stride(0), CODE_MIN=grid.code_min,
         CODE_MAX=grid.code_max, BLOCK_ROWS=block_rows, BLOCK_CHANNELS=triton.next_power_of_2(channels), num_warps=4)
 
 
 @triton.jit
-def _round_block(target, shifted, factor, scale, zero_point, codes, error, rows, channels, CODE_MIN: tl.constexpr,
+def _round_block(target, shifted, factor, scale, zero_point, codes, error, rows, channels, stride, CODE_MIN: tl.constexpr,
                  CODE_MAX: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     mine = row < rows
@@ -38,10 +38,10 @@ def _round_block(target, shifted, factor, scale, zero_point, codes, error, rows,
     errors = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     for j in range(0, channels):
         place = j * rows + row
-        pull = tl.load(factor + j * channels + channel, mask=channel < channels, other=0.0)
+        pull = tl.load(factor + j * stride + channel, mask=channel < channels, other=0.0)
         step = tl.load(scale + place, mask=mine, other=1.0)
         zero = tl.load(zero_point + place, mask=mine, other=0.0)
-        # Errors of channels to come are still zero, so what the factor holds below its diagonal does not matter.
+        # Errors of channels to come are still zero, so what the factor holds above its diagonal does not matter.
         value = tl.load(shifted + place, mask=mine, other=0.0) + tl.sum(errors * pull[None, :], 1)
         code = _nearest(value * (1.0 / step)) + zero
         code = tl.minimum(tl.maximum(code, CODE_MIN), CODE_MAX)
