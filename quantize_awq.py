@@ -19,14 +19,14 @@ from common.quantization import run
 from common.rounding import choose_ranges
 from common.scaling import equalize
 
+
 def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
     """Codes of every linear: ranges clipped by the output error, then nearest codes."""
     codes = {}
     for group, statistics in zip(LINEAR_GROUPS, layer.statistics, strict=True):
-        for name in group.linears:
-            weight = layer.weight(name)
-            scale, zero_point = choose_ranges(weight, statistics.gram, layer.grid, layer.scale_dtype)
-            codes[name] = QuantizedLinear(quantize(weight, scale, zero_point, layer.grid), scale, zero_point, layer.grid)
+        stacked = layer.stacked_weight(group)
+        scale, zero_point = choose_ranges(stacked, statistics.gram, layer.grid, layer.scale_dtype)
+        codes.update(layer.split(group, quantize(stacked, scale, zero_point, layer.grid), scale, zero_point))
     return codes
 
 

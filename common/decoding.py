@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from common.kernels.inference import Rotary, add_rms_norm, attend, silu_mul
+from common.kernels.inference import Rotary, add_rms_norm, attend, largest_index, silu_mul
 from common.models import SUPPORTED_ARCHITECTURES
 from common.packed import PackedLinear, stack
 
@@ -98,7 +98,7 @@ class Decoder:
             gate_up = layer.gate_up(add_rms_norm(hidden, update, layer.output_norm.weight, epsilon))
             update = layer.down(silu_mul(gate_up))
         logits = self.model.lm_head(add_rms_norm(hidden, update, self.model.model.norm.weight, epsilon))
-        torch.argmax(logits, -1, out=tokens)
+        tokens.copy_(largest_index(logits))
         self.written[index, :rows] = tokens
         positions.add_(1).clamp_(max=self.length - 1)
 

@@ -26,7 +26,7 @@ from common.statistics import InputStatistics, group_inputs, new_statistics
 _O_PROJ, _DOWN_PROJ = ("self_attn.o_proj",), ("mlp.down_proj",)
 QUANTIZED_WEIGHTS = tuple(f"{name}.weight" for name in LINEARS)
 # Tokens that go through a layer at once.
-CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}
+CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
 # Hidden states stay on the card while they take at most this share of its free memory.
 _DEVICE_SHARE = 0.25
 

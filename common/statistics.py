@@ -44,6 +44,8 @@ class InputStatistics:
         self.abs_mean = torch.zeros(self.in_features, device=self.device)
         self.weight = torch.zeros((), device=self.device)
         self._samples: list[Tensor] = []
+        # Upper blocks of the Gram matrix that have storage of their own until all batches are in.
+        self._parts: list[Tensor] = []
         self._block = max(128, -(-self.in_features // 4))
 
     def add(self, inputs: Tensor, token_weights: Tensor | None = None, lag: Tensor | None = None) -> None:
@@ -88,9 +90,12 @@ class InputStatistics:
         scaled = rows if root is None else rows * root
         if not self.with_gram:
             self.mean_square += scaled.float().square().sum(0)
-        for start in range(0, self.in_features if self.with_gram else 0, self._block):
-            stop = start + self._block
-            self.gram[start:stop, start:] += torch.mm(scaled[:, start:stop].T, scaled[:, start:], out_dtype=torch.float32)
+        for i, start in enumerate(range(0, self.in_features if self.with_gram else 0, self._block)):
+            left, right = scaled[:, start:start + self._block].T, scaled[:, start:]
+            if i == len(self._parts):
+                self._parts.append(torch.mm(left, right, out_dtype=torch.float32))
+            else:
+                self._parts[i] = torch.addmm(self._parts[i], left, right, out_dtype=torch.float32)
         if lag is not None:
             lag = lag.reshape(len(rows), -1)
             lag = lag if root is None else lag * root
@@ -104,6 +109,9 @@ class InputStatistics:
         if self.with_magnitudes:
             self.sample = torch.cat(self._samples)
             self._samples.clear()
+        for i, part in enumerate(self._parts):
+            self.gram[i * self._block:(i + 1) * self._block, i * self._block:] += part
+        self._parts.clear()
         if self.with_gram:
             self.gram.triu_()
             self.gram += self.gram.triu(1).T.clone()

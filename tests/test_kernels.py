@@ -107,6 +107,14 @@ def test_silu_mul(generator):
         close(function(both), expected, 1e-6)
 
 
+def test_largest_index(generator):
+    values = torch.randn(3, 5000, generator=generator).bfloat16()
+    values[1] = values[1, 0]
+    values[2, 4999] = values[2, 10] = 9.0
+    for function in (inference.largest_index, kernels.largest_index):
+        assert function(values).tolist() == [values[0].float().argmax().item(), 0, 10]
+
+
 def test_signed_bytes(generator):
     codes = torch.randint(-128, 128, (5, 64), generator=generator).to(torch.int8)
     scale = torch.rand(5, 1, generator=generator)

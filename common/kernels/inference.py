@@ -140,3 +140,12 @@ def silu_mul(gate_and_up: Tensor) -> Tensor:
         return inference_triton.silu_mul(gate_and_up)
     gate, up = gate_and_up.chunk(2, -1)
     return functional.silu(gate) * up
+
+
+def largest_index(values: Tensor) -> Tensor:
+    """The index of the largest of each row of values [rows, size], the first of equal ones: [rows]."""
+    if use_triton(values):
+        from common.kernels import inference_triton
+
+        return inference_triton.largest_index(values)
+    return values.argmax(-1)

@@ -242,6 +242,9 @@ def _attend(projected, cosine, sine, query_gain, key_gain, epsilon, positions, k
     sign = tl.where(lane < SIZE // 2, -1.0, 1.0)
     mine = (member < HEADS_PER_KEY)[:, None]
     position = tl.load(positions + row).to(tl.int32)
+    begin = split * SPLIT
+    if begin > position:
+        return
     turn = tl.load(cosine + position * SIZE + lane).to(tl.float32)
     tilt = tl.load(sine + position * SIZE + lane).to(tl.float32) * sign
     source = projected + row * (HEADS + 2 * KEY_HEADS) * SIZE
@@ -262,7 +265,6 @@ def _attend(projected, cosine, sine, query_gain, key_gain, epsilon, positions, k
         key_mix = (key_mix.to(tl.float32) * factor).to(dtype).to(tl.float32) * tl.load(key_gain + other).to(tl.float32)
     q = (query.to(tl.float32) * turn[None, :] + query_mix.to(tl.float32) * tilt[None, :]).to(dtype)
     base = row * row_stride + key_head * length * SIZE
-    begin = split * SPLIT
     end = tl.minimum(position, begin + SPLIT)
     largest = tl.full((BLOCK_HEADS,), -1e30, tl.float32)
     weight = tl.zeros((BLOCK_HEADS,), tl.float32)
@@ -290,7 +292,8 @@ def _attend(projected, cosine, sine, query_gain, key_gain, epsilon, positions, k
         weight = weight * decay + tl.sum(share, 1)
         largest = higher
     target = output + (row * HEADS + head)[:, None] * SIZE + lane[None, :]
-    if SPLITS == 1:
+    busy = position // SPLIT + 1                                                # splits that have something to add
+    if busy == 1:
         tl.store(target, (total / weight[:, None]).to(dtype), mask=mine)
     else:
         part = partial + (row * HEADS + head) * SPLITS * (SIZE + 2)
@@ -300,11 +303,11 @@ def _attend(projected, cosine, sine, query_gain, key_gain, epsilon, positions, k
         tl.store(place + SIZE + 1, weight, mask=member < HEADS_PER_KEY)
         tl.debug_barrier()
         counter = counters + row * KEY_HEADS + key_head
-        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
+        if tl.atomic_add(counter, 1, sem="acq_rel") == busy - 1:
             largest = tl.full((BLOCK_HEADS,), -1e30, tl.float32)
             weight = tl.zeros((BLOCK_HEADS,), tl.float32)
             total = tl.zeros((BLOCK_HEADS, SIZE), tl.float32)
-            for index in range(0, SPLITS):
+            for index in range(0, busy):
                 place = part + index * (SIZE + 2)
                 one = tl.load(place + SIZE, mask=member < HEADS_PER_KEY, other=-1e30)
                 higher = tl.maximum(largest, one)
@@ -333,3 +336,33 @@ def _silu_mul(gate_and_up, output, size, BLOCK: tl.constexpr):
     up = tl.load(gate_and_up + row * 2 * size + size + column, mask=mask, other=0.0).to(tl.float32)
     gate = (gate * tl.sigmoid(gate)).to(output.dtype.element_ty).to(tl.float32)
     tl.store(output + row * size + column, (gate * up).to(output.dtype.element_ty), mask=mask)
+
+
+def largest_index(values: Tensor) -> Tensor:
+    rows, size = values.shape
+    parts = triton.cdiv(size, 2048)
+    best = torch.empty(rows, parts, device=values.device)
+    index = torch.empty(rows, parts, device=values.device, dtype=torch.int32)
+    result = torch.empty(rows, device=values.device, dtype=torch.long)
+    _largest_in_part[(rows, parts)](values, best, index, size, parts, BLOCK=2048, num_warps=4)
+    _largest_of_parts[(rows,)](best, index, result, parts, BLOCK=triton.next_power_of_2(parts), num_warps=1)
+    return result
+
+
+@triton.jit
+def _largest_in_part(values, best, index, size, parts, BLOCK: tl.constexpr):
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = part * BLOCK + tl.arange(0, BLOCK)
+    found = tl.load(values + row * size + column, mask=column < size, other=float("-inf")).to(tl.float32)
+    largest = tl.max(found, 0)
+    tl.store(best + row * parts + part, largest)
+    tl.store(index + row * parts + part, tl.min(tl.where(found == largest, column, size), 0))
+
+
+@triton.jit
+def _largest_of_parts(best, index, result, parts, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    part = tl.arange(0, BLOCK)
+    found = tl.load(best + row * parts + part, mask=part < parts, other=float("-inf"))
+    first = tl.min(tl.where(found == tl.max(found, 0), part, BLOCK), 0)
+    tl.store(result + row, tl.load(index + row * parts + tl.minimum(first, parts - 1)).to(tl.int64))

@@ -23,10 +23,11 @@ def round_block(target: Tensor, shifted: Tensor, factor: Tensor, scale: Tensor, 
                 error: Tensor) -> None:
     """`rounding.round_block`; a program keeps the errors of some rows in registers and goes through the channels."""
     channels, rows = target.shape
-    block_rows = 16
+    block_rows = 8
+    # One warp: what is summed over channels then never leaves it.
     _round_block[(triton.cdiv(rows, block_rows),)](
         target, shifted, factor, scale, zero_point, codes, error, rows, channels, factor.stride(0), CODE_MIN=grid.code_min,
-        CODE_MAX=grid.code_max, BLOCK_ROWS=block_rows, BLOCK_CHANNELS=triton.next_power_of_2(channels), num_warps=4)
+        CODE_MAX=grid.code_max, BLOCK_ROWS=block_rows, BLOCK_CHANNELS=triton.next_power_of_2(channels), num_warps=1)
 
 
 @triton.jit
@@ -35,20 +36,32 @@ def _round_block(target, shifted, factor, scale, zero_point, codes, error, rows,
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     mine = row < rows
     channel = tl.arange(0, BLOCK_CHANNELS)
+    in_block = channel < channels
     errors = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+    # What a channel needs is read while the one before it is rounded.
+    pull = tl.load(factor + channel, mask=in_block, other=0.0)
+    step = tl.load(scale + row, mask=mine, other=1.0)
+    zero = tl.load(zero_point + row, mask=mine, other=0.0)
+    start = tl.load(shifted + row, mask=mine, other=0.0)
+    goal = tl.load(target + row, mask=mine, other=0.0)
     for j in range(0, channels):
         place = j * rows + row
-        pull = tl.load(factor + j * stride + channel, mask=channel < channels, other=0.0)
-        step = tl.load(scale + place, mask=mine, other=1.0)
-        zero = tl.load(zero_point + place, mask=mine, other=0.0)
+        later = tl.minimum(j + 1, channels - 1)
+        next_place = later * rows + row
+        next_pull = tl.load(factor + later * stride + channel, mask=in_block, other=0.0)
+        next_step = tl.load(scale + next_place, mask=mine, other=1.0)
+        next_zero = tl.load(zero_point + next_place, mask=mine, other=0.0)
+        next_start = tl.load(shifted + next_place, mask=mine, other=0.0)
+        next_goal = tl.load(target + next_place, mask=mine, other=0.0)
         # Errors of channels to come are still zero, so what the factor holds above its diagonal does not matter.
-        value = tl.load(shifted + place, mask=mine, other=0.0) + tl.sum(errors * pull[None, :], 1)
+        value = start + tl.sum(errors * pull[None, :], 1)
         code = _nearest(value * (1.0 / step)) + zero
         code = tl.minimum(tl.maximum(code, CODE_MIN), CODE_MAX)
-        left = tl.load(target + place, mask=mine, other=0.0) - (code - zero) * step
+        left = goal - (code - zero) * step
         errors = tl.where((channel == j)[None, :], left[:, None], errors)
         tl.store(codes + place, code.to(tl.int8), mask=mine)
         tl.store(error + place, left, mask=mine)
+        pull, step, zero, start, goal = next_pull, next_step, next_zero, next_start, next_goal
 
 
 def search_range(weight: Tensor, grid: Grid, importance: Tensor | None, norm: float, scale_dtype: torch.dtype,
