@@ -29,10 +29,10 @@ ITERATIONS, DEMO_ITERATIONS = 150, 60
 # Added to the Gram matrix's diagonal, as a share of its mean: a learned rounding fits the calibration text all too well.
 DAMPING = 1.0
 # Weight of the regulariser, and how far Adam could carry a v in all (from one end of h to the other is about 5): with less of
-# either a third of the roundings stay undecided (docs/quantization_methods_deep_dive.md).
-STRENGTH, TRAVEL = 1.0, 20.0
-# Windows of a step of the block's reconstruction, and weight of its error, in units of what it starts from.
-BLOCK_BATCH, BLOCK_ERROR_WEIGHT = 4, 0.1
+# either up to a third of the roundings stay undecided (docs/quantization_methods_deep_dive.md).
+STRENGTH, TRAVEL = 1.0, 50.0
+# Windows of a step of the block's reconstruction, weight of its error, in units of what it starts from, and travel there.
+BLOCK_BATCH, BLOCK_ERROR_WEIGHT, BLOCK_TRAVEL = 4, 0.1, 20.0
 # Where |v| starts from there: far enough from 0 to remember the layer-wise rounding, near enough to change it.
 BLOCK_START = 1.0
 
@@ -77,7 +77,7 @@ def reconstruct(layer: Layer, learned: list[SoftRounding], iterations: int) -> N
         for group, rounding in zip(LINEAR_GROUPS, learned, strict=True):
             _set_weights(layer, group, rounding.weight((rounding.v >= 0).float()))
         start = error(slice(BLOCK_BATCH)).clamp(min=1e-12)
-    optimiser = torch.optim.Adam([rounding.v for rounding in learned], lr=TRAVEL / iterations)
+    optimiser = torch.optim.Adam([rounding.v for rounding in learned], lr=BLOCK_TRAVEL / iterations)
     generator = torch.Generator().manual_seed(layer.index)
     for step in range(iterations):
         beta = beta_at(step, iterations)

@@ -15,6 +15,9 @@ from common.kernels.inference import SIGN_BITS, PackedWeight, Rotary
 SPLIT_LENGTH, BLOCK_LENGTH = 512, 64
 # Programs that a product should have at least, so that every multiprocessor has work.
 PROGRAMS = 256
+# Conversions of integers are rare units' work. A float with this exponent has an integer below 2^23 as its last bits, and is
+# that integer plus 2^23.
+_EXPONENT, _OFFSET = tl.constexpr(0x4B000000), tl.constexpr(8388608.0)
 
 
 def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
@@ -26,24 +29,26 @@ def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
         output = torch.empty(1, out, device=inputs.device, dtype=inputs.dtype)
         # Pieces of a group: so many words that a power of two of them is a group.
         piece = min(16, group_words & -group_words)
+        # Measured on an H200 for the linears of the Llama-3.2-1B shape.
         block_out = 8 if out <= 4096 else 16
+        block_words = 128 if words <= 256 else 256
         _matvec[(triton.cdiv(out, block_out),)](
             inputs, weight.packed, weight.scale, weight.zero_point, output, out, words, group_words // piece, **form,
-            PIECE=piece, BLOCK_OUT=block_out, BLOCK_PIECES=min(256 // piece, triton.next_power_of_2(words // piece)),
+            PIECE=piece, BLOCK_OUT=block_out, BLOCK_PIECES=min(block_words // piece, triton.next_power_of_2(words // piece)),
             num_warps=4)
         return output
     size = channels // weight.scale.shape[1]
     block = min(128, size & -size)
     if block < 16:                                                              # no product of so few channels
         return inputs @ unpack(weight, inputs.dtype).T
-    block_out = 32 if out <= 4096 else 64
+    block_out = 64 if out <= 4096 else 128
     tiles, steps = triton.cdiv(out, block_out), channels // block
     splits = max(1, min(steps, PROGRAMS // tiles))
     partial = torch.empty(splits, rows, out, device=inputs.device, dtype=torch.float32)
     _matmul[(tiles, splits)](
         inputs, weight.packed.view(torch.uint8), weight.scale, weight.zero_point, partial, rows, out, channels, size,
         triton.cdiv(steps, splits), **form, BLOCK_ROWS=max(16, triton.next_power_of_2(rows)), BLOCK_OUT=block_out, BLOCK=block,
-        num_warps=4, num_stages=3)
+        num_warps=4, num_stages=4)
     output = torch.empty(rows, out, device=inputs.device, dtype=inputs.dtype)
     _sum_parts[(triton.cdiv(rows * out, 1024),)](partial, output, rows * out, SPLITS=splits, BLOCK=1024, num_warps=4)
     return output
@@ -69,9 +74,13 @@ def _matvec(inputs, packed, scale, zero_point, output, out, words, group_pieces,
         sum_of_inputs = tl.zeros((BLOCK_PIECES, PIECE), tl.float32)
         for i in tl.static_range(PER_WORD):
             value = tl.load(inputs + word * PER_WORD + i, mask=known[:, None], other=0.0).to(tl.float32)
-            code = (codes >> (BITS * i)) & ((1 << BITS) - 1)
-            product += code.to(tl.float32) * value[None, :, :]
             sum_of_inputs += value
+            # A code stays where it is in its half of the word; the input makes up for that.
+            half = codes if i < PER_WORD // 2 else codes >> 16
+            factor: tl.constexpr = 1 << (BITS * (i % (PER_WORD // 2)))
+            code = ((half & (factor * ((1 << BITS) - 1))) | _EXPONENT).to(tl.float32, bitcast=True) - _OFFSET
+            inverse: tl.constexpr = 1.0 / factor
+            product += code * (value * inverse)[None, :, :]
         whole = tl.sum(product, 2)
         if HAS_ZERO:
             zero = tl.load(zero_point + place, mask=mask, other=0).to(tl.float32)
@@ -108,11 +117,12 @@ def _matmul(inputs, packed, scale, zero_point, partial, rows, out, channels, siz
         place = channel * (channels // size) + start // size
         step = tl.load(scale + place, mask=in_range, other=0.0).to(tl.float32)
         if HAS_ZERO:
-            zero = tl.load(zero_point + place, mask=in_range, other=0).to(tl.int16)
+            zero = tl.load(zero_point + place, mask=in_range, other=0).to(tl.float32)
         else:
-            zero = tl.full((BLOCK_OUT,), 1 << (BITS - 1), tl.int16)
+            zero = tl.full((BLOCK_OUT,), 1 << (BITS - 1), tl.float32)
         # Differences of codes are small integers: exact in 16 bits.
-        exact = (code.to(tl.int16) - zero[:, None]).to(dtype)
+        code = (code.to(tl.int32) | _EXPONENT).to(tl.float32, bitcast=True)
+        exact = (code - (zero + _OFFSET)[:, None]).to(dtype)
         total += tl.dot(value, tl.trans(exact), input_precision="ieee") * step[None, :]
     place = (tl.program_id(1) * rows + row[:, None]) * out + channel[None, :]
     tl.store(partial + place, total, mask=(row < rows)[:, None] & in_range[None, :])
@@ -151,10 +161,11 @@ def _unpack(packed, scale, zero_point, weight, words, group_words, BITS: tl.cons
     code = (codes >> (element % PER_WORD * BITS)) & ((1 << BITS) - 1)
     place = channel * (words // group_words) + word // group_words
     if HAS_ZERO:
-        zero = tl.load(zero_point + place, mask=mask, other=0).to(tl.int32)
+        zero = tl.load(zero_point + place, mask=mask, other=0).to(tl.float32)
     else:
-        zero = 1 << (BITS - 1)
-    value = (code - zero).to(tl.float32) * tl.load(scale + place, mask=mask, other=0.0).to(tl.float32)
+        zero = (1 << (BITS - 1)) + 0.0
+    exact = (code | _EXPONENT).to(tl.float32, bitcast=True) - (zero + _OFFSET)
+    value = exact * tl.load(scale + place, mask=mask, other=0.0).to(tl.float32)
     tl.store(weight + (channel * words + first) * PER_WORD + element, value.to(weight.dtype.element_ty), mask=mask)
 
 
