@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="triton is not installed: its kernels are tested where it is")
@@ -195,3 +198,11 @@ def test_learning_step(generator, form):
                                       other.moment, other.variance, other.difference, form, 0.7, beta, 0.3)
         close(other.soft.v, twin.soft.v, 1e-4)
         close(other.difference, twin.difference, 1e-3)
+
+
+def test_every_kernel_compiles(tmp_path):
+    """For a card, on a machine without one: the interpreter takes things that the compiler refuses."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, ROOT / "tests" / "compile_kernels.py"], capture_output=True, text=True, timeout=300,
+                            env={**environment, "TRITON_CACHE_DIR": str(tmp_path)})
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -77,10 +77,9 @@ def _matvec(inputs, packed, scale, zero_point, output, out, words, group_pieces,
             sum_of_inputs += value
             # A code stays where it is in its half of the word; the input makes up for that.
             half = codes if i < PER_WORD // 2 else codes >> 16
-            factor: tl.constexpr = 1 << (BITS * (i % (PER_WORD // 2)))
-            code = ((half & (factor * ((1 << BITS) - 1))) | _EXPONENT).to(tl.float32, bitcast=True) - _OFFSET
-            inverse: tl.constexpr = 1.0 / factor
-            product += code * (value * inverse)[None, :, :]
+            bits = (half & (((1 << BITS) - 1) << (BITS * (i % (PER_WORD // 2))))) | _EXPONENT
+            value *= 1.0 / (1 << (BITS * (i % (PER_WORD // 2))))
+            product += (bits.to(tl.float32, bitcast=True) - _OFFSET) * value[None, :, :]
         whole = tl.sum(product, 2)
         if HAS_ZERO:
             zero = tl.load(zero_point + place, mask=mask, other=0).to(tl.float32)

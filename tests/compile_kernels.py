@@ -1,0 +1,69 @@
+"""Compile every Triton kernel for compute capability 9.0; needs no card. The interpreter takes things that the compiler refuses."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from common.kernels import inference_triton, rounding_triton  # noqa: E402
+
+TARGET = GPUTarget("cuda", 90, 32)
+HALF, FLOAT, WORD, BYTE, SIGNED, LONG = "*bf16", "*fp32", "*i32", "*u8", "*i8", "*i64"
+# Pointers by argument name; what is not here is a 32-bit integer, or a float where FLOATS says so.
+POINTERS = {"inputs": HALF, "packed": WORD, "scale": HALF, "zero_point": BYTE, "output": HALF, "partial": FLOAT, "weight": HALF,
+            "hidden": HALF, "update": HALF, "gain": HALF, "projected": HALF, "cosine": HALF, "sine": HALF, "query_gain": HALF,
+            "key_gain": HALF, "positions": LONG, "keys": HALF, "values": HALF, "counters": WORD, "gate_and_up": HALF,
+            "best": FLOAT, "index": WORD, "result": LONG}
+FLOATS = {"epsilon", "scaling", "smallest", "tiny", "strength", "beta", "rate"}
+ROUNDING = {name: FLOAT for name in ("target", "shifted", "factor", "scale", "zero_point", "error", "weight", "importance",
+                                     "candidates", "v", "low", "product", "unit", "moment", "variance", "difference")}
+ROUNDING["codes"] = SIGNED
+PACKED = [{"BITS": bits, "HAS_ZERO": zero, "SIGN_BITS": sign} for bits, zero, sign in
+          ((4, True, 0), (4, False, 0), (8, True, 0), (8, False, inference_triton.SIGN_BITS))]
+CASES = [
+    *[("_matvec", {**form, "PIECE": 16, "BLOCK_OUT": 8, "BLOCK_PIECES": 8}, {}) for form in PACKED],
+    *[("_matmul", {**form, "BLOCK_ROWS": 32, "BLOCK_OUT": 64, "BLOCK": block}, {"packed": BYTE}) for form in PACKED
+      for block in (32, 128)],
+    *[("_unpack", {**form, "BLOCK_WORDS": 256}, {}) for form in PACKED],
+    ("_sum_parts", {"SPLITS": 4, "BLOCK": 1024}, {}), ("_round_rows", {"BITS": 8, "BLOCK": 2048}, {}),
+    ("_add_rms_norm", {"HAS_UPDATE": True, "BLOCK": 2048}, {}), ("_silu_mul", {"BLOCK": 1024}, {}),
+    *[("_attend", {"KEY_HEADS": 8, "HEADS_PER_KEY": 4, "BLOCK_HEADS": 16, "SIZE": 64, "HAS_NORMS": norms, "SPLITS": splits,
+                   "SPLIT": 512, "BLOCK": 64}, {}) for norms in (False, True) for splits in (1, 4)],
+    ("_largest_in_part", {"BLOCK": 2048}, {}), ("_largest_of_parts", {"BLOCK": 64}, {"index": WORD}),
+    ("_round_block", {"CODE_MIN": -8, "CODE_MAX": 7, "BLOCK_ROWS": 8, "BLOCK_CHANNELS": 128}, ROUNDING),
+    *[("_search_range", {"STORED": rounding_triton.tl.bfloat16, "HAS_IMPORTANCE": weighted, "FOURTH": not weighted,
+                         "SYMMETRIC": symmetric, "BITS": 4, "BLOCK_GROUPS": 16, "BLOCK_SIZE": 128}, ROUNDING)
+      for weighted in (False, True) for symmetric in (False, True)],
+    *[("_learning_step", {"HAS_BETA": beta, "CODE_MIN": -8, "CODE_MAX": 7, "BLOCK": 1024}, ROUNDING) for beta in (False, True)],
+]
+
+
+def compile_kernel(name: str, constants: dict, pointers: dict) -> None:
+    kernel = getattr(inference_triton, name, None) or getattr(rounding_triton, name)
+    types = {**POINTERS, **pointers}
+    signature = {}
+    for parameter in inspect.signature(kernel.fn).parameters:
+        if parameter in constants:
+            signature[parameter] = "constexpr"
+        else:
+            signature[parameter] = types.get(parameter, "fp32" if parameter in FLOATS else "i32")
+    triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants), target=TARGET)
+
+
+if __name__ == "__main__":
+    failed = 0
+    for name, constants, pointers in CASES:
+        try:
+            compile_kernel(name, constants, pointers)
+        except Exception as error:  # whatever the compiler raises, the others are still worth a try
+            failed += 1
+            print(f"{name} {constants}: {type(error).__name__} {error}")
+    print(f"{len(CASES) - failed} of {len(CASES)} compiled")
+    sys.exit(bool(failed))
