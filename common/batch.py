@@ -1,4 +1,5 @@
-"""The batch behind run_all_quantization.sh: every configuration in a process of its own, one after the other.
+"""The batch behind run_all_quantization.sh: every configuration in processes of its own, one after the other, or several at
+once with a GPU each.
 
 A configuration that fails is recorded with its reason and does not stop the rest. One that is finished is skipped.
 """
@@ -6,13 +7,23 @@ A configuration that fails is recorded with its reason and does not stop the res
 from __future__ import annotations
 
 import argparse
+import os
+import queue
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from common.cli import run
+import torch
+
+from common.cli import positive, run
+from common.errors import UserError
 from common.models import DEFAULT_MODEL, MODELS_FOLDER, model_name
 from common.progress import say
 from common.results import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE, read_json, write_json
@@ -32,26 +43,48 @@ class Batch:
     evaluation: list[str]
     passed_on: list[str]
     status: dict[str, dict] = field(default_factory=dict)
+    # GPUs that no configuration is using; None without --gpus, when nothing is said about which to use.
+    free: queue.Queue[str] | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def gpu(self) -> Iterator[dict[str, str]]:
+        """While open a GPU belongs to the caller; gives the environment that lets processes see that one alone."""
+        if self.free is None:
+            yield {}
+            return
+        gpu = self.free.get()
+        try:
+            yield {"CUDA_VISIBLE_DEVICES": gpu}
+        finally:
+            self.free.put(gpu)
 
     def note(self, configuration: str, state: str, reason: str = "") -> None:
         """Record the state of a configuration, where analyze_results.py finds it."""
-        self.status[configuration] = {"state": state, **({"reason": reason} if reason else {})}
-        write_json(self.results / self.name / STATUS_FILE, self.status)
+        with self.lock:
+            self.status[configuration] = {"state": state, **({"reason": reason} if reason else {})}
+            write_json(self.results / self.name / STATUS_FILE, self.status)
 
 
 class StepFailed(Exception):
     """A step of a configuration ended with an error; the message is its last line."""
 
 
-def step(title: str, command: list[str], log: Path) -> None:
-    """Run one script, showing its output and keeping it in `log`. Raises StepFailed with its error line."""
-    say(f"--- {title}")
+def step(title: str, command: list[str], log: Path, gpu: dict[str, str]) -> None:
+    """Run one script, showing its output and keeping it in `log`. Raises StepFailed with its error line.
+
+    Args:
+        gpu: environment that says which GPU to use; lines are shown with the configuration's name when it says so.
+    """
+    prefix = f"[{log.stem}] " if gpu else ""
+    say(f"{prefix}--- {title}")
     log.parent.mkdir(parents=True, exist_ok=True)
     last, error = "", ""
     with log.open("a") as file:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                                   env={**os.environ, **gpu})
         for line in process.stdout:
-            sys.stdout.write(line)
+            sys.stdout.write(prefix + line)
             sys.stdout.flush()
             file.write(line)
             last = line.strip() or last
@@ -78,24 +111,30 @@ def run_configuration(batch: Batch, configuration: str) -> bool:
     say(f"=== {configuration}")
     log.unlink(missing_ok=True)
     batch.note(configuration, "running")
-    evaluate = [*batch.device, *batch.evaluation, "--results-dir", str(batch.results)]
     try:
-        if wanted is None:
-            step("evaluate", [sys.executable, "common/baseline.py", "--model", batch.model, *evaluate], log)
-        else:
-            method, bits = wanted
-            if batch.overwrite or not folder.is_dir():
-                step("quantize", [sys.executable, f"quantize_{method}.py", "--model", batch.model, "--bits", str(bits),
-                                  "--output", str(folder), *batch.device, *batch.passed_on,
-                                  *(["--overwrite"] if batch.overwrite else [])], log)
-            step("verify", [sys.executable, "verify_model.py", "--model-path", str(folder), *batch.device], log)
-            step("evaluate", [sys.executable, "common/evaluation.py", "--model-path", str(folder), *evaluate], log)
+        with batch.gpu() as gpu:
+            _run_steps(batch, configuration, folder, log, gpu)
     except StepFailed as failure:
         say(f"=== {configuration} failed: {failure}")
         batch.note(configuration, "warning" if folder.is_dir() and wanted else "failed", str(failure))
         return False
     batch.note(configuration, "done")
     return True
+
+
+def _run_steps(batch: Batch, configuration: str, folder: Path, log: Path, gpu: dict[str, str]) -> None:
+    """Quantize what is not there yet, verify, evaluate. Raises StepFailed."""
+    wanted = CONFIGURATIONS[configuration]
+    evaluate = [*batch.device, *batch.evaluation, "--results-dir", str(batch.results)]
+    if wanted is None:
+        step("evaluate", [sys.executable, "common/baseline.py", "--model", batch.model, *evaluate], log, gpu)
+        return
+    method, bits = wanted
+    if batch.overwrite or not folder.is_dir():
+        step("quantize", [sys.executable, f"quantize_{method}.py", "--model", batch.model, "--bits", str(bits), "--output",
+                          str(folder), *batch.device, *batch.passed_on, *(["--overwrite"] if batch.overwrite else [])], log, gpu)
+    step("verify", [sys.executable, "verify_model.py", "--model-path", str(folder), *batch.device], log, gpu)
+    step("evaluate", [sys.executable, "common/evaluation.py", "--model-path", str(folder), *evaluate], log, gpu)
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -112,6 +151,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--device", help="auto, cuda or cpu (default: auto)")
     parser.add_argument("--dtype", help="type to compute in")
     parser.add_argument("--data-root", help="where data sets are looked up before the hub")
+    parser.add_argument("--gpus", type=positive, metavar="N", help="run N configurations at once, each on a GPU of its own")
     parser.add_argument("--results-dir", type=Path, default=RESULTS_FOLDER, help="default: %(default)s")
     options, passed_on = parser.parse_known_args()
     if options.demo:
@@ -120,6 +160,20 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     if unknown:
         parser.error(f"unknown configuration {', '.join(sorted(unknown))}; known are {', '.join(CONFIGURATIONS)}")
     return options, passed_on
+
+
+def _gpus(count: int) -> queue.Queue[str]:
+    """The first `count` GPUs, as CUDA_VISIBLE_DEVICES names them. Raises UserError when there are fewer."""
+    present = torch.cuda.device_count()
+    if count > present:
+        raise UserError(f"--gpus {count}: this machine has {present}; use --gpus {present}" if present else
+                        "no CUDA device was found; leave --gpus out, or check the driver with nvidia-smi")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else map(str, range(present))
+    free: queue.Queue[str] = queue.Queue()
+    for name in list(names)[:count]:
+        free.put(name)
+    return free
 
 
 def main() -> int:
@@ -131,18 +185,21 @@ def main() -> int:
     batch = Batch(options.model, name, options.results_dir, options.overwrite, device,
                   ["--limit", options.limit] if options.limit else [], passed_on,
                   read_json(status_file) if status_file.is_file() else {})
-    chosen = options.only.split(",") if options.only else list(CONFIGURATIONS)
+    if options.gpus:
+        batch.free = _gpus(options.gpus)
+    # Without a script it is shown as "Not started".
+    chosen = [name for name in (options.only.split(",") if options.only else CONFIGURATIONS)
+              if CONFIGURATIONS[name] is None or Path(f"quantize_{CONFIGURATIONS[name][0]}.py").is_file()]
     start = time.monotonic()
     failed = []
-    for configuration in chosen:
-        wanted = CONFIGURATIONS[configuration]
-        if wanted is not None and not Path(f"quantize_{wanted[0]}.py").is_file():
-            continue                                                            # shown as "Not started"
-        if not run_configuration(batch, configuration):
-            failed.append(configuration)
-        if configuration == "baseline" and failed:
-            say("The baseline failed, so there is nothing to compare with; stopping.")
-            break
+    if "baseline" in chosen and not run_configuration(batch, "baseline"):
+        failed.append("baseline")
+        say("The baseline failed, so there is nothing to compare with; stopping.")
+    else:
+        rest = [name for name in chosen if name != "baseline"]
+        with ThreadPoolExecutor(options.gpus or 1) as pool:
+            failed += [name for name, fine in zip(rest, pool.map(partial(run_configuration, batch), rest), strict=True)
+                       if not fine]
     readme = subprocess.run([sys.executable, "analyze_results.py", "--results-dir", str(options.results_dir)])
     say(f"{len(chosen)} configurations in {time.monotonic() - start:.0f} s"
         + (f"; failed: {', '.join(failed)}" if failed else ""))

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.calibration import Windows
-from common.layerwise import embed_chunks, run_layer
 from common.models import SourceModel
 from common.progress import track
+from common.streams import embed_chunks, run_layer
 
 QUANTILES = {"kl_median": 0.5, "kl_99": 0.99, "kl_999": 0.999}
 

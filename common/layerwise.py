@@ -20,15 +20,12 @@ from common.models import LINEAR_GROUPS, LINEARS, LinearGroup, SourceModel
 from common.online import OnlineTransforms
 from common.progress import track
 from common.rounding import catch_up
-from common.statistics import InputStatistics, group_inputs, new_statistics
+from common.statistics import InputStatistics, add_in_parts, group_inputs, new_statistics
+from common.streams import advance, each_chunk, embed_chunks, run_layer
 
 # The groups, of one linear each, whose output is added to the residual stream.
 _O_PROJ, _DOWN_PROJ = ("self_attn.o_proj",), ("mlp.down_proj",)
 QUANTIZED_WEIGHTS = tuple(f"{name}.weight" for name in LINEARS)
-# Tokens that go through a layer at once.
-CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
-# Hidden states stay on the card while they take at most this share of its free memory.
-_DEVICE_SHARE = 0.25
 
 
 @dataclass
@@ -218,7 +215,7 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
         with watch("propagate"):
             streams.probed = run_layer(module, streams.probed, streams.probe_arguments[index])
             if method.needs == GRAM and index + 1 < source.num_layers:
-                _advance(layer, streams.hidden, source.device)
+                advance(layer.forward, streams.hidden, source.device)
         source.release_layer(index)
     linears = {name: linear for record in records for name, linear in record["linears"].items()}
     with watch("record"):
@@ -279,39 +276,17 @@ def _replay(layer: Layer, method: Method, streams: _Streams, device: torch.devic
     """Do to the streams what quantizing the layer did, and put its finished weights into the module."""
     if streams.originals is not None:
         with _paused(method):
-            _advance(layer, streams.originals, device)
+            advance(layer.forward, streams.originals, device)
     if method.needs == RANGES:
-        _advance(layer, streams.hidden, device)
+        advance(layer.forward, streams.hidden, device)
     restore(layer.index, layer.module)
     for name in LINEARS:
         _round_inputs(layer.module.get_submodule(name), method.round_inputs)
 
 
-def _advance(layer: Layer, chunks: list[Tensor], device: torch.device) -> None:
-    """Replace hidden states, in chunks, by those after the layer; one chunk at a time, each where it was."""
-    for i, chunk in enumerate(chunks):
-        chunks[i] = layer.forward(chunk.to(device)).to(chunk.device)
-
-
 def _paused(method: Method) -> AbstractContextManager:
     """A context in which layers run as the original ones would."""
     return method.online.paused() if method.online else nullcontext()
-
-
-def embed_chunks(source: SourceModel, windows: Tensor) -> list[Tensor]:
-    """Hidden states of all windows before the first layer, in chunks, on the device where they fit."""
-    home = source.device
-    size = windows.numel() * source.config.hidden_size * source.dtype.itemsize
-    if home.type == "cuda" and size > _DEVICE_SHARE * torch.cuda.mem_get_info(home)[0]:
-        home = torch.device("cpu")
-    rows = max(1, CHUNK_TOKENS[source.device.type] // windows.shape[1])
-    return [source.embed(chunk).to(home) for chunk in windows.split(rows)]
-
-
-def run_layer(module: nn.Module, hidden: Tensor, arguments: dict) -> Tensor:
-    """Hidden states [batch, length, hidden] after a decoder layer."""
-    output = module(hidden, **arguments)
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _collect(layer: Layer, device: torch.device, method: Method, originals: list[Tensor] | None) -> list[InputStatistics]:
@@ -330,22 +305,26 @@ def _collect(layer: Layer, device: torch.device, method: Method, originals: list
     watch = layer.module.post_attention_layernorm.register_forward_pre_hook(
         lambda _, arguments: after_attention.append(arguments[0]))
     with group_inputs(layer.module, inputs.__setitem__):
-        for i, home in enumerate(layer.inputs):
-            chunk = home.to(device)
+        def visit(i: int) -> None:
+            chunk, original = layer.inputs[i].to(device), None
             after_attention.clear()
+            inputs.clear()
             if originals is not None:
                 with _paused(method):
                     original = layer.forward(originals[i].to(device))
-                originals[i] = original.to(home.device)
             output = layer.forward(chunk)
             lags = {}
             if originals is not None:
                 lags = {_O_PROJ: after_attention[0] - after_attention[1], _DOWN_PROJ: original - output}
             weights = {_O_PROJ: _token_weights(chunk), _DOWN_PROJ: _token_weights(output)}
             for index, group in enumerate(LINEAR_GROUPS):
-                statistics[index].add(inputs[index], weights.get(group.linears), lags.get(group.linears))
+                add_in_parts(statistics[index], inputs[index], weights.get(group.linears), lags.get(group.linears))
+            if originals is not None:
+                originals[i] = original.to(originals[i].device)
             if method.needs == RANGES:
-                layer.inputs[i] = output.to(home.device)
+                layer.inputs[i] = output.to(layer.inputs[i].device)
+
+        each_chunk(visit, layer.inputs, originals)
     watch.remove()
     return [group.finish() for group in statistics]
 

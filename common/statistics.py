@@ -57,49 +57,54 @@ class InputStatistics:
                 model's.
         """
         rows = inputs.detach().reshape(-1, self.in_features)
+        weights = None if token_weights is None else token_weights.reshape(-1, 1)
+        lag = None if lag is None else lag.reshape(len(rows), -1)
+        # All that needs memory comes first: when there is none left, nothing has been added.
+        magnitudes = rows.abs() if self.with_magnitudes else None
         if rows.is_cuda and rows.dtype != torch.float32:
-            self._add_products_of_halves(rows, token_weights, lag)
+            self._add_products_of_halves(rows, weights, lag)
         else:
-            self._add_products(rows.float(), token_weights, lag)
+            self._add_products(rows.float(), weights, lag)
         self.tokens += len(rows)
-        if self.with_magnitudes:
-            magnitudes = rows.abs()
+        if magnitudes is not None:
             torch.maximum(self.abs_max, magnitudes.amax(0), out=self.abs_max)
             self.abs_mean += magnitudes.sum(0, dtype=torch.float32)
             self._samples.append(rows[::max(1, len(rows) // SAMPLES_PER_BATCH)].float())
 
-    def _add_products(self, rows: Tensor, token_weights: Tensor | None, lag: Tensor | None) -> None:
-        self.weight += len(rows) if token_weights is None else token_weights.sum()
-        weighted = rows if token_weights is None else rows * token_weights.reshape(-1, 1)
+    def _add_products(self, rows: Tensor, weights: Tensor | None, lag: Tensor | None) -> None:
+        weighted = rows if weights is None else rows * weights
+        if lag is not None:
+            self._add_lag(lag.float().T @ weighted)
+        self.weight += len(rows) if weights is None else weights.sum()
         # The Gram matrix is symmetric: its upper blocks suffice until all batches are in.
         for start in range(0, self.in_features if self.with_gram else 0, self._block):
             stop = start + self._block
             self.gram[start:stop, start:].addmm_(weighted[:, start:stop].T, rows[:, start:])
         if not self.with_gram:
             self.mean_square += (weighted * rows).sum(0)
-        if lag is not None:
-            self._add_lag(lag.reshape(len(rows), -1).float().T @ weighted)
 
-    def _add_products_of_halves(self, rows: Tensor, token_weights: Tensor | None, lag: Tensor | None) -> None:
+    def _add_products_of_halves(self, rows: Tensor, weights: Tensor | None, lag: Tensor | None) -> None:
         """The same on tensor cores: products of 16-bit numbers are exact and summed in float32.
 
         The root of a token's weight goes into both factors of the Gram matrix, which so stays one of real vectors.
         """
-        root = None if token_weights is None else token_weights.reshape(-1, 1).sqrt().to(rows.dtype)
-        self.weight += len(rows) if root is None else root.float().square().sum()
+        root = None if weights is None else weights.sqrt().to(rows.dtype)
         scaled = rows if root is None else rows * root
-        if not self.with_gram:
-            self.mean_square += scaled.float().square().sum(0)
+        parts, product = [], None
         for i, start in enumerate(range(0, self.in_features if self.with_gram else 0, self._block)):
             left, right = scaled[:, start:start + self._block].T, scaled[:, start:]
-            if i == len(self._parts):
-                self._parts.append(torch.mm(left, right, out_dtype=torch.float32))
+            if self._parts:
+                parts.append(torch.addmm(self._parts[i], left, right, out_dtype=torch.float32))
             else:
-                self._parts[i] = torch.addmm(self._parts[i], left, right, out_dtype=torch.float32)
+                parts.append(torch.mm(left, right, out_dtype=torch.float32))
         if lag is not None:
-            lag = lag.reshape(len(rows), -1)
-            lag = lag if root is None else lag * root
-            self._add_lag(torch.mm(lag.T, scaled, out_dtype=torch.float32))
+            product = torch.mm((lag if root is None else lag * root).T, scaled, out_dtype=torch.float32)
+        if not self.with_gram:
+            self.mean_square += scaled.float().square().sum(0)
+        self._parts = parts
+        if product is not None:
+            self._add_lag(product)
+        self.weight += len(rows) if root is None else root.float().square().sum()
 
     def _add_lag(self, product: Tensor) -> None:
         self.lag = product if self.lag is None else self.lag.add_(product)
@@ -123,6 +128,20 @@ class InputStatistics:
             self.lag /= self.weight
         self.abs_mean /= max(self.tokens, 1)
         return self
+
+
+def add_in_parts(statistics: InputStatistics, inputs: Tensor, token_weights: Tensor | None, lag: Tensor | None) -> None:
+    """`InputStatistics.add`; a batch [batch, ...] that the card has no room for is added in halves."""
+    try:
+        return statistics.add(inputs, token_weights, lag)
+    except torch.cuda.OutOfMemoryError:
+        if len(inputs) == 1:
+            raise
+    torch.cuda.empty_cache()
+    half = len(inputs) // 2
+    for part in (slice(None, half), slice(half, None)):
+        add_in_parts(statistics, inputs[part], None if token_weights is None else token_weights[part],
+                     None if lag is None else lag[part])
 
 
 @contextmanager

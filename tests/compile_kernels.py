@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for compute capability 9.0; needs no card. The interpreter takes things that the compiler refuses."""
+"""Compile every Triton kernel for compute capability 9.0; needs no card. The interpreter lets pass what the compiler refuses."""
 
 from __future__ import annotations
 

@@ -150,3 +150,25 @@ def test_finished_ones_are_skipped_until_overwrite(batch, capfd):
     assert batch("--only", "hqq-4bit", "--overwrite") == 0
     calls = (batch.folder / "calls").read_text().splitlines()
     assert len(calls) == 3 and "--overwrite" in calls[2]
+
+
+def test_a_gpu_for_each_configuration(batch, capfd, monkeypatch):
+    """Played without GPUs: two are busy at once, each with one configuration, and what they print is told apart."""
+    (batch.folder / "quantize_gptq.py").write_text(STAND_INS["quantize_hqq.py"])
+    note = "import os, sys, time, pathlib; n = pathlib.Path(sys.argv[sys.argv.index('--model-path') + 1]).name; " \
+           "f = pathlib.Path('gpu-' + os.environ['CUDA_VISIBLE_DEVICES']); assert not f.exists(); f.touch(); time.sleep(0.5); " \
+           "pathlib.Path('order').open('a').write(f'{n} {f}\\n'); f.unlink(); print('checked')"
+    (batch.folder / "verify_model.py").write_text(note)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert batch("--gpus", "2") == 0
+    lines = [line.split() for line in (batch.folder / "order").read_text().splitlines()]
+    assert sorted(name for name, _ in lines) == ["gptq-4bit", "gptq-8bit", "hqq-4bit", "hqq-8bit"]
+    assert {gpu for _, gpu in lines} == {"gpu-4", "gpu-5"}
+    status = json.loads((batch.folder / "results/tiny/status.json").read_text())
+    assert [status[name]["state"] for name, _ in lines] == ["done"] * 4
+    assert "[hqq-8bit] checked" in capfd.readouterr().out
+    from common.errors import UserError
+
+    with pytest.raises(UserError, match="--gpus 4: this machine has 3; use --gpus 3"):
+        batch("--gpus", "4")
