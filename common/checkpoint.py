@@ -6,6 +6,7 @@ name in one step when it is whole: a folder at the output's name is complete.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -244,7 +245,8 @@ class CheckpointWriter:
     def finish(self, metadata: dict | None) -> None:
         """Give the checkpoint its metadata and its real name. An older checkpoint there is replaced only now."""
         if metadata is not None:
-            (self.folder / METADATA_FILE).write_text(json.dumps(metadata, indent=1))
+            content = {**metadata, "files": file_hashes(self.folder)}
+            (self.folder / METADATA_FILE).write_text(json.dumps(content, indent=1))
         for file in self.folder.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -279,22 +281,41 @@ def open_checkpoint(folder: Path) -> tuple[dict, TensorReader]:
         raise UserError(f"{folder} is not a folder; give the --output of a quantize script")
     try:
         config = json.loads((folder / "config.json").read_text())
-        quantization = config["quantization_config"]
-        if quantization["quant_method"] != "compressed-tensors":
-            raise KeyError
     except OSError:
         raise UserError(f"{folder} is not a model: it has no config.json") from None
     except ValueError:
         raise UserError(f"{folder}: config.json is damaged") from None
+    try:
+        quantization = config["quantization_config"]
+        ours = quantization["quant_method"] == "compressed-tensors" and "group_0" in quantization["config_groups"]
     except (KeyError, TypeError):
-        raise UserError(f"{folder} is not a checkpoint of the quantize scripts (no compressed-tensors configuration)") \
-            from None
+        ours = False
+    if not ours:
+        raise UserError(f"{folder} is not a checkpoint of the quantize scripts (no compressed-tensors configuration)")
+    try:
+        grids = [grid_of(group) for group in quantization["config_groups"].values()]
+        whole = all(isinstance(grid.bits, int) and isinstance(grid.symmetric, bool) for grid in grids)
+        if not whole or not 0 < config["num_hidden_layers"] < 10_000:
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{folder}: config.json is damaged") from None
     return config, TensorReader(folder)
 
 
 def is_quantized(folder: Path) -> bool:
     """Whether the model in a folder says that it is quantized, in this format or another."""
     return "quantization_config" in json.loads((folder / "config.json").read_text())
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of a checkpoint that decide what it computes, by name."""
+    names = sorted(file.name for file in folder.iterdir()
+                   if file.suffix == ".safetensors" or file.name in ("config.json", INDEX_FILE, "tokenizer.json"))
+    hashes = {}
+    for name in names:
+        with (folder / name).open("rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def folder_bytes(folder: Path) -> int:

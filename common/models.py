@@ -100,7 +100,7 @@ def load_config(folder: Path):
         UserError: unreadable, not a supported architecture, or quantized already.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{folder}: config.json cannot be read ({_first_line(error)})") from None
     if config.model_type not in SUPPORTED_ARCHITECTURES:
@@ -114,7 +114,7 @@ def load_config(folder: Path):
 def load_tokenizer(folder: Path):
     """The tokenizer in `folder`. Raises UserError when it is missing or broken."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizer libraries raise bare Exception for broken files
         raise UserError(f"{folder}: the tokenizer cannot be loaded ({_first_line(error)})") from None
 
@@ -145,13 +145,15 @@ class TensorReader:
         try:
             if index.is_file():
                 weight_map = json.loads(index.read_text())["weight_map"]
+                if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                    raise ValueError(f"{INDEX_FILE} is damaged")
             elif (folder / single).is_file():
                 with safe_open(folder / single, "pt") as file:
                     weight_map = dict.fromkeys(file.keys(), single)
             else:
                 raise UserError(f"{folder} has no model.safetensors (only safetensors weights are read)")
             self._files = {name: safe_open(folder / name, "pt") for name in sorted(set(weight_map.values()))}
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: weights are incomplete or damaged ({_first_line(error)})") from None
         self._weight_map = weight_map
         self._folder = folder

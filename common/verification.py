@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from common import metadata, probe
-from common.checkpoint import INTEGER, decompress, grid_of, open_checkpoint, stored_parts, unpack
+from common.checkpoint import INTEGER, decompress, file_hashes, grid_of, open_checkpoint, stored_parts, unpack
 from common.errors import UserError
 from common.grid import Grid
 from common.models import LINEARS, TensorReader
@@ -45,6 +45,7 @@ def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[C
     yield complete
     if not complete.passed:
         return
+    yield _unchanged(folder, record)
     yield from _codes(config, tensors)
     try:
         model, tokenizer = load_model(folder, device, dtype)
@@ -59,14 +60,17 @@ def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[C
         logits = model(tokens.to(device), use_cache=False).logits[0].float()
     finite = bool(torch.isfinite(logits).all()) and all(bool(torch.isfinite(p).all()) for p in model.parameters())
     yield Check("no NaN or Inf", finite, "weights and logits are finite" if finite else "NaN or Inf found")
-    yield from _recorded(record, logits, tokens, dtype)
+    try:
+        yield from _recorded(record, logits, tokens, dtype)
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError):
+        yield Check("recorded logits", False, f"{metadata.METADATA_FILE} is damaged; quantize again")
     yield _generation(model, tokenizer, device)
 
 
 def _refused(folder: Path, loaded: str) -> Check:
     """Whether transformers alone refuses a checkpoint that it would run wrongly."""
     try:
-        AutoConfig.from_pretrained(folder)
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError:
         return Check("plain load", True, f"refused, as it should be: it rounds activations online; here {loaded}")
     return Check("plain load", False, "transformers loads it without the online rotations it needs")
@@ -91,6 +95,15 @@ def _complete(folder: Path, config: dict, tensors: TensorReader) -> Check:
     return Check("files complete", True, f"{len(tensors.names())} tensors, tokenizer, configuration")
 
 
+def _unchanged(folder: Path, record: dict | None) -> Check:
+    if record is None or not isinstance(record.get("files"), dict):
+        return Check("files unchanged", None, "saved without metadata, or by an earlier version: no hashes to compare with")
+    found = file_hashes(folder)
+    changed = sorted(name for name in {*found, *record["files"]} if found.get(name) != record["files"].get(name))
+    return Check("files unchanged", not changed, f"differ from what was saved: {', '.join(changed[:3])}" if changed else
+                 f"{len(found)} files have the hashes they were saved with")
+
+
 def _codes(config: dict, tensors: TensorReader) -> Iterator[Check]:
     grid = grid_of(config["quantization_config"]["config_groups"]["group_0"])
     bad_codes, bad_scales, damaged = [], [], []
@@ -106,8 +119,8 @@ def _codes(config: dict, tensors: TensorReader) -> Iterator[Check]:
                     bad_scales.append(name)
                 elif not torch.isfinite(decompress(state, grid)).all():
                     damaged.append(name)
-            except (UserError, RuntimeError, ValueError, IndexError, AssertionError) as error:
-                damaged.append(f"{name} ({str(error).splitlines()[0][:80]})")
+            except (UserError, RuntimeError, ValueError, IndexError, KeyError, AssertionError) as error:
+                damaged.append(f"{name} ({(str(error).splitlines() or [''])[0][:80]})")
     total = config["num_hidden_layers"] * len(LINEARS)
     yield _listed("tensors readable", damaged, f"{total} linears unpack")
     yield _listed("codes within range", bad_codes, f"{grid.bits}-bit codes and zero-points of {total} linears")

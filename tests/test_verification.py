@@ -46,7 +46,7 @@ def run(folder):
 def test_sound(checkpoint):
     result = run(checkpoint)
     assert result.returncode == 0, result.stdout
-    assert result.stdout.count("PASS") == 9 and "FAIL" not in result.stdout
+    assert result.stdout.count("PASS") == 10 and "FAIL" not in result.stdout
     assert "generation" in result.stdout
 
 
@@ -56,8 +56,9 @@ def test_sound(checkpoint):
     (change_tensor("weight_scale", lambda t: -t), "scales positive"),
     (change_tensor("weight_scale", lambda t: torch.full_like(t, float("nan"))), "scales positive"),
     (change_tensor("weight_packed", lambda t: t[:-1]), "codes within range"),
+    (change_tensor("weight_packed", lambda t: torch.cat([t[:1] ^ 1, t[1:]])), "files unchanged"),
     (change_record, "perplexity"),
-], ids=["tokenizer", "codes", "negative", "nan", "shape", "baseline"])
+], ids=["tokenizer", "codes", "negative", "nan", "shape", "one bit", "baseline"])
 def test_tampered(checkpoint, tmp_path, change, failing):
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)
