@@ -75,6 +75,7 @@ def resolve_folder(model: str) -> Path:
 
 
 def _download(model: str) -> Path:
+    from httpx import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -88,9 +89,9 @@ def _download(model: str) -> Path:
                         "private, or use --model demo") from None
     except HFValidationError:
         raise UserError(f"{model} is neither a folder here nor a hub id; use --model demo to try things out") from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"cannot download {model}: no network, or the hub does not answer ({type(error).__name__}); "
-                        "give a local folder, or use --model demo") from None
+    except (LocalEntryNotFoundError, OSError, HTTPError) as error:
+        raise UserError(f"cannot download {model}: no network, or the hub does not answer ({type(error).__name__}); run the "
+                        "same again, which goes on where it broke off, give a local folder, or use --model demo") from None
 
 
 def load_config(folder: Path):
