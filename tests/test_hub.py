@@ -92,8 +92,12 @@ def ask(tiny, tmp_path_factory):
     server.shutdown()
 
 
-def test_from_a_hub(ask):
-    found = ask("owner/broken", "owner/whole", "owner/gated", "owner/private", "owner/unheard-of")
+@pytest.fixture(scope="module")
+def found(ask) -> dict[str, str]:
+    return ask("owner/broken", "owner/whole", "owner/gated", "owner/private", "owner/unheard-of")
+
+
+def test_from_a_hub(found):
     assert "config.json" in found["owner/whole"] and "model.safetensors" in found["owner/whole"]
     assert "owner/gated is gated: accept its licence" in found["owner/gated"] and "HF_TOKEN" in found["owner/gated"]
     for name in ("owner/private", "owner/unheard-of"):
@@ -101,12 +105,11 @@ def test_from_a_hub(ask):
     assert "cannot download owner/broken" in found["owner/broken"] and "--model demo" in found["owner/broken"]
 
 
-def test_offline(ask):
+def test_offline(found, ask):
     """What was downloaded before works without a network; what was not says so."""
-    ask("owner/whole")
-    found = ask("owner/whole", "owner/gated", HF_HUB_OFFLINE="1")
-    assert "model.safetensors" in found["owner/whole"]
-    assert "cannot download owner/gated: no network" in found["owner/gated"]
+    again = ask("owner/whole", "owner/gated", HF_HUB_OFFLINE="1")
+    assert again["owner/whole"] == found["owner/whole"]
+    assert "cannot download owner/gated: no network" in again["owner/gated"]
 
 
 def test_nobody_answers(ask):
