@@ -5,6 +5,7 @@ A method is a `Method`: what it needs, and a function that rounds one layer. Eve
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -266,6 +267,9 @@ def _quantize_layer(layer: Layer, method: Method, streams: _Streams, source: Sou
     for name, error, is_finite in zip(LINEARS, errors, finite, strict=True):
         if not is_finite:
             raise UserError(f"{layer.where(name)}: quantization gave NaN or Inf; use other calibration data or --dtype float32")
+        if not math.isfinite(error):
+            kind = str(streams.probed.dtype).removeprefix("torch.")
+            raise UserError(f"{layer.where(name)}: its inputs or outputs overflow in {kind}; use --dtype float32")
         linears[layer.where(name)] = {"bits": layer.grid.bits, "group_size": layer.grid.group_size,
                                       "relative_output_error": error}
     return codes, {"linears": linears, "notes": layer.notes}

@@ -29,13 +29,12 @@ def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
         output = torch.empty(1, out, device=inputs.device, dtype=inputs.dtype)
         # Pieces of a group: so many words that a power of two of them is a group.
         piece = min(16, group_words & -group_words)
-        # Measured on an H200 for the linears of the Llama-3.2-1B shape.
-        block_out = 8 if out <= 4096 else 16
-        block_words = 128 if words <= 256 else 256
+        # Measured on an H200 for the linears of the Llama-3.2-1B shape (benchmarks/packed_product_sweep.py).
+        block_out, block_words, warps = (16, 64, 1) if out > 4096 else (8, 128 if words <= 256 else 256, 4)
         _matvec[(triton.cdiv(out, block_out),)](
             inputs, weight.packed, weight.scale, weight.zero_point, output, out, words, group_words // piece, **form,
             PIECE=piece, BLOCK_OUT=block_out, BLOCK_PIECES=min(block_words // piece, triton.next_power_of_2(words // piece)),
-            num_warps=4)
+            num_warps=warps)
         return output
     size = channels // weight.scale.shape[1]
     block = min(128, size & -size)
