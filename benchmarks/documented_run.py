@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--data-root", required=True)
     parser.add_argument("--only", default=",".join(CONFIGURATIONS), help="configurations (default: all)")
     parser.add_argument("--limit", help="samples per task, for a trial")
+    parser.add_argument("--windows", help="perplexity windows, for a trial")
     parser.add_argument("--calib-samples", help="fewer, for a trial")
     options = parser.parse_args()
     chosen = options.only.split(",")
@@ -74,7 +75,8 @@ def main() -> None:
     for configuration in chosen:
         (Path("logs") / DEMO_NAME / f"{configuration}.log").unlink(missing_ok=True)
     status: dict[str, dict] = {configuration: {"state": "done"} for configuration in chosen}
-    data, less = ["--data-root", options.data_root], ["--limit", options.limit] if options.limit else []
+    data = ["--data-root", options.data_root]
+    less = [word for flag in ("limit", "windows") if getattr(options, flag) for word in (f"--{flag}", getattr(options, flag))]
     folders = {name: MODELS_FOLDER / DEMO_NAME / name for name in chosen}
 
     def quantize(name: str) -> list[str]:

@@ -24,9 +24,12 @@ def can_decode(model, length: int) -> bool:
     config = model.config
     attention = model.model.layers[0].self_attn
     window, size = getattr(config, "sliding_window", None), attention.head_dim
-    return (config.model_type in SUPPORTED_ARCHITECTURES and config._attn_implementation == "sdpa" and size >= 16
-            and size & (size - 1) == 0 and config.hidden_act == "silu" and not hasattr(attention, "online")
-            and (window is None or length <= window))
+    # Where transformers rounds inputs itself, inside its linears' forward pass.
+    scheme = getattr(attention.q_proj, "quantization_scheme", None)
+    rounds_inputs = scheme is not None and scheme.input_activations is not None
+    return (config.model_type in SUPPORTED_ARCHITECTURES and config._attn_implementation == "sdpa"
+            and size >= 16 and size & (size - 1) == 0 and config.hidden_act == "silu" and not rounds_inputs
+            and not hasattr(attention, "online") and (window is None or length <= window))
 
 
 class _Layer:
