@@ -182,8 +182,16 @@ def efficiency_table(results: ModelResults) -> Table:
                      number(seconds, 1), gib(quantizing_peak)])
     return Table("Efficiency", ["Configuration", "Latency, s", "Tokens/s", "Kernels", "Weights in memory, GiB",
                   "Peak memory, GiB", "Quantization, s", "Quantization peak, GiB"], rows,
-                 note="Kernels `dense`: plain transformers unpacks the weights when the model is loaded, so a smaller checkpoint "
-                      "saves disk there, not memory or time; the library's wrappers cost a little.")
+                 note=" ".join(text for word, text in KERNELS.items() if any(word in row[3] for row in rows)))
+
+
+# What the words in the column of kernels mean.
+KERNELS = {
+    "dense": "Kernels `dense`: plain transformers unpacks the weights when the model is loaded, so a smaller checkpoint saves "
+             "disk there, not memory or time; the library's wrappers cost a little.",
+    "packed": "`packed`: weights stay packed in memory and are unpacked inside the product.",
+    "graph": "`graph`: decoding replays a captured CUDA graph.",
+}
 
 
 def gib(size: float | None) -> str:
