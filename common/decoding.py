@@ -32,6 +32,14 @@ def can_decode(model, length: int) -> bool:
             and not hasattr(attention, "online") and (window is None or length <= window))
 
 
+def cache_after(prefix: DynamicCache | None, rows: int) -> DynamicCache:
+    """A cache for `rows` prompts that all follow the tokens in `prefix` (of one row), if any."""
+    cache = DynamicCache()
+    for index, layer in enumerate(prefix.layers if prefix is not None else ()):
+        cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), index)
+    return cache
+
+
 class _Layer:
     """A decoder layer as decoding reads it: linears that share their input as one."""
 
@@ -158,10 +166,7 @@ class Decoder:
         tokens = torch.zeros(len(prompts), length, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             tokens[row, :len(prompt)] = torch.tensor(prompt)
-        cache = DynamicCache()
-        if prefix is not None:
-            for index, layer in enumerate(prefix.layers):
-                cache.update(layer.keys.expand(len(prompts), -1, -1, -1), layer.values.expand(len(prompts), -1, -1, -1), index)
+        cache = cache_after(prefix, len(prompts))
         positions = torch.arange(before, before + length, device=self.device).unsqueeze(0)
         hidden = self.model.model(tokens.to(self.device), position_ids=positions, past_key_values=cache,
                                   use_cache=True).last_hidden_state

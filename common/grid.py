@@ -202,10 +202,15 @@ def round_per_token(inputs: Tensor, bits: int) -> Tensor:
 
     The arithmetic, in the inputs' own type, is that of compressed-tensors, so that a plain load rounds alike.
     """
-    levels = (1 << bits) - 1
-    scale = inputs.abs().amax(-1, keepdim=True) * 2 / levels
+    codes, scale = codes_per_token(inputs, bits)
+    return codes.mul_(scale)
+
+
+def codes_per_token(inputs: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The codes [..., in] of `round_per_token`, in the inputs' type, and their scales [..., 1]."""
+    scale = inputs.abs().amax(-1, keepdim=True) * 2 / ((1 << bits) - 1)
     scale = torch.where(scale > 0, scale, torch.finfo(inputs.dtype).eps)
-    return (inputs / scale).round_().clamp_(-(1 << (bits - 1)), (1 << (bits - 1)) - 1).mul_(scale)
+    return (inputs / scale).round_().clamp_(-(1 << (bits - 1)), (1 << (bits - 1)) - 1), scale
 
 
 def round_clipped(inputs: Tensor, bits: int, clips: tuple[float, ...]) -> Tensor:

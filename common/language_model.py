@@ -10,7 +10,7 @@ from lm_eval.api.model import TemplateLM
 from torch import Tensor
 from transformers import DynamicCache
 
-from common.decoding import STEPS_AT_ONCE, Decoder, can_decode
+from common.decoding import STEPS_AT_ONCE, Decoder, cache_after, can_decode
 from common.progress import track
 
 # Tokens in one batch of questions, and answers that are generated at once.
@@ -205,11 +205,7 @@ class HarnessModel(TemplateLM):
             tokens[row, length - len(prompt):] = torch.tensor(prompt)
             mask[row, prefix:prefix + length - len(prompt)] = 0
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, prefix:]
-        cache = DynamicCache()
-        if shared is not None:
-            for index, layer in enumerate(shared.layers):
-                cache.update(layer.keys.expand(len(prompts), -1, -1, -1), layer.values.expand(len(prompts), -1, -1, -1),
-                             index)
+        cache = cache_after(shared, len(prompts))
         tokens, mask, positions = (t.to(self._device) for t in (tokens, mask, positions))
         stops = self._stop_tokens()
         written: list[list[int]] = [[] for _ in prompts]

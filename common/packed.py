@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from common.checkpoint import grid_of, open_checkpoint, stored_parts
 from common.errors import UserError
-from common.grid import Grid
+from common.grid import Grid, codes_per_token
 from common.kernels.inference import FUSED_ROWS, PackedWeight, packed_matmul, round_rows, unpack
 from common.models import LINEARS
 from common.online import CONFIG_KEY
@@ -55,10 +55,8 @@ class PackedLinear(nn.Module):
         out, channels = self.codes.shape
         if not (rows.is_cuda and len(rows) > FUSED_ROWS and out % 8 == channels % 8 == 0):
             return packed_matmul(round_rows(rows, self.activation_bits), self.codes)
-        scale = rows.abs().amax(-1, keepdim=True) * 2 / ((1 << self.activation_bits) - 1)
-        scale = torch.where(scale > 0, scale, torch.finfo(rows.dtype).eps)
-        codes = (rows / scale).round_().clamp_(-128, 127).to(torch.int8)
-        sums = torch._int_mm(codes, self.packed.view(torch.int8).T)
+        codes, scale = codes_per_token(rows, self.activation_bits)
+        sums = torch._int_mm(codes.to(torch.int8), self.packed.view(torch.int8).T)
         return (sums * scale.float()).mul_(self.scale.view(1, -1).float()).to(rows.dtype)
 
 
