@@ -39,19 +39,26 @@ BLOCK_START = 1.0
 
 def quantize_layer(layer: Layer, iterations: int, block: bool) -> dict[str, QuantizedLinear]:
     """Codes of every linear, each group's learned through its Gram matrix; with `block`, then on the layer's output."""
-    learned = []
+    learned, codes, settled = [], {}, []
+
+    def finish(group: LinearGroup, rounding: SoftRounding) -> None:
+        settled.append(rounding.settled())
+        codes.update(layer.split(group, rounding.codes(), rounding.scale, rounding.zero_point))
+
     for group, statistics in zip(LINEAR_GROUPS, layer.statistics, strict=True):
         stacked, gram = layer.stacked_weight(group), damped(statistics.gram, DAMPING)
         scale, zero_point = choose_ranges(stacked, gram, layer.grid, layer.scale_dtype)
-        learned.append(learn_rounding(stacked, gram, scale, zero_point, layer.grid, iterations, STRENGTH,
-                                      TRAVEL / iterations))
+        rounding = learn_rounding(stacked, gram, scale, zero_point, layer.grid, iterations, STRENGTH, TRAVEL / iterations)
+        if block:
+            learned.append(rounding)
+        else:
+            finish(group, rounding)
     if block:
         with torch.enable_grad():
             reconstruct(layer, learned, iterations)
-    layer.notes["settled"] = min(rounding.settled() for rounding in learned)
-    codes = {}
-    for group, rounding in zip(LINEAR_GROUPS, learned, strict=True):
-        codes.update(layer.split(group, rounding.codes(), rounding.scale, rounding.zero_point))
+        for group, rounding in zip(LINEAR_GROUPS, learned, strict=True):
+            finish(group, rounding)
+    layer.notes["settled"] = min(settled)
     return codes
 
 

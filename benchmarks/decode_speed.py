@@ -25,9 +25,10 @@ from shape import SHAPE, random_model  # noqa: E402
 from common import metadata  # noqa: E402
 from common.cli import configure_torch, quiet_libraries, resolve_device  # noqa: E402
 from common.decoding import STEPS_AT_ONCE, Decoder  # noqa: E402
+from common.fused import fuse_layers  # noqa: E402
 from common.grid import Grid, grouped, min_max, quantize  # noqa: E402
-from common.kernels.inference import PackedWeight  # noqa: E402
-from common.models import LINEARS, use_fused_norms  # noqa: E402
+from common.kernels.inference import PackedWeight, pack  # noqa: E402
+from common.models import LINEARS  # noqa: E402
 from common.packed import PackedEmbedding, PackedLinear  # noqa: E402
 from common.runtime import weight_bytes  # noqa: E402
 
@@ -49,18 +50,13 @@ FORMS = {"bf16": Form(None), "W4A16 g128": Form(Grid(4, 128)), "W4A16 g128, int8
 def packed(weight: torch.Tensor, grid: Grid) -> PackedWeight:
     """Weights [out, in] rounded to nearest and packed."""
     scale, zero_point = min_max(grouped(weight, grid), grid)
-    codes = quantize(weight, scale, zero_point, grid).to(torch.int32) - grid.code_min
-    per_word = 32 // grid.bits
-    words = torch.zeros(len(codes), codes.shape[1] // per_word, dtype=torch.int32, device=codes.device)
-    for place in range(per_word):
-        words |= codes[:, place::per_word] << (place * grid.bits)
-    zero = None if grid.symmetric else (zero_point - grid.code_min).to(torch.uint8)
-    return PackedWeight(words, scale.to(weight.dtype), zero, grid.bits)
+    codes = quantize(weight, scale, zero_point, grid)
+    return pack(codes, scale.to(weight.dtype), None if grid.symmetric else zero_point, grid.bits)
 
 
 def build(form: Form, device: torch.device):
     model = random_model(device, torch.bfloat16)
-    use_fused_norms(model)
+    fuse_layers(model)
     if form.grid is None:
         return model
     for layer in model.model.layers:

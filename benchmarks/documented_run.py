@@ -15,12 +15,14 @@ import runpy
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import lm_eval.evaluator  # noqa: E402, F401
+import torch  # noqa: E402
 from transformers import LlamaForCausalLM, pipelines  # noqa: E402, F401
 
 from common import language_model, packed  # noqa: E402, F401
@@ -28,8 +30,6 @@ from common.models import DEMO_NAME, MODELS_FOLDER, resolve_folder  # noqa: E402
 from common.results import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE, write_json  # noqa: E402
 
 CALIBRATION = ["--calib-data", "calib/pile_style_mix", "--calib-samples", "64", "--calib-length", "2048"]
-# Children are forked with everything imported, which takes ten seconds; nothing here may touch the card before.
-FORK = multiprocessing.get_context("fork")
 
 
 def script(words: list[str], log: Path) -> None:
@@ -42,8 +42,27 @@ def script(words: list[str], log: Path) -> None:
     runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
 
+@cache
+def processes() -> multiprocessing.context.BaseContext:
+    """Children are forked with everything imported, which takes ten seconds; where some package has touched the card while it
+    was imported, a forked child cannot use it, and they are spawned instead.
+    """
+    trial = multiprocessing.get_context("fork").Process(target=_use_device)
+    trial.start()
+    trial.join()
+    return multiprocessing.get_context("spawn" if trial.exitcode else "fork")
+
+
+def _use_device() -> None:
+    try:
+        if torch.cuda.is_available():
+            torch.zeros(1, device="cuda")
+    except RuntimeError:
+        sys.exit(1)
+
+
 def start(words: list[str], configuration: str) -> multiprocessing.Process:
-    process = FORK.Process(target=script, args=(words, Path("logs") / DEMO_NAME / f"{configuration}.log"))
+    process = processes().Process(target=script, args=(words, Path("logs") / DEMO_NAME / f"{configuration}.log"))
     process.start()
     return process
 
@@ -71,7 +90,11 @@ def main() -> None:
     def done(stage: str) -> None:
         print(f"{stage} after {time.monotonic() - began:.0f} s", flush=True)
 
-    resolve_folder("demo")
+    print(f"processes: {processes().get_start_method()}", flush=True)
+    # In a child too: what has used threads is not to be forked.
+    first = processes().Process(target=resolve_folder, args=("demo",))
+    first.start()
+    first.join()
     for configuration in chosen:
         (Path("logs") / DEMO_NAME / f"{configuration}.log").unlink(missing_ok=True)
     status: dict[str, dict] = {configuration: {"state": "done"} for configuration in chosen}

@@ -21,7 +21,8 @@ from common import metadata  # noqa: E402
 from common.cli import configure_torch, quiet_libraries, resolve_device, resolve_dtype  # noqa: E402
 from common.data import load_rows  # noqa: E402
 from common.evaluation import SAMPLE_SEED, TASK_DATA, run_task  # noqa: E402
-from common.models import load_tokenizer, resolve_folder, use_fused_norms  # noqa: E402
+from common.fused import fuse_layers  # noqa: E402
+from common.models import load_tokenizer, resolve_folder  # noqa: E402
 
 SAMPLES = {"arc": 1172, "squad_v2": 2000, "openmath": 500}
 DATA = {**{task: data.address for task, data in TASK_DATA.items()},
@@ -41,7 +42,7 @@ def main() -> None:
     dtype = resolve_dtype("auto", device)
     tokenizer = load_tokenizer(resolve_folder("demo"))
     model = random_model(device, dtype, tokenizer.eos_token_id, num_hidden_layers=options.layers)
-    use_fused_norms(model)
+    fuse_layers(model)
     print(f"{metadata.describe_device(device)['name']}, {dtype}, torch {torch.__version__}", flush=True)
     total = 0.0
     for task, samples in SAMPLES.items():

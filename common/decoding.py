@@ -50,6 +50,8 @@ class _Layer:
         self.output = attention.o_proj
         self.gate_up = _joined([mlp.gate_proj, mlp.up_proj])
         self.down = mlp.down_proj
+        # Of the inputs of its linears, which are rounded as they come; None where they are not.
+        self.bits = getattr(self.down, "activation_bits", None)
         self.scaling = attention.scaling
         self.norms = None
         if hasattr(attention, "q_norm"):
@@ -104,10 +106,10 @@ class Decoder:
         hidden, update = self.model.model.embed_tokens(tokens), None
         for index_of_layer, layer in enumerate(self.layers):
             keys, values = self.cache[index_of_layer, :, :rows]
-            projected = layer.qkv(add_rms_norm(hidden, update, layer.input_norm.weight, epsilon))
+            projected = layer.qkv(add_rms_norm(hidden, update, layer.input_norm.weight, epsilon, layer.bits))
             update = layer.output(attend(projected, Rotary(*self.tables, layer.norms), positions, keys, values, layer.scaling))
-            gate_up = layer.gate_up(add_rms_norm(hidden, update, layer.output_norm.weight, epsilon))
-            update = layer.down(silu_mul(gate_up))
+            gate_up = layer.gate_up(add_rms_norm(hidden, update, layer.output_norm.weight, epsilon, layer.bits))
+            update = layer.down(silu_mul(*gate_up.chunk(2, -1), layer.bits))
         logits = self.model.lm_head(add_rms_norm(hidden, update, self.model.model.norm.weight, epsilon))
         tokens.copy_(largest_index(logits))
         self.written[index, :rows] = tokens
@@ -135,8 +137,6 @@ class Decoder:
         with torch.cuda.stream(stream):
             self.step(rows)                                                     # compiles what has to be
         torch.cuda.current_stream().wait_stream(stream)
-        self.tokens.copy_(kept[0])
-        self.positions.copy_(kept[1])
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         with torch.cuda.graph(graph, pool=pool):

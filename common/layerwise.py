@@ -218,6 +218,9 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
             if method.needs == GRAM and index + 1 < source.num_layers:
                 advance(layer.forward, streams.hidden, source.device)
         source.release_layer(index)
+        del layer
+    # Embedding and head come back to the card, which may not have room for both.
+    streams.hidden = streams.originals = None
     linears = {name: linear for record in records for name, linear in record["linears"].items()}
     with watch("record"):
         source.move_ends(source.device)
@@ -237,6 +240,9 @@ def _start(source: SourceModel, method: Method, windows: Tensor | None, probe: T
     hidden, arguments = None, None
     if windows is not None:
         hidden, arguments = embed_chunks(source, windows), source.layer_arguments(windows.shape[1])
+        if originals is not None:
+            # Chunks that nothing has changed yet are the same tensors, which need to pass through the first layer once.
+            hidden = [old if torch.equal(old, new) else new for old, new in zip(originals, hidden, strict=True)]
     return _Streams(reference, source.embed(probe), hidden, originals, source.layer_arguments(probe.shape[1]), arguments)
 
 
@@ -313,18 +319,19 @@ def _collect(layer: Layer, device: torch.device, method: Method, originals: list
             chunk, original = layer.inputs[i].to(device), None
             after_attention.clear()
             inputs.clear()
-            if originals is not None:
+            parted = originals is not None and (originals[i] is not layer.inputs[i] or method.online is not None)
+            if parted:
                 with _paused(method):
                     original = layer.forward(originals[i].to(device))
             output = layer.forward(chunk)
             lags = {}
-            if originals is not None:
+            if parted:
                 lags = {_O_PROJ: after_attention[0] - after_attention[1], _DOWN_PROJ: original - output}
             weights = {_O_PROJ: _token_weights(chunk), _DOWN_PROJ: _token_weights(output)}
             for index, group in enumerate(LINEAR_GROUPS):
                 add_in_parts(statistics[index], inputs[index], weights.get(group.linears), lags.get(group.linears))
             if originals is not None:
-                originals[i] = original.to(originals[i].device)
+                originals[i] = (original if parted else output).to(originals[i].device)
             if method.needs == RANGES:
                 layer.inputs[i] = output.to(layer.inputs[i].device)
 

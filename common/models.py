@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.demo.model import DEMO_NAME, prepare_demo_model
 from common.errors import UserError
-from common.kernels.inference import add_rms_norm
+from common.fused import fuse_layers
 
 DEFAULT_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
 MODELS_FOLDER = Path("models")
@@ -124,19 +122,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def use_fused_norms(model: nn.Module) -> None:
-    """Let every RMSNorm of a model read and write its input once; a forward pass on a card is a sixth faster."""
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(_fused_norm, module, module.forward)
-
-
-def _fused_norm(norm: nn.Module, original: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    if not hidden.is_cuda or hidden.requires_grad:                              # the kernel has no backward pass
-        return original(hidden)
-    return add_rms_norm(hidden.reshape(-1, hidden.shape[-1]), None, norm.weight, norm.variance_epsilon).view(hidden.shape)
-
-
 class TensorReader:
     """Reads single tensors out of a folder's safetensors files, sharded or not."""
 
@@ -218,7 +203,7 @@ class SourceModel:
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         self.model.eval().requires_grad_(False)
         if device.type == "cuda":
-            use_fused_norms(self.model)
+            fuse_layers(self.model)
         decoder = self.model.model
         decoder.rotary_emb = type(decoder.rotary_emb)(config=self.config).to(device)
         self._fill(decoder.embed_tokens, "model.embed_tokens.")

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from common.checkpoint import grid_of, open_checkpoint, stored_parts
+from common.checkpoint import unpack as stored_codes
 from common.errors import UserError
-from common.grid import Grid, codes_per_token
-from common.kernels.inference import FUSED_ROWS, PackedWeight, packed_matmul, round_rows, unpack
+from common.grid import Grid
+from common.kernels.inference import PackedWeight, Rounded, integer_matmul, pack, packed_matmul, round_rows, unpack
 from common.models import LINEARS
 from common.online import CONFIG_KEY
 
@@ -34,30 +35,25 @@ class PackedLinear(nn.Module):
 
     def put(self, weight: PackedWeight, bias: Tensor | None) -> None:
         """Replace the weights and the bias."""
-        self._bits, self._signed = weight.bits, weight.signed
+        self._bits = weight.bits
         for name, tensor in (("packed", weight.packed), ("scale", weight.scale), ("zero_point", weight.zero_point),
                              ("bias", bias)):
             self.register_buffer(name, tensor)
 
     @property
     def codes(self) -> PackedWeight:
-        return PackedWeight(self.packed, self.scale, self.zero_point, self._bits, self._signed)
+        return PackedWeight(self.packed, self.scale, self.zero_point, self._bits)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor | Rounded) -> Tensor:
+        """Args: inputs: [..., in], or [rows, in] rounded already."""
         if self.activation_bits is None:
             output = packed_matmul(inputs, self.codes)
+        elif isinstance(inputs, Rounded):
+            output = integer_matmul(inputs, self.codes)
         else:
-            output = self._integer_product(inputs.reshape(-1, inputs.shape[-1])).view(*inputs.shape[:-1], -1)
+            rounded = round_rows(inputs.reshape(-1, inputs.shape[-1]), self.activation_bits)
+            output = integer_matmul(rounded, self.codes).view(*inputs.shape[:-1], -1)
         return output if self.bias is None else output + self.bias
-
-    def _integer_product(self, rows: Tensor) -> Tensor:
-        """The product with rows [rows, in] rounded per token: of int8 with int32 sums where that pays."""
-        out, channels = self.codes.shape
-        if not (rows.is_cuda and len(rows) > FUSED_ROWS and out % 8 == channels % 8 == 0):
-            return packed_matmul(round_rows(rows, self.activation_bits), self.codes)
-        codes, scale = codes_per_token(rows, self.activation_bits)
-        sums = torch._int_mm(codes.to(torch.int8), self.packed.view(torch.int8).T)
-        return (sums * scale.float()).mul_(self.scale.view(1, -1).float()).to(rows.dtype)
 
 
 def stack(linears: list[PackedLinear]) -> PackedLinear:
@@ -88,23 +84,6 @@ class PackedEmbedding(nn.Module):
         return unpack(self.rows.codes[tokens.reshape(-1)], self.dtype).view(*tokens.shape, -1)
 
 
-def packed_weight(parts: dict[str, Tensor], grid: Grid) -> PackedWeight:
-    """A linear's tensors as a checkpoint stores them, ready for `packed_matmul`. Raises KeyError where one is missing."""
-    scale = parts["weight_scale"]
-    if "weight_packed" not in parts:
-        return PackedWeight(parts["weight"].view(torch.int32), scale, None, grid.bits, signed=True)
-    zero_point = None
-    if not grid.symmetric:
-        zero_point = _unpack_rows(parts["weight_zero_point"], grid.bits, len(scale))
-    return PackedWeight(parts["weight_packed"], scale, zero_point, grid.bits)
-
-
-def _unpack_rows(packed: Tensor, bits: int, rows: int) -> Tensor:
-    """Zero-points [rows, groups] uint8, offset as the codes are, of the checkpoint's int32, packed along the rows."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device).view(1, -1, 1)
-    return ((packed.unsqueeze(1) >> shifts) & ((1 << bits) - 1)).flatten(0, 1)[:rows].to(torch.uint8)
-
-
 def can_be_packed(config: dict) -> bool:
     """Whether a checkpoint (the content of its config.json) can run on packed weights."""
     groups = config.get("quantization_config", {}).get("config_groups", {}).values()
@@ -130,7 +109,8 @@ def load_packed(folder: Path, device: torch.device, dtype: torch.dtype):
         parts = stored_parts(lambda part: tensors.read(part).to(device), tensors, name)
         bias = tensors.read(f"{name}.bias").to(device, dtype) if f"{name}.bias" in tensors else None
         try:
-            return PackedLinear(packed_weight(parts, grid), bias, bits)
+            codes, zero_point = stored_codes(parts, grid)
+            return PackedLinear(pack(codes, parts["weight_scale"], zero_point, grid.bits), bias, bits)
         except KeyError as error:
             raise UserError(f"{folder}: {name} lacks its {error.args[0]}; quantize again") from None
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from common.decoding import STEPS_AT_ONCE, Decoder, can_decode
 from common.errors import UserError
+from common.fused import fuse_layers
 from common.kernels import triton_works
-from common.models import load_tokenizer, use_fused_norms
+from common.models import load_tokenizer
 from common.online import attach_all, take_from_config
 from common.packed import PackedLinear, can_be_packed, load_packed
 from common.progress import track
@@ -35,7 +36,7 @@ def load_for_running(folder: Path, device: torch.device, dtype: torch.dtype):
         model, tokenizer = load_packed(folder, device, dtype), load_tokenizer(folder)
     else:
         model, tokenizer = load_model(folder, device, dtype)
-    use_fused_norms(model)
+    fuse_layers(model)
     return model, tokenizer
 
 

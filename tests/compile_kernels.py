@@ -12,31 +12,40 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from common.kernels import inference_triton, rounding_triton  # noqa: E402
+from common.kernels import inference_triton, products_triton, rounding_triton  # noqa: E402
 
 TARGET = GPUTarget("cuda", 90, 32)
-HALF, FLOAT, WORD, BYTE, SIGNED, LONG = "*bf16", "*fp32", "*i32", "*u8", "*i8", "*i64"
+HALF, FULL, FLOAT, WORD, BYTE, SIGNED, LONG = "*bf16", "*fp16", "*fp32", "*i32", "*u8", "*i8", "*i64"
 # Pointers by argument name; what is not here is a 32-bit integer, or a float where FLOATS says so.
-POINTERS = {"inputs": HALF, "packed": WORD, "scale": HALF, "zero_point": BYTE, "output": HALF, "partial": FLOAT, "weight": HALF,
-            "hidden": HALF, "update": HALF, "gain": HALF, "projected": HALF, "cosine": HALF, "sine": HALF, "query_gain": HALF,
-            "key_gain": HALF, "positions": LONG, "keys": HALF, "values": HALF, "counters": WORD, "gate_and_up": HALF,
-            "best": FLOAT, "index": WORD, "result": LONG}
+POINTERS = {"inputs": HALF, "packed": BYTE, "scale": HALF, "zero_point": SIGNED, "output": HALF, "partial": FLOAT,
+            "weight": HALF, "hidden": HALF, "input_scale": HALF, "codes": SIGNED, "gate": HALF, "up": HALF, "update": HALF,
+            "gain": HALF, "projected": HALF, "cosine": HALF, "sine": HALF, "query_gain": HALF, "key_gain": HALF,
+            "positions": LONG, "keys": HALF, "values": HALF, "counters": WORD, "best": FLOAT, "index": WORD, "result": LONG}
 FLOATS = {"epsilon", "scaling", "smallest", "tiny", "strength", "beta", "rate"}
 ROUNDING = {name: FLOAT for name in ("target", "shifted", "factor", "scale", "zero_point", "error", "weight", "importance",
                                      "candidates", "v", "low", "product", "unit", "moment", "variance", "difference")}
 ROUNDING["codes"] = SIGNED
-PACKED = [{"BITS": bits, "HAS_ZERO": zero, "SIGN_BITS": sign} for bits, zero, sign in
-          ((4, True, 0), (4, False, 0), (8, True, 0), (8, False, inference_triton.SIGN_BITS))]
+# Programmatic launches are for compute capability 9.0 and later.
+OVERLAP = {"OVERLAP": True}
+PACKED = [({"BITS": bits, "HAS_ZERO": zero}, {"packed": BYTE if bits == 4 else SIGNED, "inputs": inputs})
+          for bits, zero, inputs in ((4, True, HALF), (4, False, FULL), (8, True, FULL), (8, False, HALF))]
+BYTES = {"inputs": SIGNED, "packed": SIGNED}
 CASES = [
-    *[("_matvec", {**form, "PIECE": 16, "BLOCK_OUT": 8, "BLOCK_PIECES": 8}, {}) for form in PACKED],
-    *[("_matmul", {**form, "BLOCK_ROWS": 32, "BLOCK_OUT": 64, "BLOCK": block}, {"packed": BYTE}) for form in PACKED
-      for block in (32, 128)],
-    *[("_unpack", {**form, "BLOCK_WORDS": 256}, {}) for form in PACKED],
-    ("_sum_parts", {"SPLITS": 4, "BLOCK": 1024}, {}), ("_round_rows", {"BITS": 8, "BLOCK": 2048}, {}),
-    ("_add_rms_norm", {"HAS_UPDATE": True, "BLOCK": 2048}, {}), ("_silu_mul", {"BLOCK": 1024}, {}),
+    *[("_matmul", {**form, **OVERLAP, "BLOCK_ROWS": 32, "BLOCK_OUT": 64, "BLOCK": block, "SPLITS": splits}, pointers)
+      for form, pointers in PACKED for block, splits in ((32, 1), (128, 4))],
+    *[("_matvec", {**OVERLAP, "HAS_ZERO": zero, "PIECE": 16, "BLOCK_OUT": 16, "BLOCK_PIECES": 4}, {"packed": WORD})
+      for zero in (False, True)],
+    *[("_integer_matmul", {**OVERLAP, "BLOCK_ROWS": 16, "BLOCK_OUT": 64, "BLOCK": block, "SPLITS": splits}, BYTES)
+      for block, splits in ((32, 1), (128, 4))],
+    *[("_unpack", {**form, **OVERLAP, "PIECE": 128, "BLOCK": 2048}, pointers) for form, pointers in PACKED],
+    ("_round_rows", {**OVERLAP, "BITS": 8, "BLOCK": 2048}, {}),
+    *[("_add_rms_norm", {**OVERLAP, "HAS_UPDATE": True, "BITS": bits, "BLOCK": 2048}, {"output": SIGNED if bits else HALF})
+      for bits in (0, 8)],
+    ("_rotate_heads", {**OVERLAP, "HALF": 32, "BLOCK": 1024}, {"heads": HALF}),
+    *[("_silu_mul", {**OVERLAP, "BITS": bits, "BLOCK": 1024}, {"output": SIGNED if bits else HALF}) for bits in (0, 8)],
     *[("_attend", {"KEY_HEADS": 8, "HEADS_PER_KEY": 4, "BLOCK_HEADS": 16, "SIZE": 64, "HAS_NORMS": norms, "SPLITS": splits,
-                   "SPLIT": 512, "BLOCK": 64}, {}) for norms in (False, True) for splits in (1, 4)],
-    ("_largest_in_part", {"BLOCK": 2048}, {}), ("_largest_of_parts", {"BLOCK": 64}, {"index": WORD}),
+                   "SPLIT": 512, "BLOCK": 64, **OVERLAP}, {}) for norms in (False, True) for splits in (1, 4)],
+    ("_largest_in_part", {**OVERLAP, "BLOCK": 2048}, {}), ("_largest_of_parts", {**OVERLAP, "BLOCK": 64}, {}),
     ("_round_block", {"CODE_MIN": -8, "CODE_MAX": 7, "BLOCK_ROWS": 8, "BLOCK_CHANNELS": 128}, ROUNDING),
     *[("_search_range", {"STORED": rounding_triton.tl.bfloat16, "HAS_IMPORTANCE": weighted, "FOURTH": not weighted,
                          "SYMMETRIC": symmetric, "BITS": 4, "BLOCK_GROUPS": 16, "BLOCK_SIZE": 128}, ROUNDING)
@@ -46,7 +55,8 @@ CASES = [
 
 
 def compile_kernel(name: str, constants: dict, pointers: dict) -> None:
-    kernel = getattr(inference_triton, name, None) or getattr(rounding_triton, name)
+    modules = inference_triton, products_triton, rounding_triton
+    kernel = next(getattr(module, name) for module in modules if hasattr(module, name))
     types = {**POINTERS, **pointers}
     signature = {}
     for parameter in inspect.signature(kernel.fn).parameters:
@@ -54,7 +64,8 @@ def compile_kernel(name: str, constants: dict, pointers: dict) -> None:
             signature[parameter] = "constexpr"
         else:
             signature[parameter] = types.get(parameter, "fp32" if parameter in FLOATS else "i32")
-    triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants), target=TARGET)
+    triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants), target=TARGET,
+                   options={"launch_pdl": bool(constants.get("OVERLAP"))})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from conftest import run_script
 
 from common import adaround, grid, rounding
 from common.decoding import Decoder
+from common.fused import fuse_layers
 from common.grid import Grid
 from common.kernels import inference, triton_works
 from common.kernels.inference import PackedWeight
@@ -30,24 +31,46 @@ def test_triton_works_here():
     assert triton_works()
 
 
+def moved(weight: PackedWeight) -> PackedWeight:
+    zero = None if weight.zero_point is None else weight.zero_point.cuda()
+    return PackedWeight(weight.packed.cuda(), weight.scale.cuda(), zero, weight.bits)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 8, 32, 64, 200])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("bits", "group", "asymmetric"), [(4, 128, True), (4, 64, False), (8, None, False), (8, 64, True)])
-def test_packed_matmul(generator, rows, bits, group, asymmetric):
-    channels, out = 576, 192
-    groups = 1 if group is None else channels // 64
-    packed = torch.randint(-2**31, 2**31, (out, channels * bits // 32), generator=generator).to(torch.int32)
-    zero = torch.randint(0, 1 << bits, (out, groups), generator=generator).to(torch.uint8) if asymmetric else None
-    weight = PackedWeight(packed, torch.rand(out, groups, generator=generator).bfloat16(), zero, bits)
-    inputs = torch.randn(rows, channels, generator=generator).bfloat16()
+def test_packed_matmul(generator, rows, bits, group, asymmetric, dtype):
+    channels, out, half = 1152, 192, 1 << bits - 1
+    groups = 1 if group is None else channels // group
+    codes = torch.randint(-half, half, (out, channels), generator=generator).to(torch.int8)
+    zero = torch.randint(-half, half, (out, groups), generator=generator).to(torch.int8) if asymmetric else None
+    weight = inference.pack(codes, torch.rand(out, groups, generator=generator).to(dtype), zero, bits)
+    inputs = torch.randn(rows, channels, generator=generator).to(dtype)
     exact = inputs.double() @ inference.unpack(weight, torch.float64).T
-    moved = PackedWeight(packed.cuda(), weight.scale.cuda(), None if zero is None else zero.cuda(), bits)
-    assert relative(inference.packed_matmul(inputs.cuda(), moved), exact) < 6e-3
-    assert torch.equal(inference.unpack(moved, torch.bfloat16).cpu(), inference.unpack(weight, torch.bfloat16))
+    assert relative(inference.packed_matmul(inputs.cuda(), moved(weight)), exact) < 6e-3
+    assert torch.equal(inference.unpack(moved(weight), dtype).cpu(), inference.unpack(weight, dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 33, 64, 200])
+def test_integer_matmul(generator, rows):
+    codes = torch.randint(-128, 128, (192, 1152), generator=generator).to(torch.int8)
+    weight = inference.pack(codes, torch.rand(192, 1, generator=generator).bfloat16(), None, 8)
+    rounded = inference.round_rows(torch.randn(rows, 1152, generator=generator).bfloat16().cuda(), 8)
+    exact = rounded.codes.cpu().double() * rounded.scale.cpu().double() @ inference.unpack(weight, torch.float64).T
+    assert relative(inference.integer_matmul(rounded, moved(weight)), exact) < 6e-3
 
 
 def test_round_rows(generator):
     inputs = torch.randn(40, 576, generator=generator).bfloat16().cuda()
-    assert torch.equal(inference.round_rows(inputs, 8), grid.round_per_token(inputs, 8))
+    expected = grid.round_per_token(inputs, 8)
+    assert torch.equal(inference.round_rows(inputs, 8).values(), expected)
+    gain = torch.ones(576, device=CUDA, dtype=torch.bfloat16)
+    normed = inference.add_rms_norm(inputs, None, gain, 1e-5)
+    rounded = inference.add_rms_norm(inputs, None, gain, 1e-5, 8)
+    assert torch.equal(rounded.values(), grid.round_per_token(normed, 8))
+    both = torch.randn(40, 1152, generator=generator).bfloat16().cuda()
+    gated = inference.silu_mul(*both.chunk(2, -1))
+    assert torch.equal(inference.silu_mul(*both.chunk(2, -1), 8).values(), grid.round_per_token(gated, 8))
 
 
 @pytest.mark.parametrize("form", [Grid(4, 64), Grid(4, 128, True), Grid(8, None)], ids=str)
@@ -66,6 +89,24 @@ def test_rounding_kernels(generator, form):
         expected = function(weight, gram, scale, zero)
         found = function(weight.cuda(), gram.cuda(), scale.cuda(), zero.cuda()).cpu()
         assert (found == expected).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+def test_fused_layers(tiny_models, architecture):
+    """The same logits as from transformers' own layers, and the same gradients, which those have to compute."""
+    folder = next(folder for (name, _), folder in tiny_models.items() if name == architecture)
+    tokens = torch.randint(2, 320, (3, 50), generator=torch.Generator().manual_seed(1)).cuda()
+    plain, fused = (load_model(folder, CUDA, torch.float32)[0] for _ in range(2))
+    fuse_layers(fused)
+    with torch.inference_mode():
+        assert relative(fused(tokens, use_cache=False).logits, plain(tokens, use_cache=False).logits) < 1e-3
+        assert relative(fused(tokens).logits, plain(tokens).logits) < 1e-3
+    gradients = []
+    for model in (plain, fused):
+        weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+        model(tokens).logits.square().mean().backward()
+        gradients.append(weight.grad)
+    assert relative(gradients[1], gradients[0]) < 1e-3
 
 
 FORMS = {"gptq": ["--bits", "4"], "awq": ["--bits", "4", "--symmetric"], "hqq": ["--bits", "8"], "smoothquant": [],

@@ -16,9 +16,8 @@ pytest.importorskip("triton", reason="triton is not installed: its kernels are t
 
 from common import adaround, grid, rounding  # noqa: E402
 from common.grid import Grid, search_range  # noqa: E402
-from common.kernels import inference, rounding_triton  # noqa: E402
+from common.kernels import inference, products_triton, rounding_triton  # noqa: E402
 from common.kernels import inference_triton as kernels  # noqa: E402
-from common.kernels.inference import PackedWeight  # noqa: E402
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
@@ -27,35 +26,41 @@ def close(found: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
 
 
 def packed_weights(generator, out: int, channels: int, groups: int, bits: int, asymmetric: bool):
-    words = channels * bits // 32
-    packed = torch.randint(-2**31, 2**31, (out, words), generator=generator).to(torch.int32)
+    """Packed weights, and the weights themselves in float64."""
+    half = 1 << bits - 1
+    codes = torch.randint(-half, half, (out, channels), generator=generator).to(torch.int8)
     scale = (torch.rand(out, groups, generator=generator) + 0.5).to(torch.bfloat16)
-    zero = torch.randint(0, 1 << bits, (out, groups), generator=generator).to(torch.uint8) if asymmetric else None
-    return PackedWeight(packed, scale, zero, bits)
+    zero = torch.randint(-half, half, (out, groups), generator=generator).to(torch.int8) if asymmetric else None
+    exact = codes.double().unflatten(1, (groups, -1)) - (0 if zero is None else zero.double().unsqueeze(2))
+    return inference.pack(codes, scale, zero, bits), (exact * scale.double().unsqueeze(2)).flatten(1)
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize(("bits", "channels", "groups"), [(4, 576, 9), (4, 128, 1), (8, 192, 3), (8, 64, 1)])
+@pytest.mark.parametrize(("bits", "channels", "groups"), [(4, 576, 9), (4, 1024, 1), (4, 96, 6), (8, 192, 3), (8, 64, 1)])
 def test_packed_matmul(generator, bits, channels, groups, asymmetric):
-    codes = packed_weights(generator, 37, channels, groups, bits, asymmetric)
-    packed, scale, zero = codes.packed, codes.scale, codes.zero_point
-    # Unpacked once more, in Python's own integers.
-    weight = torch.zeros(37, channels, dtype=torch.float64)
-    per_word = 32 // bits
-    for row in range(37):
-        for channel in range(channels):
-            code = (int(packed[row, channel // per_word]) % 2**32) >> (channel % per_word * bits) & (1 << bits) - 1
-            group = channel // (channels // groups)
-            offset = 1 << bits - 1 if zero is None else int(zero[row, group])
-            weight[row, channel] = (code - offset) * scale[row, group].double()
-    exact = inference.unpack(codes, torch.float64)
-    assert torch.equal(exact, weight)
-    assert torch.equal(kernels.unpack(codes, torch.float32), weight.float())
+    packed, weight = packed_weights(generator, 37, channels, groups, bits, asymmetric)
+    assert packed.shape == weight.shape and packed.packed.nbytes == weight.numel() * bits // 8
+    assert torch.equal(inference.unpack(packed, torch.float64), weight)
+    assert torch.equal(products_triton.unpack(packed, torch.float32), weight.float())
+    some = torch.tensor([3, 36, 3])
+    assert torch.equal(inference.unpack(packed[some], torch.float64), weight[some])
     for rows in (1, 3, 17):
         inputs = torch.randn(rows, channels, generator=generator)
         expected = inputs.double() @ weight.T
-        close(inference.packed_matmul(inputs, codes), expected, 1e-6)
-        close(kernels.packed_matmul(inputs, codes), expected, 1e-6)
+        close(inference.packed_matmul(inputs, packed), expected, 1e-6)
+        close(products_triton.packed_matmul(inputs, packed), expected, 1e-6)
+        half = inputs.half()
+        close(products_triton.packed_matmul(half, packed), half.double() @ weight.T, 1e-3)
+
+
+@pytest.mark.parametrize("channels", [576, 1024, 48])
+def test_integer_matmul(generator, channels):
+    packed, weight = packed_weights(generator, 70, channels, 1, 8, False)
+    for rows in (1, 17):
+        rounded = inference.round_rows(torch.randn(rows, channels, generator=generator), 8)
+        expected = rounded.codes.double() * rounded.scale.double() @ weight.T
+        close(inference.integer_matmul(rounded, packed), expected, 1e-6)
+        close(products_triton.integer_matmul(rounded, packed), expected, 1e-6)
 
 
 def test_add_rms_norm(generator):
@@ -68,6 +73,9 @@ def test_add_rms_norm(generator):
         assert torch.equal(first, second)
         exact = (hidden if added is None else hidden + added).double()
         close(expected, exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain, 1e-6)
+        for module in (inference, kernels):
+            rounded = module.add_rms_norm(hidden.clone(), added, gain, 1e-5, 8)
+            close(rounded.values(), grid.round_per_token(expected, 8), 1e-3)
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -104,11 +112,25 @@ def test_attend(generator, length, normed):
         assert torch.equal(values.double(), after[1])
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rotate_heads(generator, batch):
+    """Against complex numbers: channel c is the real part, c + size / 2 the imaginary one."""
+    heads = torch.randn(2, 5, 3, 16, generator=generator)
+    angle = torch.randn(batch, 5, 8, generator=generator)
+    numbers = torch.complex(heads[..., :8].double(), heads[..., 8:].double()) * torch.exp(1j * angle.double()).unsqueeze(2)
+    for module in (inference, kernels):
+        turned = heads.clone()
+        module.rotate_heads(turned, angle.repeat(1, 1, 2).cos(), angle.repeat(1, 1, 2).sin())
+        close(turned, torch.cat([numbers.real, numbers.imag], -1), 1e-6)
+
+
 def test_silu_mul(generator):
     both = torch.randn(3, 2 * 100, generator=generator)
-    expected = both[:, :100].double() / (1 + (-both[:, :100].double()).exp()) * both[:, 100:]
-    for function in (inference.silu_mul, kernels.silu_mul):
-        close(function(both), expected, 1e-6)
+    gate, up = both.chunk(2, -1)
+    expected = gate.double() / (1 + (-gate.double()).exp()) * up
+    for module in (inference, kernels):
+        close(module.silu_mul(gate, up), expected, 1e-6)
+        close(module.silu_mul(gate.contiguous(), up, 8).values(), grid.round_per_token(expected.float(), 8), 1e-3)
 
 
 def test_largest_index(generator):
@@ -119,22 +141,16 @@ def test_largest_index(generator):
         assert function(values).tolist() == [values[0].float().argmax().item(), 0, 10]
 
 
-def test_signed_bytes(generator):
-    codes = torch.randint(-128, 128, (5, 64), generator=generator).to(torch.int8)
-    scale = torch.rand(5, 1, generator=generator)
-    weight, inputs = PackedWeight(codes.view(torch.int32), scale, None, 8, signed=True), torch.randn(2, 64, generator=generator)
-    for module in (inference, kernels):
-        assert torch.equal(module.unpack(weight, torch.float32), codes.float() * scale)
-        close(module.packed_matmul(inputs, weight), inputs.double() @ (codes.double() * scale.double()).T, 1e-6)
-
-
 def test_round_rows(generator):
     inputs = torch.randn(4, 100, generator=generator)
     inputs[1] = 0
-    assert torch.equal(kernels.round_rows(inputs, 8), inference.round_rows(inputs, 8))
+    for module in (inference, kernels):
+        rounded = module.round_rows(inputs, 8)
+        assert rounded.codes.dtype == torch.int8
+        assert torch.equal(rounded.values(), grid.round_per_token(inputs, 8))
     # The interpreter cuts where a card rounds to bfloat16.
     half = inputs.bfloat16()
-    close(kernels.round_rows(half, 8), inference.round_rows(half, 8), 0.02)
+    close(kernels.round_rows(half, 8).values(), grid.round_per_token(half, 8), 0.02)
 
 
 GRIDS = [Grid(4, 32), Grid(4, 32, True), Grid(8, None), Grid(3, 48)]

@@ -1,7 +1,7 @@
 """Operations that have a Triton kernel for CUDA and a twin in plain torch.
 
 `inference` and `rounding` hold the functions to call, with their twins; a CUDA tensor goes to the kernel of the same name in
-`inference_triton` or `rounding_triton` where Triton works.
+`inference_triton`, `products_triton` or `rounding_triton` where Triton works.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def triton_works() -> bool:
     try:
         from common.kernels.inference_triton import silu_mul
 
-        silu_mul(torch.zeros(1, 32, device="cuda", dtype=torch.bfloat16))
+        values = torch.zeros(1, 32, device="cuda", dtype=torch.bfloat16)
+        silu_mul(values, values)
         torch.cuda.synchronize()
         return True
     except Exception as error:  # a missing C compiler, driver or package: each raises its own type

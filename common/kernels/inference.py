@@ -8,34 +8,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.grid import round_per_token
+from common.grid import codes_per_token
 from common.kernels import use_triton
 
 # Rows of activations up to which weights are unpacked inside the product; for more they are unpacked once, in a tile.
 FUSED_ROWS = 64
 UNPACKED_ELEMENTS = 1 << 26
-# Turns four signed bytes into offset ones and back: 0x80808080 as an int32.
-SIGN_BITS = -0x7F7F7F80
+# Of 4-bit codes, which are stored unsigned.
+OFFSET = 8
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """Weights [out, in] as integer codes: (code - zero-point) * scale.
+    """Weights [out, in] as integer codes: (code - zero-point) * scale. Made by `pack`.
 
-    packed: [out, in * bits / 32] int32, the lowest bits the first channel's. Codes and zero-points are offset by
-        2^(bits - 1), so unsigned; with `signed`, 8-bit codes are as they are, in two's complement.
-    scale: [out, groups] floating; zero_point: [out, groups] uint8, None for zero before the offset.
+    packed: 8 bits [out, in] int8. 4 bits [out, in / 2] uint8, in blocks of `block` channels: byte j of a block holds channel j
+        in its low half and channel j + block / 2 in the high one, so that a block is unpacked into two pieces as they are.
+    scale: [out, groups] floating; zero_point: [out, groups] int8, None for zero.
     """
 
     packed: Tensor
     scale: Tensor
     zero_point: Tensor | None
     bits: int
-    signed: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
-        return len(self.packed), self.packed.shape[1] * (32 // self.bits)
+        return len(self.packed), self.packed.shape[1] * (8 // self.bits)
+
+    @property
+    def block(self) -> int:
+        """Channels that a product takes at once: a power of two of them, all in one group."""
+        size = self.shape[1] // self.scale.shape[1]
+        return max(2, min(128, size & -size))
 
     def __getitem__(self, rows: slice | Tensor) -> PackedWeight:
         """The same for some of the rows."""
@@ -43,13 +48,34 @@ class PackedWeight:
         return replace(self, packed=self.packed[rows], scale=self.scale[rows], zero_point=zero_point)
 
 
+def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> PackedWeight:
+    """Codes [out, in] int8 of 4 or 8 bits with their scale and zero-point [out, groups]."""
+    zero_point = None if zero_point is None else zero_point.to(torch.int8).contiguous()
+    whole = PackedWeight(codes.contiguous(), scale.contiguous(), zero_point, 8)
+    if bits == 8:
+        return whole
+    low, high = (codes + OFFSET).to(torch.uint8).unflatten(1, (-1, 2, whole.block // 2)).unbind(2)
+    return replace(whole, packed=(low | high << 4).flatten(1), bits=4)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Activations rounded per token (`grid.round_per_token`): codes [rows, in] int8 and scale [rows, 1]."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def values(self) -> Tensor:
+        return self.codes.to(self.scale.dtype) * self.scale
+
+
 def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     """inputs [..., in] times the transposed weight: [..., out]."""
     rows = inputs.reshape(-1, inputs.shape[-1])
     if use_triton(inputs) and len(rows) <= FUSED_ROWS:
-        from common.kernels import inference_triton
+        from common.kernels import products_triton
 
-        result = inference_triton.packed_matmul(rows, weight)
+        result = products_triton.packed_matmul(rows, weight)
     else:
         out, channels = weight.shape
         tile = max(1, UNPACKED_ELEMENTS // channels)
@@ -58,39 +84,60 @@ def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     return result.view(*inputs.shape[:-1], -1)
 
 
+def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
+    """Rounded inputs times the transposed weight of 8 bits, one symmetric group per row: [rows, out]. On a card products of
+    integers with integer sums.
+    """
+    rows, channels = inputs.codes.shape
+    if use_triton(inputs.codes) and rows <= FUSED_ROWS:
+        from common.kernels import products_triton
+
+        return products_triton.integer_matmul(inputs, weight)
+    if inputs.codes.is_cuda and rows > FUSED_ROWS and len(weight.packed) % 8 == channels % 8 == 0:
+        sums = torch._int_mm(inputs.codes, weight.packed.T)
+        return (sums * inputs.scale.float()).mul_(weight.scale.view(1, -1).float()).to(inputs.scale.dtype)
+    return packed_matmul(inputs.values(), weight)
+
+
 def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The weights [out, in] that the codes stand for."""
     if use_triton(weight.packed):
-        from common.kernels import inference_triton
+        from common.kernels import products_triton
 
-        return inference_triton.unpack(weight, dtype)
-    bits, packed = weight.bits, weight.packed ^ (SIGN_BITS if weight.signed else 0)
-    shifts = torch.arange(0, 32, bits, device=packed.device, dtype=torch.int32)
-    codes = ((packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(1).unflatten(1, (weight.scale.shape[1], -1))
-    zero = 1 << (bits - 1) if weight.zero_point is None else weight.zero_point.to(torch.int32).unsqueeze(-1)
-    return ((codes - zero).float() * weight.scale.float().unsqueeze(-1)).flatten(1).to(dtype)
+        return products_triton.unpack(weight, dtype)
+    codes = weight.packed
+    if weight.bits == 4:
+        halves = codes.unflatten(1, (-1, 1, weight.block // 2))
+        codes = (torch.cat([halves & 15, halves >> 4], dim=2).to(torch.int8) - OFFSET).flatten(1)
+    codes = codes.unflatten(1, (weight.scale.shape[1], -1)).float()
+    if weight.zero_point is not None:
+        codes -= weight.zero_point.float().unsqueeze(-1)
+    return (codes * weight.scale.float().unsqueeze(-1)).flatten(1).to(dtype)
 
 
-def round_rows(inputs: Tensor, bits: int) -> Tensor:
-    """`grid.round_per_token` of inputs [rows, in]."""
+def round_rows(inputs: Tensor, bits: int) -> Rounded:
+    """Inputs [rows, in] rounded per token."""
     if use_triton(inputs):
         from common.kernels import inference_triton
 
         return inference_triton.round_rows(inputs, bits)
-    return round_per_token(inputs, bits)
+    codes, scale = codes_per_token(inputs, bits)
+    return Rounded(codes.to(torch.int8), scale)
 
 
-def add_rms_norm(hidden: Tensor, update: Tensor | None, gain: Tensor, epsilon: float) -> Tensor:
-    """RMSNorm of hidden [rows, size] after `update`, if any, has been added to it in place."""
+def add_rms_norm(hidden: Tensor, update: Tensor | None, gain: Tensor, epsilon: float, bits: int | None = None,
+                 ) -> Tensor | Rounded:
+    """RMSNorm of hidden [rows, size] after `update`, if any, has been added to it in place; rounded to `bits`, if given."""
     if use_triton(hidden):
         from common.kernels import inference_triton
 
-        return inference_triton.add_rms_norm(hidden, update, gain, epsilon)
+        return inference_triton.add_rms_norm(hidden, update, gain, epsilon, bits)
     if update is not None:
         hidden += update
     values = hidden.float()
     values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)
-    return gain * values.to(hidden.dtype)
+    normed = gain * values.to(hidden.dtype)
+    return normed if bits is None else round_rows(normed, bits)
 
 
 @dataclass(frozen=True)
@@ -132,14 +179,24 @@ def attend(projected: Tensor, rotary: Rotary, positions: Tensor, keys: Tensor, v
                                                    enable_gqa=True).flatten(1)
 
 
-def silu_mul(gate_and_up: Tensor) -> Tensor:
-    """silu(gate) * up of [rows, 2 * size], gate and up side by side: [rows, size]."""
-    if use_triton(gate_and_up):
+def rotate_heads(heads: Tensor, cosine: Tensor, sine: Tensor) -> None:
+    """Turn heads [batch, length, heads, size] in place by the rotary embedding; cosine and sine [1 or batch, length, size]."""
+    if use_triton(heads):
         from common.kernels import inference_triton
 
-        return inference_triton.silu_mul(gate_and_up)
-    gate, up = gate_and_up.chunk(2, -1)
-    return functional.silu(gate) * up
+        return inference_triton.rotate_heads(heads, cosine, sine)
+    turned = torch.cat([-heads[..., heads.shape[-1] // 2:], heads[..., :heads.shape[-1] // 2]], -1)
+    heads.copy_(heads * cosine.unsqueeze(2) + turned * sine.unsqueeze(2))
+
+
+def silu_mul(gate: Tensor, up: Tensor, bits: int | None = None) -> Tensor | Rounded:
+    """silu(gate) * up of two tensors [rows, size], which may be halves of a wider one; rounded to `bits`, if given."""
+    if use_triton(gate):
+        from common.kernels import inference_triton
+
+        return inference_triton.silu_mul(gate, up, bits)
+    product = functional.silu(gate) * up
+    return product if bits is None else round_rows(product, bits)
 
 
 def largest_index(values: Tensor) -> Tensor:

@@ -1,207 +1,71 @@
-"""The Triton kernels behind `common.kernels.inference`, which says what each computes."""
+"""The Triton kernels behind `common.kernels.inference`, which says what each computes; the products are in `products_triton`."""
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.kernels.inference import SIGN_BITS, PackedWeight, Rotary
+from common.kernels.inference import Rotary, Rounded
+from common.kernels.launch_triton import begin, counters, launch
 
 # Attention over longer contexts is split between programs; the last of them to finish joins their results.
 SPLIT_LENGTH, BLOCK_LENGTH = 512, 64
-# Programs that a product should have at least, so that every multiprocessor has work.
-PROGRAMS = 256
-# Conversions of integers are rare units' work. A float with this exponent has an integer below 2^23 as its last bits, and is
-# that integer plus 2^23.
-_EXPONENT, _OFFSET = tl.constexpr(0x4B000000), tl.constexpr(8388608.0)
 
 
-def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
-    rows, channels = inputs.shape
-    out, words = weight.packed.shape
-    group_words = words // weight.scale.shape[1]
-    form = {"BITS": weight.bits, "HAS_ZERO": weight.zero_point is not None, "SIGN_BITS": SIGN_BITS if weight.signed else 0}
-    if rows == 1:
-        output = torch.empty(1, out, device=inputs.device, dtype=inputs.dtype)
-        # Pieces of a group: so many words that a power of two of them is a group.
-        piece = min(16, group_words & -group_words)
-        # Measured on an H200 for the linears of the Llama-3.2-1B shape (benchmarks/packed_product_sweep.py).
-        block_out, block_words, warps = (16, 64, 1) if out > 4096 else (8, 128 if words <= 256 else 256, 4)
-        _matvec[(triton.cdiv(out, block_out),)](
-            inputs, weight.packed, weight.scale, weight.zero_point, output, out, words, group_words // piece, **form,
-            PIECE=piece, BLOCK_OUT=block_out, BLOCK_PIECES=min(block_words // piece, triton.next_power_of_2(words // piece)),
-            num_warps=warps)
-        return output
-    size = channels // weight.scale.shape[1]
-    block = min(128, size & -size)
-    if block < 16:                                                              # no product of so few channels
-        return inputs @ unpack(weight, inputs.dtype).T
-    block_out = 64 if out <= 4096 else 128
-    tiles, steps = triton.cdiv(out, block_out), channels // block
-    splits = max(1, min(steps, PROGRAMS // tiles))
-    partial = torch.empty(splits, rows, out, device=inputs.device, dtype=torch.float32)
-    _matmul[(tiles, splits)](
-        inputs, weight.packed.view(torch.uint8), weight.scale, weight.zero_point, partial, rows, out, channels, size,
-        triton.cdiv(steps, splits), **form, BLOCK_ROWS=max(16, triton.next_power_of_2(rows)), BLOCK_OUT=block_out, BLOCK=block,
-        num_warps=4, num_stages=4)
-    output = torch.empty(rows, out, device=inputs.device, dtype=inputs.dtype)
-    _sum_parts[(triton.cdiv(rows * out, 1024),)](partial, output, rows * out, SPLITS=splits, BLOCK=1024, num_warps=4)
-    return output
+def _empty_rounded(rows: int, size: int, like: Tensor) -> Rounded:
+    return Rounded(torch.empty(rows, size, device=like.device, dtype=torch.int8),
+                   torch.empty(rows, 1, device=like.device, dtype=like.dtype))
 
 
-@triton.jit
-def _matvec(inputs, packed, scale, zero_point, output, out, words, group_pieces, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
-            SIGN_BITS: tl.constexpr, PIECE: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_PIECES: tl.constexpr):
-    PER_WORD: tl.constexpr = 32 // BITS
-    channel = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    in_range = channel < out
-    pieces = words // PIECE
-    total = tl.zeros((BLOCK_OUT, BLOCK_PIECES), tl.float32)
-    for start in range(0, pieces, BLOCK_PIECES):
-        piece = start + tl.arange(0, BLOCK_PIECES)
-        known = piece < pieces
-        word = piece[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
-        mask = in_range[:, None] & known[None, :]
-        codes = tl.load(packed + channel[:, None, None] * words + word[None, :, :], mask=mask[:, :, None], other=0) ^ SIGN_BITS
-        place = channel[:, None] * (pieces // group_pieces) + (piece // group_pieces)[None, :]
-        step = tl.load(scale + place, mask=mask, other=0.0).to(tl.float32)
-        product = tl.zeros((BLOCK_OUT, BLOCK_PIECES, PIECE), tl.float32)
-        sum_of_inputs = tl.zeros((BLOCK_PIECES, PIECE), tl.float32)
-        for i in tl.static_range(PER_WORD):
-            value = tl.load(inputs + word * PER_WORD + i, mask=known[:, None], other=0.0).to(tl.float32)
-            sum_of_inputs += value
-            # A code stays where it is in its half of the word; the input makes up for that.
-            half = codes if i < PER_WORD // 2 else codes >> 16
-            bits = (half & (((1 << BITS) - 1) << (BITS * (i % (PER_WORD // 2))))) | _EXPONENT
-            value *= 1.0 / (1 << (BITS * (i % (PER_WORD // 2))))
-            product += (bits.to(tl.float32, bitcast=True) - _OFFSET) * value[None, :, :]
-        whole = tl.sum(product, 2)
-        if HAS_ZERO:
-            zero = tl.load(zero_point + place, mask=mask, other=0).to(tl.float32)
-            whole -= zero * tl.sum(sum_of_inputs, 1)[None, :]
-        else:
-            whole -= (1 << (BITS - 1)) * tl.sum(sum_of_inputs, 1)[None, :]
-        total += step * whole
-    tl.store(output + channel, tl.sum(total, 1).to(output.dtype.element_ty), mask=in_range)
-
-
-@triton.jit
-def _matmul(inputs, packed, scale, zero_point, partial, rows, out, channels, size, steps, BITS: tl.constexpr,
-            HAS_ZERO: tl.constexpr, SIGN_BITS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
-            BLOCK: tl.constexpr):
-    dtype: tl.constexpr = inputs.dtype.element_ty
-    PER_BYTE: tl.constexpr = 8 // BITS
-    BYTES: tl.constexpr = BLOCK // PER_BYTE
-    channel = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    row = tl.arange(0, BLOCK_ROWS)
-    column, byte = tl.arange(0, BLOCK), tl.arange(0, BYTES)
-    in_range = channel < out
-    total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
-    first = tl.program_id(1) * steps * BLOCK
-    for start in range(first, tl.minimum(first + steps * BLOCK, channels), BLOCK):
-        value = tl.load(inputs + row[:, None] * channels + start + column[None, :], mask=(row < rows)[:, None], other=0.0)
-        codes = tl.load(packed + channel[:, None] * (channels // PER_BYTE) + start // PER_BYTE + byte[None, :],
-                        mask=in_range[:, None], other=0)
-        if BITS == 4:                                                           # the low half is the first of two channels
-            code = tl.join(codes & 15, codes >> 4).reshape(BLOCK_OUT, BLOCK)
-        else:
-            code = codes
-        if SIGN_BITS != 0:
-            code = code ^ 128
-        place = channel * (channels // size) + start // size
-        step = tl.load(scale + place, mask=in_range, other=0.0).to(tl.float32)
-        if HAS_ZERO:
-            zero = tl.load(zero_point + place, mask=in_range, other=0).to(tl.float32)
-        else:
-            zero = tl.full((BLOCK_OUT,), 1 << (BITS - 1), tl.float32)
-        # Differences of codes are small integers: exact in 16 bits.
-        code = (code.to(tl.int32) | _EXPONENT).to(tl.float32, bitcast=True)
-        exact = (code - (zero + _OFFSET)[:, None]).to(dtype)
-        total += tl.dot(value, tl.trans(exact), input_precision="ieee") * step[None, :]
-    place = (tl.program_id(1) * rows + row[:, None]) * out + channel[None, :]
-    tl.store(partial + place, total, mask=(row < rows)[:, None] & in_range[None, :])
-
-
-@triton.jit
-def _sum_parts(partial, output, count, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = place < count
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(partial + split * count + place, mask=mask, other=0.0)
-    tl.store(output + place, total.to(output.dtype.element_ty), mask=mask)
-
-
-def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    out, words = weight.packed.shape
-    result = torch.empty(weight.shape, device=weight.packed.device, dtype=dtype)
-    block = min(512, triton.next_power_of_2(words))
-    _unpack[(out, triton.cdiv(words, block))](
-        weight.packed, weight.scale, weight.zero_point, result, words, words // weight.scale.shape[1], BITS=weight.bits,
-        HAS_ZERO=weight.zero_point is not None, SIGN_BITS=SIGN_BITS if weight.signed else 0, BLOCK_WORDS=block, num_warps=4)
+def round_rows(inputs: Tensor, bits: int) -> Rounded:
+    rows, size = inputs.shape
+    result = _empty_rounded(rows, size, inputs)
+    _round_rows[(rows,)](inputs, result.codes, result.scale, size, torch.finfo(inputs.dtype).eps, BITS=bits,
+                         BLOCK=triton.next_power_of_2(size), num_warps=8 if size > 2048 else 4, **launch())
     return result
 
 
 @triton.jit
-def _unpack(packed, scale, zero_point, weight, words, group_words, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
-            SIGN_BITS: tl.constexpr, BLOCK_WORDS: tl.constexpr):
-    PER_WORD: tl.constexpr = 32 // BITS
-    channel = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * BLOCK_WORDS
-    element = tl.arange(0, BLOCK_WORDS * PER_WORD)
-    word = first + element // PER_WORD
-    mask = word < words
-    codes = tl.load(packed + channel * words + word, mask=mask, other=0) ^ SIGN_BITS
-    code = (codes >> (element % PER_WORD * BITS)) & ((1 << BITS) - 1)
-    place = channel * (words // group_words) + word // group_words
-    if HAS_ZERO:
-        zero = tl.load(zero_point + place, mask=mask, other=0).to(tl.float32)
-    else:
-        zero = (1 << (BITS - 1)) + 0.0
-    exact = (code | _EXPONENT).to(tl.float32, bitcast=True) - (zero + _OFFSET)
-    value = exact * tl.load(scale + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(weight + (channel * words + first) * PER_WORD + element, value.to(weight.dtype.element_ty), mask=mask)
-
-
-def round_rows(inputs: Tensor, bits: int) -> Tensor:
-    rows, size = inputs.shape
-    output = torch.empty_like(inputs)
-    _round_rows[(rows,)](inputs, output, size, torch.finfo(inputs.dtype).eps, BITS=bits, BLOCK=triton.next_power_of_2(size),
-                         num_warps=8 if size > 2048 else 4)
-    return output
+def _round_rows(inputs, codes, scale, size, smallest, BITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    begin(OVERLAP)
+    column = tl.arange(0, BLOCK)
+    mask = column < size
+    place = tl.program_id(0).to(tl.int64) * size + column
+    _store_rounded(tl.load(inputs + place, mask=mask, other=0.0), codes + place, scale + tl.program_id(0), mask, smallest, BITS)
 
 
 @triton.jit
-def _round_rows(inputs, output, size, smallest, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    dtype: tl.constexpr = inputs.dtype.element_ty
-    column = tl.arange(0, BLOCK)
-    place = tl.program_id(0).to(tl.int64) * size + column
-    mask = column < size
-    value = tl.load(inputs + place, mask=mask, other=0.0).to(tl.float32)
-    # Each step is rounded to the inputs' type, as torch does it.
-    scale = ((tl.max(tl.abs(value), 0) * 2).to(dtype).to(tl.float32) / ((1 << BITS) - 1)).to(dtype).to(tl.float32)
-    scale = tl.where(scale > 0, scale, smallest)
-    code = (value / scale).to(dtype).to(tl.float32)
+def _store_rounded(value, codes, scale, mask, smallest, BITS: tl.constexpr):
+    """Round a token to its largest value; each step is rounded to the values' own type, as torch does it."""
+    dtype: tl.constexpr = value.dtype
+    exact = value.to(tl.float32)
+    step = ((tl.max(tl.abs(exact), 0) * 2).to(dtype).to(tl.float32) / ((1 << BITS) - 1)).to(dtype).to(tl.float32)
+    step = tl.where(step > 0, step, smallest)
+    code = (exact / step).to(dtype).to(tl.float32)
     # Half to even, by the addition that leaves no room for a fraction.
     code = (code + 12582912.0) - 12582912.0
     code = tl.minimum(tl.maximum(code, -(1 << (BITS - 1))), (1 << (BITS - 1)) - 1)
-    tl.store(output + place, (code * scale).to(dtype), mask=mask)
+    tl.store(codes, code.to(tl.int8), mask=mask)
+    tl.store(scale, step.to(dtype))
 
 
-def add_rms_norm(hidden: Tensor, update: Tensor | None, gain: Tensor, epsilon: float) -> Tensor:
+def add_rms_norm(hidden: Tensor, update: Tensor | None, gain: Tensor, epsilon: float, bits: int | None = None,
+                 ) -> Tensor | Rounded:
     rows, size = hidden.shape
-    output = torch.empty_like(hidden)
-    _add_rms_norm[(rows,)](hidden, update, gain, output, size, epsilon, HAS_UPDATE=update is not None,
-                           BLOCK=triton.next_power_of_2(size), num_warps=8 if size > 2048 else 4)
-    return output
+    result = torch.empty_like(hidden) if bits is None else _empty_rounded(rows, size, hidden)
+    output, scale = (result, result) if bits is None else (result.codes, result.scale)
+    _add_rms_norm[(rows,)](hidden, update, gain, output, scale, size, epsilon, torch.finfo(hidden.dtype).eps,
+                           HAS_UPDATE=update is not None, BITS=bits or 0, BLOCK=triton.next_power_of_2(size),
+                           num_warps=8 if size > 2048 else 4, **launch())
+    return result
 
 
 @triton.jit
-def _add_rms_norm(hidden, update, gain, output, size, epsilon, HAS_UPDATE: tl.constexpr, BLOCK: tl.constexpr):
+def _add_rms_norm(hidden, update, gain, output, scale, size, epsilon, smallest, HAS_UPDATE: tl.constexpr, BITS: tl.constexpr,
+                  BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    begin(OVERLAP)
     dtype: tl.constexpr = hidden.dtype.element_ty
     column = tl.arange(0, BLOCK)
     place = tl.program_id(0).to(tl.int64) * size + column
@@ -212,14 +76,11 @@ def _add_rms_norm(hidden, update, gain, output, size, epsilon, HAS_UPDATE: tl.co
         tl.store(hidden + place, value, mask=mask)
     exact = value.to(tl.float32)
     exact *= tl.rsqrt(tl.sum(exact * exact, 0) / size + epsilon)
-    factor = tl.load(gain + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(output + place, (factor * exact.to(dtype).to(tl.float32)).to(dtype), mask=mask)
-
-
-@cache
-def _counters(count: int, device: torch.device) -> Tensor:
-    """Zeros that programs count with and leave at zero."""
-    return torch.zeros(count, device=device, dtype=torch.int32)
+    normed = (tl.load(gain + column, mask=mask, other=0.0).to(tl.float32) * exact.to(dtype).to(tl.float32)).to(dtype)
+    if BITS == 0:
+        tl.store(output + place, normed, mask=mask)
+    else:
+        _store_rounded(normed, output + place, scale + tl.program_id(0), mask, smallest, BITS)
 
 
 def attend(projected: Tensor, rotary: Rotary, positions: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
@@ -230,19 +91,22 @@ def attend(projected: Tensor, rotary: Rotary, positions: Tensor, keys: Tensor, v
     output = torch.empty(rows, heads * size, device=projected.device, dtype=projected.dtype)
     # A partial result and, after it, its largest score and its sum of weights.
     partial = torch.empty(rows, heads, splits, size + 2, device=projected.device) if splits > 1 else output
-    counters = _counters(rows * key_heads, projected.device) if splits > 1 else positions
+    counts = counters(rows * key_heads, projected.device) if splits > 1 else positions
     query_gain, key_gain, epsilon = rotary.norms or (None, None, 0.0)
     _attend[(rows, key_heads, splits)](
-        projected, rotary.cosine, rotary.sine, query_gain, key_gain, epsilon, positions, keys, values, output, partial, counters,
+        projected, rotary.cosine, rotary.sine, query_gain, key_gain, epsilon, positions, keys, values, output, partial, counts,
         length, keys.stride(0), scaling, KEY_HEADS=key_heads, HEADS_PER_KEY=heads // key_heads, BLOCK_HEADS=block_heads,
-        SIZE=size, HAS_NORMS=rotary.norms is not None, SPLITS=splits, SPLIT=SPLIT_LENGTH, BLOCK=BLOCK_LENGTH, num_warps=4)
+        SIZE=size, HAS_NORMS=rotary.norms is not None, SPLITS=splits, SPLIT=SPLIT_LENGTH, BLOCK=BLOCK_LENGTH, num_warps=4,
+        **launch())
     return output
 
 
 @triton.jit
 def _attend(projected, cosine, sine, query_gain, key_gain, epsilon, positions, keys, values, output, partial, counters, length,
             row_stride, scaling, KEY_HEADS: tl.constexpr, HEADS_PER_KEY: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-            SIZE: tl.constexpr, HAS_NORMS: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+            SIZE: tl.constexpr, HAS_NORMS: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+            OVERLAP: tl.constexpr):
+    begin(OVERLAP)
     HEADS: tl.constexpr = KEY_HEADS * HEADS_PER_KEY
     dtype: tl.constexpr = projected.dtype.element_ty
     row, key_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -251,8 +115,8 @@ def _attend(projected, cosine, sine, query_gain, key_gain, epsilon, positions, k
     sign = tl.where(lane < SIZE // 2, -1.0, 1.0)
     mine = (member < HEADS_PER_KEY)[:, None]
     position = tl.load(positions + row).to(tl.int32)
-    begin = split * SPLIT
-    if begin > position:
+    origin = split * SPLIT
+    if origin > position:
         return
     turn = tl.load(cosine + position * SIZE + lane).to(tl.float32)
     tilt = tl.load(sine + position * SIZE + lane).to(tl.float32) * sign
@@ -274,7 +138,7 @@ def _attend(projected, cosine, sine, query_gain, key_gain, epsilon, positions, k
         key_mix = (key_mix.to(tl.float32) * factor).to(dtype).to(tl.float32) * tl.load(key_gain + other).to(tl.float32)
     q = (query.to(tl.float32) * turn[None, :] + query_mix.to(tl.float32) * tilt[None, :]).to(dtype)
     base = row * row_stride + key_head * length * SIZE
-    end = tl.minimum(position, begin + SPLIT)
+    end = tl.minimum(position, origin + SPLIT)
     largest = tl.full((BLOCK_HEADS,), -1e30, tl.float32)
     weight = tl.zeros((BLOCK_HEADS,), tl.float32)
     total = tl.zeros((BLOCK_HEADS, SIZE), tl.float32)
@@ -286,7 +150,7 @@ def _attend(projected, cosine, sine, query_gain, key_gain, epsilon, positions, k
         largest = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scaling
         weight += 1.0
         total += v.to(tl.float32)[None, :]
-    for start in range(begin, end, BLOCK):
+    for start in range(origin, end, BLOCK):
         time = start + tl.arange(0, BLOCK)
         place = base + time[:, None] * SIZE + lane[None, :]
         known = (time < end)[:, None]
@@ -329,22 +193,58 @@ def _attend(projected, cosine, sine, query_gain, key_gain, epsilon, positions, k
             tl.store(counter, 0)
 
 
-def silu_mul(gate_and_up: Tensor) -> Tensor:
-    rows, size = gate_and_up.shape[0], gate_and_up.shape[1] // 2
-    output = torch.empty(rows, size, device=gate_and_up.device, dtype=gate_and_up.dtype)
-    _silu_mul[(rows, triton.cdiv(size, 1024))](gate_and_up, output, size, BLOCK=1024, num_warps=4)
-    return output
+def rotate_heads(heads: Tensor, cosine: Tensor, sine: Tensor) -> None:
+    batch, length, count, size = heads.shape
+    _rotate_heads[(batch * length,)](heads, cosine, sine, count, length, 0 if len(cosine) == 1 else length, HALF=size // 2,
+                                     BLOCK=triton.next_power_of_2(count * size // 2), num_warps=4, **launch())
 
 
 @triton.jit
-def _silu_mul(gate_and_up, output, size, BLOCK: tl.constexpr):
+def _rotate_heads(heads, cosine, sine, count, length, table_stride, HALF: tl.constexpr, BLOCK: tl.constexpr,
+                  OVERLAP: tl.constexpr):
+    """A program turns all heads of a token, whose halves are the parts of complex numbers."""
+    begin(OVERLAP)
+    token = tl.program_id(0).to(tl.int64)
+    pair = tl.arange(0, BLOCK)
+    mask = pair < count * HALF
+    lane = pair % HALF
+    first = heads + token * count * 2 * HALF + pair // HALF * 2 * HALF + lane
+    table = (token // length * table_stride + token % length) * 2 * HALF + lane
+    one = tl.load(first, mask=mask, other=0.0).to(tl.float32)
+    two = tl.load(first + HALF, mask=mask, other=0.0).to(tl.float32)
+    turned = one * tl.load(cosine + table).to(tl.float32) - two * tl.load(sine + table).to(tl.float32)
+    other = two * tl.load(cosine + table + HALF).to(tl.float32) + one * tl.load(sine + table + HALF).to(tl.float32)
+    tl.store(first, turned.to(heads.dtype.element_ty), mask=mask)
+    tl.store(first + HALF, other.to(heads.dtype.element_ty), mask=mask)
+
+
+def silu_mul(gate: Tensor, up: Tensor, bits: int | None = None) -> Tensor | Rounded:
+    rows, size = gate.shape
+    # A rounded token has to be in one program.
+    block = 1024 if bits is None else triton.next_power_of_2(size)
+    result = torch.empty(rows, size, device=gate.device, dtype=gate.dtype) if bits is None else _empty_rounded(rows, size, gate)
+    output, scale = (result, result) if bits is None else (result.codes, result.scale)
+    _silu_mul[(rows, triton.cdiv(size, block))](
+        gate, up, output, scale, gate.stride(0), up.stride(0), size, torch.finfo(gate.dtype).eps, BITS=bits or 0, BLOCK=block,
+        num_warps=4 if bits is None else 16, **launch())
+    return result
+
+
+@triton.jit
+def _silu_mul(gate, up, output, scale, gate_stride, up_stride, size, smallest, BITS: tl.constexpr, BLOCK: tl.constexpr,
+              OVERLAP: tl.constexpr):
+    begin(OVERLAP)
+    dtype: tl.constexpr = gate.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size
-    gate = tl.load(gate_and_up + row * 2 * size + column, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_and_up + row * 2 * size + size + column, mask=mask, other=0.0).to(tl.float32)
-    gate = (gate * tl.sigmoid(gate)).to(output.dtype.element_ty).to(tl.float32)
-    tl.store(output + row * size + column, (gate * up).to(output.dtype.element_ty), mask=mask)
+    value = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+    value = (value * tl.sigmoid(value)).to(dtype).to(tl.float32)
+    product = (value * tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)).to(dtype)
+    if BITS == 0:
+        tl.store(output + row * size + column, product, mask=mask)
+    else:
+        _store_rounded(product, output + row * size + column, scale + row, mask, smallest, BITS)
 
 
 def largest_index(values: Tensor) -> Tensor:
@@ -353,13 +253,14 @@ def largest_index(values: Tensor) -> Tensor:
     best = torch.empty(rows, parts, device=values.device)
     index = torch.empty(rows, parts, device=values.device, dtype=torch.int32)
     result = torch.empty(rows, device=values.device, dtype=torch.long)
-    _largest_in_part[(rows, parts)](values, best, index, size, parts, BLOCK=2048, num_warps=4)
-    _largest_of_parts[(rows,)](best, index, result, parts, BLOCK=triton.next_power_of_2(parts), num_warps=1)
+    _largest_in_part[(rows, parts)](values, best, index, size, parts, BLOCK=2048, num_warps=4, **launch())
+    _largest_of_parts[(rows,)](best, index, result, parts, BLOCK=triton.next_power_of_2(parts), num_warps=1, **launch())
     return result
 
 
 @triton.jit
-def _largest_in_part(values, best, index, size, parts, BLOCK: tl.constexpr):
+def _largest_in_part(values, best, index, size, parts, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    begin(OVERLAP)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = part * BLOCK + tl.arange(0, BLOCK)
     found = tl.load(values + row * size + column, mask=column < size, other=float("-inf")).to(tl.float32)
@@ -369,7 +270,8 @@ def _largest_in_part(values, best, index, size, parts, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _largest_of_parts(best, index, result, parts, BLOCK: tl.constexpr):
+def _largest_of_parts(best, index, result, parts, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    begin(OVERLAP)
     row = tl.program_id(0)
     part = tl.arange(0, BLOCK)
     found = tl.load(best + row * parts + part, mask=part < parts, other=float("-inf"))
