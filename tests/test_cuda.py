@@ -79,7 +79,7 @@ def test_rounding_kernels(generator, form):
     inputs = torch.randn(4000, 256, generator=generator) * torch.rand(256, generator=generator)
     gram, weight = inputs.T @ inputs / 4000, torch.randn(300, 256, generator=generator)
     scale, zero = grid.search_range(weight, form, gram.diagonal())
-    on_card = grid.search_range(weight.cuda(), form, gram.diagonal().cuda())
+    on_card = grid.search_range(weight.cuda(), form, gram.cuda().diagonal())
     assert (on_card[0].cpu() == scale).float().mean() > 0.99
     for function in (lambda *tensors: rounding.solve(*tensors, form)[0],
                      lambda weight, gram, scale, zero: rounding.refine(

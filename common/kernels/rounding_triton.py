@@ -68,6 +68,8 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor | None, norm: fl
                  candidates: list[float]) -> tuple[Tensor, Tensor]:
     """`grid.search_range` for the norms 2 and 4; a program keeps some groups in registers and tries all candidates."""
     rows, channels = weight.shape
+    # Kernels read memory as it lies, and the importance is often a diagonal.
+    weight, importance = weight.contiguous(), None if importance is None else importance.contiguous()
     groups = grid.groups(channels)
     size = channels // groups
     scale = torch.empty(rows, groups, device=weight.device)
