@@ -15,14 +15,13 @@ import runpy
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import lm_eval.evaluator  # noqa: E402, F401
-import torch  # noqa: E402
+from scripts import processes  # noqa: E402
 from transformers import LlamaForCausalLM, pipelines  # noqa: E402, F401
 
 from common import language_model, packed  # noqa: E402, F401
@@ -40,25 +39,6 @@ def script(words: list[str], log: Path) -> None:
         os.dup2(file.fileno(), 2)
     sys.argv = words
     runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-
-
-@cache
-def processes() -> multiprocessing.context.BaseContext:
-    """Children are forked with everything imported, which takes ten seconds; where some package has touched the card while it
-    was imported, a forked child cannot use it, and they are spawned instead.
-    """
-    trial = multiprocessing.get_context("fork").Process(target=_use_device)
-    trial.start()
-    trial.join()
-    return multiprocessing.get_context("spawn" if trial.exitcode else "fork")
-
-
-def _use_device() -> None:
-    try:
-        if torch.cuda.is_available():
-            torch.zeros(1, device="cuda")
-    except RuntimeError:
-        sys.exit(1)
 
 
 def start(words: list[str], configuration: str) -> multiprocessing.Process:

@@ -54,7 +54,7 @@ def ours(method: str, folder: Path, windows: Windows, scratch: Path) -> dict:
     document = json.loads((output / METADATA_FILE).read_text())
     seconds = document["seconds"]
     return {"seconds": seconds, "work": sum(value for phase, value in seconds.items() if phase not in NOT_WORK),
-            "total": seconds["total"], "peak_device_bytes": document["memory"]["peak_device_bytes"]}
+            "total": seconds["total"], **document["memory"]}
 
 
 def peer(name: str, windows: Windows, tokenizer, device: torch.device, changes: dict) -> dict | None:

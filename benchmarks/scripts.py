@@ -1,11 +1,16 @@
-"""The quantize scripts, run in this process."""
+"""The quantize scripts, run in this process, and processes of their own for what is to be measured apart."""
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.context
 import runpy
 import sys
 import time
+from functools import cache
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,3 +25,22 @@ def quantize(script: str, options: list[str]) -> float:
         if end.code:
             raise RuntimeError(f"{' '.join(sys.argv)} ended with {end.code}") from None
     return time.perf_counter() - start
+
+
+@cache
+def processes() -> multiprocessing.context.BaseContext:
+    """Children are forked with everything imported, which takes ten seconds; where some package has touched the card while it
+    was imported, a forked child cannot use it, and they are spawned instead.
+    """
+    trial = multiprocessing.get_context("fork").Process(target=_use_device)
+    trial.start()
+    trial.join()
+    return multiprocessing.get_context("spawn" if trial.exitcode else "fork")
+
+
+def _use_device() -> None:
+    try:
+        if torch.cuda.is_available():
+            torch.zeros(1, device="cuda")
+    except RuntimeError:
+        sys.exit(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,7 +139,11 @@ class TensorReader:
                     weight_map = dict.fromkeys(file.keys(), single)
             else:
                 raise UserError(f"{folder} has no model.safetensors (only safetensors weights are read)")
-            self._files = {name: safe_open(folder / name, "pt") for name in sorted(set(weight_map.values()))}
+            # Opened again for every tensor: what was read of an open file stays in the process's memory.
+            self._files = sorted(set(weight_map.values()))
+            for name in self._files:
+                with safe_open(folder / name, "pt"):
+                    pass
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: weights are incomplete or damaged ({_first_line(error)})") from None
         self._weight_map = weight_map
@@ -155,24 +160,25 @@ class TensorReader:
 
     def read(self, name: str) -> Tensor:
         try:
-            return self._files[self._weight_map[name]].get_tensor(name)
-        except (KeyError, SafetensorError) as error:
+            with safe_open(self._folder / self._weight_map[name], "pt") as file:
+                return file.get_tensor(name)
+        except (KeyError, SafetensorError, OSError) as error:
             raise UserError(f"{self._folder}: tensor {name} is missing or damaged ({_first_line(error)})") from None
 
     def describe(self) -> list[tuple[str, int, int]]:
         """Name, bytes and time of last change of every file, to tell whether it is still the same model."""
-        stats = [(name, (self._folder / name).stat()) for name in sorted(self._files)]
+        stats = [(name, (self._folder / name).stat()) for name in self._files]
         return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
     def total_bytes(self) -> int:
         """Bytes of all tensors as stored."""
         total = 0
-        for name, file in self._weight_map.items():
-            view = self._files[file].get_slice(name)
-            count = 1
-            for size in view.get_shape():
-                count *= size
-            total += count * _BYTES[view.get_dtype()]
+        for name in self._files:
+            with safe_open(self._folder / name, "pt") as file:
+                for tensor, where in self._weight_map.items():
+                    if where == name:
+                        view = file.get_slice(tensor)
+                        total += math.prod(view.get_shape()) * _BYTES[view.get_dtype()]
         return total
 
 
