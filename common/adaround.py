@@ -86,8 +86,9 @@ class Learning:
         self.soft, self.target, self.gram = soft, weight.contiguous(), gram
         steps = soft.scale.unsqueeze(-1).expand(-1, -1, weight.shape[1] // soft.scale.shape[1]).flatten(1)
         self.unit = (steps.square() * gram.diagonal()).mean()
-        self.moment, self.variance = torch.zeros_like(soft.v), torch.zeros_like(soft.v)
+        # Before Adam's state, as it takes intermediate tensors of its own.
         self.difference = soft.weight(soft.h()) - self.target
+        self.moment, self.variance = torch.zeros_like(soft.v), torch.zeros_like(soft.v)
         if not use_triton(soft.v):
             low = grouped(soft.low, soft.grid) + soft.zero_point.unsqueeze(-1)
             # Where both neighbours are clipped to the same code, h has no effect.

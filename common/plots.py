@@ -157,8 +157,9 @@ def speed_against_size(results: ModelResults):
     places = side_by_side([results.documents[name]["quantization"]["weights_bytes"] / 1e6 for name in names])
     for name, place in zip(names, places, strict=True):
         _point(axis, name, place, results.documents[name]["speed"]["tokens_per_second"])
-    axis.set_ylim(bottom=0)
+    # After the margins: a limit that is set stops them.
     axis.margins(y=0.1)
+    axis.set_ylim(0, axis.get_ylim()[1])
     axis.set_xlabel(SIZE_LABEL)
     axis.set_ylabel("Tokens per second, batch 1")
     axis.grid(alpha=0.3)
@@ -206,7 +207,9 @@ def error_by_layer(results: ModelResults):
         axis.set_title(linear.split(".")[1], fontsize=10)
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
-    for axis in axes[1]:
+    # The last of the upper row stands above the legend, so it has labels of its own.
+    axes[0, -1].tick_params(labelbottom=True)
+    for axis in (*axes[1], axes[0, -1]):
         axis.set_xlabel("Layer")
     for axis in axes[:, 0]:
         axis.set_ylabel("Relative output error")
