@@ -16,8 +16,9 @@ import argparse
 
 import torch
 
-from common import cli
+from common import cli, parallel
 from common.adaround import SoftRounding, beta_at, learn_rounding
+from common.errors import UserError
 from common.grid import QuantizedLinear
 from common.layerwise import Layer, Method
 from common.models import LINEAR_GROUPS, LINEARS, LinearGroup
@@ -45,7 +46,7 @@ def quantize_layer(layer: Layer, iterations: int, block: bool) -> dict[str, Quan
         settled.append(rounding.settled())
         codes.update(layer.split(group, rounding.codes(), rounding.scale, rounding.zero_point))
 
-    for group, statistics in zip(LINEAR_GROUPS, layer.statistics, strict=True):
+    for group, statistics in layer.own_groups():
         stacked, gram = layer.stacked_weight(group), damped(statistics.gram, DAMPING)
         scale, zero_point = choose_ranges(stacked, gram, layer.grid, layer.scale_dtype)
         rounding = learn_rounding(stacked, gram, scale, zero_point, layer.grid, iterations, STRENGTH, TRAVEL / iterations)
@@ -58,7 +59,8 @@ def quantize_layer(layer: Layer, iterations: int, block: bool) -> dict[str, Quan
             reconstruct(layer, learned, iterations)
         for group, rounding in zip(LINEAR_GROUPS, learned, strict=True):
             finish(group, rounding)
-    layer.notes["settled"] = min(settled)
+    if settled:
+        layer.notes["settled"] = min(settled)
     return codes
 
 
@@ -128,6 +130,8 @@ def main() -> None:
     cli.resolve_sizes(options)
     options.iterations = options.iterations or (DEMO_ITERATIONS if options.calib_data == "demo" else ITERATIONS)
     block = options.reconstruction == "block"
+    if block and parallel.size() > 1:
+        raise UserError("--reconstruction block learns a layer as a whole, in one process; start it without torchrun")
     run(options, Method("adaround", lambda layer: quantize_layer(layer, options.iterations, block),
                         prepare_layer=equalize if options.equalize else None, catch_up=options.catch_up))
 

@@ -14,7 +14,6 @@ without keeping an activation. The clipping of each group's range is then chosen
 from common import cli
 from common.grid import QuantizedLinear, quantize
 from common.layerwise import Layer, Method
-from common.models import LINEAR_GROUPS
 from common.quantization import run
 from common.rounding import choose_ranges
 from common.scaling import equalize
@@ -23,7 +22,7 @@ from common.scaling import equalize
 def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
     """Codes of every linear: ranges clipped by the output error, then nearest codes."""
     codes = {}
-    for group, statistics in zip(LINEAR_GROUPS, layer.statistics, strict=True):
+    for group, statistics in layer.own_groups():
         stacked = layer.stacked_weight(group)
         scale, zero_point = choose_ranges(stacked, statistics.gram, layer.grid, layer.scale_dtype)
         codes.update(layer.split(group, quantize(stacked, scale, zero_point, layer.grid), scale, zero_point))

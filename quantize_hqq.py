@@ -17,7 +17,6 @@ from torch import Tensor
 from common import cli
 from common.grid import Grid, QuantizedLinear, grouped, power_, quantize, round_scale, rounding_error, search_range
 from common.layerwise import NOTHING, Layer, Method
-from common.models import LINEARS
 from common.quantization import run
 
 LP_NORM = 4.0
@@ -68,7 +67,7 @@ def main() -> None:
 
     def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
         return {name: quantize_weight(layer.weight(name), layer.grid, options.lp_norm, layer.scale_dtype)
-                for name in LINEARS}
+                for group, _ in layer.own_groups() for name in group.linears}
 
     run(options, Method("hqq", quantize_layer, needs=NOTHING))
 

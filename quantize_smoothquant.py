@@ -21,7 +21,7 @@ from common.grid import Grid, QuantizedLinear, quantize, round_per_token, search
 from common.layerwise import RANGES, Layer, Method
 from common.models import LINEAR_GROUPS
 from common.quantization import run
-from common.scaling import fold_scale, largest_weight, power_ratio, shared_by_heads
+from common.scaling import fold_all, largest_weight, power_ratio, shared_by_heads
 
 ACTIVATION_BITS = 8
 ALPHA = 0.85
@@ -60,14 +60,13 @@ def smoothing_scale(layer: Layer, group_index: int, alpha: float | None) -> Tens
 
 def prepare_layer(layer: Layer, alpha: float | None) -> None:
     """Smooth all four groups: the two norms, v_proj into o_proj, up_proj into down_proj."""
-    for group_index in range(len(LINEAR_GROUPS)):
-        fold_scale(layer, group_index, smoothing_scale(layer, group_index, alpha))
+    fold_all(layer, lambda group_index: smoothing_scale(layer, group_index, alpha))
 
 
 def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
     """Nearest codes of every linear, ranges searched with each channel's mean square."""
     codes = {}
-    for group, statistics in zip(LINEAR_GROUPS, layer.statistics, strict=True):
+    for group, statistics in layer.own_groups():
         for name in group.linears:
             weight = layer.weight(name)
             scale, zero_point = search_range(weight, layer.grid, statistics.mean_square, scale_dtype=layer.scale_dtype)

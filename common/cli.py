@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from common import calibration
+from common import calibration, parallel
 from common.errors import UserError
 from common.models import DEFAULT_MODEL
 from common.rounding import CATCH_UP
@@ -143,7 +143,7 @@ def resolve_device(choice: str) -> torch.device:
         raise UserError("no CUDA device was found; use --device cpu, or check the driver with nvidia-smi")
     if choice == "auto":
         choice = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(choice, 0) if choice == "cuda" else torch.device("cpu")
+    return torch.device(choice, parallel.card()) if choice == "cuda" else torch.device("cpu")
 
 
 def resolve_dtype(choice: str, device: torch.device) -> torch.dtype:

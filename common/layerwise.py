@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
+from common import parallel
 from common.errors import UserError
 from common.grid import Grid, QuantizedLinear
 from common.models import LINEAR_GROUPS, LINEARS, LinearGroup, SourceModel
@@ -61,6 +62,22 @@ class Layer:
         parts = zip(group.linears, codes.split(sizes), scale.split(sizes), zero_point.split(sizes), strict=True)
         return {name: QuantizedLinear(*tensors, self.grid) for name, *tensors in parts}
 
+    @cached_property
+    def owners(self) -> list[int]:
+        """For each of LINEAR_GROUPS the process that quantizes it (`parallel`)."""
+        costs = []
+        for group in LINEAR_GROUPS:
+            linears = [self.module.get_submodule(name) for name in group.linears]
+            columns = linears[0].in_features
+            costs.append(columns**2 * (columns + sum(linear.out_features for linear in linears)))
+        return parallel.owners(costs)
+
+    def own_groups(self) -> list[tuple[LinearGroup, InputStatistics | None]]:
+        """The groups that this process quantizes, and their statistics."""
+        statistics = self.statistics or [None] * len(LINEAR_GROUPS)
+        return [pair for pair, owner in zip(zip(LINEAR_GROUPS, statistics, strict=True), self.owners, strict=True)
+                if owner == parallel.rank()]
+
     def where(self, name: str) -> str:
         return f"model.layers.{self.index}.{name}"
 
@@ -72,7 +89,8 @@ NOTHING, RANGES, GRAM = "nothing", "ranges", "gram"
 class Method:
     """A quantization method.
 
-    quantize_layer: returns the codes of every linear of a layer (`models.LINEARS`).
+    quantize_layer: returns the codes of every linear of a layer's `own_groups`, which is all of `models.LINEARS` unless there
+        are several processes.
     needs: GRAM, statistics of the quantized layers' output; RANGES, statistics without Gram matrices in one pass through
         the original layers, for 8-bit methods whose errors are small; or NOTHING.
     rewrite_model, rewrite_layer: change the model without changing its function before anything is measured, the small
@@ -264,7 +282,7 @@ def _quantize_layer(layer: Layer, method: Method, streams: _Streams, source: Sou
         with group_inputs(module, inputs.__setitem__):
             run_layer(module, streams.probed, streams.probe_arguments[layer.index])
     with watch("solve"):
-        codes = method.quantize_layer(layer)
+        codes = _exchange(layer, method.quantize_layer(layer), source.device)
     with watch("record"):
         found = [_install(layer, name, codes[name], inputs[group_index], method.round_inputs)
                  for group_index, group in enumerate(LINEAR_GROUPS) for name in group.linears]
@@ -279,6 +297,25 @@ def _quantize_layer(layer: Layer, method: Method, streams: _Streams, source: Sou
         linears[layer.where(name)] = {"bits": layer.grid.bits, "group_size": layer.grid.group_size,
                                       "relative_output_error": error}
     return codes, {"linears": linears, "notes": layer.notes}
+
+
+def _exchange(layer: Layer, codes: dict[str, QuantizedLinear], device: torch.device) -> dict[str, QuantizedLinear]:
+    """The codes of all linears, out of those that each process found; of the notes, the least of all processes."""
+    if parallel.size() == 1:
+        return codes
+
+    def own(index: int) -> list[Tensor]:
+        found = [codes[name] for name in LINEAR_GROUPS[index].linears]
+        return [tensor for one in found for tensor in (one.codes, one.scale, one.zero_point)]
+
+    whole = {}
+    for group, tensors in zip(LINEAR_GROUPS, parallel.each(layer.owners, own, device), strict=True):
+        for i, name in enumerate(group.linears):
+            whole[name] = QuantizedLinear(*tensors[3 * i:3 * i + 3], layer.grid)
+    for notes in parallel.gather(layer.notes):
+        for key, value in notes.items():
+            layer.notes[key] = min(value, layer.notes.get(key, value))
+    return whole
 
 
 def _replay(layer: Layer, method: Method, streams: _Streams, device: torch.device,
@@ -342,11 +379,12 @@ def _collect(layer: Layer, device: torch.device, method: Method, originals: list
 
 def _catch_up(layer: Layer, share: float) -> None:
     """Change the weights of the linears that write the residual stream so that they make up for its lag."""
-    for group, statistics in zip(LINEAR_GROUPS, layer.statistics, strict=True):
+    for group, statistics, owner in zip(LINEAR_GROUPS, layer.statistics, layer.owners, strict=True):
         if statistics.lag is not None:
-            weight = layer.module.get_submodule(group.linears[0]).weight
-            changed = catch_up(weight.float(), statistics.gram, statistics.lag, share)
-            weight.data = changed.to(weight.dtype)
+            weight, changed = layer.module.get_submodule(group.linears[0]).weight, None
+            if owner == parallel.rank():
+                changed = [catch_up(weight.float(), statistics.gram, statistics.lag, share).to(weight.dtype)]
+            weight.data = parallel.send(changed, owner, weight.device)[0]
 
 
 def _token_weights(hidden: Tensor) -> Tensor:

@@ -9,13 +9,17 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from common import parallel
+
 Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
 def say(text: str) -> None:
-    """Print one line above any bar that is on the screen."""
+    """Print one line above any bar that is on the screen; of several processes the first does."""
+    if not parallel.first():
+        return
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
@@ -28,6 +32,9 @@ def track(items: Iterable[Item], description: str, unit: str = "it", total: int 
         description: what is being worked on, such as "layers".
         unit: the name of one item.
     """
+    if not parallel.first():
+        yield from items
+        return
     total = len(items) if total is None and hasattr(items, "__len__") else total
     if sys.stderr.isatty():
         yield from tqdm(items, desc=description, unit=unit, total=total, dynamic_ncols=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from common import metadata, overlap, probe
+from common import metadata, overlap, parallel, probe
 from common.calibration import calibration_windows
 from common.checkpoint import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
 from common.cli import configure_torch, resolve_device, resolve_dtype, resolve_sizes
@@ -36,6 +37,7 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     configure_torch(options.seed)
+    parallel.start(device)
     resolve_sizes(options)
     output = options.output or MODELS_FOLDER / model_name(options.model) / f"{method.name}-{options.bits}bit"
     if options.resume and (output / METADATA_FILE).is_file() and not options.overwrite:
@@ -56,9 +58,12 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
             windows = calibration_windows(options.calib_data, source.tokenizer, options.calib_samples, length,
                                           options.seed, options.data_root)
     say(_headline(method, grid, source, windows, device, dtype))
+    if options.resume and parallel.size() > 1:
+        raise UserError("--resume goes on in one process; start it without torchrun, or start again without --resume")
     tokens = probe.probe_tokens(source.tokenizer)
     fingerprint = _fingerprint(options, method, source, windows, device, dtype)
-    with CheckpointWriter(output, source, grid, method.activation_bits, method.online, fingerprint, options.resume) as writer:
+    with _writer(CheckpointWriter(output, source, grid, method.activation_bits, method.online, fingerprint,
+                                  options.resume)) as writer:
         ends: dict[str, QuantizedLinear] = {}
 
         def round_ends() -> None:
@@ -66,8 +71,12 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
                 if width:
                     ends[name] = _quantize_rows(source, name, width)
 
-        result = quantize_model(source, method, grid, None if windows is None else windows.tokens, tokens,
-                                writer.write_layer, watch, round_ends, writer.resumption())
+        own = None if windows is None else parallel.share(windows.tokens)
+        result = quantize_model(source, method, grid, own, tokens, writer.write_layer if writer else lambda *_: None, watch,
+                                round_ends, writer.resumption() if writer else None)
+        parallel.stop()
+        if not writer:
+            return output
         with watch("write"):
             weight_bytes = writer.write_rest(ends)
         document = _document(options, method, grid, source, windows, result, tokens, watch, device, dtype)
@@ -77,6 +86,11 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
         writer.finish(document if options.save_metadata else None)
     say(_summary(output, document))
     return output
+
+
+def _writer(writer: CheckpointWriter) -> AbstractContextManager[CheckpointWriter | None]:
+    """The writer, in the first of several processes; None in the others."""
+    return writer if parallel.first() else nullcontext()
 
 
 # Options that change nothing in the result.
@@ -89,7 +103,8 @@ def _fingerprint(options, method: Method, source: SourceModel, windows, device, 
     return {"method": method.name, "model": source.name, "weights": weights,
             "calibration": windows and windows.fingerprint[:16],
             **{f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in _WITHOUT_EFFECT},
-            "device": metadata.describe_device(device)["name"], "type": str(dtype).removeprefix("torch."),
+            "device": metadata.describe_device(device)["name"], "processes": parallel.size(),
+            "type": str(dtype).removeprefix("torch."),
             **{f"version of {package}": version for package, version in metadata.versions().items()}}
 
 
@@ -132,6 +147,7 @@ def _document(options, method, grid, source, windows, result: WalkResult, tokens
         {**windows.describe(), "passages": overlap.pack([source.tokenizer.decode(window) for window in windows.tokens])},
         "versions": metadata.versions(),
         "device": metadata.describe_device(device),
+        "processes": parallel.size(),
         "compute_dtype": str(dtype).removeprefix("torch."),
         "seconds": {phase: round(seconds, 3) for phase, seconds in watch.seconds.items()},
         "memory": metadata.peak_memory(device),

@@ -7,9 +7,12 @@ query heads that share a key-value head must share s. `equalize` chooses s as AW
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from common import parallel
 from common.grid import Grid, dequantize, grouped, min_max, quantize
 from common.layerwise import Layer
 from common.models import LINEAR_GROUPS
@@ -97,5 +100,11 @@ def search_scale(layer: Layer, group_index: int) -> Tensor:
 
 def equalize(layer: Layer) -> None:
     """Search and fold the scales of all four groups of a layer."""
-    for group_index in range(len(LINEAR_GROUPS)):
-        fold_scale(layer, group_index, search_scale(layer, group_index))
+    fold_all(layer, lambda group_index: search_scale(layer, group_index))
+
+
+def fold_all(layer: Layer, search: Callable[[int], Tensor]) -> None:
+    """Fold the scale [in] that `search` finds for each linear group. No fold changes what the search of another group reads."""
+    found = parallel.each(layer.owners, lambda group_index: [search(group_index)], layer.module.mlp.down_proj.weight.device)
+    for group_index, (scale,) in enumerate(found):
+        fold_scale(layer, group_index, scale)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from common import parallel
 from common.models import LINEAR_GROUPS
 
 # Inputs of each batch that are kept as they are.
@@ -117,6 +118,7 @@ class InputStatistics:
         for i, part in enumerate(self._parts):
             self.gram[i * self._block:(i + 1) * self._block, i * self._block:] += part
         self._parts.clear()
+        self._add_others()
         if self.with_gram:
             self.gram.triu_()
             self.gram += self.gram.triu(1).T.clone()
@@ -128,6 +130,22 @@ class InputStatistics:
             self.lag /= self.weight
         self.abs_mean /= max(self.tokens, 1)
         return self
+
+    def _add_others(self) -> None:
+        """Add the sums of the other processes, if there are any."""
+        if parallel.size() == 1:
+            return
+        # A process whose chunks were halved may have taken a lag of zero where the others took none.
+        counts = parallel.gather((self.tokens, 0 if self.lag is None else len(self.lag)))
+        self.tokens, rows = sum(tokens for tokens, _ in counts), max(rows for _, rows in counts)
+        if rows and self.lag is None:
+            self.lag = torch.zeros(rows, self.in_features, device=self.device)
+        for tensor in (self.gram if self.with_gram else self.mean_square, self.weight, self.abs_mean, self.lag):
+            if tensor is not None:
+                parallel.add(tensor)
+        parallel.largest(self.abs_max)
+        if self.with_magnitudes:
+            self.sample = parallel.join_rows(self.sample)
 
 
 def add_in_parts(statistics: InputStatistics, inputs: Tensor, token_weights: Tensor | None, lag: Tensor | None) -> None:

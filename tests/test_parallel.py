@@ -1,0 +1,81 @@
+"""Several processes, as torchrun starts them (gloo, on CPUs), give what one gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+from safetensors.torch import load_file
+
+from common import parallel
+from common.checkpoint import grid_of, open_checkpoint, stored_parts, unpack
+
+COMMON = ["--calib-data", "demo", "--calib-samples", "5", "--calib-length", "64", "--device", "cpu"]
+
+
+def torchrun(processes: int, *words) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *words]
+    command = list(map(str, command))
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def codes_of(folder) -> torch.Tensor:
+    content, _ = open_checkpoint(folder)
+    grid = grid_of(next(iter(content["quantization_config"]["config_groups"].values())))
+    found = []
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        for name in sorted(name.removesuffix(".weight_scale") for name in tensors if name.endswith("weight_scale")):
+            found.append(unpack(stored_parts(tensors.__getitem__, tensors, name), grid)[0].flatten())
+    return torch.cat(found)
+
+
+# Twelve seconds each; AWQ stands for what scales channels, and so does what is marked slow.
+METHODS = [("gptq", ["--group-size", "32"]), ("awq", ["--group-size", "32"]),
+           *[pytest.param(method, options, marks=pytest.mark.slow) for method, options in (
+               ("smoothquant", []), ("quarot", ["--group-size", "32"]), ("hqq", ["--group-size", "32"]),
+               ("adaround", ["--group-size", "32", "--iterations", "100"]))]]
+# AdaRound starts where its gradient is zero but for rounding, and Adam's first step takes only the sign.
+SHARES = {"adaround": 0.9}
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS)
+def test_two_processes_give_what_one_gives(tiny_models, tmp_path, method, options):
+    source, script = tiny_models["qwen2", True], f"quantize_{method}.py"
+    alone = run_script(script, "--model", source, "--output", tmp_path / "one", *COMMON, *options)
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    both = torchrun(2, script, "--model", source, "--output", tmp_path / "two", *COMMON, *options)
+    assert both.returncode == 0, both.stdout + both.stderr
+    assert both.stdout.count("MB of weights") == 1                              # one process talks
+    one, two = codes_of(tmp_path / "one"), codes_of(tmp_path / "two")
+    assert one.shape == two.shape and len(one) > 1000
+    # Sums in another order: a weight that lies between two codes may go either way.
+    assert (one == two).float().mean() > SHARES.get(method, 0.99)
+    documents = [json.loads((tmp_path / name / "quantization_metadata.json").read_text()) for name in ("one", "two")]
+    assert [document["processes"] for document in documents] == [1, 2]
+    assert documents[1]["probe"]["perplexity"] == pytest.approx(documents[0]["probe"]["perplexity"], rel=0.01)
+    assert documents[1]["linears"].keys() == documents[0]["linears"].keys()
+    result = run_script("verify_model.py", "--model-path", tmp_path / "two")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_too_few_windows(tiny_models, tmp_path):
+    result = torchrun(2, "quantize_gptq.py", "--model", tiny_models["llama", True], "--output", tmp_path / "out",
+                      "--calib-samples", "1", *COMMON[:2], *COMMON[4:])
+    assert result.returncode
+    assert "raise --calib-samples" in result.stdout + result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks_are_shared_out_by_cost(monkeypatch):
+    assert parallel.owners([3.0, 1.0, 1.0, 9.0]) == [0, 0, 0, 0]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert parallel.owners([3.0, 1.0, 1.0, 9.0]) == [1, 1, 1, 0]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert sorted(parallel.owners([3.0, 1.0, 1.0, 9.0])) == [0, 1, 2, 3]
