@@ -9,13 +9,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+from torch import nn
+
 from common import metadata, overlap, parallel, probe
 from common.calibration import calibration_windows
 from common.checkpoint import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
 from common.cli import configure_torch, resolve_device, resolve_dtype, resolve_sizes
 from common.errors import UserError
 from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve_group_size, search_range
-from common.layerwise import NOTHING, Method, Stopwatch, WalkResult, quantize_model
+from common.layerwise import NOTHING, Method, Resumption, Stopwatch, WalkResult, quantize_model
 from common.models import MODELS_FOLDER, SourceModel, model_name
 from common.progress import say
 
@@ -58,8 +60,6 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
             windows = calibration_windows(options.calib_data, source.tokenizer, options.calib_samples, length,
                                           options.seed, options.data_root)
     say(_headline(method, grid, source, windows, device, dtype))
-    if options.resume and parallel.size() > 1:
-        raise UserError("--resume goes on in one process; start it without torchrun, or start again without --resume")
     tokens = probe.probe_tokens(source.tokenizer)
     fingerprint = _fingerprint(options, method, source, windows, device, dtype)
     with _writer(CheckpointWriter(output, source, grid, method.activation_bits, method.online, fingerprint,
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
 
         own = None if windows is None else parallel.share(windows.tokens)
         result = quantize_model(source, method, grid, own, tokens, writer.write_layer if writer else lambda *_: None, watch,
-                                round_ends, writer.resumption() if writer else None)
+                                round_ends, _resumption(writer))
         parallel.stop()
         if not writer:
             return output
@@ -91,6 +91,20 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
 def _writer(writer: CheckpointWriter) -> AbstractContextManager[CheckpointWriter | None]:
     """The writer, in the first of several processes; None in the others."""
     return writer if parallel.first() else nullcontext()
+
+
+def _resumption(writer: CheckpointWriter | None) -> Resumption:
+    """The layers that an earlier run finished, which the first process reads."""
+    found = writer.resumption() if writer else None
+    records = parallel.gather(found.records if found else None)[0]
+
+    def restore(index: int, module: nn.Module) -> None:
+        if found:
+            found.restore(index, module)
+        for parameter in module.parameters():
+            parameter.data = parallel.send([parameter.data] if found else None, 0, parameter.device)[0]
+
+    return Resumption(records, restore)
 
 
 # Options that change nothing in the result.

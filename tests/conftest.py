@@ -171,3 +171,12 @@ def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
     assert errors and "error: " in errors[-1], result.stderr
     for word in words:
         assert word in errors[-1], f"{word!r} is not in: {errors[-1]}"
+
+
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory):
+    """A tiny model of eight layers."""
+    folder = tmp_path_factory.mktemp("deep") / "deep"
+    build_tiny("llama", True, layers=8).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +17,20 @@ from safetensors.torch import load_file
 
 from common import parallel
 from common.checkpoint import grid_of, open_checkpoint, stored_parts, unpack
+from common.errors import UserError
 
 COMMON = ["--calib-data", "demo", "--calib-samples", "5", "--calib-length", "64", "--device", "cpu"]
 
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(processes: int, *words) -> list[str]:
+    return list(map(str, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *words]))
+
+
 def torchrun(processes: int, *words) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *words]
-    command = list(map(str, command))
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(command(processes, *words), cwd=ROOT, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
 
 
 def codes_of(folder) -> torch.Tensor:
@@ -65,12 +73,50 @@ def test_two_processes_give_what_one_gives(tiny_models, tmp_path, method, option
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_too_few_windows(tiny_models, tmp_path):
-    result = torchrun(2, "quantize_gptq.py", "--model", tiny_models["llama", True], "--output", tmp_path / "out",
-                      "--calib-samples", "1", *COMMON[:2], *COMMON[4:])
-    assert result.returncode
-    assert "raise --calib-samples" in result.stdout + result.stderr
-    assert not (tmp_path / "out").exists()
+def kill_all(word: str) -> None:
+    """Kill -9 every process with a word in its command line, the last started first: torchrun's children have sessions of their
+    own.
+    """
+    for entry in sorted(Path("/proc").glob("[0-9]*"), key=lambda entry: -int(entry.name)):
+        try:
+            if word in (entry / "cmdline").read_text():
+                os.kill(int(entry.name), signal.SIGKILL)
+        except OSError:
+            continue
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(deep, tmp_path):
+    """All processes are killed in the middle; going on with two gives the same bits as two that were left alone."""
+    words = ["quantize_gptq.py", "--model", deep, "--group-size", "32", *COMMON, "--output"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert torchrun(2, *words, whole).returncode == 0
+    progress = tmp_path / "parts.unfinished" / "progress.json"
+    process = subprocess.Popen(command(2, *words, parts), cwd=ROOT, env=ENVIRONMENT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (progress.is_file() and len(json.loads(progress.read_text())["layers"]) >= 3):
+        time.sleep(0.005)
+    kill_all(str(parts))
+    process.wait()
+    assert not parts.exists()
+    result = torchrun(2, *words, parts, "--resume")
+    assert result.returncode == 0 and "resuming" in result.stdout, result.stdout + result.stderr
+    assert torch.equal(codes_of(parts), codes_of(whole))
+    assert {file.name: file.read_bytes() for file in parts.glob("*.safetensors")} == \
+        {file.name: file.read_bytes() for file in whole.glob("*.safetensors")}
+
+
+def test_windows_are_shared_out(monkeypatch):
+    windows = torch.arange(10).view(5, 2)
+    assert torch.equal(parallel.share(windows), windows)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shares = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        shares.append(parallel.share(windows))
+    assert torch.equal(torch.cat(shares), windows) and {len(part) for part in shares} == {2, 3}
+    with pytest.raises(UserError, match="raise --calib-samples"):
+        parallel.share(windows[:1])
 
 
 def test_tasks_are_shared_out_by_cost(monkeypatch):

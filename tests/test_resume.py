@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_tokenizer
+from conftest import ROOT, assert_user_error, run_script
 
 from common.checkpoint import METADATA_FILE
 from common.unfinished import UnfinishedFolder
@@ -18,15 +18,6 @@ from common.unfinished import UnfinishedFolder
 LAYERS = 8
 METHODS = {"gptq": [], "awq": ["--embedding-bits", 8], "hqq": [], "smoothquant": [], "adaround": ["--iterations", 15],
            "quarot": ["--act-bits", 4, "--kv-bits", 4, "--head-bits", 8]}
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory):
-    """A tiny model of eight layers."""
-    folder = tmp_path_factory.mktemp("deep") / "deep"
-    build_tiny("llama", True, layers=LAYERS).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def command(method, model, output, text, *extra):
