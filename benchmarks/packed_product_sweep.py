@@ -62,8 +62,8 @@ def set_form(form: tuple[int, ...]) -> None:
     if form in VECTOR_FORMS:
         kernels.VECTOR = kernels.VECTOR_WIDE = form
         return
-    kernels.BLOCK_OUT, kernels.PROGRAMS, kernels.WARPS, kernels.STAGES = form
-    kernels.BLOCK_OUT_WIDE = kernels.BLOCK_OUT
+    kernels.BLOCK_OUT, programs, kernels.WARPS, stages = form
+    kernels.BLOCK_OUT_WIDE, kernels.FLOATS, kernels.INTEGERS = form[0], (programs, stages), (programs, stages)
 
 
 def microseconds(calls: list[Callable[[], object]]) -> float:

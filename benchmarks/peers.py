@@ -1,5 +1,6 @@
-"""Other libraries, each as its documentation says to use it: a function of a model in memory, token windows [samples, length]
-and a tokenizer, that quantizes the model's linears in place. Each raises ImportError where its library is not installed.
+"""Other libraries, each as its documentation says to use it: a function of a model in memory, token windows [samples, length],
+a tokenizer and a group size, that quantizes the model's linears in place. Each raises ImportError where its library is not
+installed.
 """
 
 from __future__ import annotations
@@ -17,19 +18,27 @@ def _compress(model, windows: Tensor, tokenizer, recipe: list) -> None:
             num_calibration_samples=len(windows), pad_to_max_length=False, shuffle_calibration_samples=False)
 
 
-def llm_compressor_gptq(model, windows: Tensor, tokenizer) -> None:
+def _weights_only(group_size: int) -> dict:
+    """Settings of 4-bit weights with zero-points in groups."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    weights = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=group_size, symmetric=False)
+    return {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, "ignore": ["lm_head"]}
+
+
+def llm_compressor_gptq(model, windows: Tensor, tokenizer, group_size: int = 128) -> None:
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    _compress(model, windows, tokenizer, [GPTQModifier(targets="Linear", scheme="W4A16_ASYM", ignore=["lm_head"])])
+    _compress(model, windows, tokenizer, [GPTQModifier(**_weights_only(group_size))])
 
 
-def llm_compressor_awq(model, windows: Tensor, tokenizer) -> None:
+def llm_compressor_awq(model, windows: Tensor, tokenizer, group_size: int = 128) -> None:
     from llmcompressor.modifiers.awq import AWQModifier
 
-    _compress(model, windows, tokenizer, [AWQModifier(targets="Linear", scheme="W4A16_ASYM", ignore=["lm_head"])])
+    _compress(model, windows, tokenizer, [AWQModifier(**_weights_only(group_size))])
 
 
-def llm_compressor_smoothquant(model, windows: Tensor, tokenizer) -> None:
+def llm_compressor_smoothquant(model, windows: Tensor, tokenizer, group_size: int = 128) -> None:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.smoothquant import SmoothQuantModifier
 
@@ -37,10 +46,10 @@ def llm_compressor_smoothquant(model, windows: Tensor, tokenizer) -> None:
                                           GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])])
 
 
-def hqq(model, _windows: Tensor, _tokenizer) -> None:
+def hqq(model, _windows: Tensor, _tokenizer, group_size: int = 64) -> None:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
-    settings = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+    settings = BaseQuantizeConfig(nbits=4, group_size=group_size, axis=1)
     for layer in model.model.layers:
         for name, linear in list(layer.named_modules()):
             if isinstance(linear, nn.Linear):

@@ -17,6 +17,14 @@ def launch() -> dict:
     return {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}
 
 
+@cache
+def shared_memory() -> int:
+    """Bytes that a program's loads on their way may take: on a desktop card less than half of what a Hopper has."""
+    if not torch.cuda.is_available():
+        return 1 << 17
+    return torch.cuda.get_device_properties().shared_memory_per_block_optin - (1 << 14)
+
+
 @triton.jit
 def begin(OVERLAP: tl.constexpr):
     """Wait for the kernel before and let the one after be launched; comes first in every kernel."""

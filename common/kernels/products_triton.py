@@ -8,13 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from common.kernels.inference import PackedWeight, Rounded
-from common.kernels.launch_triton import begin, counters, launch
+from common.kernels.launch_triton import begin, counters, launch, shared_memory
 
-# Of a product: output channels of a program, for few and for many of them; programs it should have at least, so that every
-# multiprocessor has work; warps; loads on their way. Measured on an H200 for the linears of the Llama-3.2-1B shape
+# Of a product: output channels of a program, for few and for many of them, and warps; then programs it should have at least, so
+# that every multiprocessor has work, and loads on their way. Measured on an H200 for the linears of the Llama-3.2-1B shape
 # (benchmarks/packed_product_sweep.py).
-BLOCK_OUT, BLOCK_OUT_WIDE, PROGRAMS, WARPS, STAGES = 64, 128, 264, 4, 4
-# The same of a product with one row: warps, output channels of a program, words of a channel at once.
+BLOCK_OUT, BLOCK_OUT_WIDE, WARPS = 64, 128, 4
+FLOATS, INTEGERS = (264, 3), (132, 5)
+# Of a product with one row: warps, output channels of a program, words of a channel at once.
 VECTOR, VECTOR_WIDE = (4, 8, 256), (1, 16, 64)
 # Conversions of integers are rare units' work. A float with one of these exponents has an integer as its last bits, and is
 # that integer plus a power of two.
@@ -29,7 +30,7 @@ def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
         return _one_row(inputs, weight)
     if weight.block < 32:                                                       # no product of so few channels
         return inputs @ unpack(weight, inputs.dtype).T
-    output, arguments, form = _product(inputs, weight, inputs.dtype, weight.block)
+    output, arguments, form = _product(inputs, weight, inputs.dtype, weight.block, *FLOATS)
     grid, names = arguments.pop("grid"), {"BITS": weight.bits, "HAS_ZERO": weight.zero_point is not None}
     _matmul[grid](inputs, weight.packed, weight.scale, weight.zero_point, output, **arguments,
                   size=channels // weight.scale.shape[1], **names, **form, **launch())
@@ -53,19 +54,20 @@ def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
     block = min(128, channels & -channels)
     if block < 32:
         return packed_matmul(inputs.values(), weight)
-    output, arguments, form = _product(inputs.codes, weight, inputs.scale.dtype, block)
+    output, arguments, form = _product(inputs.codes, weight, inputs.scale.dtype, block, *INTEGERS)
     grid = arguments.pop("grid")
     _integer_matmul[grid](inputs.codes, inputs.scale, weight.packed, weight.scale, output, **arguments, **form, **launch())
     return output
 
 
-def _product(inputs: Tensor, weight: PackedWeight, dtype: torch.dtype, block: int) -> tuple[Tensor, dict, dict]:
+def _product(inputs: Tensor, weight: PackedWeight, dtype: torch.dtype, block: int, programs: int, stages: int,
+             ) -> tuple[Tensor, dict, dict]:
     """What both products are launched with: the output, arguments, and constants."""
     rows, channels = inputs.shape
     out, steps = len(weight.packed), channels // block
     block_out = BLOCK_OUT_WIDE if out > 4096 else BLOCK_OUT
     tiles = triton.cdiv(out, block_out)
-    splits = max(1, min(steps, PROGRAMS // tiles))
+    splits = max(1, min(steps, programs // tiles))
     each = triton.cdiv(steps, splits)
     splits = triton.cdiv(steps, each)
     output = torch.empty(rows, out, device=inputs.device, dtype=dtype)
@@ -73,8 +75,10 @@ def _product(inputs: Tensor, weight: PackedWeight, dtype: torch.dtype, block: in
     counts = counters(tiles, inputs.device) if splits > 1 else output
     arguments = {"grid": (tiles, splits), "partial": partial, "counters": counts, "rows": rows, "out": out,
                  "channels": channels, "steps": each}
-    return output, arguments, {"BLOCK_ROWS": max(16, triton.next_power_of_2(rows)), "BLOCK_OUT": block_out, "BLOCK": block,
-                               "SPLITS": splits, "num_warps": WARPS, "num_stages": STAGES}
+    block_rows = max(16, triton.next_power_of_2(rows))
+    bytes_of_stage = block * (block_out * weight.bits // 8 + block_rows * inputs.element_size())
+    return output, arguments, {"BLOCK_ROWS": block_rows, "BLOCK_OUT": block_out, "BLOCK": block, "SPLITS": splits,
+                               "num_warps": WARPS, "num_stages": max(1, min(stages, shared_memory() // bytes_of_stage))}
 
 
 @triton.jit
