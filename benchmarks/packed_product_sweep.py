@@ -31,7 +31,7 @@ GROUP, COPIES = 128, 48
 # Output channels of a program, programs, warps, stages.
 FORMS = [form for form in itertools.product((64, 128), (132, 264, 528), (4, 8), (3, 5)) if form[0] == 128 or form[2] == 4]
 # Warps, output channels of a program, words, for one token.
-VECTOR_FORMS = list(itertools.product((1, 2, 4), (8, 16), (64, 128, 256)))
+VECTOR_FORMS = list(itertools.product((1, 2, 4), (8, 16), (64, 128, 256, 512)))
 # Bits of the weights, whether the inputs are rounded, tokens.
 KINDS = {"W4A16, 1 token": (4, False, 1), "W4A16, 32 tokens": (4, False, 32), "W8A16, 1 token": (8, False, 1),
          "W8A8, 1 token": (8, True, 1), "W8A8, 32 tokens": (8, True, 32)}
@@ -54,13 +54,13 @@ def products(kind: str, shape: tuple[int, int], copies: int) -> list[Callable[[]
 
 
 def forms(kind: str) -> list[tuple[int, ...]]:
-    bits, _, tokens = KINDS[kind]
-    return VECTOR_FORMS if bits == 4 and tokens == 1 else FORMS
+    _, rounded, tokens = KINDS[kind]
+    return VECTOR_FORMS if not rounded and tokens == 1 else FORMS
 
 
 def set_form(form: tuple[int, ...]) -> None:
     if form in VECTOR_FORMS:
-        kernels.VECTOR = kernels.VECTOR_WIDE = form
+        kernels.VECTOR, kernels.VECTOR_WIDE = {4: form, 8: form}, form
         return
     kernels.BLOCK_OUT, programs, kernels.WARPS, stages = form
     kernels.BLOCK_OUT_WIDE, kernels.FLOATS, kernels.INTEGERS = form[0], (programs, stages), (programs, stages)

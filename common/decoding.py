@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from common.kernels.inference import Rotary, add_rms_norm, attend, largest_index, silu_mul
+from common.kernels.inference import Rotary, add_rms_norm, attend, largest_index, row_matmul, silu_mul
 from common.models import SUPPORTED_ARCHITECTURES
 from common.packed import PackedLinear, stack
 
@@ -52,6 +52,10 @@ class _Layer:
         self.down = mlp.down_proj
         # Of the inputs of its linears, which are rounded as they come; None where they are not.
         self.bits = getattr(self.down, "activation_bits", None)
+        linears = [self.qkv, self.output, self.gate_up, self.down]
+        # Whether one row's norms, residual sums and gate can be part of its products.
+        self.one_row = self.bits is None and all(isinstance(linear, PackedLinear) for linear in linears) and \
+            all(linear.bias is None for linear in linears)
         self.scaling = attention.scaling
         self.norms = None
         if hasattr(attention, "q_norm"):
@@ -105,15 +109,28 @@ class Decoder:
         epsilon = self.model.model.norm.variance_epsilon
         hidden, update = self.model.model.embed_tokens(tokens), None
         for index_of_layer, layer in enumerate(self.layers):
-            keys, values = self.cache[index_of_layer, :, :rows]
+            cache = self.cache[index_of_layer, :, :rows]
+            if rows == 1 and layer.one_row:
+                self._one_row(layer, hidden, cache, epsilon)
+                continue
             projected = layer.qkv(add_rms_norm(hidden, update, layer.input_norm.weight, epsilon, layer.bits))
-            update = layer.output(attend(projected, Rotary(*self.tables, layer.norms), positions, keys, values, layer.scaling))
+            update = layer.output(self._attend(layer, projected, cache))
             gate_up = layer.gate_up(add_rms_norm(hidden, update, layer.output_norm.weight, epsilon, layer.bits))
             update = layer.down(silu_mul(*gate_up.chunk(2, -1), layer.bits))
         logits = self.model.lm_head(add_rms_norm(hidden, update, self.model.model.norm.weight, epsilon))
         tokens.copy_(largest_index(logits))
         self.written[index, :rows] = tokens
         positions.add_(1).clamp_(max=self.length - 1)
+
+    def _attend(self, layer: _Layer, projected: Tensor, cache: Tensor) -> Tensor:
+        return attend(projected, Rotary(*self.tables, layer.norms), self.positions[:len(projected)], *cache, layer.scaling)
+
+    def _one_row(self, layer: _Layer, hidden: Tensor, cache: Tensor, epsilon: float) -> None:
+        """A layer of packed linears for a single row: hidden [1, size] becomes what leaves the layer."""
+        projected = row_matmul(hidden, layer.qkv.codes, (layer.input_norm.weight, epsilon))
+        row_matmul(self._attend(layer, projected, cache), layer.output.codes, added_to=hidden)
+        gated = row_matmul(hidden, layer.gate_up.codes, (layer.output_norm.weight, epsilon), gated=True)
+        row_matmul(gated, layer.down.codes, added_to=hidden)
 
     def run(self, rows: int) -> Tensor:
         """Let the first `rows` rows go on by STEPS_AT_ONCE steps. Returns the new tokens [steps, rows]."""

@@ -27,6 +27,11 @@ WORDS = ("the river runs past a small town where people read write count trade s
          "each year in spring when water is high they race seven boats from bridge to bridge").split()
 
 
+def pytest_collection_modifyitems(items):
+    """The file that takes longest comes first, so that no worker is left with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_demo.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quiet():
     from common.cli import quiet_libraries

@@ -9,4 +9,7 @@ if [ ! -d .venv/oracle/hqq ]; then
     DISABLE_CUDA=1 "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/oracle \
         hqq==0.2.8.post1 einops termcolor || echo "the hqq package cannot be installed; its tests are skipped" >&2
 fi
-exec "$PYTHON" -m pytest -c tests/pytest.ini tests "$@"
+# Two files at a time, each with half of the cores; the longest first (conftest.py).
+cores=$(nproc 2>/dev/null || echo 2)
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( cores > 1 ? cores / 2 : 1 ))}"
+exec "$PYTHON" -m pytest -c tests/pytest.ini -n 2 --dist loadfile --no-loadscope-reorder tests "$@"

@@ -51,6 +51,30 @@ def test_packed_matmul(generator, rows, bits, group, asymmetric, dtype):
     assert torch.equal(inference.unpack(moved(weight), dtype).cpu(), inference.unpack(weight, dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("bits", "groups", "asymmetric"), [(4, 9, True), (4, 18, False), (8, 1, False)])
+@pytest.mark.parametrize("out", [192, 8192])
+def test_row_matmul(generator, out, bits, groups, asymmetric, dtype):
+    half = 1 << bits - 1
+    codes = torch.randint(-half, half, (out, 1152), generator=generator).to(torch.int8)
+    zero = torch.randint(-half, half, (out, groups), generator=generator).to(torch.int8) if asymmetric else None
+    scale = (0.01 * torch.rand(out, groups, generator=generator)).to(dtype)
+    weight = inference.pack(codes, scale, zero, bits)
+    exact, on_card = inference.unpack(weight, torch.float64), moved(weight)
+    inputs, gain = torch.randn(1, 1152, generator=generator).to(dtype), torch.rand(1152, generator=generator).to(dtype)
+    hidden = torch.randn(1, out, generator=generator).to(dtype)
+    product = inputs.double() @ exact.T
+    normed = (inputs.double() / (inputs.double().square().mean() + 1e-5).sqrt() * gain.double()) @ exact.T
+    gate, up = normed.chunk(2, -1)
+    norm = gain.cuda(), 1e-5
+    assert relative(inference.row_matmul(inputs.cuda(), on_card), product) < 6e-3
+    assert relative(inference.row_matmul(inputs.cuda(), on_card, norm), normed) < 6e-3
+    assert relative(inference.row_matmul(inputs.cuda(), on_card, norm, gated=True), gate / (1 + (-gate).exp()) * up) < 6e-3
+    target = hidden.cuda()
+    inference.row_matmul(inputs.cuda(), on_card, added_to=target)
+    assert relative(target, hidden.double() + product) < 6e-3
+
+
 @pytest.mark.parametrize("rows", [1, 8, 33, 64, 200])
 def test_integer_matmul(generator, rows):
     codes = torch.randint(-128, 128, (192, 1152), generator=generator).to(torch.int8)

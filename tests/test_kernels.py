@@ -53,6 +53,27 @@ def test_packed_matmul(generator, bits, channels, groups, asymmetric):
         close(products_triton.packed_matmul(half, packed), half.double() @ weight.T, 1e-3)
 
 
+@pytest.mark.parametrize(("bits", "groups"), [(4, 9), (8, 1)])
+@pytest.mark.parametrize("form", [*products_triton.VECTOR.values(), products_triton.VECTOR_WIDE], ids=str)
+def test_row_matmul(generator, monkeypatch, bits, groups, form):
+    """With a norm before it, a gate or a sum after it: kernel and twin against float64."""
+    monkeypatch.setitem(products_triton.VECTOR, bits, form)
+    out = 38
+    packed, weight = packed_weights(generator, out, 576, groups, bits, bits == 4)
+    inputs, gain = torch.randn(1, 576, generator=generator), torch.rand(576, generator=generator)
+    hidden = torch.randn(1, out, generator=generator)
+    exact = inputs.double()
+    normed = exact / (exact.square().mean() + 1e-5).sqrt() * gain
+    gate, up = (normed @ weight.T).chunk(2, -1)
+    for module in (inference, products_triton):
+        close(module.row_matmul(inputs, packed, None, False, None), exact @ weight.T, 1e-6)
+        close(module.row_matmul(inputs, packed, (gain, 1e-5), False, None), normed @ weight.T, 1e-6)
+        close(module.row_matmul(inputs, packed, (gain, 1e-5), True, None), gate / (1 + (-gate).exp()) * up, 1e-5)
+        target = hidden.clone()
+        assert module.row_matmul(inputs, packed, None, False, target).data_ptr() == target.data_ptr()
+        close(target, hidden.double() + exact @ weight.T, 1e-6)
+
+
 @pytest.mark.parametrize("channels", [576, 1024, 48])
 def test_integer_matmul(generator, channels):
     packed, weight = packed_weights(generator, 70, channels, 1, 8, False)

@@ -84,6 +84,27 @@ def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     return result.view(*inputs.shape[:-1], -1)
 
 
+def row_matmul(inputs: Tensor, weight: PackedWeight, norm: tuple[Tensor, float] | None = None, gated: bool = False,
+               added_to: Tensor | None = None) -> Tensor:
+    """`packed_matmul` for one token, with what comes before and after it in a decoder layer: in all one kernel, which reads
+    weights while the kernel before still runs. So nothing may have changed them just before.
+
+    Args:
+        inputs: [1, in].
+        norm: gain [in] and epsilon of an RMSNorm that the inputs go through first.
+        gated: the output channels are gate and up, and silu(gate) * up [1, out / 2] is wanted.
+        added_to: [1, out], to which the product is added in place.
+    """
+    if use_triton(inputs) and weight.block >= 32:
+        from common.kernels import products_triton
+
+        return products_triton.row_matmul(inputs, weight, norm, gated, added_to)
+    output = packed_matmul(inputs if norm is None else add_rms_norm(inputs, None, *norm), weight)
+    if gated:
+        output = silu_mul(*output.chunk(2, -1))
+    return output if added_to is None else added_to.add_(output)
+
+
 def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
     """Rounded inputs times the transposed weight of 8 bits, one symmetric group per row: [rows, out]. On a card products of
     integers with integer sums.

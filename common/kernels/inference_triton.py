@@ -106,7 +106,6 @@ def _attend(projected, cosine, sine, query_gain, key_gain, epsilon, positions, k
             row_stride, scaling, KEY_HEADS: tl.constexpr, HEADS_PER_KEY: tl.constexpr, BLOCK_HEADS: tl.constexpr,
             SIZE: tl.constexpr, HAS_NORMS: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
             OVERLAP: tl.constexpr):
-    begin(OVERLAP)
     HEADS: tl.constexpr = KEY_HEADS * HEADS_PER_KEY
     dtype: tl.constexpr = projected.dtype.element_ty
     row, key_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -115,11 +114,12 @@ def _attend(projected, cosine, sine, query_gain, key_gain, epsilon, positions, k
     sign = tl.where(lane < SIZE // 2, -1.0, 1.0)
     mine = (member < HEADS_PER_KEY)[:, None]
     position = tl.load(positions + row).to(tl.int32)
+    turn = tl.load(cosine + position * SIZE + lane).to(tl.float32)
+    tilt = tl.load(sine + position * SIZE + lane).to(tl.float32) * sign
+    begin(OVERLAP)                                                              # the kernel before has no part in those
     origin = split * SPLIT
     if origin > position:
         return
-    turn = tl.load(cosine + position * SIZE + lane).to(tl.float32)
-    tilt = tl.load(sine + position * SIZE + lane).to(tl.float32) * sign
     source = projected + row * (HEADS + 2 * KEY_HEADS) * SIZE
     head = key_head * HEADS_PER_KEY + member
     query = tl.load(source + head[:, None] * SIZE + lane[None, :], mask=mine, other=0.0)

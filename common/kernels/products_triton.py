@@ -15,8 +15,8 @@ from common.kernels.launch_triton import begin, counters, launch, shared_memory
 # (benchmarks/packed_product_sweep.py).
 BLOCK_OUT, BLOCK_OUT_WIDE, WARPS = 64, 128, 4
 FLOATS, INTEGERS = (264, 3), (132, 5)
-# Of a product with one row: warps, output channels of a program, words of a channel at once.
-VECTOR, VECTOR_WIDE = (4, 8, 256), (1, 16, 64)
+# Of a product with one row: warps, output channels of a program, words of a channel at once; by bits, and for many channels.
+VECTOR, VECTOR_WIDE = {4: (4, 8, 512), 8: (4, 8, 256)}, (1, 16, 64)
 # Conversions of integers are rare units' work. A float with one of these exponents has an integer as its last bits, and is
 # that integer plus a power of two.
 _EXPONENT_32, _POWER_32 = tl.constexpr(0x4B000000), tl.constexpr(8388608.0)
@@ -26,8 +26,8 @@ _EXPONENT_FP16, _POWER_FP16 = tl.constexpr(0x6400), tl.constexpr(1024.0)
 
 def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     rows, channels = inputs.shape
-    if rows == 1 and weight.bits == 4 and weight.block >= 32:
-        return _one_row(inputs, weight)
+    if rows == 1 and weight.block >= 32:
+        return _one_row(inputs, weight, early=False)
     if weight.block < 32:                                                       # no product of so few channels
         return inputs @ unpack(weight, inputs.dtype).T
     output, arguments, form = _product(inputs, weight, inputs.dtype, weight.block, *FLOATS)
@@ -37,15 +37,26 @@ def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     return output
 
 
-def _one_row(inputs: Tensor, weight: PackedWeight) -> Tensor:
+def row_matmul(inputs: Tensor, weight: PackedWeight, norm: tuple[Tensor, float] | None, gated: bool, added_to: Tensor | None,
+               ) -> Tensor:
+    return _one_row(inputs, weight, True, norm, gated, added_to)
+
+
+def _one_row(inputs: Tensor, weight: PackedWeight, early: bool, norm: tuple[Tensor, float] | None = None, gated: bool = False,
+             added_to: Tensor | None = None) -> Tensor:
     out, channels = weight.shape
-    output = torch.empty(1, out, device=inputs.device, dtype=inputs.dtype)
-    warps, block_out, block_words = VECTOR_WIDE if out > 4096 else VECTOR
-    piece, blocks = weight.block // 8, channels // weight.block
-    _matvec[(triton.cdiv(out, block_out),)](
-        inputs, weight.packed.view(torch.int32), weight.scale, weight.zero_point, output, out, channels // 8,
-        blocks // weight.scale.shape[1], 0x4B000000, HAS_ZERO=weight.zero_point is not None, PIECE=piece, BLOCK_OUT=block_out,
-        BLOCK_PIECES=min(block_words // piece, triton.next_power_of_2(blocks)), num_warps=warps, **launch())
+    warps, block_out, block_words = VECTOR_WIDE if out > 4096 else VECTOR[weight.bits]
+    gain, epsilon = norm or (None, 0.0)
+    if gated:
+        out //= 2
+    output = added_to if added_to is not None else torch.empty(1, out, device=inputs.device, dtype=inputs.dtype)
+    words, piece, blocks = channels * weight.bits // 32, weight.block * weight.bits // 32, channels // weight.block
+    _matvec[(triton.cdiv(out, block_out // 2 if gated else block_out),)](
+        inputs, weight.packed.view(torch.int32), weight.scale, weight.zero_point, gain, output, out, words,
+        blocks // weight.scale.shape[1], epsilon, 0x4B000000, BITS=weight.bits, HAS_ZERO=weight.zero_point is not None,
+        HAS_NORM=norm is not None, GATED=gated, ADDED=added_to is not None, EARLY=early, PIECE=piece, BLOCK_OUT=block_out,
+        BLOCK_PIECES=max(1, min(block_words // piece, triton.next_power_of_2(blocks))),
+        LINES=triton.next_power_of_2(triton.cdiv(words, 32)), num_warps=warps, **launch())
     return output
 
 
@@ -92,46 +103,88 @@ def _next_four(inputs, place, PIECES: tl.constexpr, PIECE: tl.constexpr):
 
 
 @triton.jit
-def _matvec(inputs, packed, scale, zero_point, output, out, words, group_pieces, exponent, HAS_ZERO: tl.constexpr,
-            PIECE: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_PIECES: tl.constexpr, OVERLAP: tl.constexpr):
-    """One row times 4-bit weights. A piece is the words of a block of channels. `exponent` is an argument and no constant, as
-    masking with one constant and adding another takes two instructions.
+def _fetch(places):
+    """Bring what lies at 64-bit addresses into the card's cache, without waiting for it."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places.to(tl.int64)], dtype=tl.int32,
+                              is_pure=False, pack=1)
+
+
+@triton.jit
+def _matvec(inputs, packed, scale, zero_point, gain, output, out, words, group_pieces, epsilon, exponent, BITS: tl.constexpr,
+            HAS_ZERO: tl.constexpr, HAS_NORM: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr,
+            PIECE: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_PIECES: tl.constexpr, LINES: tl.constexpr,
+            OVERLAP: tl.constexpr):
+    """One row times weights. A piece is the words of a block of channels. `exponent` is an argument and no constant, as
+    masking with one constant and adding another takes two instructions. EARLY: weights are read before the kernel before ends.
     """
-    begin(OVERLAP)
-    channel = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    if not EARLY:
+        begin(OVERLAP)
+    member = tl.arange(0, BLOCK_OUT)
+    if GATED:                                                                   # a gate, what it is for, the next gate ...
+        channel = tl.program_id(0) * (BLOCK_OUT // 2) + member // 2
+        known = channel < out
+        row = tl.minimum(channel, out - 1) + member % 2 * out
+    else:
+        channel = tl.program_id(0) * BLOCK_OUT + member
+        known = channel < out
+        row = tl.minimum(channel, out - 1)
     pieces = words // PIECE
     lane, piece = tl.arange(0, PIECE), tl.arange(0, BLOCK_PIECES)
     total = tl.zeros((BLOCK_OUT, BLOCK_PIECES, PIECE), tl.float32)
-    place = packed + channel[:, None, None] * words + (piece[:, None] * PIECE + lane[None, :])[None, :, :]
-    mask = (channel < out)[:, None] & (piece < pieces)[None, :]
+    squares = tl.zeros((BLOCK_PIECES, PIECE), tl.float32)
+    place = packed + row[:, None, None] * words + (piece[:, None] * PIECE + lane[None, :])[None, :, :]
+    mask = known[:, None] & (piece < pieces)[None, :]
     codes = tl.load(place, mask=mask[:, :, None], other=0)
+    if EARLY:
+        if OVERLAP:
+            if LINES * 32 > BLOCK_PIECES * PIECE:
+                line = tl.minimum(tl.arange(0, LINES) * 32, words - 1)
+                _fetch(packed + row[:, None] * words + line[None, :])
+        begin(OVERLAP)
     for start in range(0, pieces, BLOCK_PIECES):
-        mask = (channel < out)[:, None] & (start + piece < pieces)[None, :]
-        more = (channel < out)[:, None] & (start + BLOCK_PIECES + piece < pieces)[None, :]
+        inside = start + piece < pieces
+        mask = known[:, None] & inside[None, :]
+        more = known[:, None] & (start + BLOCK_PIECES + piece < pieces)[None, :]
         later = tl.load(place + (start + BLOCK_PIECES) * PIECE, mask=more[:, :, None], other=0)
-        group = channel[:, None] * (pieces // group_pieces) + ((start + piece) // group_pieces)[None, :]
+        group = row[:, None] * (pieces // group_pieces) + ((start + piece) // group_pieces)[None, :]
         step = tl.load(scale + group, mask=mask, other=0.0).to(tl.float32)
-        zero = tl.full((BLOCK_OUT, BLOCK_PIECES), 8.0, tl.float32)
+        zero = tl.full((BLOCK_OUT, BLOCK_PIECES), 8.0 if BITS == 4 else 128.0, tl.float32)
         if HAS_ZERO:
             zero += tl.load(zero_point + group, mask=mask, other=0).to(tl.float32)
-        first = tl.minimum(start + piece, pieces - 1)[:, None] * (8 * PIECE) + lane[None, :] * 4
-        low = _next_four(inputs, first, BLOCK_PIECES, PIECE)
-        high = _next_four(inputs, first + 4 * PIECE, BLOCK_PIECES, PIECE)
+        if BITS == 8:
+            codes = codes ^ -2139062144                                         # signed codes as unsigned ones
         product = tl.zeros((BLOCK_OUT, BLOCK_PIECES, PIECE), tl.float32)
         sum_of_inputs = tl.zeros((BLOCK_PIECES, PIECE), tl.float32)
-        for byte in tl.static_range(4):
-            # A code stays where it is in its half of the word; the input makes up for that.
-            half = codes if byte < 2 else codes >> 16
-            for part in tl.static_range(2):
-                value = low[byte] if part == 0 else high[byte]
-                sum_of_inputs += value
+        first = tl.minimum(start + piece, pieces - 1)[:, None] * (PIECE * 32 // BITS) + lane[None, :] * 4
+        for part in tl.static_range(8 // BITS):
+            value = _next_four(inputs, first + part * 4 * PIECE, BLOCK_PIECES, PIECE)
+            if HAS_NORM:
+                factor = _next_four(gain, first + part * 4 * PIECE, BLOCK_PIECES, PIECE)
+            for byte in tl.static_range(4):
+                one = value[byte]
+                if HAS_NORM:
+                    squares += tl.where(inside[:, None], one * one, 0.0)
+                    one *= factor[byte]
+                sum_of_inputs += one
+                # A code stays where it is in its half of the word; the input makes up for that.
+                half = codes if byte < 2 else codes >> 16
                 shift = byte % 2 * 8 + part * 4
-                exact = ((half & (15 << shift)) | exponent).to(tl.float32, bitcast=True) - _POWER_32
-                product += exact * (value * (1.0 / (1 << shift)))[None, :, :]
+                exact = ((half & (((1 << BITS) - 1) << shift)) | exponent).to(tl.float32, bitcast=True) - _POWER_32
+                product += exact * (one * (1.0 / (1 << shift)))[None, :, :]
         total += (product - zero[:, :, None] * sum_of_inputs[None, :, :]) * step[:, :, None]
         codes = later
     whole = tl.sum(tl.sum(total, 2), 1)
-    tl.store(output + channel, whole.to(output.dtype.element_ty), mask=channel < out)
+    if HAS_NORM:
+        whole *= tl.rsqrt(tl.sum(tl.sum(squares, 1), 0) / (words * 32 // BITS) + epsilon)
+    dtype: tl.constexpr = output.dtype.element_ty
+    if GATED:
+        gate, up = tl.split(tl.reshape(whole, (BLOCK_OUT // 2, 2)))
+        target = tl.program_id(0) * (BLOCK_OUT // 2) + tl.arange(0, BLOCK_OUT // 2)
+        tl.store(output + target, (gate * tl.sigmoid(gate) * up).to(dtype), mask=target < out)
+    else:
+        if ADDED:
+            whole += tl.load(output + channel, mask=known, other=0.0).to(tl.float32)
+        tl.store(output + channel, whole.to(dtype), mask=known)
 
 
 @triton.jit
