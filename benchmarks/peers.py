@@ -5,6 +5,8 @@ installed.
 
 from __future__ import annotations
 
+import tempfile
+
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +16,12 @@ def _compress(model, windows: Tensor, tokenizer, recipe: list) -> None:
     from llmcompressor import oneshot
 
     data = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()})
-    oneshot(model=model, processor=tokenizer, dataset=data, recipe=recipe, max_seq_length=windows.shape[1],
-            num_calibration_samples=len(windows), pad_to_max_length=False, shuffle_calibration_samples=False)
+    # The library reads the configuration again, from where the model says that it comes from.
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        model.name_or_path = model.config._name_or_path = folder
+        oneshot(model=model, processor=tokenizer, dataset=data, recipe=recipe, max_seq_length=windows.shape[1],
+                num_calibration_samples=len(windows), pad_to_max_length=False, shuffle_calibration_samples=False)
 
 
 def _weights_only(group_size: int) -> dict:

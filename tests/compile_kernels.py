@@ -33,8 +33,9 @@ BYTES = {"inputs": SIGNED, "packed": SIGNED}
 CASES = [
     *[("_matmul", {**form, **OVERLAP, "BLOCK_ROWS": 32, "BLOCK_OUT": 64, "BLOCK": block, "SPLITS": splits}, pointers)
       for form, pointers in PACKED for block, splits in ((32, 1), (128, 4))],
-    *[("_matvec", {**OVERLAP, "BITS": bits, "HAS_ZERO": zero, "HAS_NORM": norm, "GATED": gated, "ADDED": added, "EARLY": norm or added,
-                   "PIECE": 16, "BLOCK_OUT": 16, "BLOCK_PIECES": 4, "LINES": 16}, {"packed": WORD})
+    *[("_matvec", {**OVERLAP, "BITS": bits, "HAS_ZERO": zero, "HAS_NORM": norm, "GATED": gated, "ADDED": added,
+                   "EARLY": norm or added, "PIECE": 16, "BLOCK_OUT": 16, "BLOCK_PIECES": 4, "LINES": 16},
+       {"packed": WORD})
       for bits, zero, norm, gated, added in ((4, True, False, False, False), (4, False, True, True, False),
                                              (4, True, False, False, True), (8, False, True, False, False))],
     *[("_integer_matmul", {**OVERLAP, "BLOCK_ROWS": 16, "BLOCK_OUT": 64, "BLOCK": block, "SPLITS": splits}, BYTES)
