@@ -45,10 +45,10 @@ def test_decoder_writes_what_forward_passes_do(tiny_models, prompts, architectur
     assert greedy(model, prompts[0], 9) == expected[0]
 
 
-@pytest.mark.parametrize("method", FORMS)
-def test_packed_model_equals_plain_load(tiny_models, tmp_path, prompts, method):
+@pytest.mark.parametrize(("method", "architecture"), [*((method, "qwen2") for method in FORMS), ("gptq", "llama")])
+def test_packed_model_equals_plain_load(tiny_models, tmp_path, prompts, method, architecture):
     output = tmp_path / method
-    run_script(f"quantize_{method}.py", "--model", tiny_models["qwen2", True], "--output", output, "--calib-samples", "2",
+    run_script(f"quantize_{method}.py", "--model", tiny_models[architecture, True], "--output", output, "--calib-samples", "2",
                "--calib-length", "64", "--calib-data", "demo", *FORMS[method])
     plain, _ = load_model(output, CPU, torch.float32)
     # On dense weights transformers rounds inputs in the linears, which a decoder would not see.
@@ -61,6 +61,8 @@ def test_packed_model_equals_plain_load(tiny_models, tmp_path, prompts, method):
         torch.testing.assert_close(packed(tokens).logits, plain(tokens).logits, rtol=1e-4, atol=1e-4)
         decoder = Decoder(packed, 1, 32)
         decoder.start([prompts[1]])
+        # Where inputs are not rounded, one row runs through products that take norms, gate and sums with them.
+        assert all(layer.one_row == (method != "smoothquant") for layer in decoder.layers)
         written = [decoder.tokens[0].item(), *decoder.run(1)[:, 0].tolist()]
         torch.testing.assert_close(packed(tokens).logits, plain(tokens).logits, rtol=1e-4, atol=1e-4)
     assert written == greedy(plain, prompts[1], 9)
