@@ -80,9 +80,7 @@ def join_rows(tensor: Tensor) -> Tensor:
     """The rows [n, ...] of all processes, of which each may have another number, under each other."""
     if size() == 1:
         return tensor
-    counts = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(size())]
-    distributed.all_gather(counts, torch.tensor([len(tensor)], device=tensor.device))
-    numbers = [int(count) for count in counts]
+    numbers = gather(len(tensor))
     padded = tensor.new_zeros(max(numbers), *tensor.shape[1:])
     padded[:len(tensor)] = tensor
     parts = [torch.empty_like(padded) for _ in numbers]
