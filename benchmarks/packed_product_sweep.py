@@ -30,8 +30,8 @@ SHAPES = {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "dow
 GROUP, COPIES = 128, 48
 # Output channels of a program, programs, warps, stages.
 FORMS = [form for form in itertools.product((64, 128), (132, 264, 528), (4, 8), (3, 5)) if form[0] == 128 or form[2] == 4]
-# Warps, output channels of a program, words, for one token.
-VECTOR_FORMS = list(itertools.product((1, 2, 4), (8, 16), (64, 128, 256, 512)))
+# Output channels of a program, for one token.
+VECTOR_FORMS = [(members,) for members in (4, 8, 16, 32)]
 # Bits of the weights, whether the inputs are rounded, tokens.
 KINDS = {"W4A16, 1 token": (4, False, 1), "W4A16, 32 tokens": (4, False, 32), "W8A16, 1 token": (8, False, 1),
          "W8A8, 1 token": (8, True, 1), "W8A8, 32 tokens": (8, True, 32)}
@@ -60,7 +60,7 @@ def forms(kind: str) -> list[tuple[int, ...]]:
 
 def set_form(form: tuple[int, ...]) -> None:
     if form in VECTOR_FORMS:
-        kernels.VECTOR, kernels.VECTOR_WIDE = {4: form, 8: form}, form
+        kernels._members = lambda weight: form[0]
         return
     kernels.BLOCK_OUT, programs, kernels.WARPS, stages = form
     kernels.BLOCK_OUT_WIDE, kernels.FLOATS, kernels.INTEGERS = form[0], (programs, stages), (programs, stages)

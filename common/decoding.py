@@ -117,7 +117,11 @@ class Decoder:
             update = layer.output(self._attend(layer, projected, cache))
             gate_up = layer.gate_up(add_rms_norm(hidden, update, layer.output_norm.weight, epsilon, layer.bits))
             update = layer.down(silu_mul(*gate_up.chunk(2, -1), layer.bits))
-        logits = self.model.lm_head(add_rms_norm(hidden, update, self.model.model.norm.weight, epsilon))
+        gain, head = self.model.model.norm.weight, self.model.lm_head
+        if rows == 1 and update is None and isinstance(head, PackedLinear):
+            logits = row_matmul(hidden, head.codes, (gain, epsilon))
+        else:
+            logits = head(add_rms_norm(hidden, update, gain, epsilon))
         tokens.copy_(largest_index(logits))
         self.written[index, :rows] = tokens
         positions.add_(1).clamp_(max=self.length - 1)

@@ -53,25 +53,40 @@ def test_packed_matmul(generator, bits, channels, groups, asymmetric):
         close(products_triton.packed_matmul(half, packed), half.double() @ weight.T, 1e-3)
 
 
-@pytest.mark.parametrize(("bits", "groups"), [(4, 9), (8, 1)])
-@pytest.mark.parametrize("form", [*products_triton.VECTOR.values(), products_triton.VECTOR_WIDE], ids=str)
-def test_row_matmul(generator, monkeypatch, bits, groups, form):
+@pytest.mark.parametrize(("bits", "channels", "groups"), [(4, 576, 9), (4, 1024, 1), (4, 192, 6), (8, 576, 1), (8, 512, 4)])
+@pytest.mark.parametrize("members", [4, 32])
+def test_row_matmul(generator, monkeypatch, bits, channels, groups, members):
     """With a norm before it, a gate or a sum after it: kernel and twin against float64."""
-    monkeypatch.setitem(products_triton.VECTOR, bits, form)
+    monkeypatch.setattr(products_triton, "_members", lambda weight: members)
     out = 38
-    packed, weight = packed_weights(generator, out, 576, groups, bits, bits == 4)
-    inputs, gain = torch.randn(1, 576, generator=generator), torch.rand(576, generator=generator)
+    packed, weight = packed_weights(generator, out, channels, groups, bits, groups > 1)
+    inputs, gain = torch.randn(1, channels, generator=generator), torch.rand(channels, generator=generator)
     hidden = torch.randn(1, out, generator=generator)
     exact = inputs.double()
     normed = exact / (exact.square().mean() + 1e-5).sqrt() * gain
     gate, up = (normed @ weight.T).chunk(2, -1)
-    for module in (inference, products_triton):
-        close(module.row_matmul(inputs, packed, None, False, None), exact @ weight.T, 1e-6)
-        close(module.row_matmul(inputs, packed, (gain, 1e-5), False, None), normed @ weight.T, 1e-6)
-        close(module.row_matmul(inputs, packed, (gain, 1e-5), True, None), gate / (1 + (-gate).exp()) * up, 1e-5)
+    for module, bound in ((inference, 1e-6), (products_triton, 1e-4)):
+        close(module.row_matmul(inputs, packed, None, False, None), exact @ weight.T, bound)
+        close(module.row_matmul(inputs, packed, (gain, 1e-5), False, None), normed @ weight.T, bound)
+        close(module.row_matmul(inputs, packed, (gain, 1e-5), True, None), gate / (1 + (-gate).exp()) * up, 10 * bound)
         target = hidden.clone()
         assert module.row_matmul(inputs, packed, None, False, target).data_ptr() == target.data_ptr()
-        close(target, hidden.double() + exact @ weight.T, 1e-6)
+        close(target, hidden.double() + exact @ weight.T, bound)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_row_matmul_rounds_inputs_to_16_bits(generator, bits):
+    """Every input within half a step of its block, also beside one that is a thousand times as large; and zeros stay zeros."""
+    packed, weight = packed_weights(generator, 40, 576, 9, bits, True)
+    inputs = torch.randn(1, 576, generator=generator)
+    inputs[0, ::100] *= 1000
+    inputs[0, 64:128] = 0
+    half_step = inputs.double().view(9, 64).abs().amax(1) / 65024
+    bound = (weight.abs().view(40, 9, 64).sum(2) * half_step).sum(1)
+    exact = inputs.double() @ weight.T
+    error = (products_triton.row_matmul(inputs, packed, None, False, None).double() - exact).abs()
+    assert (error <= bound + 1e-5 * exact.abs()).all() and error.any()
+    assert not products_triton.row_matmul(torch.zeros(1, 576), packed, None, False, None).any()
 
 
 @pytest.mark.parametrize("channels", [576, 1024, 48])

@@ -95,10 +95,11 @@ def row_matmul(inputs: Tensor, weight: PackedWeight, norm: tuple[Tensor, float] 
         gated: the output channels are gate and up, and silu(gate) * up [1, out / 2] is wanted.
         added_to: [1, out], to which the product is added in place.
     """
-    if use_triton(inputs) and weight.block >= 32:
+    if use_triton(inputs):
         from common.kernels import products_triton
 
-        return products_triton.row_matmul(inputs, weight, norm, gated, added_to)
+        if products_triton.fits_one_row(inputs, weight):
+            return products_triton.row_matmul(inputs, weight, norm, gated, added_to)
     output = packed_matmul(inputs if norm is None else add_rms_norm(inputs, None, *norm), weight)
     if gated:
         output = silu_mul(*output.chunk(2, -1))

@@ -15,8 +15,6 @@ from common.kernels.launch_triton import begin, counters, launch, shared_memory
 # (benchmarks/packed_product_sweep.py).
 BLOCK_OUT, BLOCK_OUT_WIDE, WARPS = 64, 128, 4
 FLOATS, INTEGERS = (264, 3), (132, 5)
-# Of a product with one row: warps, output channels of a program, words of a channel at once; by bits, and for many channels.
-VECTOR, VECTOR_WIDE = {4: (4, 8, 512), 8: (4, 8, 256)}, (1, 16, 64)
 # Conversions of integers are rare units' work. A float with one of these exponents has an integer as its last bits, and is
 # that integer plus a power of two.
 _EXPONENT_32, _POWER_32 = tl.constexpr(0x4B000000), tl.constexpr(8388608.0)
@@ -26,7 +24,7 @@ _EXPONENT_FP16, _POWER_FP16 = tl.constexpr(0x6400), tl.constexpr(1024.0)
 
 def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     rows, channels = inputs.shape
-    if rows == 1 and weight.block >= 32:
+    if rows == 1 and fits_one_row(inputs, weight):
         return _one_row(inputs, weight, early=False)
     if weight.block < 32:                                                       # no product of so few channels
         return inputs @ unpack(weight, inputs.dtype).T
@@ -42,21 +40,37 @@ def row_matmul(inputs: Tensor, weight: PackedWeight, norm: tuple[Tensor, float] 
     return _one_row(inputs, weight, True, norm, gated, added_to)
 
 
+def fits_one_row(inputs: Tensor, weight: PackedWeight) -> bool:
+    """Whether the kernel for one row can do it, whose programs have a thread for every four words of a channel."""
+    return weight.block >= 32 and inputs.element_size() == 2 and _lanes(weight) <= 1024
+
+
+def _lanes(weight: PackedWeight) -> int:
+    """Threads of a program of one row's product; at least as many as there are four words in a channel."""
+    return triton.next_power_of_2(weight.shape[1] // weight.block) * weight.block * weight.bits // 128
+
+
+def _members(weight: PackedWeight) -> int:
+    """Output channels of a program of one row's product: many, but fewer where a program has many threads. Measured as above."""
+    most = 32 if _lanes(weight) <= 128 else 8 if _lanes(weight) <= 512 else 4
+    return min(most, 32 if len(weight.packed) > 4096 else 16)
+
+
 def _one_row(inputs: Tensor, weight: PackedWeight, early: bool, norm: tuple[Tensor, float] | None = None, gated: bool = False,
              added_to: Tensor | None = None) -> Tensor:
     out, channels = weight.shape
-    warps, block_out, block_words = VECTOR_WIDE if out > 4096 else VECTOR[weight.bits]
+    block_out = _members(weight)
     gain, epsilon = norm or (None, 0.0)
     if gated:
         out //= 2
     output = added_to if added_to is not None else torch.empty(1, out, device=inputs.device, dtype=inputs.dtype)
-    words, piece, blocks = channels * weight.bits // 32, weight.block * weight.bits // 32, channels // weight.block
+    pieces, warps = channels // weight.block, max(1, _lanes(weight) // 32)
     _matvec[(triton.cdiv(out, block_out // 2 if gated else block_out),)](
-        inputs, weight.packed.view(torch.int32), weight.scale, weight.zero_point, gain, output, out, words,
-        blocks // weight.scale.shape[1], epsilon, 0x4B000000, BITS=weight.bits, HAS_ZERO=weight.zero_point is not None,
-        HAS_NORM=norm is not None, GATED=gated, ADDED=added_to is not None, EARLY=early, PIECE=piece, BLOCK_OUT=block_out,
-        BLOCK_PIECES=max(1, min(block_words // piece, triton.next_power_of_2(blocks))),
-        LINES=triton.next_power_of_2(triton.cdiv(words, 32)), num_warps=warps, **launch())
+        inputs, weight.packed.view(torch.int32), weight.scale, weight.zero_point, gain, output, out, pieces,
+        pieces // weight.scale.shape[1], epsilon, BITS=weight.bits, HAS_ZERO=weight.zero_point is not None,
+        HAS_NORM=norm is not None, GATED=gated, ADDED=added_to is not None, EARLY=early,
+        PIECE=weight.block * weight.bits // 32, BLOCK_OUT=block_out, PIECES=triton.next_power_of_2(pieces),
+        ASSEMBLY=inputs.is_cuda and torch.version.hip is None, num_warps=warps, **launch())
     return output
 
 
@@ -93,89 +107,115 @@ def _product(inputs: Tensor, weight: PackedWeight, dtype: torch.dtype, block: in
 
 
 @triton.jit
-def _next_four(inputs, place, PIECES: tl.constexpr, PIECE: tl.constexpr):
-    """Four inputs each, read together: four tensors [PIECES, PIECE]."""
-    four = tl.load(inputs + place[:, :, None] + tl.arange(0, 4)[None, None, :]).to(tl.float32)
-    even, odd = tl.split(tl.reshape(four, (PIECES, PIECE, 2, 2)))
+def _four(values):
+    """The four tensors along the last of two axes."""
+    even, odd = tl.split(tl.reshape(values, (values.shape[0], values.shape[1] // 4, 2, 2)))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth
 
 
 @triton.jit
-def _fetch(places):
-    """Bring what lies at 64-bit addresses into the card's cache, without waiting for it."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places.to(tl.int64)], dtype=tl.int32,
-                              is_pure=False, pack=1)
+def _dot_bytes(total, codes, bytes, SIGNED: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """total plus the products of the four bytes of two words; those of codes are signed or not, the others are signed."""
+    if ASSEMBLY:
+        if SIGNED:
+            total = tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, bytes, total],
+                                              dtype=tl.int32, is_pure=True, pack=1)
+        else:
+            total = tl.inline_asm_elementwise("dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, bytes, total],
+                                              dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        for byte in tl.static_range(4):
+            code = codes << (24 - 8 * byte) >> 24
+            if not SIGNED:
+                code &= 255
+            total += code * (bytes << (24 - 8 * byte) >> 24)
+    return total
 
 
 @triton.jit
-def _matvec(inputs, packed, scale, zero_point, gain, output, out, words, group_pieces, epsilon, exponent, BITS: tl.constexpr,
+def _bytes(values, factor):
+    """Numbers [lanes, 4] times a factor, as integers of 16 bits: two tensors [lanes] of four low and four high signed bytes."""
+    # A float of this exponent has an integer as its last bits; half a low byte more makes low bytes signed.
+    halves = (values * factor[:, None] + (12582912.0 + 128)).to(tl.int32, bitcast=True)
+    even, odd = tl.split(tl.reshape(halves, (values.shape[0], 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    first, second = first & 0xFFFF | third << 16, second & 0xFFFF | fourth << 16
+    low = first & 0x00FF00FF | second << 8 & -0x00FF0100
+    return low ^ -0x7F7F7F80, first >> 8 & 0x00FF00FF | second & -0x00FF0100
+
+
+@triton.jit
+def _matvec(inputs, packed, scale, zero_point, gain, output, out, pieces, group_pieces, epsilon, BITS: tl.constexpr,
             HAS_ZERO: tl.constexpr, HAS_NORM: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr,
-            PIECE: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_PIECES: tl.constexpr, LINES: tl.constexpr,
-            OVERLAP: tl.constexpr):
-    """One row times weights. A piece is the words of a block of channels. `exponent` is an argument and no constant, as
-    masking with one constant and adding another takes two instructions. EARLY: weights are read before the kernel before ends.
+            PIECE: tl.constexpr, BLOCK_OUT: tl.constexpr, PIECES: tl.constexpr, OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """One row times weights, in products of bytes with sums of integers. A piece is the words of a block of channels; a lane
+    reads four words of each output channel. Its inputs become integers of 16 bits, a high and a low byte, with a scale of their
+    own: that moves them by less than rounding the largest to bfloat16 did. EARLY: weights are read before the kernel before
+    ends.
     """
     if not EARLY:
         begin(OVERLAP)
+    CHUNKS: tl.constexpr = PIECE // 4
+    LANES: tl.constexpr = PIECES * CHUNKS
     member = tl.arange(0, BLOCK_OUT)
     if GATED:                                                                   # a gate, what it is for, the next gate ...
         channel = tl.program_id(0) * (BLOCK_OUT // 2) + member // 2
-        known = channel < out
         row = tl.minimum(channel, out - 1) + member % 2 * out
     else:
         channel = tl.program_id(0) * BLOCK_OUT + member
-        known = channel < out
         row = tl.minimum(channel, out - 1)
-    pieces = words // PIECE
-    lane, piece = tl.arange(0, PIECE), tl.arange(0, BLOCK_PIECES)
-    total = tl.zeros((BLOCK_OUT, BLOCK_PIECES, PIECE), tl.float32)
-    squares = tl.zeros((BLOCK_PIECES, PIECE), tl.float32)
-    place = packed + row[:, None, None] * words + (piece[:, None] * PIECE + lane[None, :])[None, :, :]
-    mask = known[:, None] & (piece < pieces)[None, :]
-    codes = tl.load(place, mask=mask[:, :, None], other=0)
+    words, word = pieces * PIECE, tl.arange(0, LANES * 4)
+    codes = _four(tl.load(packed + row[:, None] * words + word[None, :], mask=(word < words)[None, :], other=0))
+    group = row[:, None] * (pieces // group_pieces) + (tl.minimum(tl.arange(0, PIECES), pieces - 1) // group_pieces)[None, :]
+    step = tl.load(scale + group).to(tl.float32)
+    zero = tl.full((BLOCK_OUT, PIECES), 8.0 if BITS == 4 else 0.0, tl.float32)
+    if HAS_ZERO:
+        zero += tl.load(zero_point + group).to(tl.float32)
     if EARLY:
-        if OVERLAP:
-            if LINES * 32 > BLOCK_PIECES * PIECE:
-                line = tl.minimum(tl.arange(0, LINES) * 32, words - 1)
-                _fetch(packed + row[:, None] * words + line[None, :])
         begin(OVERLAP)
-    for start in range(0, pieces, BLOCK_PIECES):
-        inside = start + piece < pieces
-        mask = known[:, None] & inside[None, :]
-        more = known[:, None] & (start + BLOCK_PIECES + piece < pieces)[None, :]
-        later = tl.load(place + (start + BLOCK_PIECES) * PIECE, mask=more[:, :, None], other=0)
-        group = row[:, None] * (pieces // group_pieces) + ((start + piece) // group_pieces)[None, :]
-        step = tl.load(scale + group, mask=mask, other=0.0).to(tl.float32)
-        zero = tl.full((BLOCK_OUT, BLOCK_PIECES), 8.0 if BITS == 4 else 128.0, tl.float32)
-        if HAS_ZERO:
-            zero += tl.load(zero_point + group, mask=mask, other=0).to(tl.float32)
-        if BITS == 8:
-            codes = codes ^ -2139062144                                         # signed codes as unsigned ones
-        product = tl.zeros((BLOCK_OUT, BLOCK_PIECES, PIECE), tl.float32)
-        sum_of_inputs = tl.zeros((BLOCK_PIECES, PIECE), tl.float32)
-        first = tl.minimum(start + piece, pieces - 1)[:, None] * (PIECE * 32 // BITS) + lane[None, :] * 4
-        for part in tl.static_range(8 // BITS):
-            value = _next_four(inputs, first + part * 4 * PIECE, BLOCK_PIECES, PIECE)
-            if HAS_NORM:
-                factor = _next_four(gain, first + part * 4 * PIECE, BLOCK_PIECES, PIECE)
-            for byte in tl.static_range(4):
-                one = value[byte]
-                if HAS_NORM:
-                    squares += tl.where(inside[:, None], one * one, 0.0)
-                    one *= factor[byte]
-                sum_of_inputs += one
-                # A code stays where it is in its half of the word; the input makes up for that.
-                half = codes if byte < 2 else codes >> 16
-                shift = byte % 2 * 8 + part * 4
-                exact = ((half & (((1 << BITS) - 1) << shift)) | exponent).to(tl.float32, bitcast=True) - _POWER_32
-                product += exact * (one * (1.0 / (1 << shift)))[None, :, :]
-        total += (product - zero[:, :, None] * sum_of_inputs[None, :, :]) * step[:, :, None]
-        codes = later
-    whole = tl.sum(tl.sum(total, 2), 1)
+    inside = tl.arange(0, LANES) < pieces * CHUNKS
+    lane = tl.where(inside, tl.arange(0, LANES), 0)
+    start = lane // CHUNKS * (PIECE * 32 // BITS) + lane % CHUNKS * 16
+    squares, largest = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
+    values = ()
+    for eight in tl.static_range(16 // BITS):
+        place = (start + eight // 2 * 4 * PIECE + eight % 2 * 8)[:, None] + tl.arange(0, 8)[None, :]
+        value = tl.load(inputs + place).to(tl.float32)
+        if HAS_NORM:
+            squares += tl.sum(value * value, 1)
+            value *= tl.load(gain + place).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(value), 1))
+        values = values + tl.split(tl.permute(tl.reshape(value, (LANES, 2, 4)), (0, 2, 1)))
+    unit = tl.maximum(largest, 1e-30) * (1.0 / 32512)
+    ones = tl.full((LANES,), 0x01010101, tl.int32)
+    low_of_inputs, high_of_inputs = tl.zeros((LANES,), tl.int32), tl.zeros((LANES,), tl.int32)
+    low_sum, high_sum = tl.zeros((BLOCK_OUT, LANES), tl.int32), tl.zeros((BLOCK_OUT, LANES), tl.int32)
+    for index in tl.static_range(32 // BITS):
+        low, high = _bytes(values[index], 1.0 / unit)
+        low_of_inputs = _dot_bytes(low_of_inputs, ones, low, True, ASSEMBLY)
+        high_of_inputs = _dot_bytes(high_of_inputs, ones, high, True, ASSEMBLY)
+        code = codes[index % 4]
+        if BITS == 4:
+            # The high half of a byte stays where it is, as sixteen times the code.
+            code &= 0x0F0F0F0F if index < 4 else -0x0F0F0F10
+            if index == 4:
+                low_sum, high_sum = low_sum << 4, high_sum << 4
+        low_sum = _dot_bytes(low_sum, code, low[None, :], BITS == 8, ASSEMBLY)
+        high_sum = _dot_bytes(high_sum, code, high[None, :], BITS == 8, ASSEMBLY)
+    unit = tl.where(inside, unit, 0.0)
+    sum_of_inputs = (low_of_inputs.to(tl.float32) + high_of_inputs.to(tl.float32) * 256.0) * unit
+    if BITS == 4:
+        unit *= 1 / 16
+    product = (low_sum.to(tl.float32) + high_sum.to(tl.float32) * 256.0) * unit[None, :]
+    product = tl.sum(tl.reshape(product, (BLOCK_OUT, PIECES, CHUNKS)), 2)
+    if BITS == 4 or HAS_ZERO:
+        product -= zero * tl.sum(tl.reshape(sum_of_inputs, (PIECES, CHUNKS)), 1)[None, :]
+    whole = tl.sum(product * step, 1)
     if HAS_NORM:
-        whole *= tl.rsqrt(tl.sum(tl.sum(squares, 1), 0) / (words * 32 // BITS) + epsilon)
+        whole *= tl.rsqrt(tl.sum(tl.where(inside, squares, 0.0), 0) / (words * 32 // BITS) + epsilon)
     dtype: tl.constexpr = output.dtype.element_ty
     if GATED:
         gate, up = tl.split(tl.reshape(whole, (BLOCK_OUT // 2, 2)))
@@ -183,8 +223,8 @@ def _matvec(inputs, packed, scale, zero_point, gain, output, out, words, group_p
         tl.store(output + target, (gate * tl.sigmoid(gate) * up).to(dtype), mask=target < out)
     else:
         if ADDED:
-            whole += tl.load(output + channel, mask=known, other=0.0).to(tl.float32)
-        tl.store(output + channel, whole.to(dtype), mask=known)
+            whole += tl.load(output + channel, mask=channel < out, other=0.0).to(tl.float32)
+        tl.store(output + channel, whole.to(dtype), mask=channel < out)
 
 
 @triton.jit
