@@ -54,7 +54,7 @@ class _Layer:
         self.bits = getattr(self.down, "activation_bits", None)
         linears = [self.qkv, self.output, self.gate_up, self.down]
         # Whether one row's norms, residual sums and gate can be part of its products.
-        self.one_row = self.bits is None and all(isinstance(linear, PackedLinear) for linear in linears) and \
+        self.one_row = all(isinstance(linear, PackedLinear) for linear in linears) and \
             all(linear.bias is None for linear in linears[1:])
         self.scaling = attention.scaling
         self.norms = None
@@ -131,12 +131,13 @@ class Decoder:
 
     def _one_row(self, layer: _Layer, hidden: Tensor, cache: Tensor, epsilon: float) -> None:
         """A layer of packed linears for a single row: hidden [1, size] becomes what leaves the layer."""
-        projected = row_matmul(hidden, layer.qkv.codes, (layer.input_norm.weight, epsilon))
+        bits = layer.bits
+        projected = row_matmul(hidden, layer.qkv.codes, (layer.input_norm.weight, epsilon), bits=bits)
         if layer.qkv.bias is not None:
             projected = projected + layer.qkv.bias
-        row_matmul(self._attend(layer, projected, cache), layer.output.codes, added_to=hidden)
-        gated = row_matmul(hidden, layer.gate_up.codes, (layer.output_norm.weight, epsilon), gated=True)
-        row_matmul(gated, layer.down.codes, added_to=hidden)
+        row_matmul(self._attend(layer, projected, cache), layer.output.codes, added_to=hidden, bits=bits)
+        gated = row_matmul(hidden, layer.gate_up.codes, (layer.output_norm.weight, epsilon), gated=True, bits=bits)
+        row_matmul(gated, layer.down.codes, added_to=hidden, bits=bits)
 
     def run(self, rows: int) -> Tensor:
         """Let the first `rows` rows go on by STEPS_AT_ONCE steps. Returns the new tokens [steps, rows]."""

@@ -33,11 +33,12 @@ BYTES = {"inputs": SIGNED, "packed": SIGNED}
 CASES = [
     *[("_matmul", {**form, **OVERLAP, "BLOCK_ROWS": 32, "BLOCK_OUT": 64, "BLOCK": block, "SPLITS": splits}, pointers)
       for form, pointers in PACKED for block, splits in ((32, 1), (128, 4))],
-    *[("_matvec", {**OVERLAP, "BITS": bits, "HAS_ZERO": zero, "HAS_NORM": norm, "GATED": gated, "ADDED": added,
-                   "EARLY": norm or added, "PIECE": 16, "BLOCK_OUT": 16, "BLOCK_PIECES": 4, "LINES": 16},
+    *[("_matvec", {**OVERLAP, "BITS": bits, "INPUT_BITS": input_bits, "HAS_ZERO": zero, "HAS_NORM": norm, "GATED": gated,
+                   "ADDED": added, "EARLY": norm or added, "PIECE": 16, "BLOCK_OUT": 16, "PIECES": 16, "ASSEMBLY": True},
        {"packed": WORD})
-      for bits, zero, norm, gated, added in ((4, True, False, False, False), (4, False, True, True, False),
-                                             (4, True, False, False, True), (8, False, True, False, False))],
+      for bits, input_bits, zero, norm, gated, added in (
+          (4, 0, True, False, False, False), (4, 0, False, True, True, False), (4, 0, True, False, False, True),
+          (8, 0, False, True, False, False), (8, 8, False, True, True, False), (8, 8, False, False, False, True))],
     *[("_integer_matmul", {**OVERLAP, "BLOCK_ROWS": 16, "BLOCK_OUT": 64, "BLOCK": block, "SPLITS": splits}, BYTES)
       for block, splits in ((32, 1), (128, 4))],
     *[("_unpack", {**form, **OVERLAP, "PIECE": 128, "BLOCK": 2048}, pointers) for form, pointers in PACKED],

@@ -75,6 +75,20 @@ def test_row_matmul(generator, out, bits, groups, asymmetric, dtype):
     assert relative(target, hidden.double() + product) < 6e-3
 
 
+@pytest.mark.parametrize("out", [192, 8192])
+def test_row_matmul_with_rounded_inputs(generator, out):
+    """Rounded as the kernels for several rows do it."""
+    codes = torch.randint(-128, 128, (out, 1152), generator=generator).to(torch.int8)
+    weight = moved(inference.pack(codes, (0.01 * torch.rand(out, 1, generator=generator)).bfloat16(), None, 8))
+    inputs = torch.randn(1, 1152, generator=generator).bfloat16().cuda()
+    norm = torch.rand(1152, generator=generator).bfloat16().cuda(), 1e-5
+    exact = inference.unpack(weight, torch.float64)
+    plain = inference.round_rows(inputs, 8).values().double() @ exact.T
+    gate, up = (inference.add_rms_norm(inputs, None, *norm, 8).values().double() @ exact.T).chunk(2, -1)
+    assert relative(inference.row_matmul(inputs, weight, bits=8), plain) < 6e-3
+    assert relative(inference.row_matmul(inputs, weight, norm, gated=True, bits=8), gate / (1 + (-gate).exp()) * up) < 2e-2
+
+
 @pytest.mark.parametrize("rows", [1, 8, 33, 64, 200])
 def test_integer_matmul(generator, rows):
     codes = torch.randint(-128, 128, (192, 1152), generator=generator).to(torch.int8)

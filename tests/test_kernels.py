@@ -66,12 +66,25 @@ def test_row_matmul(generator, monkeypatch, bits, channels, groups, members):
     normed = exact / (exact.square().mean() + 1e-5).sqrt() * gain
     gate, up = (normed @ weight.T).chunk(2, -1)
     for module, bound in ((inference, 1e-6), (products_triton, 1e-4)):
-        close(module.row_matmul(inputs, packed, None, False, None), exact @ weight.T, bound)
-        close(module.row_matmul(inputs, packed, (gain, 1e-5), False, None), normed @ weight.T, bound)
-        close(module.row_matmul(inputs, packed, (gain, 1e-5), True, None), gate / (1 + (-gate).exp()) * up, 10 * bound)
+        close(module.row_matmul(inputs, packed, None, False, None, None), exact @ weight.T, bound)
+        close(module.row_matmul(inputs, packed, (gain, 1e-5), False, None, None), normed @ weight.T, bound)
+        close(module.row_matmul(inputs, packed, (gain, 1e-5), True, None, None), gate / (1 + (-gate).exp()) * up, 10 * bound)
         target = hidden.clone()
-        assert module.row_matmul(inputs, packed, None, False, target).data_ptr() == target.data_ptr()
+        assert module.row_matmul(inputs, packed, None, False, target, None).data_ptr() == target.data_ptr()
         close(target, hidden.double() + exact @ weight.T, bound)
+
+
+@pytest.mark.parametrize(("channels", "input_bits"), [(576, 8), (1024, 8), (576, 4)])
+def test_row_matmul_with_rounded_inputs(generator, channels, input_bits):
+    packed, weight = packed_weights(generator, 38, channels, 1, 8, False)
+    inputs, gain = torch.randn(1, channels, generator=generator), torch.rand(channels, generator=generator)
+    expected = grid.round_per_token(inputs, input_bits).double() @ weight.T
+    normed = inputs.double() / (inputs.double().square().mean() + 1e-5).sqrt() * gain
+    # A value at a tie may go either way after the norm.
+    gate, up = (grid.round_per_token(normed, input_bits) @ weight.T).chunk(2, -1)
+    for module in (inference, products_triton):
+        close(module.row_matmul(inputs, packed, None, False, None, input_bits), expected, 1e-6)
+        close(module.row_matmul(inputs, packed, (gain, 1e-5), True, None, input_bits), gate / (1 + (-gate).exp()) * up, 1e-2)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -84,9 +97,9 @@ def test_row_matmul_rounds_inputs_to_16_bits(generator, bits):
     half_step = inputs.double().view(9, 64).abs().amax(1) / 65024
     bound = (weight.abs().view(40, 9, 64).sum(2) * half_step).sum(1)
     exact = inputs.double() @ weight.T
-    error = (products_triton.row_matmul(inputs, packed, None, False, None).double() - exact).abs()
+    error = (products_triton.row_matmul(inputs, packed, None, False, None, None).double() - exact).abs()
     assert (error <= bound + 1e-5 * exact.abs()).all() and error.any()
-    assert not products_triton.row_matmul(torch.zeros(1, 576), packed, None, False, None).any()
+    assert not products_triton.row_matmul(torch.zeros(1, 576), packed, None, False, None, None).any()
 
 
 @pytest.mark.parametrize("channels", [576, 1024, 48])

@@ -85,22 +85,25 @@ def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def row_matmul(inputs: Tensor, weight: PackedWeight, norm: tuple[Tensor, float] | None = None, gated: bool = False,
-               added_to: Tensor | None = None) -> Tensor:
+               added_to: Tensor | None = None, bits: int | None = None) -> Tensor:
     """`packed_matmul` for one token, with what comes before and after it in a decoder layer: in all one kernel, which reads
-    weights while the kernel before still runs. So nothing may have changed them just before.
+    weights while the kernel before still runs. So nothing may have changed them just before. The kernel takes inputs as
+    integers of 16 bits with a scale for every 16 to 32 of them.
 
     Args:
         inputs: [1, in].
         norm: gain [in] and epsilon of an RMSNorm that the inputs go through first.
         gated: the output channels are gate and up, and silu(gate) * up [1, out / 2] is wanted.
         added_to: [1, out], to which the product is added in place.
+        bits: at most 8, if the inputs, normed, are rounded per token to so many.
     """
     if use_triton(inputs):
         from common.kernels import products_triton
 
         if products_triton.fits_one_row(inputs, weight):
-            return products_triton.row_matmul(inputs, weight, norm, gated, added_to)
-    output = packed_matmul(inputs if norm is None else add_rms_norm(inputs, None, *norm), weight)
+            return products_triton.row_matmul(inputs, weight, norm, gated, added_to, bits)
+    normed = inputs if norm is None else add_rms_norm(inputs, None, *norm)
+    output = packed_matmul(normed, weight) if bits is None else integer_matmul(round_rows(normed, bits), weight)
     if gated:
         output = silu_mul(*output.chunk(2, -1))
     return output if added_to is None else added_to.add_(output)

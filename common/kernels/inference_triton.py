@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from common.kernels.inference import Rotary, Rounded
-from common.kernels.launch_triton import begin, counters, launch
+from common.kernels.launch_triton import begin, counters, launch, round_to_step, step_of_token
 
 # Attention over longer contexts is split between programs; the last of them to finish joins their results.
 SPLIT_LENGTH, BLOCK_LENGTH = 512, 64
@@ -38,15 +38,11 @@ def _round_rows(inputs, codes, scale, size, smallest, BITS: tl.constexpr, BLOCK:
 
 @triton.jit
 def _store_rounded(value, codes, scale, mask, smallest, BITS: tl.constexpr):
-    """Round a token to its largest value; each step is rounded to the values' own type, as torch does it."""
+    """Round a token to its largest value."""
     dtype: tl.constexpr = value.dtype
     exact = value.to(tl.float32)
-    step = ((tl.max(tl.abs(exact), 0) * 2).to(dtype).to(tl.float32) / ((1 << BITS) - 1)).to(dtype).to(tl.float32)
-    step = tl.where(step > 0, step, smallest)
-    code = (exact / step).to(dtype).to(tl.float32)
-    # Half to even, by the addition that leaves no room for a fraction.
-    code = (code + 12582912.0) - 12582912.0
-    code = tl.minimum(tl.maximum(code, -(1 << (BITS - 1))), (1 << (BITS - 1)) - 1)
+    step = step_of_token(tl.max(tl.abs(exact), 0), dtype, smallest, BITS)
+    code = round_to_step(exact, step, dtype, BITS)
     tl.store(codes, code.to(tl.int8), mask=mask)
     tl.store(scale, step.to(dtype))
 

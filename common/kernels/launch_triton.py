@@ -37,3 +37,19 @@ def begin(OVERLAP: tl.constexpr):
 def counters(count: int, device: torch.device) -> Tensor:
     """Zeros that programs count with and leave at zero."""
     return torch.zeros(count, device=device, dtype=torch.int32)
+
+
+@triton.jit
+def step_of_token(largest, dtype: tl.constexpr, smallest, BITS: tl.constexpr):
+    """The scale of a token whose largest magnitude is given; it and codes are rounded to the values' own type, as torch does."""
+    step = ((largest * 2).to(dtype).to(tl.float32) / ((1 << BITS) - 1)).to(dtype).to(tl.float32)
+    return tl.where(step > 0, step, smallest)
+
+
+@triton.jit
+def round_to_step(values, step, dtype: tl.constexpr, BITS: tl.constexpr):
+    """The codes, as floats, of float32 values."""
+    code = (values / step).to(dtype).to(tl.float32)
+    # Half to even, by the addition that leaves no room for a fraction.
+    code = (code + 12582912.0) - 12582912.0
+    return tl.minimum(tl.maximum(code, -(1 << (BITS - 1))), (1 << (BITS - 1)) - 1)

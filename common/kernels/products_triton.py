@@ -8,13 +8,15 @@ import triton.language as tl
 from torch import Tensor
 
 from common.kernels.inference import PackedWeight, Rounded
-from common.kernels.launch_triton import begin, counters, launch, shared_memory
+from common.kernels.launch_triton import begin, counters, launch, round_to_step, shared_memory, step_of_token
 
 # Of a product: output channels of a program, for few and for many of them, and warps; then programs it should have at least, so
 # that every multiprocessor has work, and loads on their way. Measured on an H200 for the linears of the Llama-3.2-1B shape
 # (benchmarks/packed_product_sweep.py).
 BLOCK_OUT, BLOCK_OUT_WIDE, WARPS = 64, 128, 4
 FLOATS, INTEGERS = (264, 3), (132, 5)
+# Programs that a product with one row should have at least.
+PROGRAMS = 128
 # Conversions of integers are rare units' work. A float with one of these exponents has an integer as its last bits, and is
 # that integer plus a power of two.
 _EXPONENT_32, _POWER_32 = tl.constexpr(0x4B000000), tl.constexpr(8388608.0)
@@ -36,8 +38,8 @@ def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def row_matmul(inputs: Tensor, weight: PackedWeight, norm: tuple[Tensor, float] | None, gated: bool, added_to: Tensor | None,
-               ) -> Tensor:
-    return _one_row(inputs, weight, True, norm, gated, added_to)
+               bits: int | None) -> Tensor:
+    return _one_row(inputs, weight, True, norm, gated, added_to, bits)
 
 
 def fits_one_row(inputs: Tensor, weight: PackedWeight) -> bool:
@@ -51,13 +53,16 @@ def _lanes(weight: PackedWeight) -> int:
 
 
 def _members(weight: PackedWeight) -> int:
-    """Output channels of a program of one row's product: many, but fewer where a program has many threads. Measured as above."""
-    most = 32 if _lanes(weight) <= 128 else 8 if _lanes(weight) <= 512 else 4
-    return min(most, 32 if len(weight.packed) > 4096 else 16)
+    """Output channels of a program of one row's product: many, but fewer where it has many threads or there are few programs.
+    Measured as above.
+    """
+    lanes = _lanes(weight)
+    most = 32 if lanes <= 128 else 8 if lanes <= 512 else 4
+    return min(most, 1 << max(2, (len(weight.packed) // PROGRAMS).bit_length() - 1))
 
 
 def _one_row(inputs: Tensor, weight: PackedWeight, early: bool, norm: tuple[Tensor, float] | None = None, gated: bool = False,
-             added_to: Tensor | None = None) -> Tensor:
+             added_to: Tensor | None = None, bits: int | None = None) -> Tensor:
     out, channels = weight.shape
     block_out = _members(weight)
     gain, epsilon = norm or (None, 0.0)
@@ -67,8 +72,8 @@ def _one_row(inputs: Tensor, weight: PackedWeight, early: bool, norm: tuple[Tens
     pieces, warps = channels // weight.block, max(1, _lanes(weight) // 32)
     _matvec[(triton.cdiv(out, block_out // 2 if gated else block_out),)](
         inputs, weight.packed.view(torch.int32), weight.scale, weight.zero_point, gain, output, out, pieces,
-        pieces // weight.scale.shape[1], epsilon, BITS=weight.bits, HAS_ZERO=weight.zero_point is not None,
-        HAS_NORM=norm is not None, GATED=gated, ADDED=added_to is not None, EARLY=early,
+        pieces // weight.scale.shape[1], epsilon, torch.finfo(inputs.dtype).eps, BITS=weight.bits, INPUT_BITS=bits or 0,
+        HAS_ZERO=weight.zero_point is not None, HAS_NORM=norm is not None, GATED=gated, ADDED=added_to is not None, EARLY=early,
         PIECE=weight.block * weight.bits // 32, BLOCK_OUT=block_out, PIECES=triton.next_power_of_2(pieces),
         ASSEMBLY=inputs.is_cuda and torch.version.hip is None, num_warps=warps, **launch())
     return output
@@ -135,10 +140,10 @@ def _dot_bytes(total, codes, bytes, SIGNED: tl.constexpr, ASSEMBLY: tl.constexpr
 
 
 @triton.jit
-def _bytes(values, factor):
-    """Numbers [lanes, 4] times a factor, as integers of 16 bits: two tensors [lanes] of four low and four high signed bytes."""
+def _bytes(values):
+    """Numbers [lanes, 4], rounded to integers of 16 bits, as two tensors [lanes]: four low and four high signed bytes."""
     # A float of this exponent has an integer as its last bits; half a low byte more makes low bytes signed.
-    halves = (values * factor[:, None] + (12582912.0 + 128)).to(tl.int32, bitcast=True)
+    halves = (values + (12582912.0 + 128)).to(tl.int32, bitcast=True)
     even, odd = tl.split(tl.reshape(halves, (values.shape[0], 2, 2)))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -148,13 +153,14 @@ def _bytes(values, factor):
 
 
 @triton.jit
-def _matvec(inputs, packed, scale, zero_point, gain, output, out, pieces, group_pieces, epsilon, BITS: tl.constexpr,
-            HAS_ZERO: tl.constexpr, HAS_NORM: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr,
-            PIECE: tl.constexpr, BLOCK_OUT: tl.constexpr, PIECES: tl.constexpr, OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr):
+def _matvec(inputs, packed, scale, zero_point, gain, output, out, pieces, group_pieces, epsilon, smallest,
+            BITS: tl.constexpr, INPUT_BITS: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_NORM: tl.constexpr, GATED: tl.constexpr,
+            ADDED: tl.constexpr, EARLY: tl.constexpr, PIECE: tl.constexpr, BLOCK_OUT: tl.constexpr, PIECES: tl.constexpr,
+            OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr):
     """One row times weights, in products of bytes with sums of integers. A piece is the words of a block of channels; a lane
     reads four words of each output channel. Its inputs become integers of 16 bits, a high and a low byte, with a scale of their
-    own: that moves them by less than rounding the largest to bfloat16 did. EARLY: weights are read before the kernel before
-    ends.
+    own: that moves them by less than rounding the largest to bfloat16 did. With INPUT_BITS they are rounded as a token to at
+    most 8 bits, a high byte. EARLY: weights are read before the kernel before ends.
     """
     if not EARLY:
         begin(OVERLAP)
@@ -179,23 +185,40 @@ def _matvec(inputs, packed, scale, zero_point, gain, output, out, pieces, group_
     inside = tl.arange(0, LANES) < pieces * CHUNKS
     lane = tl.where(inside, tl.arange(0, LANES), 0)
     start = lane // CHUNKS * (PIECE * 32 // BITS) + lane % CHUNKS * 16
+    channels = words * 32 // BITS
+    if HAS_NORM and INPUT_BITS:                                                 # the norm as it is rounded comes first
+        column = tl.arange(0, LANES * 128 // BITS)
+        value = tl.load(inputs + column, mask=column < channels, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(value * value, 0) / channels + epsilon)
+    dtype: tl.constexpr = inputs.dtype.element_ty
     squares, largest = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
     values = ()
     for eight in tl.static_range(16 // BITS):
         place = (start + eight // 2 * 4 * PIECE + eight % 2 * 8)[:, None] + tl.arange(0, 8)[None, :]
         value = tl.load(inputs + place).to(tl.float32)
         if HAS_NORM:
-            squares += tl.sum(value * value, 1)
-            value *= tl.load(gain + place).to(tl.float32)
+            factor = tl.load(gain + place).to(tl.float32)
+            if INPUT_BITS:
+                value = ((value * inverse).to(dtype).to(tl.float32) * factor).to(dtype).to(tl.float32)
+            else:
+                squares += tl.sum(value * value, 1)
+                value *= factor
         largest = tl.maximum(largest, tl.max(tl.abs(value), 1))
         values = values + tl.split(tl.permute(tl.reshape(value, (LANES, 2, 4)), (0, 2, 1)))
-    unit = tl.maximum(largest, 1e-30) * (1.0 / 32512)
+    if INPUT_BITS:
+        token_step = step_of_token(tl.max(largest, 0), dtype, smallest, INPUT_BITS)
+        unit = tl.zeros((LANES,), tl.float32) + token_step
+    else:
+        unit = tl.maximum(largest, 1e-30) * (1.0 / 32512)
     ones = tl.full((LANES,), 0x01010101, tl.int32)
     low_of_inputs, high_of_inputs = tl.zeros((LANES,), tl.int32), tl.zeros((LANES,), tl.int32)
     low_sum, high_sum = tl.zeros((BLOCK_OUT, LANES), tl.int32), tl.zeros((BLOCK_OUT, LANES), tl.int32)
     for index in tl.static_range(32 // BITS):
-        low, high = _bytes(values[index], 1.0 / unit)
-        low_of_inputs = _dot_bytes(low_of_inputs, ones, low, True, ASSEMBLY)
+        if INPUT_BITS:
+            low, high = _bytes(round_to_step(values[index], token_step, dtype, INPUT_BITS) * 256.0)
+        else:
+            low, high = _bytes(values[index] * (1.0 / unit)[:, None])
+            low_of_inputs = _dot_bytes(low_of_inputs, ones, low, True, ASSEMBLY)
         high_of_inputs = _dot_bytes(high_of_inputs, ones, high, True, ASSEMBLY)
         code = codes[index % 4]
         if BITS == 4:
@@ -203,20 +226,21 @@ def _matvec(inputs, packed, scale, zero_point, gain, output, out, pieces, group_
             code &= 0x0F0F0F0F if index < 4 else -0x0F0F0F10
             if index == 4:
                 low_sum, high_sum = low_sum << 4, high_sum << 4
-        low_sum = _dot_bytes(low_sum, code, low[None, :], BITS == 8, ASSEMBLY)
+        if not INPUT_BITS:
+            low_sum = _dot_bytes(low_sum, code, low[None, :], BITS == 8, ASSEMBLY)
         high_sum = _dot_bytes(high_sum, code, high[None, :], BITS == 8, ASSEMBLY)
     unit = tl.where(inside, unit, 0.0)
-    sum_of_inputs = (low_of_inputs.to(tl.float32) + high_of_inputs.to(tl.float32) * 256.0) * unit
+    HIGH: tl.constexpr = 1.0 if INPUT_BITS else 256.0
+    sum_of_inputs = (low_of_inputs.to(tl.float32) + high_of_inputs.to(tl.float32) * HIGH) * unit
     if BITS == 4:
         unit *= 1 / 16
-    product = (low_sum.to(tl.float32) + high_sum.to(tl.float32) * 256.0) * unit[None, :]
+    product = (low_sum.to(tl.float32) + high_sum.to(tl.float32) * HIGH) * unit[None, :]
     product = tl.sum(tl.reshape(product, (BLOCK_OUT, PIECES, CHUNKS)), 2)
     if BITS == 4 or HAS_ZERO:
         product -= zero * tl.sum(tl.reshape(sum_of_inputs, (PIECES, CHUNKS)), 1)[None, :]
     whole = tl.sum(product * step, 1)
-    if HAS_NORM:
-        whole *= tl.rsqrt(tl.sum(tl.where(inside, squares, 0.0), 0) / (words * 32 // BITS) + epsilon)
-    dtype: tl.constexpr = output.dtype.element_ty
+    if HAS_NORM and not INPUT_BITS:
+        whole *= tl.rsqrt(tl.sum(tl.where(inside, squares, 0.0), 0) / channels + epsilon)
     if GATED:
         gate, up = tl.split(tl.reshape(whole, (BLOCK_OUT // 2, 2)))
         target = tl.program_id(0) * (BLOCK_OUT // 2) + tl.arange(0, BLOCK_OUT // 2)
