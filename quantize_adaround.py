@@ -46,7 +46,7 @@ def quantize_layer(layer: Layer, iterations: int, block: bool) -> dict[str, Quan
         settled.append(rounding.settled())
         codes.update(layer.split(group, rounding.codes(), rounding.scale, rounding.zero_point))
 
-    for group, statistics in layer.own_groups():
+    for group, statistics in layer.groups():
         stacked, gram = layer.stacked_weight(group), damped(statistics.gram, DAMPING)
         scale, zero_point = choose_ranges(stacked, gram, layer.grid, layer.scale_dtype)
         rounding = learn_rounding(stacked, gram, scale, zero_point, layer.grid, iterations, STRENGTH, TRAVEL / iterations)

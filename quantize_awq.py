@@ -22,7 +22,7 @@ from common.scaling import equalize
 def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
     """Codes of every linear: ranges clipped by the output error, then nearest codes."""
     codes = {}
-    for group, statistics in layer.own_groups():
+    for group, statistics in layer.groups():
         stacked = layer.stacked_weight(group)
         scale, zero_point = choose_ranges(stacked, statistics.gram, layer.grid, layer.scale_dtype)
         codes.update(layer.split(group, quantize(stacked, scale, zero_point, layer.grid), scale, zero_point))

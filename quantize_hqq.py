@@ -17,6 +17,7 @@ from torch import Tensor
 from common import cli
 from common.grid import Grid, QuantizedLinear, grouped, power_, quantize, round_scale, rounding_error, search_range
 from common.layerwise import NOTHING, Layer, Method
+from common.models import LINEARS
 from common.quantization import run
 
 LP_NORM = 4.0
@@ -66,8 +67,8 @@ def main() -> None:
     options = parser.parse_args()
 
     def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
-        return {name: quantize_weight(layer.weight(name), layer.grid, options.lp_norm, layer.scale_dtype)
-                for group, _ in layer.own_groups() for name in group.linears}
+        return {name: quantize_weight(layer.own_weight(name), layer.grid, options.lp_norm, layer.scale_dtype)
+                for name in LINEARS}
 
     run(options, Method("hqq", quantize_layer, needs=NOTHING))
 

@@ -66,9 +66,9 @@ def prepare_layer(layer: Layer, alpha: float | None) -> None:
 def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
     """Nearest codes of every linear, ranges searched with each channel's mean square."""
     codes = {}
-    for group, statistics in layer.own_groups():
+    for group, statistics in layer.groups():
         for name in group.linears:
-            weight = layer.weight(name)
+            weight = layer.own_weight(name)
             scale, zero_point = search_range(weight, layer.grid, statistics.mean_square, scale_dtype=layer.scale_dtype)
             codes[name] = QuantizedLinear(quantize(weight, scale, zero_point, layer.grid), scale, zero_point, layer.grid)
     return codes

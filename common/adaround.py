@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common import parallel
 from common.grid import Grid, grouped
 from common.kernels import use_triton
 
@@ -85,7 +86,7 @@ class Learning:
     def __init__(self, soft: SoftRounding, weight: Tensor, gram: Tensor):
         self.soft, self.target, self.gram = soft, weight.contiguous(), gram
         steps = soft.scale.unsqueeze(-1).expand(-1, -1, weight.shape[1] // soft.scale.shape[1]).flatten(1)
-        self.unit = (steps.square() * gram.diagonal()).mean()
+        self.unit = parallel.mean(steps.square() * gram.diagonal())
         # Before Adam's state, as it takes intermediate tensors of its own.
         self.difference = soft.weight(soft.h()) - self.target
         self.moment, self.variance = torch.zeros_like(soft.v), torch.zeros_like(soft.v)

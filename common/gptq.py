@@ -11,12 +11,12 @@ SWEEPS = 1
 
 
 def gptq_layer(layer: Layer, damping: float, sweeps: int) -> dict[str, QuantizedLinear]:
-    """Codes of every linear of a layer's own groups. Linears that read the same tensor are solved together.
+    """Codes of every linear of a layer. Linears that read the same tensor are solved together.
 
     Scales are searched on the Gram's diagonal, codes found with error feedback, then both are refined `sweeps` times.
     """
     codes = {}
-    for group, statistics in layer.own_groups():
+    for group, statistics in layer.groups():
         stacked = layer.stacked_weight(group)
         scale, zero_point = search_range(stacked, layer.grid, statistics.mean_square, scale_dtype=layer.scale_dtype)
         rounded, used = solve(stacked, statistics.gram, scale, zero_point, layer.grid, damping,

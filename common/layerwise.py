@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -52,31 +52,23 @@ class Layer:
         """The weights [out, in] of linear `name`, in float32."""
         return self.module.get_submodule(name).weight.float()
 
+    def own_weight(self, name: str) -> Tensor:
+        """The rows of them that this process rounds: all, unless there are several processes (`parallel`)."""
+        return parallel.own_rows(self.module.get_submodule(name).weight).float()
+
     def stacked_weight(self, group: LinearGroup) -> Tensor:
-        """The weights of a group's linears, in float32, one under the other: they share the input."""
-        return torch.cat([self.weight(name) for name in group.linears])
+        """The own weights of a group's linears, one under the other: they share the input."""
+        return torch.cat([self.own_weight(name) for name in group.linears])
 
     def split(self, group: LinearGroup, codes: Tensor, scale: Tensor, zero_point: Tensor) -> dict[str, QuantizedLinear]:
         """The linears of a group by name, out of what was found for their stacked weights."""
-        sizes = [self.module.get_submodule(name).out_features for name in group.linears]
+        sizes = [len(parallel.own_rows(self.module.get_submodule(name).weight)) for name in group.linears]
         parts = zip(group.linears, codes.split(sizes), scale.split(sizes), zero_point.split(sizes), strict=True)
         return {name: QuantizedLinear(*tensors, self.grid) for name, *tensors in parts}
 
-    @cached_property
-    def owners(self) -> list[int]:
-        """For each of LINEAR_GROUPS the process that quantizes it (`parallel`)."""
-        costs = []
-        for group in LINEAR_GROUPS:
-            linears = [self.module.get_submodule(name) for name in group.linears]
-            columns = linears[0].in_features
-            costs.append(columns**2 * (columns + sum(linear.out_features for linear in linears)))
-        return parallel.owners(costs)
-
-    def own_groups(self) -> list[tuple[LinearGroup, InputStatistics | None]]:
-        """The groups that this process quantizes, and their statistics."""
-        statistics = self.statistics or [None] * len(LINEAR_GROUPS)
-        return [pair for pair, owner in zip(zip(LINEAR_GROUPS, statistics, strict=True), self.owners, strict=True)
-                if owner == parallel.rank()]
+    def groups(self) -> list[tuple[LinearGroup, InputStatistics | None]]:
+        """The groups of linears and their statistics."""
+        return list(zip(LINEAR_GROUPS, self.statistics or [None] * len(LINEAR_GROUPS), strict=True))
 
     def where(self, name: str) -> str:
         return f"model.layers.{self.index}.{name}"
@@ -89,8 +81,8 @@ NOTHING, RANGES, GRAM = "nothing", "ranges", "gram"
 class Method:
     """A quantization method.
 
-    quantize_layer: returns the codes of every linear of a layer's `own_groups`, which is all of `models.LINEARS` unless there
-        are several processes.
+    quantize_layer: returns the codes of a layer's `own_weight` of every linear in `models.LINEARS`. What it does to a row may
+        not depend on the other rows.
     needs: GRAM, statistics of the quantized layers' output; RANGES, statistics without Gram matrices in one pass through
         the original layers, for 8-bit methods whose errors are small; or NOTHING.
     rewrite_model, rewrite_layer: change the model without changing its function before anything is measured, the small
@@ -282,7 +274,7 @@ def _quantize_layer(layer: Layer, method: Method, streams: _Streams, source: Sou
         with group_inputs(module, inputs.__setitem__):
             run_layer(module, streams.probed, streams.probe_arguments[layer.index])
     with watch("solve"):
-        codes = _exchange(layer, method.quantize_layer(layer), source.device)
+        codes = _exchange(layer, method.quantize_layer(layer))
     with watch("record"):
         found = [_install(layer, name, codes[name], inputs[group_index], method.round_inputs)
                  for group_index, group in enumerate(LINEAR_GROUPS) for name in group.linears]
@@ -299,19 +291,15 @@ def _quantize_layer(layer: Layer, method: Method, streams: _Streams, source: Sou
     return codes, {"linears": linears, "notes": layer.notes}
 
 
-def _exchange(layer: Layer, codes: dict[str, QuantizedLinear], device: torch.device) -> dict[str, QuantizedLinear]:
-    """The codes of all linears, out of those that each process found; of the notes, the least of all processes."""
+def _exchange(layer: Layer, codes: dict[str, QuantizedLinear]) -> dict[str, QuantizedLinear]:
+    """The codes of all rows, out of those that each process found; of the notes, the least of all processes."""
     if parallel.size() == 1:
         return codes
-
-    def own(index: int) -> list[Tensor]:
-        found = [codes[name] for name in LINEAR_GROUPS[index].linears]
-        return [tensor for one in found for tensor in (one.codes, one.scale, one.zero_point)]
-
     whole = {}
-    for group, tensors in zip(LINEAR_GROUPS, parallel.each(layer.owners, own, device), strict=True):
-        for i, name in enumerate(group.linears):
-            whole[name] = QuantizedLinear(*tensors[3 * i:3 * i + 3], layer.grid)
+    for name in LINEARS:
+        found, count = codes[name], layer.module.get_submodule(name).out_features
+        whole[name] = QuantizedLinear(*(parallel.join_rows(tensor, count)
+                                        for tensor in (found.codes, found.scale, found.zero_point)), layer.grid)
     for notes in parallel.gather(layer.notes):
         for key, value in notes.items():
             layer.notes[key] = min(value, layer.notes.get(key, value))
@@ -379,12 +367,11 @@ def _collect(layer: Layer, device: torch.device, method: Method, originals: list
 
 def _catch_up(layer: Layer, share: float) -> None:
     """Change the weights of the linears that write the residual stream so that they make up for its lag."""
-    for group, statistics, owner in zip(LINEAR_GROUPS, layer.statistics, layer.owners, strict=True):
+    for group, statistics in layer.groups():
         if statistics.lag is not None:
-            weight, changed = layer.module.get_submodule(group.linears[0]).weight, None
-            if owner == parallel.rank():
-                changed = [catch_up(weight.float(), statistics.gram, statistics.lag, share).to(weight.dtype)]
-            weight.data = parallel.send(changed, owner, weight.device)[0]
+            weight, lag = layer.module.get_submodule(group.linears[0]).weight, parallel.own_rows(statistics.lag)
+            changed = catch_up(layer.own_weight(group.linears[0]), statistics.gram, lag, share).to(weight.dtype)
+            weight.data = parallel.join_rows(changed, len(weight))
 
 
 def _token_weights(hidden: Tensor) -> Tensor:

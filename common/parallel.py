@@ -1,13 +1,12 @@
 """Several processes on one model, as torchrun starts them: who does what, and sums over all. Alone, none of it does anything.
 
-Each process has its share of the calibration windows; statistics are added up, so that all have the same. The groups of linears
-of a layer are shared out by their cost; what one process found is sent to all. NCCL between cards, gloo between CPUs.
+Each process has its share of the calibration windows; statistics are added up, so that all have the same. Of every linear each
+process rounds its share of the rows, and all rows are sent to all. NCCL between cards, gloo between CPUs.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, distributed
@@ -59,7 +58,12 @@ def share(windows: Tensor) -> Tensor:
     """This process's part of windows [samples, length]. Raises UserError when there are fewer than processes."""
     if len(windows) < size():
         raise UserError(f"{len(windows)} calibration windows cannot be shared out to {size()} processes; raise --calib-samples")
-    return windows.tensor_split(size())[rank()]
+    return own_rows(windows)
+
+
+def own_rows(tensor: Tensor) -> Tensor:
+    """This process's part of the rows [n, ...] that all processes have."""
+    return tensor.tensor_split(size())[rank()]
 
 
 def add(tensor: Tensor) -> Tensor:
@@ -76,11 +80,23 @@ def largest(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def join_rows(tensor: Tensor) -> Tensor:
-    """The rows [n, ...] of all processes, of which each may have another number, under each other."""
+def mean(tensor: Tensor, dim: int | None = None) -> Tensor:
+    """The mean over the tensors of all processes, along a dimension or of all elements."""
+    if size() == 1:
+        return tensor.mean(dim)
+    sums = tensor.sum(dim)
+    return add(sums) / add(torch.full_like(sums, tensor.numel() // sums.numel()))
+
+
+def join_rows(tensor: Tensor, count: int | None = None) -> Tensor:
+    """The rows [n, ...] of all processes under each other.
+
+    Args:
+        count: how many there are in all, where each has its `own_rows`; None if each may have another number.
+    """
     if size() == 1:
         return tensor
-    numbers = gather(len(tensor))
+    numbers = gather(len(tensor)) if count is None else [len(part) for part in torch.arange(count).tensor_split(size())]
     padded = tensor.new_zeros(max(numbers), *tensor.shape[1:])
     padded[:len(tensor)] = tensor
     parts = [torch.empty_like(padded) for _ in numbers]
@@ -88,32 +104,12 @@ def join_rows(tensor: Tensor) -> Tensor:
     return torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])
 
 
-def owners(costs: list[float]) -> list[int]:
-    """Which process does each of some tasks: the costliest first, each to the one that has least to do."""
-    load, chosen = [0.0] * size(), [0] * len(costs)
-    for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
-        chosen[task] = load.index(min(load))
-        load[chosen[task]] += costs[task]
-    return chosen
-
-
-def send(tensors: list[Tensor] | None, source: int, device: torch.device) -> list[Tensor]:
-    """Tensors of process `source`, given there and None elsewhere, on all processes."""
-    if size() == 1:
-        return tensors
-    forms = [None if tensors is None else [(tensor.shape, tensor.dtype) for tensor in tensors]]
-    distributed.broadcast_object_list(forms, src=source, device=device)
-    received = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in forms[0]] if tensors is None else \
-        [tensor.contiguous() for tensor in tensors]
-    for tensor in received:
-        distributed.broadcast(tensor, src=source)
-    return received
-
-
-def each(chosen: list[int], task: Callable[[int], list[Tensor]], device: torch.device) -> list[list[Tensor]]:
-    """What task(i) gives for every i, computed by process chosen[i] and sent to all."""
-    found = [task(i) if owner == rank() else None for i, owner in enumerate(chosen)]
-    return [send(tensors, owner, device) for tensors, owner in zip(found, chosen, strict=True)]
+def from_first(tensor: Tensor) -> Tensor:
+    """The first process's tensor, in all of them; each has one of that form."""
+    if size() > 1:
+        tensor = tensor.contiguous()
+        distributed.broadcast(tensor, src=0)
+    return tensor
 
 
 def gather(value: object) -> list:

@@ -102,7 +102,7 @@ def _resumption(writer: CheckpointWriter | None) -> Resumption:
         if found:
             found.restore(index, module)
         for parameter in module.parameters():
-            parameter.data = parallel.send([parameter.data] if found else None, 0, parameter.device)[0]
+            parameter.data = parallel.from_first(parameter.data)
 
     return Resumption(records, restore)
 

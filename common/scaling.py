@@ -89,13 +89,13 @@ def search_scale(layer: Layer, group_index: int) -> Tensor:
     statistics = layer.statistics[group_index]
     weight = layer.stacked_weight(LINEAR_GROUPS[group_index])
     groups = grouped(weight.abs(), layer.grid)
-    relative = (groups / groups.amax(-1, keepdim=True).clamp(min=1e-8)).flatten(1).mean(0)
+    relative = parallel.mean((groups / groups.amax(-1, keepdim=True).clamp(min=1e-8)).flatten(1), 0)
     candidates = [torch.ones_like(statistics.abs_mean)]
     for step in range(RATIOS):
         ratio = power_ratio(statistics.abs_mean, relative, step / (RATIOS - 1))
         candidates.append(shared_by_heads(layer, group_index, ratio))
     losses = [rounding_loss(weight, statistics.gram, layer.grid, scale, layer.scale_dtype) for scale in candidates]
-    return torch.stack(candidates)[torch.stack(losses).argmin()]
+    return torch.stack(candidates)[parallel.add(torch.stack(losses)).argmin()]
 
 
 def equalize(layer: Layer) -> None:
@@ -105,6 +105,7 @@ def equalize(layer: Layer) -> None:
 
 def fold_all(layer: Layer, search: Callable[[int], Tensor]) -> None:
     """Fold the scale [in] that `search` finds for each linear group. No fold changes what the search of another group reads."""
-    found = parallel.each(layer.owners, lambda group_index: [search(group_index)], layer.module.mlp.down_proj.weight.device)
-    for group_index, (scale,) in enumerate(found):
-        fold_scale(layer, group_index, scale)
+    found = [search(group_index) for group_index in range(len(LINEAR_GROUPS))]
+    for group_index, scale in enumerate(found):
+        # Several processes find the same, but for a tie.
+        fold_scale(layer, group_index, parallel.from_first(scale))

@@ -117,11 +117,3 @@ def test_windows_are_shared_out(monkeypatch):
     assert torch.equal(torch.cat(shares), windows) and {len(part) for part in shares} == {2, 3}
     with pytest.raises(UserError, match="raise --calib-samples"):
         parallel.share(windows[:1])
-
-
-def test_tasks_are_shared_out_by_cost(monkeypatch):
-    assert parallel.owners([3.0, 1.0, 1.0, 9.0]) == [0, 0, 0, 0]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert parallel.owners([3.0, 1.0, 1.0, 9.0]) == [1, 1, 1, 0]
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert sorted(parallel.owners([3.0, 1.0, 1.0, 9.0])) == [0, 1, 2, 3]
