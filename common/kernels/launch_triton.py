@@ -1,4 +1,4 @@
-"""How the kernels of a decode step are launched, and what several of them use."""
+"""How the kernels of a decode step are launched, and what several kernels use."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+# Added and subtracted, it leaves no room for a fraction: rounding to the nearest integer, half to even. The sum alone has the
+# integer as its last bits.
+MAGIC = tl.constexpr(12582912.0)
 
 
 @cache
@@ -40,6 +44,11 @@ def counters(count: int, device: torch.device) -> Tensor:
 
 
 @triton.jit
+def nearest(value):
+    return (value + MAGIC) - MAGIC
+
+
+@triton.jit
 def step_of_token(largest, dtype: tl.constexpr, smallest, BITS: tl.constexpr):
     """The scale of a token whose largest magnitude is given; it and codes are rounded to the values' own type, as torch does."""
     step = ((largest * 2).to(dtype).to(tl.float32) / ((1 << BITS) - 1)).to(dtype).to(tl.float32)
@@ -49,7 +58,5 @@ def step_of_token(largest, dtype: tl.constexpr, smallest, BITS: tl.constexpr):
 @triton.jit
 def round_to_step(values, step, dtype: tl.constexpr, BITS: tl.constexpr):
     """The codes, as floats, of float32 values."""
-    code = (values / step).to(dtype).to(tl.float32)
-    # Half to even, by the addition that leaves no room for a fraction.
-    code = (code + 12582912.0) - 12582912.0
+    code = nearest((values / step).to(dtype).to(tl.float32))
     return tl.minimum(tl.maximum(code, -(1 << (BITS - 1))), (1 << (BITS - 1)) - 1)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from common.kernels.inference import PackedWeight, Rounded
-from common.kernels.launch_triton import begin, counters, launch, round_to_step, shared_memory, step_of_token
+from common.kernels.launch_triton import MAGIC, begin, counters, launch, round_to_step, shared_memory, step_of_token
 
 # Of a product: output channels of a program, for few and for many of them, and warps; then programs it should have at least, so
 # that every multiprocessor has work, and loads on their way. Measured on an H200 for the linears of the Llama-3.2-1B shape
@@ -27,7 +27,7 @@ _EXPONENT_FP16, _POWER_FP16 = tl.constexpr(0x6400), tl.constexpr(1024.0)
 def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     rows, channels = inputs.shape
     if rows == 1 and fits_one_row(inputs, weight):
-        return _one_row(inputs, weight, early=False)
+        return row_matmul(inputs, weight, early=False)
     if weight.block < 32:                                                       # no product of so few channels
         return inputs @ unpack(weight, inputs.dtype).T
     output, arguments, form = _product(inputs, weight, inputs.dtype, weight.block, *FLOATS)
@@ -35,11 +35,6 @@ def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     _matmul[grid](inputs, weight.packed, weight.scale, weight.zero_point, output, **arguments,
                   size=channels // weight.scale.shape[1], **names, **form, **launch())
     return output
-
-
-def row_matmul(inputs: Tensor, weight: PackedWeight, norm: tuple[Tensor, float] | None, gated: bool, added_to: Tensor | None,
-               bits: int | None) -> Tensor:
-    return _one_row(inputs, weight, True, norm, gated, added_to, bits)
 
 
 def fits_one_row(inputs: Tensor, weight: PackedWeight) -> bool:
@@ -61,8 +56,9 @@ def _members(weight: PackedWeight) -> int:
     return min(most, 1 << max(2, (len(weight.packed) // PROGRAMS).bit_length() - 1))
 
 
-def _one_row(inputs: Tensor, weight: PackedWeight, early: bool, norm: tuple[Tensor, float] | None = None, gated: bool = False,
-             added_to: Tensor | None = None, bits: int | None = None) -> Tensor:
+def row_matmul(inputs: Tensor, weight: PackedWeight, norm: tuple[Tensor, float] | None = None, gated: bool = False,
+               added_to: Tensor | None = None, bits: int | None = None, early: bool = True) -> Tensor:
+    """Args: early: read weights before the kernel before ends."""
     out, channels = weight.shape
     block_out = _members(weight)
     gain, epsilon = norm or (None, 0.0)
@@ -113,8 +109,8 @@ def _product(inputs: Tensor, weight: PackedWeight, dtype: torch.dtype, block: in
 
 @triton.jit
 def _four(values):
-    """The four tensors along the last of two axes."""
-    even, odd = tl.split(tl.reshape(values, (values.shape[0], values.shape[1] // 4, 2, 2)))
+    """The four tensors [...] of one [..., 2, 2]."""
+    even, odd = tl.split(values)
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth
@@ -142,11 +138,9 @@ def _dot_bytes(total, codes, bytes, SIGNED: tl.constexpr, ASSEMBLY: tl.constexpr
 @triton.jit
 def _bytes(values):
     """Numbers [lanes, 4], rounded to integers of 16 bits, as two tensors [lanes]: four low and four high signed bytes."""
-    # A float of this exponent has an integer as its last bits; half a low byte more makes low bytes signed.
-    halves = (values + (12582912.0 + 128)).to(tl.int32, bitcast=True)
-    even, odd = tl.split(tl.reshape(halves, (values.shape[0], 2, 2)))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
+    # Half a low byte more makes low bytes signed.
+    halves = (values + (MAGIC + 128)).to(tl.int32, bitcast=True)
+    first, second, third, fourth = _four(tl.reshape(halves, (values.shape[0], 2, 2)))
     first, second = first & 0xFFFF | third << 16, second & 0xFFFF | fourth << 16
     low = first & 0x00FF00FF | second << 8 & -0x00FF0100
     return low ^ -0x7F7F7F80, first >> 8 & 0x00FF00FF | second & -0x00FF0100
@@ -174,7 +168,8 @@ def _matvec(inputs, packed, scale, zero_point, gain, output, out, pieces, group_
         channel = tl.program_id(0) * BLOCK_OUT + member
         row = tl.minimum(channel, out - 1)
     words, word = pieces * PIECE, tl.arange(0, LANES * 4)
-    codes = _four(tl.load(packed + row[:, None] * words + word[None, :], mask=(word < words)[None, :], other=0))
+    codes = tl.load(packed + row[:, None] * words + word[None, :], mask=(word < words)[None, :], other=0)
+    codes = _four(tl.reshape(codes, (BLOCK_OUT, LANES, 2, 2)))
     group = row[:, None] * (pieces // group_pieces) + (tl.minimum(tl.arange(0, PIECES), pieces - 1) // group_pieces)[None, :]
     step = tl.load(scale + group).to(tl.float32)
     zero = tl.full((BLOCK_OUT, PIECES), 8.0 if BITS == 4 else 0.0, tl.float32)
@@ -206,8 +201,7 @@ def _matvec(inputs, packed, scale, zero_point, gain, output, out, pieces, group_
         largest = tl.maximum(largest, tl.max(tl.abs(value), 1))
         values = values + tl.split(tl.permute(tl.reshape(value, (LANES, 2, 4)), (0, 2, 1)))
     if INPUT_BITS:
-        token_step = step_of_token(tl.max(largest, 0), dtype, smallest, INPUT_BITS)
-        unit = tl.zeros((LANES,), tl.float32) + token_step
+        unit = step_of_token(tl.max(largest, 0), dtype, smallest, INPUT_BITS)
     else:
         unit = tl.maximum(largest, 1e-30) * (1.0 / 32512)
     ones = tl.full((LANES,), 0x01010101, tl.int32)
@@ -215,7 +209,7 @@ def _matvec(inputs, packed, scale, zero_point, gain, output, out, pieces, group_
     low_sum, high_sum = tl.zeros((BLOCK_OUT, LANES), tl.int32), tl.zeros((BLOCK_OUT, LANES), tl.int32)
     for index in tl.static_range(32 // BITS):
         if INPUT_BITS:
-            low, high = _bytes(round_to_step(values[index], token_step, dtype, INPUT_BITS) * 256.0)
+            low, high = _bytes(round_to_step(values[index], unit, dtype, INPUT_BITS) * 256.0)
         else:
             low, high = _bytes(values[index] * (1.0 / unit)[:, None])
             low_of_inputs = _dot_bytes(low_of_inputs, ones, low, True, ASSEMBLY)

@@ -8,15 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from common.grid import Grid
+from common.kernels.launch_triton import nearest
 
 _STORED = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-# Added and subtracted, it leaves no room for a fraction: rounding to the nearest integer, half to even.
-_MAGIC = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def _nearest(value):
-    return (value + _MAGIC) - _MAGIC
 
 
 def round_block(target: Tensor, shifted: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, codes: Tensor,
@@ -55,7 +49,7 @@ def _round_block(target, shifted, factor, scale, zero_point, codes, error, rows,
         next_goal = tl.load(target + next_place, mask=mine, other=0.0)
         # Errors of channels to come are still zero, so what the factor holds above its diagonal does not matter.
         value = start + tl.sum(errors * pull[None, :], 1)
-        code = _nearest(value * (1.0 / step)) + zero
+        code = nearest(value * (1.0 / step)) + zero
         code = tl.minimum(tl.maximum(code, CODE_MIN), CODE_MAX)
         left = goal - (code - zero) * step
         errors = tl.where((channel == j)[None, :], left[:, None], errors)
@@ -114,9 +108,9 @@ def _search_range(weight, importance, candidates, scale, zero_point, total, grou
         if SYMMETRIC:
             zero = tl.zeros((BLOCK_GROUPS,), tl.float32)
         else:
-            zero = _nearest(CODE_MIN - tl.div_rn(lowest * shrink, step))
+            zero = nearest(CODE_MIN - tl.div_rn(lowest * shrink, step))
             zero = tl.minimum(tl.maximum(zero, CODE_MIN), CODE_MAX)
-        code = _nearest(values * (1.0 / step)[:, None]) + zero[:, None]
+        code = nearest(values * (1.0 / step)[:, None]) + zero[:, None]
         code = tl.minimum(tl.maximum(code, CODE_MIN), CODE_MAX)
         error = (code - zero[:, None]) * step[:, None] - values
         error *= error
