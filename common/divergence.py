@@ -41,7 +41,7 @@ def last_hidden_states(source: SourceModel, windows: Tensor) -> Tensor:
 def hidden_states(source: SourceModel, windows: Windows, folder: Path) -> Tensor:
     """`last_hidden_states` [samples, length, hidden], from a file in `folder` where this was computed before.
 
-    The file's name is a hash of the tokens, the model's files and how it was computed. Above a gigabyte nothing is kept.
+    The file's name is a hash of the tokens, the model's files and how it was computed. Above two gigabytes nothing is kept.
     """
     identity = repr((windows.fingerprint, source.tensors.describe(), str(source.dtype), source.device.type, torch.__version__))
     path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
@@ -49,7 +49,7 @@ def hidden_states(source: SourceModel, windows: Windows, folder: Path) -> Tensor
         return load_file(path)["states"]
     except (OSError, SafetensorError, KeyError):
         states = last_hidden_states(source, windows.tokens)
-    if states.nbytes < 2**30:
+    if states.nbytes < 2**31:
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
         save_file({"states": states}, unfinished)

@@ -27,6 +27,7 @@ import yaml
 
 from common import metadata, overlap
 from common.calibration import Windows, evaluation_windows
+from common.chat import template_date
 from common.checkpoint import is_quantized
 from common.cli import add_device_arguments, configure_torch, positive, resolve_device, resolve_dtype, run
 from common.data import Rows, demo_rows, load_rows
@@ -68,7 +69,8 @@ TASK_DATA = {
     "openmath": TaskData("openmath", "nvidia/OpenMathInstruct-2:train", 200, fetch=4000),
 }
 PERPLEXITY_DATA = "Salesforce/wikitext/wikitext-2-raw-v1:test"
-WINDOWS, WINDOW_LENGTH = 40, 2048
+# On a CPU; on a GPU the whole text is evaluated, as in published tables.
+CPU_WINDOWS, WINDOW_LENGTH = 40, 2048
 DEMO_WINDOWS, DEMO_WINDOW_LENGTH = 16, 512
 
 
@@ -119,7 +121,8 @@ def run_task(task: str, model, tokenizer, rows: Rows, demo: bool, batch_share: f
     seconds = time.perf_counter() - start
     logged = sorted(outcome["samples"][task], key=lambda sample: sample["doc_id"])
     samples = [{"id": sample["doc"].get("id") or f"{task}-{sample['doc_id']}", **sample["record"]} for sample in logged]
-    summary = {**scoring.summarise(task, samples), "data": rows.source, "chat_template": chat, "seconds": round(seconds, 2),
+    summary = {**scoring.summarise(task, samples), "data": rows.source, "chat_template": chat,
+               "template_date": template_date(tokenizer) if chat else None, "seconds": round(seconds, 2),
                "first_prompt": logged[0]["arguments"][0][0]}
     return summary, samples
 
@@ -129,9 +132,9 @@ def perplexity(model, windows: Windows, original: SourceModel | None = None, sta
                ) -> tuple[dict, list[dict]]:
     """Perplexity of consecutive windows [samples, length]: exp of the mean negative log-likelihood per token.
 
-    Every window's first token is context only. The record of each window is its mean negative log-likelihood and, where the
-    original model is given, the divergence from it at every token (`common.divergence`); states: where the original's hidden
-    states are kept.
+    Every window's first token is context only, and no BOS is put before it, as in published tables. The record of each window
+    is its mean negative log-likelihood and, where the original model is given, the divergence from it at every token
+    (`common.divergence`); states: where the original's hidden states are kept.
     """
     device = next(model.parameters()).device
     start = time.perf_counter()
@@ -208,7 +211,7 @@ def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configu
     tokenizer, windows = load_tokenizer(folder), None
     if "perplexity" in chosen:
         windows = evaluation_windows(options.perplexity_data or ("demo" if demo else PERPLEXITY_DATA), tokenizer,
-                                     options.windows or (DEMO_WINDOWS if demo else WINDOWS),
+                                     options.windows or default_windows(demo, device),
                                      options.window_length or (DEMO_WINDOW_LENGTH if demo else WINDOW_LENGTH),
                                      options.data_root)
     _check_overlap(folder, tokenizer, rows, windows)
@@ -237,6 +240,13 @@ def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configu
     document["seconds"] = round(time.perf_counter() - started, 2)
     say(describe(document))
     return write_results(options.results_dir, document, samples)
+
+
+def default_windows(demo: bool, device: torch.device) -> int | None:
+    """How many perplexity windows are evaluated unless told; None is the whole text."""
+    if demo:
+        return DEMO_WINDOWS
+    return CPU_WINDOWS if device.type == "cpu" else None
 
 
 def _check_overlap(folder: Path, tokenizer, rows: dict[str, Rows], windows: Windows | None) -> None:
@@ -343,7 +353,8 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"another data set (default: {TASK_DATA['openmath'].address})")
     parser.add_argument("--perplexity-data", metavar="DATA", help=f"another text (default: {PERPLEXITY_DATA})")
     parser.add_argument("--windows", type=positive, metavar="N",
-                        help=f"perplexity windows (default: {WINDOWS}; demo {DEMO_WINDOWS})")
+                        help="at most this many perplexity windows, from the text's beginning (default: the whole "
+                             f"text on a GPU, {CPU_WINDOWS} on a CPU; demo {DEMO_WINDOWS})")
     parser.add_argument("--window-length", type=positive, metavar="N",
                         help=f"tokens per window (default: {WINDOW_LENGTH}; demo {DEMO_WINDOW_LENGTH})")
     parser.add_argument("--results-dir", type=Path, default=RESULTS_FOLDER, metavar="DIR",

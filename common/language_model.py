@@ -10,6 +10,7 @@ from lm_eval.api.model import TemplateLM
 from torch import Tensor
 from transformers import DynamicCache
 
+from common import chat
 from common.decoding import STEPS_AT_ONCE, Decoder, cache_after, can_decode
 from common.progress import track
 
@@ -49,8 +50,7 @@ class HarnessModel(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(chat_history, tokenize=False,
-                                                  add_generation_prompt=add_generation_prompt)
+        return chat.render(self.tokenizer, chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         if add_special_tokens is None:
