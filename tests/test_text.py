@@ -311,11 +311,12 @@ def test_the_whole_text_is_evaluated_on_a_gpu():
     assert default_windows(True, card) == default_windows(True, cpu) == DEMO_WINDOWS
 
 
-def test_wikitext_has_the_token_count_of_the_literature(llama_tokenizer, shared_data):
-    """289,076 with Llama 3's tokenizer, and BOS where it writes that: 141 windows of 2,048."""
+def test_nothing_of_wikitext_is_left_out(llama_tokenizer, shared_data):
+    """289,076 tokens of Llama 3's, and BOS where the tokenizer adds it: 141 windows of 2,048."""
     tokens = evaluation_windows(WIKITEXT, llama_tokenizer, None, 1, shared_data).tokens
-    begins = llama_tokenizer("a")["input_ids"][0] == llama_tokenizer.bos_token_id
-    assert len(tokens) == 289_076 + begins and (tokens == llama_tokenizer.bos_token_id).sum() == begins
+    bos = llama_tokenizer.bos_token_id
+    begins = llama_tokenizer("a")["input_ids"][0] == bos
+    assert len(tokens) == 289_076 + begins and (tokens == bos).sum() == begins
     file = shared_data / "Salesforce/wikitext/wikitext-2-raw-v1/test.parquet"
     rows = pq.read_table(file)["text"].to_pylist()
     assert len(rows) == 4358 and rows.count("") == 1467
