@@ -1,6 +1,6 @@
-"""What on this machine would stop or slow the batch: run_all_quantization.sh --check. One line each, with what mends it.
+"""run_all_quantization.sh --check: what on this machine would stop or slow the batch.
 
-Each `*_line` judges facts that it is given; `lines` gathers them.
+Facts are gathered here and judged in `check_lines`.
 """
 
 from __future__ import annotations
@@ -9,199 +9,45 @@ import os
 import re
 import shutil
 import sys
-import textwrap
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import psutil
 import torch
-from packaging.requirements import Requirement
 
+from common import check_lines as judge
 from common import machine
 from common.calibration import DEFAULT_DATA
+from common.check_lines import DEMO_BYTES, FAIL, PASS, WARN, Line, ModelFacts
 from common.demo.model import DEMO_NAME
 from common.errors import UserError
-from common.machine import Card, Driver, Obstacle
+from common.machine import Driver
 from common.models import MODELS_FOLDER, TensorReader, hub_errors, load_config
 from common.progress import say
 
-PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
-GB, GIB = 1e9, 2**30
-DEMO_BYTES = 0.27 * GB
-# README's Size table: the folders of the comparison's nine checkpoints are together 4.8 times the 16-bit weights.
-_CHECKPOINTS = 4.8
-# Device memory beside the 16-bit weights: CUDA's own, and working memory of the evaluation.
-_WORKING_GIB = 1.5
-_WIDTH = 80
-
-
-@dataclass(frozen=True)
-class Line:
-    """One thing that was looked at: PASS, WARN (slower, or may run out), FAIL (stops the batch) or SKIP, and what mends it."""
-
-    name: str
-    state: str
-    found: str
-    mend: str = ""
-
-    def text(self) -> str:
-        """As it is shown: at most 80 columns, a mend on lines of its own."""
-        start = f"{self.state}  {self.name:<11} "
-        shape = {"width": _WIDTH, "break_long_words": False, "break_on_hyphens": False}
-        text = textwrap.fill(self.found, initial_indent=start, subsequent_indent=" " * len(start), **shape)
-        if self.mend:
-            text += "\n" + textwrap.fill(self.mend, initial_indent=" " * 6 + "-> ", subsequent_indent=" " * 9, **shape)
-        return text
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """Where a model's files are, the bytes of its weights (None if not known), how many are still to be fetched, what is wrong."""
-
-    where: str
-    weights: float | None = None
-    missing: float = 0
-    problem: str = ""
-
-
-def python_line(version: tuple, executable: str) -> Line:
-    """version: as sys.version_info."""
-    found = f"{'.'.join(map(str, version[:3]))}{'' if version[3] == 'final' else ' ' + version[3]}, {executable}"
-    if version < (3, 11, 0, "final"):
-        return Line("Python", FAIL, found, "delete .venv and run this again: it names what to install")
-    return Line("Python", PASS, found)
-
-
-def packages_line(requirements: str, installed: Callable[[str], str | None]) -> Line:
-    """requirements: the file's text; installed: the version of a package, None if it is not there."""
-    wanted = [Requirement(line) for line in requirements.splitlines() if line.strip() and not line.startswith("#")]
-    wrong = [f"{one.name} {installed(one.name) or 'is missing'} (wanted {one.specifier})" for one in wanted
-             if not one.specifier.contains(installed(one.name) or "0", prereleases=True)]
-    if wrong:
-        return Line("Packages", WARN, ", ".join(wrong),
-                    f"{machine.command('python')} -m pip install -r requirements.txt")
-    shown = ("torch", "transformers", "compressed-tensors")
-    return Line("Packages", PASS, ", ".join(f"{name} {installed(name)}" for name in shown))
-
-
-def disk_line(free: float, model: ModelFacts) -> Line:
-    """free: bytes on the disk that the batch writes to."""
-    found = f"{free / GB:.0f} GB free"
-    if model.weights is None:
-        return Line("Disk", PASS if free > 20 * GB else WARN, found, "" if free > 20 * GB else "free some space")
-    needed = model.missing + _CHECKPOINTS * model.weights
-    found += f"; the batch takes about {needed / GB:.1f} GB" + (f", {model.missing / GB:.1f} of them to fetch the model"
-                                                                if model.missing else "")
-    if free < needed:
-        return Line("Disk", FAIL if free < model.missing else WARN, found, "free some space, or choose fewer with --only")
-    return Line("Disk", PASS, found)
-
-
-def memory_line(total: float, available: float, model: ModelFacts, device: str, wsl: bool) -> Line:
-    """total, available: bytes of the machine's memory, in WSL of the virtual machine's."""
-    # Measured: 3 GiB for the demo, 6 for the 1B shape on a CPU, which evaluates in float32; on a card layers are read one by one.
-    needed = 4.0 if device == "cuda" else max(3.0, 1 + 2 * (model.weights or 0) / GIB)
-    found = f"{available / GIB:.1f} of {total / GIB:.1f} GiB free{', WSL has no more' if wsl else ''}"
-    found += "" if model.weights is None else f"; about {needed:.0f} are needed"
-    if available / GIB >= needed:
-        return Line("Memory", PASS, found)
-    size = max(8, round(needed + 2))
-    if wsl and total / GIB < size:
-        return Line("Memory", WARN, found, f"set memory={size}GB under [wsl2] in %UserProfile%\\.wslconfig, then wsl --shutdown")
-    return Line("Memory", WARN, found, "close other programs, or take a smaller --model")
-
-
-def device_lines(wanted: str, usable: bool, obstacle: Obstacle | None, driver: Driver, card: Card | None, model: ModelFacts,
-                 architectures: list[str]) -> list[Line]:
-    """Driver, card and its memory.
-
-    Args:
-        wanted: the --device option.
-        usable: whether torch sees a card.
-        obstacle: why it does not, where one is there.
-        driver, card: what nvidia-smi says; card is None where it says nothing.
-        architectures: as torch.cuda.get_arch_list.
-    """
-    if wanted == "cpu":
-        return [Line("Card", SKIP, "not used: --device cpu")]
-    if obstacle is not None:
-        blocks = obstacle.stops or wanted == "cuda"
-        return [Line("Card", FAIL if blocks else WARN, obstacle.problem,
-                     f"{obstacle.mend}, or use --device cpu, which is far slower" if blocks else obstacle.mend)]
-    if not usable:
-        return [Line("Card", FAIL, "no CUDA device was found", "use --device cpu") if wanted == "cuda" else
-                Line("Card", SKIP, "none; everything runs on the CPU")]
-    built = f"torch is built for CUDA {torch.version.cuda}"
-    lines = [Line("Driver", PASS, f"{driver.version}, runs CUDA {driver.cuda}; {built}" if driver.version else f"works; {built}")]
-    if card is None:
-        return [*lines, Line("Card", PASS, "works; nvidia-smi does not describe it")]
-    major, _, minor = card.capability.partition(".")
-    unsuitable = machine.too_old_a_card(card.name, (int(major), int(minor)), architectures) if minor.isdigit() else None
-    lines.append(Line("Card", FAIL, unsuitable.problem, f"{unsuitable.mend}, or --device cpu") if unsuitable else
-                 Line("Card", PASS, f"{card.name}, compute capability {card.capability}"))
-    free, total = card.free / 1024, card.total / 1024
-    found = f"{free:.1f} of {total:.1f} GiB free: desktop and programs take {total - free:.1f}"
-    if model.weights is None:
-        return [*lines, Line("Card memory", PASS, found)]
-    needed = model.weights / GIB + _WORKING_GIB
-    found += f"; the 16-bit model takes about {needed:.1f}"
-    lines.append(Line("Card memory", PASS, found) if free >= needed else
-                 Line("Card memory", WARN, found, "close what else uses the card (browser, games), or take a smaller --model"))
-    return lines
-
-
-def compiler_line(missing: str | None) -> Line:
-    """missing: what Triton needs and does not find, with the command that installs it."""
-    if missing:
-        what, mend = missing.split(": ", 1)
-        return Line("Compiler", WARN, f"{what}; without it Triton's kernels are not used, which is slower", mend)
-    return Line("Compiler", PASS, "a C compiler and Python.h, for Triton")
-
-
-def triton_line(problem: str | None) -> Line:
-    """problem: why Triton does not compile."""
-    if problem:
-        return Line("Triton", WARN, f"{problem}; plain torch is used, which is slower",
-                    "delete ~/.triton and try again; if that does not help, report the reason")
-    return Line("Triton", PASS, "compiles and runs a kernel")
-
-
-def model_line(model: ModelFacts) -> Line:
-    if model.problem:
-        return Line("Model", FAIL, model.problem)
-    return Line("Model", PASS, model.where + ("" if model.weights is None else f", {model.weights / GB:.2f} GB"))
-
-
-def data_line(demo: bool, data_root: Path | None, addresses: list[str], offline: bool) -> Line:
-    """addresses: data sets that the batch reads, as `data.DataName` has them."""
-    if data_root is not None and not data_root.is_dir():
-        return Line("Data", FAIL, f"--data-root {data_root} is not a folder", "give the folder that holds <owner>/<name>")
-    if data_root is None and demo:
-        return Line("Data", PASS, "the demo's own")
-    names = ["/".join(address.split(":")[0].split("/")[:2]) for address in addresses]
-    absent = [name for name in names if data_root is None or not (data_root / name).is_dir()]
-    if absent and offline:
-        return Line("Data", WARN, f"HF_HUB_OFFLINE is set: read only if fetched before: {', '.join(absent)}",
-                    "unset it, or give --data-root")
-    if data_root is None:
-        return Line("Data", PASS, "from the hub, as it is needed")
-    return Line("Data", PASS, f"from {data_root}" + (f"; from the hub {', '.join(absent)}" if absent else ""))
 
 
 def model_facts(model: str, timeout: float = 10) -> ModelFacts:
-    """Where the files of a --model are: nothing is fetched but a hub's word on whether it would give them."""
+    """Where the files of a --model are. Nothing is fetched; a hub is asked whether it would.
+
+    Args:
+        timeout: seconds that the hub has for each of two answers.
+    """
     folder = MODELS_FOLDER / DEMO_NAME / "baseline" if model == "demo" else Path(model)
     if model == "demo" and not (folder / "config.json").is_file():
-        return ModelFacts("demo: built on first use, from a package of 93 MB", DEMO_BYTES, DEMO_BYTES)
+        return ModelFacts(
+            "demo: built on first use, from a package of 93 MB", DEMO_BYTES, DEMO_BYTES
+        )
     try:
         if folder.is_dir():
             load_config(folder)
             return ModelFacts(str(folder), TensorReader(folder).total_bytes())
         if model.startswith((".", "/", "~")) or model.count("/") != 1:
-            return ModelFacts("", problem=f"model folder {model} does not exist; give a folder, a hub id, or demo")
+            return ModelFacts(
+                "", problem=f"model folder {model} does not exist; give a folder, a hub id, or demo"
+            )
         return _hub_facts(model, timeout)
     except UserError as error:
         return ModelFacts("", problem=str(error))
@@ -209,22 +55,34 @@ def model_facts(model: str, timeout: float = 10) -> ModelFacts:
 
 def _hub_facts(model: str, timeout: float) -> ModelFacts:
     """As `model_facts`, of a hub id. Raises UserError where the hub would not give it."""
-    from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import (
+        HfApi,
+        constants,
+        get_hf_file_metadata,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
 
     with hub_errors(model):
         config = try_to_load_from_cache(model, "config.json")
     if isinstance(config, str):
         try:
-            return ModelFacts(f"{model}, in the cache", TensorReader(Path(config).parent).total_bytes())
+            return ModelFacts(
+                f"{model}, in the cache", TensorReader(Path(config).parent).total_bytes()
+            )
         except UserError:
             pass  # fetched in part
     if constants.HF_HUB_OFFLINE:
-        raise UserError(f"{model} is not in the cache and HF_HUB_OFFLINE is set; unset it, or give a local folder")
+        raise UserError(
+            f"{model} is not in the cache and HF_HUB_OFFLINE is set; unset it, or give "
+            "a local folder"
+        )
     with hub_errors(model):
         get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=timeout)
         files = HfApi().model_info(model, files_metadata=True, timeout=timeout).siblings or []
-    size = sum(file.size or 0 for file in files if re.fullmatch(r"model.*\.safetensors", file.rfilename)) or None
-    return ModelFacts(f"{model}, on the hub, access granted", size, size or 0)
+    weights = [file for file in files if re.fullmatch(r"model.*\.safetensors", file.rfilename)]
+    size = sum(file.size or 0 for file in weights)
+    return ModelFacts(f"{model}, on the hub, access granted", size or None, size)
 
 
 def lines(model: str, device: str, data_root: Path | None, thorough: bool) -> Iterator[Line]:
@@ -232,34 +90,49 @@ def lines(model: str, device: str, data_root: Path | None, thorough: bool) -> It
 
     Args:
         model, device, data_root: the batch's options.
-        thorough: also compile a kernel, look for the data sets and wait longer for the hub, which takes seconds.
+        thorough: also what takes seconds: ask the driver, compile a kernel, look for the data
+            sets, wait longer for the hub.
     """
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     facts = model_facts(model, timeout=10 if thorough else 3)
     usable = device != "cpu" and torch.cuda.is_available()
-    yield python_line(sys.version_info, sys.executable)
-    yield packages_line(REQUIREMENTS.read_text(), _installed)
-    yield disk_line(shutil.disk_usage(Path.cwd()).free, facts)
+    yield judge.python_line(sys.version_info, sys.executable)
+    yield judge.packages_line(REQUIREMENTS.read_text(), _installed)
+    yield judge.disk_line(shutil.disk_usage(Path.cwd()).free, facts)
     memory = psutil.virtual_memory()
-    yield memory_line(memory.total, memory.available, facts, "cuda" if usable else "cpu", machine.is_wsl())
+    yield judge.memory_line(
+        memory.total, memory.available, facts, "cuda" if usable else "cpu", machine.is_wsl()
+    )
     obstacle = machine.obstacle(machine.look()) if device != "cpu" and not usable else None
     smi = machine.find_smi() if usable else None
-    yield from device_lines(device, usable, obstacle, machine.ask_driver(smi) if smi else Driver(),
-                            machine.ask_card(smi, _first_visible()) if smi else None, facts, torch.cuda.get_arch_list())
+    yield from judge.device_lines(
+        device,
+        usable,
+        obstacle,
+        machine.ask_driver(smi) if smi and thorough else Driver(),
+        machine.ask_card(smi, _first_visible()) if smi else None,
+        facts,
+        torch.cuda.get_arch_list(),
+    )
     if usable:
-        compiler = compiler_line(machine.missing_for_triton(*machine.look_for_compiler()))
+        compiler = judge.compiler_line(machine.missing_for_triton(*machine.look_for_compiler()))
         yield compiler
         if thorough and compiler.state == PASS:
             from common.kernels import triton_problem
 
-            yield triton_line(triton_problem())
-    yield model_line(facts)
-    yield data_line(model == "demo" and data_root is None, data_root, _data_sets() if thorough else [], HF_HUB_OFFLINE)
+            yield judge.triton_line(triton_problem())
+    yield judge.model_line(facts)
+    yield judge.data_line(
+        model == "demo" and data_root is None,
+        data_root,
+        _data_sets() if thorough else [],
+        HF_HUB_OFFLINE,
+    )
 
 
 def report(model: str, device: str, data_root: Path | None) -> int:
-    """Show everything that was looked at. Returns the exit code: 1 when something would stop the batch."""
+    """Show everything that was looked at. Returns the exit code: 1 if something stops the batch."""
     blocked = 0
     for line in lines(model, device, data_root, thorough=True):
         say(line.text())
@@ -269,8 +142,16 @@ def report(model: str, device: str, data_root: Path | None) -> int:
 
 
 def show_problems(model: str, device: str, data_root: Path | None) -> None:
-    """Show what would stop or slow a batch, if anything. Raises UserError where the device cannot be used."""
-    found = [line for line in lines(model, device, data_root, thorough=False) if line.state in (WARN, FAIL)]
+    """Show what would stop or slow a batch, if anything.
+
+    Raises:
+        UserError: the device cannot be used.
+    """
+    found = [
+        line
+        for line in lines(model, device, data_root, thorough=False)
+        if line.state in (WARN, FAIL)
+    ]
     for line in found:
         if line.name == "Card" and line.state == FAIL:
             raise UserError(f"{line.found}; {line.mend}")

@@ -1,7 +1,7 @@
-"""Whether CUDA can be used on this machine and, where a card is there but cannot be, what it would take.
+"""Whether CUDA can be used on this machine, and what it takes where a card is there and cannot be.
 
-`look` gathers what is known, the other functions judge it. nvidia-smi takes up to a second, so it is asked only where torch sees
-no card and something of NVIDIA's driver is there.
+`look` gathers what is known, the other functions judge it. nvidia-smi takes up to a second: `look`
+is called only where torch sees no card, and asks it only where something of the driver is there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ _NVIDIA, _DISPLAY = "0x10de", "0x03"
 
 @dataclass(frozen=True)
 class Driver:
-    """NVIDIA's driver: its version ("535.183.01"), the newest CUDA that it runs ("12.2"), why nvidia-smi failed if it did."""
+    """NVIDIA's driver.
+
+    Args:
+        version: such as "535.183.01".
+        cuda: the newest CUDA that it runs, such as "12.2".
+        fault: why nvidia-smi failed, if it did.
+    """
 
     version: str | None = None
     cuda: str | None = None
@@ -57,12 +63,20 @@ class Machine:
     @property
     def hidden(self) -> bool:
         """Whether the environment hides all cards."""
-        return self.visible is not None and self.visible.split(",")[0].strip() in ("", "-1", "NoDevFiles")
+        return self.visible is not None and self.visible.split(",")[0].strip() in (
+            "",
+            "-1",
+            "NoDevFiles",
+        )
 
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why the card cannot be used and how that is mended; `stops` unless the CPU is what the user must have meant."""
+    """Why the card cannot be used and what mends that.
+
+    Args:
+        stops: False where the CPU is what the user must have meant.
+    """
 
     problem: str
     mend: str
@@ -80,10 +94,19 @@ def find_smi(root: Path = Path("/")) -> str | None:
 
 
 def look(root: Path = Path("/")) -> Machine:
-    """What is known of this machine; to be called where torch sees no card. `root`: the folder that holds dev, proc and sys."""
+    """What is known of this machine, where torch sees no card.
+
+    Args:
+        root: the folder that holds dev, proc and sys.
+    """
     nodes = any((root / "dev").glob("nvidia[0-9]*"))
     smi, wsl = find_smi(root), is_wsl(root)
-    known = Machine(torch.version.cuda, os.environ.get("CUDA_VISIBLE_DEVICES"), wsl, graphics=(root / "dev/dxg").exists())
+    known = Machine(
+        torch.version.cuda,
+        os.environ.get("CUDA_VISIBLE_DEVICES"),
+        wsl,
+        graphics=(root / "dev/dxg").exists(),
+    )
     if known.hidden or (not nodes and smi is None):
         return replace(known, card=nodes or smi is not None)
     # nvidia-smi alone proves nothing: it is also installed where there is no card.
@@ -95,12 +118,20 @@ def look(root: Path = Path("/")) -> Machine:
 def ask_driver(smi: str | None, root: Path = Path("/")) -> Driver:
     """The driver as nvidia-smi describes it, or where there is no such command the kernel."""
     if smi is None:
-        found = re.search(r"Module\s.*?(\d+\.\d+(\.\d+)?)\s", _read(root / "proc/driver/nvidia/version"))
+        found = re.search(
+            r"Module\s.*?(\d+\.\d+(\.\d+)?)\s", _read(root / "proc/driver/nvidia/version")
+        )
         return Driver(found.group(1) if found else None)
     code, output = _call([smi])
     if code:
-        return Driver(fault=next((line.strip() for line in output.splitlines() if line.strip()), f"exit code {code}")[:120])
-    version, cuda = (re.search(rf"{name} Version:\s*([\d.]+)", output) for name in ("Driver", r"CUDA(?: \w+)?"))
+        return Driver(
+            fault=next(
+                (line.strip() for line in output.splitlines() if line.strip()), f"exit code {code}"
+            )[:120]
+        )
+    version, cuda = (
+        re.search(rf"{name} Version:\s*([\d.]+)", output) for name in ("Driver", r"CUDA(?: \w+)?")
+    )
     return Driver(version and version.group(1), cuda and cuda.group(1))
 
 
@@ -110,24 +141,44 @@ def obstacle(machine: Machine) -> Obstacle | None:
         return Obstacle("CUDA_VISIBLE_DEVICES hides the card", "unset it", stops=False)
     if not machine.card:
         if machine.graphics:
-            return Obstacle("WSL passes a graphics card on, but no NVIDIA driver",
-                            f"if it is NVIDIA's, {install_driver(machine)}", stops=False)
+            return Obstacle(
+                "WSL passes a graphics card on, but no NVIDIA driver",
+                f"if it is NVIDIA's, {install_driver(machine)}",
+                stops=False,
+            )
         return None
     if machine.torch_cuda is None:
-        return Obstacle(f"a card is there, but torch {torch.__version__} is a build without CUDA",
-                        "install the one with it: "
-                        f"{command('python')} -m pip install --isolated --force-reinstall torch=={torch.__version__.split('+')[0]}")
-    driver, where = machine.driver, "run wsl --shutdown on Windows" if machine.wsl else "restart the machine"
+        # --isolated: such a build comes from another index, which pip's configuration names.
+        pip = f"{command('python')} -m pip install --isolated --force-reinstall"
+        return Obstacle(
+            f"a card is there, but torch {torch.__version__} is a build without CUDA",
+            f"install the one with it: {pip} torch=={torch.__version__.split('+')[0]}",
+        )
+    driver, where = (
+        machine.driver,
+        "run wsl --shutdown on Windows" if machine.wsl else "restart the machine",
+    )
     if driver.fault:
-        return Obstacle(f"nvidia-smi fails ({driver.fault})", f"{where}; if that does not help, {install_driver(machine)}")
+        return Obstacle(
+            f"nvidia-smi fails ({driver.fault})",
+            f"{where}; if that does not help, {install_driver(machine)}",
+        )
     if too_old(driver, machine):
         runs = f" runs CUDA {driver.cuda}," if driver.cuda else " is too old:"
-        return Obstacle(f"the card cannot be used: NVIDIA driver {driver.version}{runs} this torch needs CUDA "
-                        f"{machine.torch_cuda}", install_driver(machine))
+        return Obstacle(
+            f"the card cannot be used: NVIDIA driver {driver.version}{runs} this torch needs CUDA "
+            f"{machine.torch_cuda}",
+            install_driver(machine),
+        )
     if machine.visible and "No CUDA GPUs" in (machine.fault or ""):
-        return Obstacle(f"CUDA_VISIBLE_DEVICES={machine.visible} names no card of this machine", "unset it")
-    return Obstacle(f"a card is there (NVIDIA driver {driver.version}), but CUDA does not start ({machine.fault})",
-                    f"{where}; if that does not help, {install_driver(machine)}")
+        return Obstacle(
+            f"CUDA_VISIBLE_DEVICES={machine.visible} names no card of this machine", "unset it"
+        )
+    return Obstacle(
+        f"a card is there (NVIDIA driver {driver.version}), but CUDA does not start "
+        f"({machine.fault})",
+        f"{where}; if that does not help, {install_driver(machine)}",
+    )
 
 
 def too_old(driver: Driver, machine: Machine) -> bool:
@@ -135,13 +186,19 @@ def too_old(driver: Driver, machine: Machine) -> bool:
     needed = _major(machine.torch_cuda)
     if driver.cuda is not None:
         return _major(driver.cuda) < needed
-    return driver.version is not None and needed in DRIVERS and _major(driver.version) < DRIVERS[needed][machine.wsl]
+    return (
+        driver.version is not None
+        and needed in DRIVERS
+        and _major(driver.version) < DRIVERS[needed][machine.wsl]
+    )
 
 
 def install_driver(machine: Machine) -> str:
     """What to install so that this torch can use the card."""
     needed = DRIVERS.get(_major(machine.torch_cuda or "0"))
-    version = f"NVIDIA driver {needed[machine.wsl]} or newer" if needed else "the newest NVIDIA driver"
+    version = (
+        f"NVIDIA driver {needed[machine.wsl]} or newer" if needed else "the newest NVIDIA driver"
+    )
     return f"install {version}" + (" on Windows, not inside WSL" if machine.wsl else "")
 
 
@@ -150,29 +207,40 @@ def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
 
     Args:
         capability: the card's compute capability.
-        architectures: what the build holds code for, as torch.cuda.get_arch_list gives it: sm_86 is for 8.6 to 8.9, compute_80
-            for all from 8.0 on.
+        architectures: what the build holds code for, as torch.cuda.get_arch_list gives it: sm_86
+            is for 8.6 to 8.9, compute_80 for all from 8.0 on.
     """
     for name in architectures:
         kind, number = re.fullmatch(r"(\w+?)_(\d+)[a-z]?", name).groups()
         major, minor = divmod(int(number), 10)
-        if (capability >= (major, minor)) if kind == "compute" else (capability[0] == major and capability[1] >= minor):
+        if (
+            (capability >= (major, minor))
+            if kind == "compute"
+            else (capability[0] == major and capability[1] >= minor)
+        ):
             return True
     return not architectures
 
 
-def too_old_a_card(name: str, capability: tuple[int, int], architectures: list[str]) -> Obstacle | None:
+def too_old_a_card(
+    name: str, capability: tuple[int, int], architectures: list[str]
+) -> Obstacle | None:
     """What is wrong with a card that this torch has no code for; arguments as `has_code_for`."""
     if has_code_for(capability, architectures):
         return None
     numbers = sorted(int(re.sub(r"\D", "", text)) for text in architectures)
     known = ", ".join(f"{number // 10}.{number % 10}" for number in numbers)
-    return Obstacle(f"{name} has compute capability {capability[0]}.{capability[1]}, and this torch has code for {known} only",
-                    "use a card of those")
+    return Obstacle(
+        f"{name} has compute capability {capability[0]}.{capability[1]}, and this torch "
+        f"has code for {known} only",
+        "use a card of those",
+    )
 
 
-def missing_for_triton(compiler: str | None, header: bool, version: tuple[int, int] = sys.version_info[:2]) -> str | None:
-    """What Triton lacks to build the launcher of a kernel, and the command that installs it; None if nothing.
+def missing_for_triton(
+    compiler: str | None, header: bool, version: tuple[int, int] = sys.version_info[:2]
+) -> str | None:
+    """What Triton lacks to build a kernel's launcher, and what installs it; None if nothing.
 
     Args:
         compiler: the C compiler that Triton would call, None if there is none.
@@ -182,7 +250,11 @@ def missing_for_triton(compiler: str | None, header: bool, version: tuple[int, i
     lacking = {"a C compiler": "gcc"} if compiler is None else {}
     if not header:
         lacking["Python.h"] = python
-    return f"{' and '.join(lacking)} missing: sudo apt install {' '.join(lacking.values())}" if lacking else None
+    return (
+        f"{' and '.join(lacking)} missing: sudo apt install {' '.join(lacking.values())}"
+        if lacking
+        else None
+    )
 
 
 def look_for_compiler() -> tuple[str | None, bool]:
@@ -213,8 +285,15 @@ class Card:
 
 def ask_card(smi: str, which: str) -> Card | None:
     """The card with this number or UUID; None where nvidia-smi does not say."""
-    code, output = _call([smi, "-i", which, "--format=csv,noheader,nounits",
-                          "--query-gpu=name,compute_cap,memory.total,memory.free"])
+    code, output = _call(
+        [
+            smi,
+            "-i",
+            which,
+            "--format=csv,noheader,nounits",
+            "--query-gpu=name,compute_cap,memory.total,memory.free",
+        ]
+    )
     parts = [part.strip() for part in output.strip().split(",")]
     if code or len(parts) != 4 or not (parts[2].isdigit() and parts[3].isdigit()):
         return None
@@ -243,8 +322,10 @@ def _read(path: Path) -> str:
 
 def _on_the_bus(root: Path) -> bool:
     """Whether a graphics card of NVIDIA's is in the machine, with or without a driver."""
-    return any(_read(device / "vendor").strip() == _NVIDIA and _read(device / "class").startswith(_DISPLAY)
-               for device in (root / "sys/bus/pci/devices").glob("*"))
+    return any(
+        _read(device / "vendor").strip() == _NVIDIA and _read(device / "class").startswith(_DISPLAY)
+        for device in (root / "sys/bus/pci/devices").glob("*")
+    )
 
 
 def _torch_fault() -> str | None:

@@ -1,4 +1,4 @@
-"""run_all_quantization.sh --check: every line as it is where all is well and where it is not, and the whole on this machine."""
+"""run_all_quantization.sh --check: each line where all is well and where not; all of it here."""
 
 import json
 import threading
@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-from common import batch, check, machine
-from common.check import FAIL, GB, GIB, PASS, SKIP, WARN, Line, ModelFacts
+from common import batch, check, check_lines, machine
+from common.check_lines import FAIL, GB, GIB, PASS, SKIP, WARN, Line, ModelFacts
 from common.errors import UserError
 from common.machine import Card, Driver, Obstacle
 
@@ -22,42 +22,73 @@ ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_90", "compute_120"]
 
 
 def device(wanted="auto", usable=True, obstacle=None, driver=DRIVER, card=CARD, model=LLAMA):
-    return {line.name: line for line in check.device_lines(wanted, usable, obstacle, driver, card, model, ARCHITECTURES)}
+    return {
+        line.name: line
+        for line in check_lines.device_lines(
+            wanted, usable, obstacle, driver, card, model, ARCHITECTURES
+        )
+    }
 
 
 def test_python():
-    assert check.python_line((3, 12, 3, "final", 0), "python").state == PASS
-    line = check.python_line((3, 11, 0, "candidate", 1), "python")
+    assert check_lines.python_line((3, 12, 3, "final", 0), "python").state == PASS
+    line = check_lines.python_line((3, 11, 0, "candidate", 1), "python")
     assert line.state == FAIL and "3.11.0 candidate" in line.found and ".venv" in line.mend
 
 
 def test_packages():
-    versions = {"torch": "2.13.0+cu130", "transformers": "5.17.0", "compressed-tensors": "0.19.0", "scipy": "1.17"}
-    wanted = "# a comment\ntorch==2.13.0\ntransformers==5.17.0\ncompressed-tensors==0.19.0\nscipy>=1.16\n"
-    assert check.packages_line(wanted, versions.get).found == "torch 2.13.0+cu130, transformers 5.17.0, compressed-tensors 0.19.0"
-    line = check.packages_line(wanted + "tqdm>=4\n", {**versions, "transformers": "4.57.1"}.get)
-    assert line.state == WARN and "transformers 4.57.1 (wanted ==5.17.0)" in line.found and "tqdm is missing" in line.found
+    versions = {
+        "torch": "2.13.0+cu130",
+        "transformers": "5.17.0",
+        "compressed-tensors": "0.19.0",
+        "scipy": "1.17",
+    }
+    wanted = (
+        "# a comment\ntorch==2.13.0\ntransformers==5.17.0\n"
+        "compressed-tensors==0.19.0\nscipy>=1.16\n"
+    )
+    assert (
+        check_lines.packages_line(wanted, versions.get).found
+        == "torch 2.13.0+cu130, transformers 5.17.0, compressed-tensors 0.19.0"
+    )
+    line = check_lines.packages_line(
+        wanted + "tqdm>=4\n", {**versions, "transformers": "4.57.1"}.get
+    )
+    assert (
+        line.state == WARN
+        and "transformers 4.57.1 (wanted ==5.17.0)" in line.found
+        and "tqdm is missing" in line.found
+    )
     assert line.mend.endswith("-m pip install -r requirements.txt")
 
 
 def test_disk():
     """The comparison's nine folders and the download: 1B takes 11.9 + 2.5 GB."""
-    assert check.disk_line(15 * GB, LLAMA).state == PASS
-    line = check.disk_line(10 * GB, LLAMA)
-    assert line.state == WARN and "takes about 14.3 GB, 2.5 of them" in line.found and "--only" in line.mend
-    assert check.disk_line(2 * GB, LLAMA).state == FAIL
-    assert check.disk_line(12 * GB, replace(LLAMA, missing=0)).state == PASS
-    assert check.disk_line(10 * GB, ModelFacts("", None)).state == WARN
+    assert check_lines.disk_line(15 * GB, LLAMA).state == PASS
+    line = check_lines.disk_line(10 * GB, LLAMA)
+    assert (
+        line.state == WARN
+        and "takes about 14.3 GB, 2.5 of them" in line.found
+        and "--only" in line.mend
+    )
+    assert check_lines.disk_line(2 * GB, LLAMA).state == FAIL
+    assert check_lines.disk_line(12 * GB, replace(LLAMA, missing=0)).state == PASS
+    assert check_lines.disk_line(10 * GB, ModelFacts("", None)).state == WARN
 
 
 def test_memory():
-    assert check.memory_line(16 * GIB, 12 * GIB, LLAMA, "cpu", wsl=False).state == PASS
-    line = check.memory_line(8 * GIB, 5 * GIB, LLAMA, "cpu", wsl=True)
+    assert check_lines.memory_line(16 * GIB, 12 * GIB, LLAMA, "cpu", wsl=False).state == PASS
+    line = check_lines.memory_line(8 * GIB, 5 * GIB, LLAMA, "cpu", wsl=True)
     assert line.state == WARN and "WSL has no more" in line.found
-    assert "memory=8GB under [wsl2] in %UserProfile%\\.wslconfig, then wsl --shutdown" in check.memory_line(
-        4 * GIB, 3.5 * GIB, LLAMA, "cpu", wsl=True).mend
-    assert check.memory_line(8 * GIB, 5 * GIB, LLAMA, "cuda", wsl=True).state == PASS
-    assert "close other programs" in check.memory_line(64 * GIB, 2 * GIB, LLAMA, "cuda", wsl=False).mend
+    assert (
+        "memory=8GB under [wsl2] in %UserProfile%\\.wslconfig, then wsl --shutdown"
+        in check_lines.memory_line(4 * GIB, 3.5 * GIB, LLAMA, "cpu", wsl=True).mend
+    )
+    assert check_lines.memory_line(8 * GIB, 5 * GIB, LLAMA, "cuda", wsl=True).state == PASS
+    assert (
+        "close other programs"
+        in check_lines.memory_line(64 * GIB, 2 * GIB, LLAMA, "cuda", wsl=False).mend
+    )
 
 
 def test_a_card_that_works():
@@ -73,10 +104,16 @@ def test_a_card_that_does_not():
     taken = device(card=Card("RTX 3050", "8.6", 4096, 2048))["Card memory"]
     assert taken.state == WARN and "close what else uses the card" in taken.mend
     old = device(card=Card("GTX 1080", "6.1", 8192, 8000))["Card"]
-    assert old.state == FAIL and "compute capability 6.1" in old.found and "--device cpu" in old.mend
+    assert (
+        old.state == FAIL and "compute capability 6.1" in old.found and "--device cpu" in old.mend
+    )
     driver = Obstacle("the driver is too old", "install driver 580")
     assert device(usable=False, obstacle=driver)["Card"] == Line(
-        "Card", FAIL, "the driver is too old", "install driver 580, or use --device cpu, which is far slower")
+        "Card",
+        FAIL,
+        "the driver is too old",
+        "install driver 580, or use --device cpu, which is far slower",
+    )
     hidden = replace(driver, stops=False)
     assert device(usable=False, obstacle=hidden)["Card"].state == WARN
     assert device("cuda", usable=False, obstacle=hidden)["Card"].state == FAIL
@@ -85,24 +122,30 @@ def test_a_card_that_does_not():
 
 
 def test_compiler_and_triton():
-    assert check.compiler_line(None).state == check.triton_line(None).state == PASS
-    line = check.compiler_line(machine.missing_for_triton("gcc", False, (3, 11)))
-    assert line.state == WARN and "Python.h missing" in line.found and line.mend == "sudo apt install python3.11-dev"
-    assert check.triton_line("Triton does not work here (CompilationError: x)").state == WARN
+    assert check_lines.compiler_line(None).state == check_lines.triton_line(None).state == PASS
+    line = check_lines.compiler_line(machine.missing_for_triton("gcc", False, (3, 11)))
+    assert (
+        line.state == WARN
+        and "Python.h missing" in line.found
+        and line.mend == "sudo apt install python3.11-dev"
+    )
+    assert check_lines.triton_line("Triton does not work here (CompilationError: x)").state == WARN
 
 
 def test_data(tmp_path):
     addresses = ["owner/a:train", "owner/b/config:test"]
-    assert check.data_line(True, None, addresses, False).state == PASS
-    assert check.data_line(False, None, addresses, False).state == PASS
-    assert check.data_line(False, None, addresses, True).state == WARN
-    assert check.data_line(False, tmp_path / "none", addresses, False).state == FAIL
+    assert check_lines.data_line(True, None, addresses, False).state == PASS
+    assert check_lines.data_line(False, None, addresses, False).state == PASS
+    assert check_lines.data_line(False, None, addresses, True).state == WARN
+    assert check_lines.data_line(False, tmp_path / "none", addresses, False).state == FAIL
     (tmp_path / "owner/a").mkdir(parents=True)
-    line = check.data_line(False, tmp_path, addresses, False)
+    line = check_lines.data_line(False, tmp_path, addresses, False)
     assert line.state == PASS and line.found.endswith("from the hub owner/b")
-    assert check.data_line(False, tmp_path, addresses, True).state == WARN
+    assert check_lines.data_line(False, tmp_path, addresses, True).state == WARN
     (tmp_path / "owner/b").mkdir()
-    assert check.data_line(False, tmp_path, addresses, True) == Line("Data", PASS, f"from {tmp_path}")
+    assert check_lines.data_line(False, tmp_path, addresses, True) == Line(
+        "Data", PASS, f"from {tmp_path}"
+    )
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -111,12 +154,26 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         body = b""
         if "/api/" in self.path:
-            files = [{"rfilename": name, "size": size} for name, size in
-                     (("model-1.safetensors", 3_000_000), ("model-2.safetensors", 1_000_000), ("original/consolidated.pth", 9))]
-            body = json.dumps({"id": "owner/x", "sha": "0" * 40, "siblings": files, "private": False, "tags": []}).encode()
-        self.send_response(403 if "gated" in self.path and not body else 200 if "owner/" in self.path else 401)
-        for name, value in {"X-Error-Code": "GatedRepo" if "gated" in self.path else "", "ETag": '"1"',
-                            "X-Repo-Commit": "0" * 40, "Content-Length": str(len(body))}.items():
+            files = [
+                {"rfilename": name, "size": size}
+                for name, size in (
+                    ("model-1.safetensors", 3_000_000),
+                    ("model-2.safetensors", 1_000_000),
+                    ("original/consolidated.pth", 9),
+                )
+            ]
+            body = json.dumps(
+                {"id": "owner/x", "sha": "0" * 40, "siblings": files, "private": False, "tags": []}
+            ).encode()
+        self.send_response(
+            403 if "gated" in self.path and not body else 200 if "owner/" in self.path else 401
+        )
+        for name, value in {
+            "X-Error-Code": "GatedRepo" if "gated" in self.path else "",
+            "ETag": '"1"',
+            "X-Repo-Commit": "0" * 40,
+            "Content-Length": str(len(body)),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
@@ -136,7 +193,11 @@ def hub(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     yield tmp_path / "cache"
@@ -146,11 +207,20 @@ def hub(tmp_path, monkeypatch):
 def test_a_model_of_the_hub(hub, tiny, monkeypatch):
     from huggingface_hub import constants
 
-    assert check.model_facts("owner/open") == ModelFacts("owner/open, on the hub, access granted", 4e6, 4e6)
-    gated = check.model_line(check.model_facts("owner/gated"))
-    assert gated.state == FAIL and "accept its licence" in gated.found and "hf auth login" in gated.found
+    assert check.model_facts("owner/open") == ModelFacts(
+        "owner/open, on the hub, access granted", 4e6, 4e6
+    )
+    gated = check_lines.model_line(check.model_facts("owner/gated"))
+    assert (
+        gated.state == FAIL
+        and "accept its licence" in gated.found
+        and "hf auth login" in gated.found
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "owner/open is not in the cache and HF_HUB_OFFLINE is set" in check.model_facts("owner/open").problem
+    assert (
+        "owner/open is not in the cache and HF_HUB_OFFLINE is set"
+        in check.model_facts("owner/open").problem
+    )
     snapshot = hub / "models--owner--open/snapshots" / ("0" * 40)
     snapshot.parent.mkdir(parents=True)
     snapshot.symlink_to(tiny)
@@ -161,9 +231,12 @@ def test_a_model_of_the_hub(hub, tiny, monkeypatch):
 
 
 def test_a_model_in_a_folder(tiny, tmp_path):
-    assert check.model_line(check.model_facts(str(tiny))).state == PASS
+    assert check_lines.model_line(check.model_facts(str(tiny))).state == PASS
     (tmp_path / "config.json").write_text("{")
-    assert "config.json cannot be read" in check.model_line(check.model_facts(str(tmp_path))).found
+    assert (
+        "config.json cannot be read"
+        in check_lines.model_line(check.model_facts(str(tmp_path))).found
+    )
     assert "does not exist" in check.model_facts("./nowhere").problem
 
 
@@ -172,10 +245,22 @@ def test_the_command(tiny, tmp_path):
     result = run_script(ROOT / "common/batch.py", "--check", "--model", tiny, "--device", "cpu")
     assert result.returncode == 0 and not result.stderr, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[-1] == "Nothing here stops a run." and all(len(line) <= 80 or "/" in line for line in lines)
+    assert lines[-1] == "Nothing here stops a run." and all(
+        len(line) <= 80 or "/" in line for line in lines
+    )
     names = [line.split()[1] for line in lines if line[:4] in (PASS, WARN, FAIL, SKIP)]
-    assert names == ["Python", "Packages", "Disk", "Memory", "Card", "Model", "Data"] and len(lines) <= 24
-    result = run_script(ROOT / "common/batch.py", "--check", "--model", "./nowhere", "--data-root", tmp_path / "none")
+    assert (
+        names == ["Python", "Packages", "Disk", "Memory", "Card", "Model", "Data"]
+        and len(lines) <= 24
+    )
+    result = run_script(
+        ROOT / "common/batch.py",
+        "--check",
+        "--model",
+        "./nowhere",
+        "--data-root",
+        tmp_path / "none",
+    )
     assert result.returncode == 1 and result.stdout.count(FAIL + "  ") == 2
 
 
@@ -192,8 +277,14 @@ def test_the_batch_does_not_start_beside_a_card_that_cannot_be_used(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(machine, "look", lambda: machine.Machine("13.0", card=True, driver=Driver("535.183.01", "12.2")))
+    monkeypatch.setattr(
+        machine,
+        "look",
+        lambda: machine.Machine("13.0", card=True, driver=Driver("535.183.01", "12.2")),
+    )
     monkeypatch.setattr("sys.argv", ["batch", "--model", "demo"])
-    with pytest.raises(UserError, match="driver 535.183.01 runs CUDA 12.2.*install NVIDIA driver 580.*--device cpu"):
+    with pytest.raises(
+        UserError, match="driver 535.183.01 runs CUDA 12.2.*install NVIDIA driver 580.*--device cpu"
+    ):
         batch.main()
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,7 @@
-"""Machines that this one is not: old drivers, hidden cards, builds without CUDA, WSL. Played by facts, fake commands and folders."""
+"""Machines that this one is not, played by facts, fake commands and folders.
+
+Old drivers, hidden cards, builds without CUDA, WSL.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +23,18 @@ WORKING = Machine("13.0", card=True, driver=Driver("580.65.06", "13.0"), fault=N
 
 @pytest.fixture
 def played(tmp_path, monkeypatch):
-    """A folder that stands for / and an empty PATH; `played(...)` fills them, torch is a CUDA 13 build that sees no card."""
+    """A folder that stands for / and an empty PATH, which `played(...)` fills.
+
+    torch is a CUDA 13 build that sees no card.
+    """
     (tmp_path / "path").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError("CUDA unknown error\nmore")))
+    monkeypatch.setattr(
+        torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError("CUDA unknown error\nmore"))
+    )
 
     def fill(*paths: str, smi: str | None = None, code: int = 0, **contents: str) -> Path:
         for path in paths:
@@ -38,7 +46,10 @@ def played(tmp_path, monkeypatch):
             file.write_text(text)
         if smi is not None:
             file = tmp_path / "path" / "nvidia-smi"
-            file.write_text(f"#!/bin/sh\necho called >> {tmp_path}/calls\n/bin/cat <<'END'\n{smi}\nEND\nexit {code}\n")
+            file.write_text(
+                f"#!/bin/sh\necho called >> {tmp_path}/calls\n"
+                f"/bin/cat <<'END'\n{smi}\nEND\nexit {code}\n"
+            )
             file.chmod(0o755)
         return tmp_path
 
@@ -57,29 +68,43 @@ def refused(choice: str) -> str:
 def test_an_old_driver_is_not_taken_for_no_card(played, choice):
     played("dev/nvidia0", smi=HEADER.format(driver="535.183.01", cuda="12.2"))
     message = refused(choice)
-    for words in ("NVIDIA driver 535.183.01 runs CUDA 12.2", "needs CUDA 13.0", "install NVIDIA driver 580 or newer",
-                  "--device cpu"):
+    for words in (
+        "NVIDIA driver 535.183.01 runs CUDA 12.2",
+        "needs CUDA 13.0",
+        "install NVIDIA driver 580 or newer",
+        "--device cpu",
+    ):
         assert words in message
     assert "Windows" not in message
     assert cli.resolve_device("cpu") == torch.device("cpu")
 
 
 def test_an_old_driver_under_wsl_is_mended_on_windows(played):
-    played("dev/dxg", smi=HEADER.format(driver="552.22", cuda="12.4"), proc__version="Linux 5.15-Microsoft-standard-WSL2")
+    played(
+        "dev/dxg",
+        smi=HEADER.format(driver="552.22", cuda="12.4"),
+        proc__version="Linux 5.15-Microsoft-standard-WSL2",
+    )
     message = refused("auto")
-    assert "552.22 runs CUDA 12.4" in message and "driver 580 or newer on Windows, not inside WSL" in message
+    assert (
+        "552.22 runs CUDA 12.4" in message
+        and "driver 580 or newer on Windows, not inside WSL" in message
+    )
 
 
 def test_the_kernel_is_asked_where_there_is_no_nvidia_smi(played):
-    played("dev/nvidia3", proc__driver__nvidia__version="NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.104.05  "
-                                                        "Release Build\nGCC version: 12.3.0\n")
+    played(
+        "dev/nvidia3",
+        proc__driver__nvidia__version="NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  "
+        "535.104.05  Release Build\nGCC version: 12.3.0\n",
+    )
     assert "NVIDIA driver 535.104.05 is too old: this torch needs CUDA 13.0" in refused("auto")
 
 
 def test_a_driver_that_fails_says_what_it_said(played):
     played("dev/nvidia0", smi="Failed to initialize NVML: Driver/library version mismatch", code=18)
-    message = refused("auto")
-    assert "nvidia-smi fails (Failed to initialize NVML: Driver/library version mismatch); restart the machine" in message
+    said = "nvidia-smi fails (Failed to initialize NVML: Driver/library version mismatch)"
+    assert f"{said}; restart the machine" in refused("auto")
 
 
 def test_cuda_that_does_not_start_says_why(played):
@@ -93,15 +118,24 @@ def test_cards_hidden_on_purpose_mean_the_cpu(played, monkeypatch, capsys):
     for value in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
         assert cli.resolve_device("auto") == torch.device("cpu")
-        assert "CUDA_VISIBLE_DEVICES hides the card; going on on the CPU (unset it)" in capsys.readouterr().out
-        assert "no CUDA device was found: CUDA_VISIBLE_DEVICES hides the card; unset it" in refused("cuda")
+        assert (
+            "CUDA_VISIBLE_DEVICES hides the card; going on on the CPU (unset it)"
+            in capsys.readouterr().out
+        )
+        assert "no CUDA device was found: CUDA_VISIBLE_DEVICES hides the card; unset it" in refused(
+            "cuda"
+        )
     assert not (root / "calls").exists()
 
 
 def test_a_card_that_is_named_and_not_there(played, monkeypatch):
     played("dev/nvidia0", smi=HEADER.format(driver="580.65.06", cuda="13.0"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError("No CUDA GPUs are available")))
+    monkeypatch.setattr(
+        torch.cuda,
+        "init",
+        lambda: (_ for _ in ()).throw(RuntimeError("No CUDA GPUs are available")),
+    )
     assert "CUDA_VISIBLE_DEVICES=7 names no card of this machine; unset it" in refused("auto")
 
 
@@ -110,26 +144,38 @@ def test_torch_without_cuda_beside_a_card(played, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     message = refused("auto")
     release = torch.__version__.split("+")[0]
-    assert "is a build without CUDA" in message and f"-m pip install --isolated --force-reinstall torch=={release}" in message
+    assert (
+        "is a build without CUDA" in message
+        and f"-m pip install --isolated --force-reinstall torch=={release}" in message
+    )
 
 
 def test_machines_without_a_card_are_left_alone(played, capsys):
-    """An empty machine, one with the driver but no card, and WSL on another maker's graphics, which has /dev/dxg too."""
+    """An empty one; the driver without a card; WSL on another maker's graphics, with /dev/dxg."""
     played()
     assert cli.resolve_device("auto") == torch.device("cpu")
-    played(smi="NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", code=9)
+    played(
+        smi="NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", code=9
+    )
     assert cli.resolve_device("auto") == torch.device("cpu")
     assert capsys.readouterr().out == ""
     (Path(played()) / "path/nvidia-smi").unlink()
     played("dev/dxg", proc__version="Linux 5.15-microsoft-standard-WSL2")
     assert cli.resolve_device("auto") == torch.device("cpu")
-    assert "no NVIDIA driver; going on on the CPU (if it is NVIDIA's, install NVIDIA driver 580" in capsys.readouterr().out
+    assert (
+        "no NVIDIA driver; going on on the CPU (if it is NVIDIA's, install NVIDIA driver 580"
+        in capsys.readouterr().out
+    )
     assert "on Windows, not inside WSL" in refused("cuda")
 
 
 def test_a_card_on_the_bus_whose_driver_is_not_loaded(played):
-    played(smi="NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", code=9,
-           sys__bus__pci__devices__1__vendor="0x10de\n", sys__bus__pci__devices__1__class="0x030000\n")
+    played(
+        smi="NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.",
+        code=9,
+        sys__bus__pci__devices__1__vendor="0x10de\n",
+        sys__bus__pci__devices__1__class="0x030000\n",
+    )
     assert "nvidia-smi fails (NVIDIA-SMI has failed" in refused("auto")
 
 
@@ -144,7 +190,10 @@ def test_a_card_that_torch_has_no_code_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: architectures)
     for choice in ("auto", "cuda"):
-        assert "GTX 1080 has compute capability 6.1, and this torch has code for 7.5, 8.0" in refused(choice)
+        assert (
+            "GTX 1080 has compute capability 6.1, and this torch has code for 7.5, 8.0"
+            in refused(choice)
+        )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     assert cli.resolve_device("auto") == torch.device("cuda", 0)
 
@@ -152,14 +201,21 @@ def test_a_card_that_torch_has_no_code_for(monkeypatch):
 def test_minor_versions_of_cuda_do_not_matter():
     assert not machine.too_old(Driver("580.65.06", "13.0"), replace(WORKING, torch_cuda="13.2"))
     assert machine.too_old(Driver("575.57.08", "12.9"), WORKING)
-    assert machine.too_old(Driver("575.57.08"), WORKING) and not machine.too_old(Driver("580.65.06"), WORKING)
+    assert machine.too_old(Driver("575.57.08"), WORKING) and not machine.too_old(
+        Driver("580.65.06"), WORKING
+    )
     assert "newest NVIDIA driver" in machine.install_driver(replace(WORKING, torch_cuda="15.0"))
 
 
 def test_what_triton_lacks_is_named_with_its_packages():
     assert machine.missing_for_triton("/usr/bin/gcc", True) is None
-    assert machine.missing_for_triton("/usr/bin/gcc", False, (3, 12)) == "Python.h missing: sudo apt install python3.12-dev"
-    assert machine.missing_for_triton(None, False, (3, 11)).endswith("sudo apt install gcc python3.11-dev")
+    assert (
+        machine.missing_for_triton("/usr/bin/gcc", False, (3, 12))
+        == "Python.h missing: sudo apt install python3.12-dev"
+    )
+    assert machine.missing_for_triton(None, False, (3, 11)).endswith(
+        "sudo apt install gcc python3.11-dev"
+    )
     assert machine.missing_for_triton(None, True) == "a C compiler missing: sudo apt install gcc"
 
 
@@ -177,7 +233,11 @@ def test_triton_that_cannot_build_names_both_packages(monkeypatch, capsys):
     finally:
         kernels.triton_works.cache_clear()
     printed = capsys.readouterr().out
-    assert "sudo apt install gcc python3." in printed and "-dev" in printed and "plain torch is used" in printed
+    assert (
+        "sudo apt install gcc python3." in printed
+        and "-dev" in printed
+        and "plain torch is used" in printed
+    )
 
 
 def test_the_hub_login_is_named_as_it_can_be_called(tmp_path, monkeypatch):
@@ -187,7 +247,7 @@ def test_the_hub_login_is_named_as_it_can_be_called(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     assert machine.command("hf") == ".venv/bin/hf"
-    monkeypatch.setenv("PATH", f"{tmp_path}/.venv/bin:/usr/bin:/bin")           # activated
+    monkeypatch.setenv("PATH", f"{tmp_path}/.venv/bin:/usr/bin:/bin")  # activated
     assert machine.command("hf") == "hf"
 
 
