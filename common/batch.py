@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from common import check
 from common.cli import positive, run
 from common.errors import UserError
 from common.models import DEFAULT_MODEL, MODELS_FOLDER, model_name
@@ -148,11 +149,12 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--only", metavar="A,B", help=f"configurations to run, of {', '.join(CONFIGURATIONS)}")
     parser.add_argument("--overwrite", action="store_true", help="run finished configurations again")
     parser.add_argument("--limit", metavar="N", help="samples per evaluation task")
-    parser.add_argument("--device", help="auto, cuda or cpu (default: auto)")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), help="default: auto")
     parser.add_argument("--dtype", help="type to compute in")
     parser.add_argument("--data-root", help="where data sets are looked up before the hub")
     parser.add_argument("--gpus", type=positive, metavar="N", help="run N configurations at once, each on a GPU of its own")
     parser.add_argument("--results-dir", type=Path, default=RESULTS_FOLDER, help="default: %(default)s")
+    parser.add_argument("--check", action="store_true", help="run nothing; show what on this machine would stop or slow a run")
     options, passed_on = parser.parse_known_args()
     if options.demo:
         options.model = "demo"
@@ -178,6 +180,10 @@ def _gpus(count: int) -> queue.Queue[str]:
 
 def main() -> int:
     options, passed_on = parse()
+    asked = options.model, options.device or "auto", Path(options.data_root) if options.data_root else None
+    if options.check:
+        return check.report(*asked)
+    check.show_problems(*asked)
     device = [part for name in ("device", "dtype", "data_root") if getattr(options, name)
               for part in (f"--{name.replace('_', '-')}", getattr(options, name))]
     name = model_name(options.model)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from common import calibration, parallel
+from common import calibration, machine, parallel
 from common.errors import UserError
 from common.models import DEFAULT_MODEL
+from common.progress import say
 from common.rounding import CATCH_UP
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -138,12 +139,32 @@ def resolve_sizes(options: argparse.Namespace) -> None:
 
 
 def resolve_device(choice: str) -> torch.device:
-    """The torch device of a --device option. Raises UserError when CUDA was asked for and there is none."""
-    if choice == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device was found; use --device cpu, or check the driver with nvidia-smi")
-    if choice == "auto":
-        choice = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(choice, parallel.card()) if choice == "cuda" else torch.device("cpu")
+    """The torch device of a --device option.
+
+    Raises:
+        UserError: CUDA was asked for and there is none, or a card is there that cannot be used and the CPU was not asked for.
+    """
+    if choice == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", parallel.card())
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"there are {torch.cuda.device_count()} cards; start as many processes, not {device.index + 1}")
+        obstacle = machine.too_old_a_card(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device),
+                                          torch.cuda.get_arch_list())
+        if obstacle is None:
+            return device
+    else:
+        obstacle = machine.obstacle(machine.look())
+    if obstacle and (obstacle.stops or choice == "cuda"):
+        none = "no CUDA device was found: " if not obstacle.stops else ""
+        raise UserError(f"{none}{obstacle.problem}; {obstacle.mend}, or use --device cpu, which is far slower")
+    if choice == "cuda":
+        raise UserError("no CUDA device was found, nor NVIDIA's driver; use --device cpu, or "
+                        f"{machine.install_driver(machine.look())}")
+    if obstacle:
+        say(f"{obstacle.problem}; going on on the CPU ({obstacle.mend})")
+    return torch.device("cpu")
 
 
 def resolve_dtype(choice: str, device: torch.device) -> torch.dtype:

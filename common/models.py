@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from common.demo.model import DEMO_NAME, prepare_demo_model
 from common.errors import UserError
 from common.fused import fuse_layers
+from common.machine import command
 
 DEFAULT_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
 MODELS_FOLDER = Path("models")
@@ -74,17 +77,26 @@ def resolve_folder(model: str) -> Path:
 
 
 def _download(model: str) -> Path:
-    from httpx import HTTPError
     from huggingface_hub import snapshot_download
+
+    with hub_errors(model):
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"]))
+
+
+@contextmanager
+def hub_errors(model: str) -> Iterator[None]:
+    """While open, what the hub's library raises about `model` becomes a UserError."""
+    from httpx import HTTPError
     from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    login = f"`{command('hf')} auth login`"
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"]))
+        yield
     except GatedRepoError:
-        raise UserError(f"{model} is gated: accept its licence on its page of the hub, then run `hf auth login` "
+        raise UserError(f"{model} is gated: accept its licence on its page of the hub, then run {login} "
                         "(or set HF_TOKEN); --model demo needs no access") from None
     except RepositoryNotFoundError:
-        raise UserError(f"the hub has no model {model}, or it is private: check the name, run `hf auth login` if it is "
+        raise UserError(f"the hub has no model {model}, or it is private: check the name, run {login} if it is "
                         "private, or use --model demo") from None
     except HFValidationError:
         raise UserError(f"{model} is neither a folder here nor a hub id; use --model demo to try things out") from None

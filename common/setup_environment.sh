@@ -2,22 +2,38 @@
 # Sourced by run_all_quantization.sh and tests/run.sh: makes .venv with what the given requirements files name, once,
 # and sets PYTHON to its interpreter. Usage: source common/setup_environment.sh requirements.txt [more.txt]
 
+# Prints the Python to use: the first of these that is new enough and can make environments, else the first that is new enough.
 _find_python() {
-    local name
-    for name in python3 python3.13 python3.12 python3.11; do
-        if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    local name first=""
+    for name in python3 python3.13 python3.12 python3.11 python3.14; do
+        # 3.11.0's release candidates, one of which is Ubuntu 22.04's python3.11, lack a function that torch needs to be imported.
+        "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11, 0, "final"))' 2>/dev/null || continue
+        if "$name" -c 'import ensurepip, venv' 2>/dev/null; then
             command -v "$name"
             return 0
         fi
+        first=${first:-$(command -v "$name")}
     done
-    return 1
+    [ -n "$first" ] && echo "$first"
+}
+
+# Prints how a new enough Python is installed here. OS_RELEASE stands for /etc/os-release in tests.
+_install_python() {
+    local ID="" ID_LIKE="" UBUNTU_CODENAME="" VERSION_ID=""
+    [ -r "${OS_RELEASE:-/etc/os-release}" ] && . "${OS_RELEASE:-/etc/os-release}"
+    case "$UBUNTU_CODENAME/$ID$VERSION_ID" in
+        jammy/*) echo "Ubuntu 22.04 has 3.10 and a release candidate of 3.11 that torch does not run on; install a finished one with:" \
+            "sudo add-apt-repository ppa:deadsnakes/ppa && sudo apt install python3.11 python3.11-venv" ;;
+        focal/* | bionic/* | */debian11) echo "this system has none; upgrade it (to Ubuntu 24.04 or Debian 12, say)" ;;
+        *) echo "install it with: sudo apt install python3 python3-venv" ;;
+    esac
 }
 
 setup_environment() {
     local python version stamp arguments=() file
     if [ ! -x .venv/bin/python ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
         if ! python=$(_find_python); then
-            echo "error: Python 3.11 or newer is needed; install it with: sudo apt install python3 python3-venv" >&2
+            echo "error: Python 3.11 or newer is needed; $(_install_python)" >&2
             return 2
         fi
         version=$("$python" -c 'import sys; print(f"{sys.version_info[0]}.{sys.version_info[1]}")')

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from common.machine import look_for_compiler, missing_for_triton
 from common.progress import say
 
 
@@ -22,14 +23,22 @@ def use_triton(tensor: Tensor) -> bool:
 @cache
 def triton_works() -> bool:
     """Whether Triton can compile and run a kernel here; says why not, once."""
+    problem = triton_problem()
+    if problem:
+        say(f"{problem}; plain torch is used, which is slower")
+    return problem is None
+
+
+def triton_problem() -> str | None:
+    """Why Triton cannot compile and run a kernel here and what mends it; None when it can."""
     try:
         from common.kernels.inference_triton import silu_mul
 
         values = torch.zeros(1, 32, device="cuda", dtype=torch.bfloat16)
         silu_mul(values, values)
         torch.cuda.synchronize()
-        return True
-    except Exception as error:  # a missing C compiler, driver or package: each raises its own type
-        say(f"Triton does not work here ({type(error).__name__}: {str(error).strip().splitlines()[-1:] or ''}); plain torch is "
-            "used, which is slower. It needs a C compiler: sudo apt install gcc")
-        return False
+        return None
+    except Exception as error:  # a missing C compiler, header, driver or package: each raises its own type
+        missing = missing_for_triton(*look_for_compiler())
+        reason = missing or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+        return f"Triton does not work here ({reason})"

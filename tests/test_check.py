@@ -1,0 +1,290 @@
+"""run_all_quantization.sh --check: each line where all is well and where not; all of it here."""
+
+import json
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+from common import batch, check, check_lines, machine
+from common.check_lines import FAIL, GB, GIB, PASS, SKIP, WARN, Line, ModelFacts
+from common.errors import UserError
+from common.machine import Card, Driver, Obstacle
+
+LLAMA = ModelFacts("meta-llama/Llama-3.2-1B-Instruct", 2.47 * GB, 2.47 * GB)
+CARD = Card("NVIDIA GeForce RTX 3060", "8.6", 12288, 11000)
+DRIVER = Driver("580.65.06", "13.0")
+ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_90", "compute_120"]
+
+
+def device(wanted="auto", usable=True, obstacle=None, driver=DRIVER, card=CARD, model=LLAMA):
+    return {
+        line.name: line
+        for line in check_lines.device_lines(
+            wanted, usable, obstacle, driver, card, model, ARCHITECTURES
+        )
+    }
+
+
+def test_python():
+    assert check_lines.python_line((3, 12, 3, "final", 0), "python").state == PASS
+    line = check_lines.python_line((3, 11, 0, "candidate", 1), "python")
+    assert line.state == FAIL and "3.11.0 candidate" in line.found and ".venv" in line.mend
+
+
+def test_packages():
+    versions = {
+        "torch": "2.13.0+cu130",
+        "transformers": "5.17.0",
+        "compressed-tensors": "0.19.0",
+        "scipy": "1.17",
+    }
+    wanted = (
+        "# a comment\ntorch==2.13.0\ntransformers==5.17.0\n"
+        "compressed-tensors==0.19.0\nscipy>=1.16\n"
+    )
+    assert (
+        check_lines.packages_line(wanted, versions.get).found
+        == "torch 2.13.0+cu130, transformers 5.17.0, compressed-tensors 0.19.0"
+    )
+    line = check_lines.packages_line(
+        wanted + "tqdm>=4\n", {**versions, "transformers": "4.57.1"}.get
+    )
+    assert (
+        line.state == WARN
+        and "transformers 4.57.1 (wanted ==5.17.0)" in line.found
+        and "tqdm is missing" in line.found
+    )
+    assert line.mend.endswith("-m pip install -r requirements.txt")
+
+
+def test_disk():
+    """The comparison's nine folders and the download: 1B takes 11.9 + 2.5 GB."""
+    assert check_lines.disk_line(15 * GB, LLAMA).state == PASS
+    line = check_lines.disk_line(10 * GB, LLAMA)
+    assert (
+        line.state == WARN
+        and "takes about 14.3 GB, 2.5 of them" in line.found
+        and "--only" in line.mend
+    )
+    assert check_lines.disk_line(2 * GB, LLAMA).state == FAIL
+    assert check_lines.disk_line(12 * GB, replace(LLAMA, missing=0)).state == PASS
+    assert check_lines.disk_line(10 * GB, ModelFacts("", None)).state == WARN
+
+
+def test_memory():
+    assert check_lines.memory_line(16 * GIB, 12 * GIB, LLAMA, "cpu", wsl=False).state == PASS
+    line = check_lines.memory_line(8 * GIB, 5 * GIB, LLAMA, "cpu", wsl=True)
+    assert line.state == WARN and "WSL has no more" in line.found
+    assert (
+        "memory=8GB under [wsl2] in %UserProfile%\\.wslconfig, then wsl --shutdown"
+        in check_lines.memory_line(4 * GIB, 3.5 * GIB, LLAMA, "cpu", wsl=True).mend
+    )
+    assert check_lines.memory_line(8 * GIB, 5 * GIB, LLAMA, "cuda", wsl=True).state == PASS
+    assert (
+        "close other programs"
+        in check_lines.memory_line(64 * GIB, 2 * GIB, LLAMA, "cuda", wsl=False).mend
+    )
+
+
+def test_a_card_that_works():
+    lines = device()
+    assert [line.state for line in lines.values()] == [PASS] * 3
+    assert lines["Card"].found == "NVIDIA GeForce RTX 3060, compute capability 8.6"
+    assert "580.65.06, runs CUDA 13.0" in lines["Driver"].found
+    assert "10.7 of 12.0 GiB free: desktop and programs take 1.3" in lines["Card memory"].found
+    assert device(card=None, driver=Driver())["Card"].state == PASS
+
+
+def test_a_card_that_does_not():
+    taken = device(card=Card("RTX 3050", "8.6", 4096, 2048))["Card memory"]
+    assert taken.state == WARN and "close what else uses the card" in taken.mend
+    old = device(card=Card("GTX 1080", "6.1", 8192, 8000))["Card"]
+    assert (
+        old.state == FAIL and "compute capability 6.1" in old.found and "--device cpu" in old.mend
+    )
+    driver = Obstacle("the driver is too old", "install driver 580")
+    assert device(usable=False, obstacle=driver)["Card"] == Line(
+        "Card",
+        FAIL,
+        "the driver is too old",
+        "install driver 580, or use --device cpu, which is far slower",
+    )
+    hidden = replace(driver, stops=False)
+    assert device(usable=False, obstacle=hidden)["Card"].state == WARN
+    assert device("cuda", usable=False, obstacle=hidden)["Card"].state == FAIL
+    assert device("cuda", usable=False)["Card"].state == FAIL
+    assert device("auto", usable=False)["Card"].state == device("cpu")["Card"].state == SKIP
+
+
+def test_compiler_and_triton():
+    assert check_lines.compiler_line(None).state == check_lines.triton_line(None).state == PASS
+    line = check_lines.compiler_line(machine.missing_for_triton("gcc", False, (3, 11)))
+    assert (
+        line.state == WARN
+        and "Python.h missing" in line.found
+        and line.mend == "sudo apt install python3.11-dev"
+    )
+    assert check_lines.triton_line("Triton does not work here (CompilationError: x)").state == WARN
+
+
+def test_data(tmp_path):
+    addresses = ["owner/a:train", "owner/b/config:test"]
+    assert check_lines.data_line(True, None, addresses, False).state == PASS
+    assert check_lines.data_line(False, None, addresses, False).state == PASS
+    assert check_lines.data_line(False, None, addresses, True).state == WARN
+    assert check_lines.data_line(False, tmp_path / "none", addresses, False).state == FAIL
+    (tmp_path / "owner/a").mkdir(parents=True)
+    line = check_lines.data_line(False, tmp_path, addresses, False)
+    assert line.state == PASS and line.found.endswith("from the hub owner/b")
+    assert check_lines.data_line(False, tmp_path, addresses, True).state == WARN
+    (tmp_path / "owner/b").mkdir()
+    assert check_lines.data_line(False, tmp_path, addresses, True) == Line(
+        "Data", PASS, f"from {tmp_path}"
+    )
+
+
+class Hub(BaseHTTPRequestHandler):
+    """owner/open gives its files, owner/gated its list alone, as the hub does."""
+
+    def do_GET(self):
+        body = b""
+        if "/api/" in self.path:
+            files = [
+                {"rfilename": name, "size": size}
+                for name, size in (
+                    ("model-1.safetensors", 3_000_000),
+                    ("model-2.safetensors", 1_000_000),
+                    ("original/consolidated.pth", 9),
+                )
+            ]
+            body = json.dumps(
+                {"id": "owner/x", "sha": "0" * 40, "siblings": files, "private": False, "tags": []}
+            ).encode()
+        self.send_response(
+            403 if "gated" in self.path and not body else 200 if "owner/" in self.path else 401
+        )
+        for name, value in {
+            "X-Error-Code": "GatedRepo" if "gated" in self.path else "",
+            "ETag": '"1"',
+            "X-Repo-Commit": "0" * 40,
+            "Content-Length": str(len(body)),
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield tmp_path / "cache"
+    server.shutdown()
+
+
+def test_a_model_of_the_hub(hub, tiny, monkeypatch):
+    from huggingface_hub import constants
+
+    assert check.model_facts("owner/open") == ModelFacts(
+        "owner/open, on the hub, access granted", 4e6, 4e6
+    )
+    gated = check_lines.model_line(check.model_facts("owner/gated"))
+    assert (
+        gated.state == FAIL
+        and "accept its licence" in gated.found
+        and "hf auth login" in gated.found
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert (
+        "owner/open is not in the cache and HF_HUB_OFFLINE is set"
+        in check.model_facts("owner/open").problem
+    )
+    snapshot = hub / "models--owner--open/snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(tiny)
+    (hub / "models--owner--open/refs").mkdir()
+    (hub / "models--owner--open/refs/main").write_text("0" * 40)
+    cached = check.model_facts("owner/open")
+    assert "in the cache" in cached.where and cached.weights > 0 and cached.missing == 0
+
+
+def test_a_model_in_a_folder(tiny, tmp_path):
+    assert check_lines.model_line(check.model_facts(str(tiny))).state == PASS
+    (tmp_path / "config.json").write_text("{")
+    assert (
+        "config.json cannot be read"
+        in check_lines.model_line(check.model_facts(str(tmp_path))).found
+    )
+    assert "does not exist" in check.model_facts("./nowhere").problem
+
+
+def test_the_command(tiny, tmp_path):
+    """On this machine, as far as a command without a card goes; on a terminal of 80 columns."""
+    result = run_script(ROOT / "common/batch.py", "--check", "--model", tiny, "--device", "cpu")
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[-1] == "Nothing here stops a run." and all(
+        len(line) <= 80 or "/" in line for line in lines
+    )
+    names = [line.split()[1] for line in lines if line[:4] in (PASS, WARN, FAIL, SKIP)]
+    assert (
+        names == ["Python", "Packages", "Disk", "Memory", "Card", "Model", "Data"]
+        and len(lines) <= 24
+    )
+    result = run_script(
+        ROOT / "common/batch.py",
+        "--check",
+        "--model",
+        "./nowhere",
+        "--data-root",
+        tmp_path / "none",
+    )
+    assert result.returncode == 1 and result.stdout.count(FAIL + "  ") == 2
+
+
+def test_the_batch_shows_what_is_wrong_and_no_more(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 1e12})())
+    check.show_problems(str(tiny), "cpu", None)
+    assert capsys.readouterr().out == ""
+    check.show_problems(str(tiny), "cpu", Path("/nowhere"))
+    assert "FAIL  Data" in (printed := capsys.readouterr().out) and "PASS" not in printed
+
+
+def test_the_batch_does_not_start_beside_a_card_that_cannot_be_used(tmp_path, monkeypatch):
+    """Before anything is fetched or written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(
+        machine,
+        "look",
+        lambda: machine.Machine("13.0", card=True, driver=Driver("535.183.01", "12.2")),
+    )
+    monkeypatch.setattr("sys.argv", ["batch", "--model", "demo"])
+    with pytest.raises(
+        UserError, match="driver 535.183.01 runs CUDA 12.2.*install NVIDIA driver 580.*--device cpu"
+    ):
+        batch.main()
+    assert not list(tmp_path.iterdir())
