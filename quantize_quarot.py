@@ -7,8 +7,8 @@
 
 Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", https://arxiv.org/abs/2404.00456. The gain of
 every RMSNorm is multiplied into the linears that read it; then a random Hadamard rotation R1 of the hidden state is
-multiplied into all that reads or writes it, and a Hadamard rotation R2 of each value head into v_proj and o_proj. All of
-this folds into the weights, in float64: the rotated model is a plain model with the same function. Its embedding and head are no
+multiplied into all that reads or writes it, and a Hadamard rotation R2 of each value head into v_proj and o_proj. What is
+left free, the scales between v_proj and o_proj and between up_proj and down_proj, is balanced first. All of this folds into the weights, in float64: the rotated model is a plain model with the same function. Its embedding and head are no
 longer the same matrix, so a tied head is stored on its own. Weights are quantized to W4A16.
 
 With --act-bits or --kv-bits the inputs of the linears and the key-value cache are rounded as the model runs, after the
@@ -62,19 +62,51 @@ def rotate_ends(source: SourceModel, hidden: Tensor) -> None:
     head.weight.data = times(head.weight, hidden)
 
 
+def balance(feeder: nn.Linear, reader: nn.Linear, heads: tuple[int, int, int]) -> None:
+    """Make each row of `feeder` as long as the columns of `reader` that it feeds, without changing
+    their product.
+
+    What a row is multiplied by and its columns divided by is free: of all models with the same
+    function this takes the same one, so that how evenly a file's channels happen to be scaled does
+    not decide how well they are rounded. The rotations do that for the hidden state alone.
+
+    Args:
+        feeder: weights [n, ...]; v_proj or up_proj.
+        reader: weights [out, in]; o_proj or down_proj.
+        heads: how `reader`'s input channels follow from the n rows, [key-value heads, query heads
+            that share each, size]; (1, 1, n) where it reads them as they are.
+    """
+    rows = feeder.weight.float().norm(dim=1)
+    shape = reader.weight.shape[0], *heads
+    columns = reader.weight.float().view(shape).norm(dim=(0, 2)).flatten()
+    scale = (rows / columns).sqrt().double()
+    # A channel that nothing feeds, or nothing reads, has no scale.
+    scale[~(torch.isfinite(scale) & (scale > 0))] = 1.0
+    feeder.weight.data = (feeder.weight / scale.unsqueeze(1)).to(feeder.weight.dtype)
+    if feeder.bias is not None:
+        feeder.bias.data = (feeder.bias / scale).to(feeder.bias.dtype)
+    by_head = scale.view(heads[0], 1, heads[2]).expand(heads).reshape(-1)
+    reader.weight.data = torch.cat([(part * by_head).to(part.dtype)
+                                    for part in reader.weight.data.split(ROWS)])
+
+
 def rotate_layer(module: nn.Module, hidden: Tensor, value: Tensor) -> None:
     """Rotate a decoder layer. hidden: R1 [hidden, hidden]; value: R2 [head size, head size]."""
+    attention, mlp = module.self_attn, module.mlp
     for norm, names in READS_HIDDEN.items():
         linears = [module.get_submodule(name) for name in names]
         fuse_norm(module.get_submodule(norm), linears)
         for linear in linears:
             linear.weight.data = times(linear.weight, hidden)
+    heads = (attention.v_proj.out_features // attention.head_dim, attention.num_key_value_groups, attention.head_dim)
+    balance(attention.v_proj, attention.o_proj, heads)
+    balance(mlp.up_proj, mlp.down_proj, (1, 1, mlp.up_proj.out_features))
     for name in WRITES_HIDDEN:
         linear = module.get_submodule(name)
         linear.weight.data = times(linear.weight.T, hidden).T.contiguous()
         if linear.bias is not None:
             linear.bias.data = times(linear.bias, hidden)
-    v_proj, o_proj = module.self_attn.v_proj, module.self_attn.o_proj
+    v_proj, o_proj = attention.v_proj, attention.o_proj
     size = len(value)
     v_proj.weight.data = times(v_proj.weight.T.unflatten(1, (-1, size)), value).flatten(1).T.contiguous()
     if v_proj.bias is not None:

@@ -11,7 +11,7 @@ from common.layerwise import Layer
 from common.models import LINEAR_GROUPS, SourceModel
 from common.scaling import fold_scale, shared_by_heads
 from common.statistics import new_statistics
-from quantize_quarot import rotate_ends, rotate_layer
+from quantize_quarot import balance, rotate_ends, rotate_layer
 
 
 @pytest.mark.parametrize("order", [1, 2, 4, 12, 20, 28, 36, 44, 60, 64, 76, 128, 140, 148, 576, 896, 1536, 2048])
@@ -72,6 +72,55 @@ def test_rotation_leaves_logits_unchanged(tiny_models, tokens, architecture, tie
     after = all_logits(source, tokens, lambda _, module: rotate_layer(module, hidden, value))
     assert (before - after).abs().max() < bound * before.abs().max()
     assert source.model.model.norm.weight.eq(1).all()
+
+
+@pytest.mark.parametrize("architecture, tied", ARCHITECTURES)
+@torch.no_grad()
+def test_rescaled_channels_are_rotated_to_the_same_weights(tiny_models, architecture, tied):
+    """Models with the same function and other scales of their channels: nothing that rounding depends on is left of those."""
+    generator = torch.Generator().manual_seed(9)
+    hidden, value = rotation(64, seed=0), rotation(16, seed=1)
+    source = SourceModel(str(tiny_models[architecture, tied]), torch.device("cpu"), torch.float64)
+    found = []
+    for spread in (0.0, 1.0):
+        module = source.load_layer(0)
+        attention, mlp = module.self_attn, module.mlp
+
+        def factors(count, spread=spread):
+            return torch.exp(spread * torch.randn(count, generator=generator, dtype=torch.float64))
+
+        for norm, linears in ((module.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                              (module.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj))):
+            scale = factors(64)
+            norm.weight /= scale
+            for linear in linears:
+                linear.weight *= scale
+        scale = factors(128)
+        mlp.up_proj.weight /= scale[:, None]
+        mlp.down_proj.weight *= scale
+        scale = factors(32)
+        for parameter in attention.v_proj.parameters():
+            parameter /= scale.view(-1, *[1] * (parameter.dim() - 1))
+        attention.o_proj.weight *= scale.view(2, 1, 16).expand(2, 2, 16).reshape(-1)
+        rotate_layer(module, hidden, value)
+        found.append({name: parameter.clone() for name, parameter in module.named_parameters()})
+    for name, parameter in found[0].items():
+        assert (found[1][name] - parameter).abs().max() < 1e-5 * parameter.abs().max(), name
+
+
+@torch.no_grad()
+def test_channels_that_nothing_feeds_or_reads(tiny):
+    """They have no scale of their own to be balanced by."""
+    module = SourceModel(str(tiny), torch.device("cpu"), torch.float64).load_layer(0)
+    module.mlp.up_proj.weight[3] = 0
+    module.mlp.down_proj.weight[:, [5, 7]] = 0
+    product = module.mlp.down_proj.weight @ module.mlp.up_proj.weight
+    balance(module.mlp.up_proj, module.mlp.down_proj, (1, 1, 128))
+    assert torch.allclose(module.mlp.down_proj.weight @ module.mlp.up_proj.weight, product, rtol=1e-10)
+    rows, columns = module.mlp.up_proj.weight.norm(dim=1), module.mlp.down_proj.weight.norm(dim=0)
+    kept = torch.ones(128, dtype=torch.bool)
+    kept[[3, 5, 7]] = False
+    assert torch.allclose(rows[kept], columns[kept], rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype, bound", BOUNDS)
