@@ -3,26 +3,25 @@
 
     python benchmarks/memory_caps.py --shapes 1B,3B,8B --output caps.jsonl
 
-Models of the shapes of Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B with random weights, within 6, 8 and 12 GiB
-(`--device-memory`). Every run is a process of its own and ends in a line of JSON, printed as it ends:
+Models of the shapes of Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B with random weights, within 6, 8
+and 12 GiB (`--device-memory`). Every run is a process of its own that ends in a line of JSON:
 
-driver_peak_gib: memory of the card in use at most, less what was in use before (nvidia-smi, 20 times a second).
-reserved_peak_gib, allocated_peak_gib: the same by torch's allocator, from the last time its peak was reset.
-outside_gib: what the process had taken at its end beside torch's allocator, to hold against device_memory's margins.
+driver_peak_gib: most memory of the card in use, less what was before (nvidia-smi, 20 times a second).
+reserved_peak_gib, allocated_peak_gib: the same by torch's allocator, since its peak was last reset.
+outside_gib: taken at the end beside torch's allocator, to hold against device_memory's margins.
 host_peak_gib: resident memory of the process.
 
-Methods quantize the first --layers layers, as layers come one after the other; for verify and evaluation HQQ quantizes all.
-Calibration tokens are random. Evaluation is on the demo's questions or, with --data-root, on the real ones.
+Methods quantize the first --layers layers, as layers come one after the other; for verify and the
+evaluation HQQ quantizes all. Calibration tokens are random. Evaluation is on the demo's questions or,
+with --data-root, on the real ones.
 """
 
 import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -34,100 +33,77 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import lm_eval.evaluator  # noqa: E402, F401
 import quantization_speed  # noqa: E402
 import torch  # noqa: E402
+from card_memory import Driver  # noqa: E402
 from large_model import first_layers  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
 from scripts import processes, run_script  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, pipelines  # noqa: E402, F401
+from shape import write_random_shards  # noqa: E402
+from transformers import LlamaForCausalLM, pipelines  # noqa: E402, F401
 
 from common import evaluation, metadata  # noqa: E402, F401
 from common.calibration import Windows  # noqa: E402
 from common.cli import quiet_libraries  # noqa: E402
-from common.models import INDEX_FILE, load_tokenizer, resolve_folder  # noqa: E402
+from common.models import load_tokenizer, resolve_folder  # noqa: E402
 
 COMMON = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192)
 SHAPES = {
-    "1B": dict(COMMON, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-               head_dim=64, tie_word_embeddings=True),
-    "3B": dict(COMMON, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
-               head_dim=128, tie_word_embeddings=True),
-    "8B": dict(COMMON, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-               head_dim=128, tie_word_embeddings=False),
+    "1B": dict(
+        COMMON,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        head_dim=64,
+        tie_word_embeddings=True,
+    ),
+    "3B": dict(
+        COMMON,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        head_dim=128,
+        tie_word_embeddings=True,
+    ),
+    "8B": dict(
+        COMMON,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        head_dim=128,
+        tie_word_embeddings=False,
+    ),
 }
-TRIAL = dict(vocab_size=49152, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=32)
+TRIAL = dict(
+    vocab_size=49152,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+)
 CAPS = {"1B": 6.0, "3B": 8.0, "8B": 12.0}
 METHODS = tuple(quantization_speed.METHODS)
 # choices: ARC and perplexity with divergence, and speed; answers: what is generated token by token.
 TASKS = {"choices": "arc,perplexity,speed", "answers": "squad_v2,openmath"}
-WORK = (*METHODS, "hqq-whole", "verify", "choices", "answers", "baseline-choices", "baseline-answers")
+WORK = (
+    *METHODS,
+    "hqq-whole",
+    "verify",
+    "choices",
+    "answers",
+    "baseline-choices",
+    "baseline-answers",
+)
 
 
-def write_model(folder: Path, shape: dict) -> None:
-    """A model of random weights, a shard for each decoder layer. All layers are the same one: memory does not mind."""
-    tokenizer = load_tokenizer(resolve_folder("demo"))
-    config = LlamaConfig(**shape, eos_token_id=tokenizer.eos_token_id, architectures=["LlamaForCausalLM"], dtype="bfloat16")
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def random(name: str) -> torch.Tensor:
-        if name.endswith("norm.weight"):
-            return torch.ones(shapes[name], dtype=torch.bfloat16)
-        return torch.empty(shapes[name], dtype=torch.bfloat16, device=device).normal_(0, 0.02).cpu()
-
-    torch.manual_seed(0)
-    first = "model.layers.0."
-    layer = {name.removeprefix(first): random(name) for name in shapes if name.startswith(first)}
-    shards = [{f"model.layers.{i}.{name}": tensor for name, tensor in layer.items()} for i in range(config.num_hidden_layers)]
-    ends = ["model.embed_tokens.weight", "model.norm.weight", *([] if config.tie_word_embeddings else ["lm_head.weight"])]
-    shards.append({name: random(name) for name in ends})
-    folder.mkdir()
-    names = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        names.update(dict.fromkeys(shard, file))
-    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-class Driver:
-    """The card's memory in use, in GiB, as nvidia-smi tells it; None where there is no nvidia-smi."""
-
-    def __init__(self):
-        self.now = self.peak = None
-        if shutil.which("nvidia-smi"):
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-            words = ["nvidia-smi", "-i", visible, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "50"]
-            self._process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-            threading.Thread(target=self._read, daemon=True).start()
-            time.sleep(1)
-
-    def _read(self) -> None:
-        for line in self._process.stdout:
-            if line.strip().isdigit():
-                self.now = int(line) / 1024
-                self.peak = max(self.peak or 0.0, self.now)
-
-    def settle(self) -> float | None:
-        """Wait until what an earlier process held is free, then begin a new peak. Returns what is in use."""
-        before = None
-        for _ in range(20):
-            if self.now is None or (before is not None and self.now >= before):
-                break
-            before = self.now
-            time.sleep(0.3)
-        self.peak = self.now
-        return self.now
-
-    def stop(self) -> None:
-        if self.now is not None:
-            self._process.terminate()
+def write(folder: Path, shape: dict, tokenizer: str) -> None:
+    write_random_shards(folder, load_tokenizer(resolve_folder(tokenizer)), shape)
 
 
 def apart(work: Callable[[], object], log: Path, answer: Path) -> None:
-    """Run `work` in this process, a child; what it prints goes to `log`, what it took to `answer`."""
+    """Run `work` in this process, a child; its output goes to `log`, what it took to `answer`."""
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -137,45 +113,103 @@ def apart(work: Callable[[], object], log: Path, answer: Path) -> None:
         work()
     except BaseException as error:  # whatever it is, its line belongs into the results
         last = (log.read_text().strip().splitlines() or [""])[-1]
-        found = {"ok": False, "error": last[:200] if last.startswith("error: ") else f"{type(error).__name__}: {error}"[:200]}
+        found = {
+            "ok": False,
+            "error": last[:200]
+            if last.startswith("error: ")
+            else f"{type(error).__name__}: {error}"[:200],
+        }
     found["host_peak_gib"] = metadata.peak_memory(torch.device("cpu"))["peak_host_bytes"] / 2**30
     if torch.cuda.is_initialized():
         free, total = torch.cuda.mem_get_info()
-        found |= {"reserved_peak_gib": torch.cuda.max_memory_reserved() / 2**30,
-                  "allocated_peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-                  "taken_gib": (total - free - torch.cuda.memory_reserved()) / 2**30}
+        found |= {
+            "reserved_peak_gib": torch.cuda.max_memory_reserved() / 2**30,
+            "allocated_peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "taken_gib": (total - free - torch.cuda.memory_reserved()) / 2**30,
+        }
     answer.write_text(json.dumps(found))
 
 
-def quantize(method: str, folder: Path, output: Path, cap: float, samples: int, length: int, more: list[str]) -> None:
+def quantize(
+    method: str, folder: Path, output: Path, cap: float, samples: int, length: int, more: list[str]
+) -> None:
     tokens = torch.randint(0, 49152, (samples, length), generator=torch.Generator().manual_seed(0))
-    quantization_speed.quantization.calibration_windows = lambda *_, **__: Windows(tokens, "random tokens", 0)
+    quantization_speed.quantization.calibration_windows = lambda *_, **__: Windows(
+        tokens, "random tokens", 0
+    )
     words = quantization_speed.METHODS[method]
-    run_script(f"quantize_{method}.py", ["--model", str(folder), "--output", str(output), "--overwrite", *words, *more,
-                                         "--device-memory", str(cap)])
+    run_script(
+        f"quantize_{method}.py",
+        [
+            "--model",
+            str(folder),
+            "--output",
+            str(output),
+            "--overwrite",
+            *words,
+            *more,
+            "--device-memory",
+            str(cap),
+        ],
+    )
 
 
-def evaluate(folder: Path, tasks: str, cap: float, options: argparse.Namespace, results: Path) -> None:
+def evaluate(
+    folder: Path, tasks: str, cap: float, options: argparse.Namespace, results: Path
+) -> None:
     data = ["--data-root", str(options.data_root)] if options.data_root else ["--data", "demo"]
     limit = options.limit if "arc" in tasks else options.answers
-    run_script("common/evaluation.py", ["--model-path", str(folder), "--tasks", tasks, "--limit", str(limit), "--windows",
-                                        str(options.windows), "--window-length", str(options.length), "--results-dir",
-                                        str(results), "--device-memory", str(cap), *data])
+    run_script(
+        "common/evaluation.py",
+        [
+            "--model-path",
+            str(folder),
+            "--tasks",
+            tasks,
+            "--limit",
+            str(limit),
+            "--windows",
+            str(options.windows),
+            "--window-length",
+            str(options.length),
+            "--results-dir",
+            str(results),
+            "--device-memory",
+            str(cap),
+            *data,
+        ],
+    )
 
 
 def verify(folder: Path, cap: float) -> None:
     # Checks of a random model may fail (1); they have to be made.
-    run_script("verify_model.py", ["--model-path", str(folder), "--device-memory", str(cap)], fine=(0, 1))
+    run_script(
+        "verify_model.py", ["--model-path", str(folder), "--device-memory", str(cap)], fine=(0, 1)
+    )
 
 
 def jobs(folder: Path, cap: float, options: argparse.Namespace) -> dict[str, Callable[[], object]]:
     """All that can be run on a model, by name."""
-    scratch, layers = folder.parent, json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    scratch, layers = (
+        folder.parent,
+        json.loads((folder / "config.json").read_text())["num_hidden_layers"],
+    )
     part = first_layers(folder, min(options.layers, layers))
     whole, results = scratch / "hqq-whole", scratch / "results"
     few = {"adaround": ["--iterations", str(options.iterations)]}
-    found = {method: partial(quantize, method, part, scratch / method, cap, options.samples, options.length,
-                             few.get(method, [])) for method in METHODS}
+    found = {
+        method: partial(
+            quantize,
+            method,
+            part,
+            scratch / method,
+            cap,
+            options.samples,
+            options.length,
+            few.get(method, []),
+        )
+        for method in METHODS
+    }
     found["hqq-whole"] = partial(quantize, "hqq", folder, whole, cap, 1, options.length, [])
     found["verify"] = partial(verify, whole, cap)
     for name, tasks in TASKS.items():
@@ -205,20 +239,49 @@ def measure(name: str, job: Callable[[], object], driver: Driver, scratch: Path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="1B,3B,8B", help="NAME or NAME:GIB (default: %(default)s)")
-    parser.add_argument("--work", default=",".join(name for name in WORK if name != "baseline-answers"),
-                        help=f"of {', '.join(WORK)}; verify, choices and answers need hqq-whole (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=2, help="that the methods quantize (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=128, help="calibration windows (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a window (default: %(default)s)")
-    parser.add_argument("--iterations", type=int, default=20, help="of AdaRound (default: %(default)s)")
-    parser.add_argument("--windows", type=int, default=4, help="of perplexity (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=400, help="questions of ARC (default: %(default)s)")
-    parser.add_argument("--answers", type=int, default=24, help="of SQuAD and of OpenMath (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shapes", default="1B,3B,8B", help="NAME or NAME:GIB (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--work",
+        default=",".join(name for name in WORK if name != "baseline-answers"),
+        help=f"of {', '.join(WORK)}; verify, choices and answers need hqq-whole "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layers", type=int, default=2, help="that the methods quantize (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=128, help="calibration windows (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--length", type=int, default=2048, help="tokens of a window (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--iterations", type=int, default=20, help="of AdaRound (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--windows", type=int, default=4, help="of perplexity (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=400, help="questions of ARC (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--answers", type=int, default=24, help="of SQuAD and of OpenMath (default: %(default)s)"
+    )
     parser.add_argument("--data-root", type=Path, help="real data sets")
-    parser.add_argument("--scratch", type=Path, help="where models are written (default: a temporary folder)")
-    parser.add_argument("--trial", action="store_true", help="tiny models, to see that everything runs")
+    parser.add_argument(
+        "--tokenizer", default="demo", metavar="MODEL", help="whose it is (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--scratch", type=Path, help="where models are written (default: a temporary folder)"
+    )
+    parser.add_argument(
+        "--trial", action="store_true", help="tiny models, to see that everything runs"
+    )
     parser.add_argument("--output", type=Path, help="file that the lines are appended to")
     options = parser.parse_args()
     wanted = options.work.split(",")
@@ -233,14 +296,22 @@ def main() -> None:
             content = {**SHAPES[shape], **TRIAL} if options.trial else SHAPES[shape]
 
             def report(name: str, found: dict, shape: str = shape, cap: float = cap) -> None:
-                rounded = {key: round(value, 2) if isinstance(value, float) else value for key, value in found.items()}
+                rounded = {
+                    key: round(value, 2) if isinstance(value, float) else value
+                    for key, value in found.items()
+                }
                 line = json.dumps({"shape": shape, "cap_gib": cap, "work": name, **rounded})
                 print(line, flush=True)
                 if options.output:
                     with options.output.open("a") as file:
                         file.write(line + "\n")
 
-            found = measure("write", partial(write_model, folder, content), driver, Path(scratch))
+            found = measure(
+                "write",
+                partial(write, folder, content, options.tokenizer),
+                driver,
+                Path(scratch),
+            )
             report("write the model", found)
             if not found["ok"]:
                 sys.exit(2)

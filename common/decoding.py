@@ -188,9 +188,12 @@ class Decoder:
 
     def _prompts_at_once(self, length: int, before: int) -> int:
         """How many prompts of up to `length` tokens, after `before` of a prefix, are read at once."""
+        most = max(1, PROMPT_TOKENS // length)
+        if min(most, self.rows) == 1:                                           # asking the card takes time
+            return 1
         element = self.cache.element_size()
         row = length * token_bytes(self.model.config, element) + (length + before) * cache_bytes(self.model, element)
-        return halved_to_fit(max(1, PROMPT_TOKENS // length), row, TOKENS_SHARE * available(self.device))
+        return halved_to_fit(most, row, TOKENS_SHARE * available(self.device))
 
     def _read(self, prompts: list[list[int]], rows: slice, prefix: DynamicCache | None, before: int) -> Tensor:
         length = max(map(len, prompts))

@@ -231,7 +231,8 @@ def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configu
     # Here the model is alone on the device.
     speed = None
     if "speed" in chosen:
-        speed = {**measure_speed(model, model.config.vocab_size), "memory_bytes": measure_memory(model, model.config.vocab_size)}
+        speed = measure_speed(model, model.config.vocab_size)
+        speed["memory_bytes"] = measure_memory(model, model.config.vocab_size)
     say(f"Evaluating {name} {configuration} on {device} in {str(dtype).removeprefix('torch.')}: {', '.join(chosen)}")
     tasks, samples = {}, {}
     for task in rows:
@@ -249,7 +250,9 @@ def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configu
         document["noise"] = noise
     if speed:
         document["speed"] = speed
-    document["memory"] = {"weights_bytes": weight_bytes(model), **{key: max(loaded[key], value) for key, value in metadata.peak_memory(device).items()}}
+    # Measuring the memory to run has reset the peaks.
+    peaks = {key: max(loaded[key], value) for key, value in metadata.peak_memory(device).items()}
+    document["memory"] = {"weights_bytes": weight_bytes(model), **peaks}
     document["seconds"] = round(time.perf_counter() - started, 2)
     say(describe(document))
     return write_results(options.results_dir, document, samples)

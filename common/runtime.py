@@ -87,8 +87,8 @@ def load_streamed(folder: Path, device: torch.device, dtype: torch.dtype):
             layer.register_forward_pre_hook(partial(_load, source, index))
             layer.register_forward_hook(partial(_release, source, index))
     model.streamed = len(layers) - resident
-    say(f"{folder}: the GPU has no room for its weights, so {model.streamed} of {len(layers)} layers are read anew for every "
-        "forward pass, which makes answers slow; --tasks arc,perplexity does without them, --limit asks for fewer")
+    say(f"{folder}: the GPU has no room for its weights, so {model.streamed} of {len(layers)} layers are read anew "
+        "for every forward pass, which makes answers slow; --tasks arc,perplexity does without them, --limit asks for fewer")
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, source.tokenizer
@@ -161,7 +161,8 @@ def _with_room(folder: Path, device: torch.device, dtype: torch.dtype) -> torch.
     needed, room = dense_bytes(folder, dtype), available(device)
     if needed + DENSE_ROOM <= room:
         return device
-    say(f"{folder}: unpacked its weights take {needed / 2**30:.1f} GiB, and the GPU has {room / 2**30:.1f} left; it runs on the CPU")
+    say(f"{folder}: unpacked its weights take {needed / 2**30:.1f} GiB, and the GPU has {room / 2**30:.1f} left; it runs on "
+        "the CPU")
     return torch.device("cpu")
 
 
