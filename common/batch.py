@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from common import check
-from common.cli import positive, run
+from common.cli import gibibytes, positive, run
 from common.errors import UserError
 from common.models import DEFAULT_MODEL, MODELS_FOLDER, model_name
 from common.progress import say
@@ -150,6 +150,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--overwrite", action="store_true", help="run finished configurations again")
     parser.add_argument("--limit", metavar="N", help="samples per evaluation task")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), help="default: auto")
+    parser.add_argument("--device-memory", type=gibibytes, metavar="GIB",
+                        help="GPU memory that a process may take (default: what is free)")
     parser.add_argument("--dtype", help="type to compute in")
     parser.add_argument("--data-root", help="where data sets are looked up before the hub")
     parser.add_argument("--gpus", type=positive, metavar="N", help="run N configurations at once, each on a GPU of its own")
@@ -184,8 +186,8 @@ def main() -> int:
     if options.check:
         return check.report(*asked)
     check.show_problems(*asked)
-    device = [part for name in ("device", "dtype", "data_root") if getattr(options, name)
-              for part in (f"--{name.replace('_', '-')}", getattr(options, name))]
+    device = [part for name in ("device", "device_memory", "dtype", "data_root") if getattr(options, name)
+              for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
     name = model_name(options.model)
     status_file = options.results_dir / name / STATUS_FILE
     batch = Batch(options.model, name, options.results_dir, options.overwrite, device,

@@ -33,6 +33,8 @@ METADATA_FILE = "quantization_metadata.json"
 # Weights alone are packed; 8-bit weights with 8-bit activations stay int8, as the integer kernels want them.
 PACKED, INTEGER = "pack-quantized", "int-quantized"
 _ENDS = ("model.embed_tokens", "lm_head")
+# Rows of an embedding or head that are compressed at once.
+_ROWS_AT_ONCE = 16384
 _PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
@@ -60,6 +62,17 @@ def compress(quantized: QuantizedLinear, scale_dtype: torch.dtype, form: str = P
     if not quantized.grid.symmetric:
         state["weight_zero_point"] = quantized.zero_point.to(torch.int8)
     return BaseCompressor.load_from_registry(form).compress(state, scheme_of(quantized.grid))
+
+
+def _compress_rows(quantized: QuantizedLinear, scale_dtype: torch.dtype, form: str) -> dict[str, Tensor]:
+    """`compress` for a vocabulary's many rows, some at a time: the library works on copies of them in float32."""
+    tensors = (quantized.codes, quantized.scale, quantized.zero_point)
+    parts = [compress(QuantizedLinear(*rows, quantized.grid), scale_dtype, form)
+             for rows in zip(*(tensor.split(_ROWS_AT_ONCE) for tensor in tensors), strict=True)]
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "weight_shape"}
+    if "weight_shape" in parts[0]:
+        whole["weight_shape"] = parts[0]["weight_shape"].new_tensor(quantized.codes.shape)
+    return whole
 
 
 def decompress(state: dict[str, Tensor], grid: Grid) -> Tensor:
@@ -208,7 +221,7 @@ class CheckpointWriter:
         rest = {"model.norm.weight": source.model.model.norm.weight.to(source.storage_dtype)}
         for name in _ENDS[:1] if source.tied else _ENDS:
             if name in ends:
-                parts = compress(ends[name], source.storage_dtype, _form_of_end(ends[name]))
+                parts = _compress_rows(ends[name], source.storage_dtype, _form_of_end(ends[name]))
                 rest.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
             else:
                 rest[f"{name}.weight"] = source.model.get_submodule(name).weight.to(source.storage_dtype)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 import yaml
+from torch import Tensor
 
 from common import metadata, overlap
 from common.calibration import Windows, evaluation_windows
@@ -32,12 +33,13 @@ from common.checkpoint import is_quantized
 from common.cli import add_device_arguments, configure_torch, positive, resolve_device, resolve_dtype, run
 from common.data import Rows, demo_rows, load_rows
 from common.demo.model import DEMO_NAME
-from common.divergence import compare, hidden_states, summarise
+from common.device_memory import logits_at_once
+from common.divergence import compare, hidden_states, place_head, summarise
 from common.errors import UserError
 from common.models import SourceModel, load_tokenizer, model_name
 from common.progress import say, track
 from common.results import RESULTS_FOLDER, load_samples, read_json, write_json, write_samples
-from common.runtime import load_for_running, measure_speed, weight_bytes
+from common.runtime import load_for_running, measure_memory, measure_speed, weight_bytes
 from common.tasks import scoring
 
 TASKS = ("arc", "squad_v2", "openmath", "perplexity", "speed")
@@ -128,17 +130,21 @@ def run_task(task: str, model, tokenizer, rows: Rows, demo: bool, batch_share: f
 
 
 @torch.inference_mode()
-def perplexity(model, windows: Windows, original: SourceModel | None = None, states: Path | None = None,
+def perplexity(model, windows: Windows, original: SourceModel | None = None, references: Tensor | None = None,
                ) -> tuple[dict, list[dict]]:
     """Perplexity of consecutive windows [samples, length]: exp of the mean negative log-likelihood per token.
 
     Every window's first token is context only, and no BOS is put before it, as in published tables. The record of each window
     is its mean negative log-likelihood and, where the original model is given, the divergence from it at every token
-    (`common.divergence`); states: where the original's hidden states are kept.
+    (`common.divergence`); references: its last hidden states [samples, length, hidden].
     """
     device = next(model.parameters()).device
     start = time.perf_counter()
-    references = hidden_states(original, windows, states) if original else [None] * len(windows.tokens)
+    if original is None:
+        references = [None] * len(windows.tokens)
+    else:
+        place_head(original, model)
+    slice_size = logits_at_once(256, model.config.vocab_size, device)
     samples = []
     for index, (window, reference) in enumerate(zip(track(windows.tokens, "perplexity", unit="windows"), references,
                                                     strict=True)):
@@ -146,8 +152,8 @@ def perplexity(model, windows: Windows, original: SourceModel | None = None, sta
         hidden = model.model(window.unsqueeze(0), use_cache=False).last_hidden_state[0, :-1]
         # A slice of the vocabulary's logits at a time: all of them would take gigabytes.
         total, divergence, same = torch.zeros((), device=device), [], torch.zeros((), dtype=torch.long, device=device)
-        for first in range(0, len(hidden), 256):
-            part = slice(first, first + 256)
+        for first in range(0, len(hidden), slice_size):
+            part = slice(first, first + slice_size)
             found = torch.log_softmax(model.lm_head(hidden[part]).float(), -1)
             total -= found.gather(1, window[1:][part].unsqueeze(1)).sum()
             if reference is not None:
@@ -201,7 +207,7 @@ def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configu
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model: it has no config.json")
-    device = resolve_device(options.device)
+    device = resolve_device(options.device, options.device_memory)
     dtype = resolve_dtype(options.dtype, device)
     configure_torch(0)
     demo = options.data == "demo" or (options.data == "auto" and name == DEMO_NAME and options.data_root is None)
@@ -215,17 +221,28 @@ def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configu
                                      options.window_length or (DEMO_WINDOW_LENGTH if demo else WINDOW_LENGTH),
                                      options.data_root)
     _check_overlap(folder, tokenizer, rows, windows)
+    # Before the model takes its room: the original passes through the device layer by layer.
+    original = _original(folder, device, dtype) if windows is not None else None
+    references = None
+    if original:
+        references = hidden_states(original, windows, options.results_dir / name / STATES_FOLDER)
+        original.move_ends(torch.device("cpu"))
     started = time.perf_counter()
     model, _ = load_for_running(folder, device, dtype)
-    loading = time.perf_counter() - started
+    loading, device = time.perf_counter() - started, next(model.parameters()).device
+    loaded = metadata.peak_memory(device)
+    # Here the model is alone on the device.
+    speed = None
+    if "speed" in chosen:
+        speed = measure_speed(model, model.config.vocab_size)
+        speed["memory_bytes"] = measure_memory(model, model.config.vocab_size)
     say(f"Evaluating {name} {configuration} on {device} in {str(dtype).removeprefix('torch.')}: {', '.join(chosen)}")
     tasks, samples = {}, {}
     for task in rows:
         tasks[task], samples[task] = run_task(task, model, tokenizer, rows[task], demo)
     noise = _noise(samples, model, tokenizer, rows, demo) if twice else None
     if windows is not None:
-        tasks["perplexity"], samples["perplexity"] = perplexity(model, windows, _original(folder, device, dtype),
-                                                                options.results_dir / name / STATES_FOLDER)
+        tasks["perplexity"], samples["perplexity"] = perplexity(model, windows, original, references)
     document = {
         "format_version": 1, "model": name, "configuration": configuration, "demo_data": demo,
         "versions": metadata.versions(), "device": metadata.describe_device(device),
@@ -234,9 +251,11 @@ def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configu
     }
     if noise:
         document["noise"] = noise
-    if "speed" in chosen:
-        document["speed"] = measure_speed(model, model.config.vocab_size)
-    document["memory"] = {"weights_bytes": weight_bytes(model), **metadata.peak_memory(device)}
+    if speed:
+        document["speed"] = speed
+    # Measuring the memory to run has reset the peaks.
+    peaks = {key: max(loaded[key], value) for key, value in metadata.peak_memory(device).items()}
+    document["memory"] = {"weights_bytes": weight_bytes(model), **peaks}
     document["seconds"] = round(time.perf_counter() - started, 2)
     say(describe(document))
     return write_results(options.results_dir, document, samples)

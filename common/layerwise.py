@@ -23,7 +23,7 @@ from common.online import OnlineTransforms
 from common.progress import track
 from common.rounding import catch_up
 from common.statistics import InputStatistics, add_in_parts, group_inputs, new_statistics
-from common.streams import advance, each_chunk, embed_chunks, run_layer
+from common.streams import advance, cut, each_chunk, embed_chunks, hidden_bytes, home_of, run_layer
 
 # The groups, of one linear each, whose output is added to the residual stream.
 _O_PROJ, _DOWN_PROJ = ("self_attn.o_proj",), ("mlp.down_proj",)
@@ -245,11 +245,16 @@ def _start(source: SourceModel, method: Method, windows: Tensor | None, probe: T
     if method.rewrite_model:
         method.rewrite_model(source)
         round_to_storage(source.model, source.storage_dtype)
-    originals = embed_chunks(source, windows) if method.catch_up and windows is not None else None
+    chunks, home, originals = (), source.device, None
+    if windows is not None:
+        chunks = cut(source, windows)
+        home = home_of((2 if method.catch_up else 1) * hidden_bytes(source, windows), source.device)
+    if method.catch_up and windows is not None:
+        originals = embed_chunks(source, chunks, home)
     round_ends()
     hidden, arguments = None, None
     if windows is not None:
-        hidden, arguments = embed_chunks(source, windows), source.layer_arguments(windows.shape[1])
+        hidden, arguments = embed_chunks(source, chunks, home), source.layer_arguments(windows.shape[1])
         if originals is not None:
             # Chunks that nothing has changed yet are the same tensors, which need to pass through the first layer once.
             hidden = [old if torch.equal(old, new) else new for old, new in zip(originals, hidden, strict=True)]

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from common import metadata, overlap, parallel, probe
@@ -20,6 +21,9 @@ from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve
 from common.layerwise import NOTHING, Method, Resumption, Stopwatch, WalkResult, quantize_model
 from common.models import MODELS_FOLDER, SourceModel, model_name
 from common.progress import say
+
+# Rows of an embedding or head that are rounded at once.
+ROWS_AT_ONCE = 16384
 
 
 def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUPPORTED_BITS) -> Path:
@@ -36,7 +40,7 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     started = time.perf_counter()
     if options.bits not in bits:
         raise UserError(f"{method.name} does not support {options.bits} bits; use --bits {' or '.join(map(str, bits))}")
-    device = resolve_device(options.device)
+    device = resolve_device(options.device, options.device_memory)
     dtype = resolve_dtype(options.dtype, device)
     configure_torch(options.seed)
     parallel.start(device)
@@ -108,7 +112,8 @@ def _resumption(writer: CheckpointWriter | None) -> Resumption:
 
 
 # Options that change nothing in the result.
-_WITHOUT_EFFECT = ("output", "overwrite", "resume", "save_metadata", "data_root", "device", "dtype", "calib_data", "model")
+_WITHOUT_EFFECT = ("output", "overwrite", "resume", "save_metadata", "data_root", "device", "device_memory", "dtype", "calib_data",
+                   "model")
 
 
 def _fingerprint(options, method: Method, source: SourceModel, windows, device, dtype) -> dict:
@@ -126,11 +131,15 @@ def _quantize_rows(source: SourceModel, name: str, bits: int) -> QuantizedLinear
     """Round the embedding or head to nearest, one symmetric scale per row of the vocabulary, and put the result in place."""
     grid = Grid(bits, None, symmetric=True)
     parameter = source.model.get_submodule(name).weight
-    weight = parameter.float()
-    scale, zero_point = search_range(weight, grid, scale_dtype=source.storage_dtype)
-    rounded = QuantizedLinear(quantize(weight, scale, zero_point, grid), scale, zero_point, grid)
-    parameter.data = rounded.dequantize(parameter.dtype)
-    return rounded
+    parts, values = [], []
+    # All of a large vocabulary at once would take gigabytes in float32.
+    for rows in parameter.data.split(ROWS_AT_ONCE):
+        scale, zero_point = search_range(rows.float(), grid, scale_dtype=source.storage_dtype)
+        part = QuantizedLinear(quantize(rows, scale, zero_point, grid), scale, zero_point, grid)
+        values.append(part.dequantize(parameter.dtype))
+        parts.append((part.codes.cpu(), scale.cpu(), zero_point.cpu()))
+    parameter.data = torch.cat(values)
+    return QuantizedLinear(*(torch.cat(column) for column in zip(*parts, strict=True)), grid)
 
 
 def _headline(method: Method, grid: Grid, source: SourceModel, windows, device, dtype) -> str:

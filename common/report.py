@@ -174,14 +174,12 @@ def efficiency_table(results: ModelResults) -> Table:
         speed, memory, facts = document.get("speed", {}), document["memory"], document["quantization"]
         seconds = facts.get("seconds", {}).get("total")
         quantizing = facts.get("memory", {})
-        on_device = document["device"]["type"] == "cuda"
-        peak = memory["peak_device_bytes" if on_device else "peak_host_bytes"]
         quantizing_peak = quantizing.get("peak_device_bytes") or quantizing.get("peak_host_bytes")
         rows.append([name, number(speed.get("latency_seconds"), 2), number(speed.get("tokens_per_second"), 1),
-                     speed.get("kernels", NONE), gib(memory["weights_bytes"]), gib(peak),
+                     speed.get("kernels", NONE), gib(memory["weights_bytes"]), gib(speed.get("memory_bytes")),
                      number(seconds, 1), gib(quantizing_peak)])
     return Table("Efficiency", ["Configuration", "Latency, s", "Tokens/s", "Kernels", "Weights in memory, GiB",
-                  "Peak memory, GiB", "Quantization, s", "Quantization peak, GiB"], rows,
+                  "Memory to run, GiB", "Quantization, s", "Quantization peak, GiB"], rows,
                  note=" ".join(text for word, text in KERNELS.items() if any(word in row[3] for row in rows)))
 
 
@@ -190,6 +188,7 @@ KERNELS = {
     "dense": "Kernels `dense`: plain transformers unpacks the weights when the model is loaded, so a smaller checkpoint saves "
              "disk there, not memory or time; the library's wrappers cost a little.",
     "packed": "`packed`: weights stay packed in memory and are unpacked inside the product.",
+    "streamed": "`streamed`: the GPU has no room for the weights, so layers are read from the files for every forward pass.",
     "graph": "`graph`: decoding replays a captured CUDA graph.",
 }
 
@@ -227,8 +226,9 @@ def conditions(results: ModelResults) -> str:
     if "speed" in first:
         speed = first["speed"]
         sentences.append(f"Latency is one answer of {speed['new_tokens']} tokens to a prompt of {speed['prompt_tokens']}, "
-                         f"batch 1, median of {speed['runs']} runs; tokens/s is its decoding. Peak memory is the evaluating "
-                         f"process's, on {'the GPU' if device['type'] == 'cuda' else 'the host'}.")
+                         f"batch 1, median of {speed['runs']} runs; tokens/s is its decoding. Memory to run is what the model "
+                         f"takes with 2,048 tokens of context, batch 1: weights, cache and what it works with, "
+                         f"{'on the GPU' if device['type'] == 'cuda' else 'on the host without Python and its packages'}.")
     noise = results.documents.get("baseline", {}).get("noise")
     if noise:
         changes = "; ".join(f"{task} {found['changed']} of {found['samples']}" for task, found in noise.items())

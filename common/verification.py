@@ -52,6 +52,7 @@ def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[C
     except UserError as error:
         yield Check("plain load", False, str(error))
         return
+    device = next(model.parameters()).device
     parameters = sum(p.numel() for p in model.parameters())
     loaded = f"{type(model).__name__}, {parameters / 1e6:.1f} M parameters on {device}"
     yield _refused(folder, loaded) if CONFIG_KEY in config else Check("plain load", True, loaded)
