@@ -65,10 +65,10 @@ def by_hand(change: np.ndarray, article: np.ndarray, rng: np.random.Generator) -
               "CR2": np.sqrt((np.square(residuals) / (1 - sizes / samples)).sum()) / samples}
     for name, error in errors.items():
         t = value / error if error else 0.0
-        found[f"{name}, t"] = abs(t) <= stats.t.ppf(0.975, groups - 1), stats.t.cdf(t, groups - 1) <= 0.05
+        found[f"{name}, t with G - 1"] = abs(t) <= stats.t.ppf(0.975, groups - 1), stats.t.cdf(t, groups - 1) <= 0.05
     alone = significance.Flips(int((change < 0).sum()), int((change > 0).sum()))
     error = change.std(ddof=1) / samples**0.5
-    found["every answer for itself (McNemar)"] = abs(value) <= 1.96 * error, alone.p_values[0] <= 0.05
+    found["every answer for itself, McNemar"] = abs(value) <= 1.96 * error, alone.p_values[0] <= 0.05
     return found
 
 
@@ -79,9 +79,10 @@ def ours(before: np.ndarray, after: np.ndarray, article: np.ndarray) -> dict[str
     p_loss, p_gain = significance.swap_test(pair)
     word = significance.verdict(found, True, 0.02, p_loss, p_gain)
     holds = found.low <= 0 <= found.high
-    t = significance.t_test(found)[0]
-    return {"jackknife, t": (abs(found.value) <= stats.t.ppf(0.975, found.clusters - 1) * found.standard_error, t <= 0.05),
-            "**used**: the same with a floor; swaps": (holds, p_loss <= 0.05),
+    t, degrees = found.value / (found.standard_error or np.inf), found.clusters - 1
+    return {"jackknife, t with G - 1": (abs(t) <= stats.t.ppf(0.975, degrees), stats.t.cdf(t, degrees) <= 0.05),
+            "jackknife, t with G* - 1": (abs(t) <= stats.t.ppf(0.975, found.degrees), significance.t_test(found)[0] <= 0.05),
+            "used: the same with a floor; swaps": (holds, p_loss <= 0.05),
             "verdict `loss`": (holds, word == significance.LOSS),
             "verdict `gain`": (holds, word == significance.GAIN)}
 

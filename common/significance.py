@@ -62,6 +62,8 @@ def median(values: Sequence[float]) -> Metric:
     support, places = np.unique(np.asarray(values, float), return_inverse=True)
 
     def of_sums(sums: np.ndarray) -> np.ndarray:
+        if not len(support):
+            return np.full(sums.shape[:-1], np.nan)
         below = sums.cumsum(-1)
         half = below[..., -1:] / 2
         middle = support[(below >= half).argmax(-1)] + support[(below > half).argmax(-1)]
@@ -76,13 +78,14 @@ def _ratio(top: np.ndarray, bottom: np.ndarray, otherwise: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models' sums by cluster: before, after [clusters, k], of the same samples of the same metric."""
+    """Two models' sums by cluster: before, after [clusters, k], of the same samples of the same metric;
+    sizes: samples in each cluster [clusters]."""
 
     before: np.ndarray
     after: np.ndarray
     of_sums: Callable[[np.ndarray], np.ndarray]
     smooth: bool
-    samples: int
+    sizes: np.ndarray
 
     @property
     def values(self) -> tuple[float, float]:
@@ -107,20 +110,21 @@ def pair(metric: Metric, clusters: Sequence[str] | None = None) -> Pair:
         clusters: for each question, what it shares with others.
     """
     samples = len(metric.features) // 2
-    sums = [metric.features[:samples], metric.features[samples:]]
+    sums, sizes = [metric.features[:samples], metric.features[samples:]], np.ones(samples)
     if clusters is not None:
         names, labels = np.unique(np.asarray(clusters), return_inverse=True)
         members = (labels == np.arange(len(names))[:, None]).astype(float)
-        sums = [members @ one for one in sums]
-    return Pair(*sums, metric.of_sums, metric.smooth, samples)
+        sums, sizes = [members @ one for one in sums], members.sum(1)
+    return Pair(*sums, metric.of_sums, metric.smooth, sizes)
 
 
 @dataclass(frozen=True)
 class Difference:
     """quantized - baseline of a metric: its value, its 95% interval and its standard error.
 
-    samples in `clusters` groups; without groups each is its own. unseen: how often a change can be and
-    still have been missed by every one of the samples, where the metric is a share (else 0).
+    samples in `clusters` groups; without groups each is its own. degrees: degrees of freedom of the
+    standard error. unseen: how often a change can be and still have been missed by every one of the
+    samples, where the metric is a share (else 0).
     """
 
     value: float
@@ -129,13 +133,14 @@ class Difference:
     standard_error: float
     samples: int
     clusters: int
+    degrees: float
     unseen: float = 0.0
 
     @property
     def detectable(self) -> float:
         """The smallest true difference that a sample of this size would show, at 95% confidence four
         times in five."""
-        t = stats.t(max(self.clusters - 1, 1))
+        t = stats.t(self.degrees)
         return float(np.hypot(t.ppf(1 - TAIL) * self.standard_error, self.unseen)
                      + t.ppf(POWER) * self.standard_error)
 
@@ -144,31 +149,33 @@ def difference(paired: Pair, share: bool = False) -> Difference:
     """The difference of a metric between two models.
 
     Smooth metrics have Student's t interval on the standard error of the jackknife that leaves out a
-    cluster at a time: unlike a bootstrap it holds its rate with few clusters of unequal sizes. A median
-    has a percentile bootstrap's.
+    cluster at a time, with one degree of freedom less than the number of equal clusters that would vary
+    as much (Kish's effective number): unlike a bootstrap it holds its rate with few clusters of unequal
+    sizes. A median, for which the jackknife fails, has a percentile bootstrap's.
 
     Args:
         share: the metric lies between 0 and 1. The interval then reaches at least as far as the share
             of changed answers that may be there though no sample shows one (the exact form of the
             rule of three): no change in five samples says little.
     """
-    groups, samples = len(paired.before), paired.samples
+    groups, samples = len(paired.sizes), int(paired.sizes.sum())
     before, after = paired.values
     value = after - before
     unseen = 1 - TAIL ** (1 / samples) if share and samples else 0.0
     if groups < 2:
-        return Difference(value, np.nan, np.nan, np.nan, samples, groups, unseen)
+        return Difference(value, np.nan, np.nan, np.nan, samples, groups, 1.0, unseen)
+    degrees = max(float(samples**2 / np.square(paired.sizes).sum()) - 1, 1.0)
     if not paired.smooth:
         found = paired.differences(_resampled(groups))
         low, high = np.quantile(found, [TAIL, 1 - TAIL])
-        return Difference(value, float(low), float(high), float(found.std()), samples, groups)
+        return Difference(value, float(low), float(high), float(found.std()), samples, groups, degrees)
     left_out = paired.differences(1 - np.eye(groups))
     error = float(np.sqrt((groups - 1) / groups * np.square(left_out - left_out.mean()).sum()))
-    half = np.hypot(stats.t.ppf(1 - TAIL, groups - 1) * error, unseen)
+    half = np.hypot(stats.t.ppf(1 - TAIL, degrees) * error, unseen)
     low, high = value - half, value + half
     if share:
         low, high = max(low, -1.0), min(high, 1.0)
-    return Difference(value, float(low), float(high), error, samples, groups, unseen)
+    return Difference(value, float(low), float(high), error, samples, groups, degrees, unseen)
 
 
 def swap_test(paired: Pair) -> tuple[float, float]:
@@ -178,7 +185,7 @@ def swap_test(paired: Pair) -> tuple[float, float]:
     answers are which model's. Exact where the two models' answers to a cluster are exchangeable, however the answers within it hang
     together; with six clusters the smallest p-value is 1/64.
     """
-    groups = len(paired.before)
+    groups = len(paired.sizes)
     if groups == 0:
         return 1.0, 1.0
     found = np.concatenate([paired.swapped(chunk) for chunk in _swaps(groups)])
@@ -198,8 +205,8 @@ def t_test(found: Difference) -> tuple[float, float]:
         return 1.0, 1.0
     if found.standard_error == 0:
         return float(found.value >= 0), float(found.value <= 0)
-    t, degrees = found.value / found.standard_error, found.clusters - 1
-    return float(stats.t.cdf(t, degrees)), float(stats.t.sf(t, degrees))
+    t = found.value / found.standard_error
+    return float(stats.t.cdf(t, found.degrees)), float(stats.t.sf(t, found.degrees))
 
 
 @lru_cache(maxsize=4)
