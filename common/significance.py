@@ -1,9 +1,10 @@
 """Paired statistics between two models that answered the same questions.
 
-A metric is a function of sums over samples, so every resample is a sum of other samples. Samples that
-share an article (a cluster) stay together throughout (Miller 2024, arXiv 2411.00640). Intervals are
-Student's t on the jackknife that leaves out a cluster at a time, p-values come from swapping the two
-models' answers cluster by cluster; benchmarks/nominal_rates.py measures both beside the alternatives.
+A metric is a function of sums over samples, so every resample is a sum of other samples. Samples
+that share an article (a cluster) stay together throughout (Miller 2024, arXiv 2411.00640).
+Intervals are Student's t on the jackknife that leaves out a cluster at a time, p-values come from
+swapping the two models' answers cluster by cluster; benchmarks/nominal_rates.py measures both
+beside the alternatives.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ _CHUNK = 1000
 class Metric:
     """A metric of one model as a function of sums over its samples.
 
-    features [samples, k]: what is summed over samples. of_sums: sums [..., k] -> the metric [...]. smooth: whether
-    small changes of the sums change it little, as the jackknife needs; a median is not.
+    features [samples, k]: what is summed over samples. of_sums: sums [..., k] -> the metric [...].
+    smooth: whether small changes of the sums change it little, as the jackknife needs; a median is
+    not.
     """
 
     features: np.ndarray
@@ -104,7 +106,7 @@ class Pair:
 
 
 def pair(metric: Metric, clusters: Sequence[str] | None = None) -> Pair:
-    """A metric of the baseline's samples and then the quantized model's, of the same questions, taken apart.
+    """A metric of the baseline's samples and then the quantized model's, taken apart.
 
     Args:
         clusters: for each question, what it shares with others.
@@ -148,15 +150,16 @@ class Difference:
 def difference(paired: Pair, share: bool = False) -> Difference:
     """The difference of a metric between two models.
 
-    Smooth metrics have Student's t interval on the standard error of the jackknife that leaves out a
-    cluster at a time, with one degree of freedom less than the number of equal clusters that would vary
-    as much (Kish's effective number): unlike a bootstrap it holds its rate with few clusters of unequal
-    sizes. A median, for which the jackknife fails, has a percentile bootstrap's.
+    Smooth metrics have Student's t interval on the standard error of the jackknife that leaves out
+    a cluster at a time, with one degree of freedom less than the number of equal clusters that
+    would vary as much (Kish's effective number): unlike a bootstrap it holds its rate with few
+    clusters of unequal sizes. A median, for which the jackknife fails, has a percentile
+    bootstrap's.
 
     Args:
-        share: the metric lies between 0 and 1. The interval then reaches at least as far as the share
-            of changed answers that may be there though no sample shows one (the exact form of the
-            rule of three): no change in five samples says little.
+        share: the metric lies between 0 and 1. The interval then reaches at least as far as the
+            share of changed answers that may be there though no sample shows one (the exact form of
+            the rule of three): no change in five samples says little.
     """
     groups, samples = len(paired.sizes), int(paired.sizes.sum())
     before, after = paired.values
@@ -181,9 +184,10 @@ def difference(paired: Pair, share: bool = False) -> Difference:
 def swap_test(paired: Pair) -> tuple[float, float]:
     """One-sided p-values of a true difference below and above zero.
 
-    How often a difference as low, or as high, comes about when chance decides, cluster by cluster, which
-    answers are which model's. Exact where the two models' answers to a cluster are exchangeable, however the answers within it hang
-    together; with six clusters the smallest p-value is 1/64.
+    How often a difference as low, or as high, comes about when chance decides, cluster by cluster,
+    which answers are which model's. Exact where the two models' answers to a cluster are
+    exchangeable, however the answers within it hang together; with six clusters the smallest
+    p-value is 1/64.
     """
     groups = len(paired.sizes)
     if groups == 0:
@@ -234,8 +238,8 @@ class Flips:
 
     @property
     def p_values(self) -> tuple[float, float]:
-        """Of a loss and of a gain, by exact one-sided McNemar tests: the chance of so many losses, or gains, among the flips if
-        both were as likely and every answer stood for itself."""
+        """Of a loss and of a gain, by exact one-sided McNemar tests: the chance of so many among the
+        flips if losses and gains were as likely and every answer stood for itself."""
         changed = self.to_wrong + self.to_right
         loss, gain = [float(stats.binom.sf(count - 1, changed, 0.5)) if changed else 1.0
                       for count in (self.to_wrong, self.to_right)]
@@ -264,9 +268,9 @@ NO_LOSS, LOSS, GAIN = "no loss seen", "loss", "gain"
 def verdict(found: Difference, larger_is_better: bool, margin: float, p_loss: float, p_gain: float) -> str:
     """A word for a difference.
 
-    "loss": the interval lies wholly on the worse side of zero and p_loss is at most 0.05. "gain": it lies
-    wholly on the better side and p_gain is at most 0.05. "no loss seen": it excludes a loss as large as
-    `margin`. Otherwise the sample is too small to say.
+    "loss": the interval lies wholly on the worse side of zero and p_loss is at most 0.05. "gain":
+    it lies wholly on the better side and p_gain is at most 0.05. "no loss seen": it excludes a loss
+    as large as `margin`. Otherwise the sample is too small to say.
     """
     low, high = (found.low, found.high) if larger_is_better else (-found.high, -found.low)
     if high < 0 and p_loss <= 1 - CONFIDENCE:

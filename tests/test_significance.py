@@ -152,6 +152,16 @@ def test_a_silent_model_gains_nothing():
     assert nothing["mean_absolute_difference"].verdict() == "cannot tell with n = 0"
 
 
+@pytest.mark.parametrize("key", ["f1", "exact_match"])
+def test_losses_in_one_article_are_one_piece_of_evidence(key):
+    """Twelve answers lost in one article of six and none elsewhere: McNemar's p would be 2^-12, an article's is 1/2."""
+    before = [{"id": str(i), "f1": 1.0, "exact_match": 1.0, "cluster": f"article {i // 20}"} for i in range(120)]
+    after = [{**one, "f1": float(i >= 12), "exact_match": float(i >= 12)} for i, one in enumerate(before)]
+    one = next(one for one in compare({"squad_v2": before}, {"squad_v2": after}) if one.kind.key == key)
+    assert (one.p_loss, one.p_gain) == (0.5, 1.0) and one.difference.clusters == 6
+    assert one.difference.value == pytest.approx(-0.1) and one.verdict() == "cannot tell with n = 120"
+
+
 def test_gain_needs_holm_as_loss_does():
     """Ten right answers more and none less, p = 0.001: a gain alone, and none among a hundred such comparisons."""
     before = openmath([1.0] * 10 + [0.0] * 90)
