@@ -21,7 +21,7 @@ TAIL = (1 - CONFIDENCE) / 2
 # Up to this many clusters every swap is gone through; else that many random ones.
 _ALL_SWAPS, _RANDOM_SWAPS = 13, 9999
 _RESAMPLES = 4000
-# Swaps that are worked on at once, so that thousands of samples need no gigabytes.
+# Swaps or resamples that are worked on at once, so that thousands of samples need no gigabytes.
 _CHUNK = 1000
 
 
@@ -94,7 +94,11 @@ class Pair:
         """The metric of the baseline and of the quantized model."""
         return float(self.of_sums(self.before.sum(0))), float(self.of_sums(self.after.sum(0)))
 
-    def differences(self, counts: np.ndarray) -> np.ndarray:
+    def left_out(self) -> np.ndarray:
+        """quantized - baseline without each cluster in turn [clusters]."""
+        return self.of_sums(self.after.sum(0) - self.after) - self.of_sums(self.before.sum(0) - self.before)
+
+    def resampled(self, counts: np.ndarray) -> np.ndarray:
         """quantized - baseline where each cluster is there `counts` times [resamples, clusters]."""
         return self.of_sums(counts @ self.after) - self.of_sums(counts @ self.before)
 
@@ -169,10 +173,10 @@ def difference(paired: Pair, share: bool = False) -> Difference:
         return Difference(value, np.nan, np.nan, np.nan, samples, groups, 1.0, unseen)
     degrees = max(float(samples**2 / np.square(paired.sizes).sum()) - 1, 1.0)
     if not paired.smooth:
-        found = paired.differences(_resampled(groups))
+        found = np.concatenate([paired.resampled(chunk) for chunk in _drawn(groups)])
         low, high = np.quantile(found, [TAIL, 1 - TAIL])
         return Difference(value, float(low), float(high), float(found.std()), samples, groups, degrees)
-    left_out = paired.differences(1 - np.eye(groups))
+    left_out = paired.left_out()
     error = float(np.sqrt((groups - 1) / groups * np.square(left_out - left_out.mean()).sum()))
     half = np.hypot(stats.t.ppf(1 - TAIL, degrees) * error, unseen)
     low, high = value - half, value + half
@@ -224,9 +228,10 @@ def _swaps(groups: int) -> list[np.ndarray]:
 
 
 @lru_cache(maxsize=4)
-def _resampled(groups: int) -> np.ndarray:
-    """How often each cluster is drawn in each bootstrap resample [resamples, clusters]."""
-    return np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), _RESAMPLES)
+def _drawn(groups: int) -> list[np.ndarray]:
+    """How often each cluster is drawn in each bootstrap resample, in chunks [resamples, clusters]."""
+    counts = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), _RESAMPLES)
+    return np.split(counts.astype(np.uint16), range(_CHUNK, _RESAMPLES, _CHUNK))
 
 
 @dataclass(frozen=True)
