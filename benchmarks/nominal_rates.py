@@ -2,8 +2,8 @@
 
     python benchmarks/nominal_rates.py --runs 4000
 
-Prints a markdown table: for several numbers and sizes of articles, the share of runs in which a 95%
-interval holds the truth and in which a one-sided p-value of a loss is at most 0.05, by several methods.
+Prints a markdown table: for several numbers and sizes of articles, and by several methods, in how many
+percent of the runs a 95% interval holds the truth / a one-sided p-value of a loss is at most 0.05.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ SIZES = {
     "6 articles": [79, 68, 63, 54, 38, 20],
     "6 articles, one with half of all questions": [160, 45, 40, 35, 25, 15],
 }
+# Share of answers that change, the changes' correlation within an article, scores of F1's kind or right and wrong.
+KINDS = ((0.2, 0.03, False), (0.2, 0.03, True), (0.3, 0.09, False), (0.02, 0.0, False))
 
 
 def made_up_answers(rng: np.random.Generator, sizes: list[int], flips: float, within: float, graded: bool,
@@ -91,10 +93,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=2000)
     options = parser.parse_args()
-    lines: dict[str, list[str]] = {}
-    heads = []
+    names: list[str] = []
     for name, sizes in SIZES.items():
-        for flips, within, graded in ((0.2, 0.03, False), (0.2, 0.03, True), (0.3, 0.09, False), (0.02, 0.0, False)):
+        for flips, within, graded in KINDS:
             rng = np.random.default_rng(1)
             counts: dict[str, np.ndarray] = {}
             for _ in range(options.runs):
@@ -102,12 +103,12 @@ def main() -> None:
                 found = {**by_hand(after - before, article, rng), **ours(before, after, article)}
                 for method, outcome in found.items():
                     counts[method] = counts.get(method, np.zeros(2)) + outcome
-            heads.append(f"{name}; {flips:.0%} {'graded' if graded else 'right or wrong'}, {within}")
-            for method, (held, called) in counts.items():
-                lines.setdefault(method, []).append(f"{100 * held / options.runs:.1f} / {100 * called / options.runs:.1f}")
-    print(f"| | {' | '.join(heads)} |\n|---|{'---:|' * len(heads)}")
-    for method, cells in lines.items():
-        print(f"| {method} | {' | '.join(cells)} |")
+            if not names:
+                names = list(counts)
+                print(f"| | {' | '.join(names)} |\n|---|{'---:|' * len(names)}")
+            rates = [" / ".join(f"{one:.1f}" for one in 100 * counts[method] / options.runs) for method in names]
+            print(f"| {name}; {flips:.0%} {'graded' if graded else 'right or wrong'}, {within} | {' | '.join(rates)} |",
+                  flush=True)
 
 
 if __name__ == "__main__":

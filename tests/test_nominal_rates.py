@@ -11,10 +11,7 @@ from common.significance import GAIN, LOSS
 
 sys.path.append(str(ROOT / "benchmarks"))
 
-from nominal_rates import SIZES, by_hand, made_up_answers, paired  # noqa: E402
-
-# Share of answers that change, their correlation within an article, scores of F1's kind.
-KINDS = [(0.2, 0.03, False), (0.2, 0.03, True), (0.3, 0.09, False), (0.02, 0.0, False)]
+from nominal_rates import KINDS, SIZES, by_hand, made_up_answers, paired  # noqa: E402
 
 
 def rates(sizes, kind, runs, seed):
