@@ -4,7 +4,7 @@
     python compare_to_baseline.py --quantized models/Llama-3.2-1B-Instruct/gptq-4bit
     python compare_to_baseline.py --quantized models/SmolLM2-135M-Instruct/awq-4bit --json
 
-Differences are paired, sample by sample, with a 95% bootstrap interval; flips are answers that went wrong / came right; the
+Differences are paired, question by question, with a 95% interval; flips are answers that went wrong / came right; the
 last column says what the difference is. Results that are missing are evaluated first; the other arguments are those of
 common/evaluation.py. A chart goes beside the results.
 """

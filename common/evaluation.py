@@ -41,6 +41,7 @@ from common.progress import say, track
 from common.results import RESULTS_FOLDER, load_samples, read_json, write_json, write_samples
 from common.runtime import load_for_running, measure_memory, measure_speed, weight_bytes
 from common.tasks import scoring
+from common.tasks.numbers import parse_number
 
 TASKS = ("arc", "squad_v2", "openmath", "perplexity", "speed")
 TASK_FILES = Path(__file__).parent / "tasks"
@@ -89,15 +90,10 @@ def task_rows(task: str, options: argparse.Namespace, demo: bool) -> Rows:
         return Rows(loaded.rows[:limit], loaded.source)
     loaded = load_rows(address or data.address, options.data_root, limit=data.fetch, seed=SAMPLE_SEED)
     # A problem whose answer is an expression has no distance from a number.
-    numeric = [row for row in loaded.rows if _is_plain_number(str(row["expected_answer"]))]
+    numeric = [row for row in loaded.rows if parse_number(str(row["expected_answer"])) is not None]
     if not numeric:
         raise UserError(f"{loaded.source} has no row with a numeric expected_answer")
     return Rows(numeric[:limit], loaded.source)
-
-
-def _is_plain_number(text: str) -> bool:
-    return scoring.parse_number(text) is not None and not any(c.isalpha() for c in text.replace("\\frac", "").lower()
-                                                      .replace("e", ""))
 
 
 def run_task(task: str, model, tokenizer, rows: Rows, demo: bool, batch_share: float = 1.0) -> tuple[dict, list[dict]]:

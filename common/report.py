@@ -15,7 +15,7 @@ import pandas as pd
 from common.comparison import Comparison, adjusted_p_values, by_metric
 from common.errors import UserError
 from common.results import CONFIGURATIONS, ModelResults
-from common.significance import NO_LOSS
+from common.significance import GAIN, NO_LOSS
 
 # By configuration, its differences to the baseline.
 Comparisons = dict[str, list[Comparison]]
@@ -97,11 +97,13 @@ ACCURACY_COLUMNS = (
     ("arc", "accuracy", "ARC accuracy"), ("arc", "macro_f1", "ARC F1"), ("squad_v2", "f1", "SQuAD v2 F1"),
     ("squad_v2", "exact_match", "SQuAD v2 EM"), ("openmath", "within_tolerance", "OpenMath correct"),
     ("openmath", "mean_absolute_difference", "OpenMath mean absolute difference"),
+    ("openmath", "median_absolute_difference", "OpenMath median absolute difference"),
     ("openmath", "no_number", "OpenMath no number"),
 )
-ACCURACY_NOTE = ("In brackets: the difference to the baseline with its 95% interval (paired bootstrap, SQuAD v2 by passage). "
-                 "The mean absolute difference is over the answers that hold a number; `no number` is the share of those that "
-                 "hold none.")
+ACCURACY_NOTE = ("In brackets: the difference to the baseline on the same questions with its 95% interval (Student's t on a "
+                 "jackknife, SQuAD v2 by article; of the median a bootstrap's). Mean and median absolute difference are over the "
+                 "answers that hold a number, their differences over the problems that both models answered with one, so that "
+                 "silence is no gain; `no number` is the share of answers that hold none.")
 
 
 def accuracy_table(results: ModelResults, comparisons: Comparisons) -> Table:
@@ -111,7 +113,7 @@ def accuracy_table(results: ModelResults, comparisons: Comparisons) -> Table:
         row = [name]
         for task, metric, _ in ACCURACY_COLUMNS:
             value = document["tasks"].get(task, {}).get(metric)
-            shown = significant(value) if metric == "mean_absolute_difference" else number(value)
+            shown = significant(value) if metric.endswith("absolute_difference") else number(value)
             one = compared.get((task, metric))
             row.append(shown if one is None or value is None else f"{shown} ({one.shown_difference()})")
         rows.append(row)
@@ -124,7 +126,8 @@ VERDICT_COLUMNS = (("arc", "accuracy", "ARC accuracy"), ("squad_v2", "f1", "SQuA
 
 
 def verdict_table(comparisons: Comparisons) -> Table:
-    """A word for each difference, with flips to wrong / to right and the p-value of a loss after Holm."""
+    """A word for each difference, with flips to wrong / to right and the p-value after Holm: of a gain where it is one, else
+    of a loss."""
     adjusted = adjusted_p_values(comparisons)
     rows, detectable = [], {}
     for name, compared in comparisons.items():
@@ -135,17 +138,20 @@ def verdict_table(comparisons: Comparisons) -> Table:
             if one is None:
                 row.append(NONE)
                 continue
-            size = one.detectable
+            size = one.difference.detectable
             detectable.setdefault(heading, []).append(math.expm1(size) if one.kind.logarithmic else size)
-            p_value = adjusted[name, task, metric]
+            p_loss, p_gain = adjusted[name, task, metric]
+            word = one.verdict(p_loss, p_gain)
             flips = "" if one.flips is None else f"{one.flips.to_wrong}/{one.flips.to_right}, "
-            row.append(f"{one.verdict(p_value)} ({flips}p {p_value:.2g})")
+            row.append(f"{word} ({flips}p {p_gain if word == GAIN else p_loss:.2g})")
         rows.append(row)
     sizes = "; ".join(f"{heading} {max(values):.2g}" for heading, values in detectable.items() if np.isfinite(max(values)))
-    note = (f"A loss is an interval wholly below zero with p at most 0.05; \"{NO_LOSS}\" one that excludes a loss of more "
-            "than 0.02 (perplexity: 1%). In brackets: answers that went wrong / came right, and the one-sided p of a loss "
-            "(McNemar's exact test, or the bootstrap's where answers are not right or wrong) after Holm over all "
-            f"configurations. Smallest differences that samples of this size detect four times in five: {sizes}.")
+    note = (f"A loss is an interval wholly below zero with p at most 0.05, a gain the reverse; \"{NO_LOSS}\" an interval that "
+            "excludes a loss of 0.02 (perplexity: 1%). In brackets: answers that went wrong / came right, and the one-sided p of "
+            "a loss, or of a gain where it is called one, after Holm over all configurations: McNemar's exact test where answers "
+            "are right or wrong, Student's t for perplexity; for SQuAD v2 the two models' answers are swapped at random, article "
+            "by article, because answers to one article are not independent. Smallest differences that samples of this size "
+            f"detect four times in five: {sizes}.")
     return Table("What the differences mean", ["Configuration", *[heading for *_, heading in VERDICT_COLUMNS]], rows,
                  numbers=False, note=note)
 
@@ -314,8 +320,12 @@ def write_csv(results: ModelResults, comparisons: Comparisons, folder: Path) -> 
     pd.DataFrame(errors, columns=["configuration", "linear", "relative_output_error"]).to_csv(
         folder / "error_by_layer.csv", index=False)
     adjusted = adjusted_p_values(comparisons)
-    rows = [{"configuration": name, **one.as_dict(), "p_value_holm": adjusted.get((name, one.kind.task, one.kind.key))}
-            for name, compared in comparisons.items() for one in compared]
+    rows = []
+    for name, compared in comparisons.items():
+        for one in compared:
+            p_loss, p_gain = adjusted[name, one.kind.task, one.kind.key]
+            rows.append({"configuration": name, **one.as_dict(), "p_value_holm": p_loss, "p_value_gain_holm": p_gain,
+                         "verdict": one.verdict(p_loss, p_gain)})
     pd.DataFrame(rows).to_csv(folder / "comparisons.csv", index=False)
 
 
