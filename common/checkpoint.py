@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.grid import Grid, QuantizedLinear
 from common.layerwise import Resumption
-from common.models import INDEX_FILE, LINEARS, SourceModel, TensorReader
+from common.models import INDEX_FILE, LINEARS, MODEL_FILES, SourceModel, TensorReader
 from common.online import OnlineTransforms, mark_config
 from common.unfinished import UnfinishedFolder
 
@@ -319,5 +319,6 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of the files in a folder that belong to its model; not the same weights in other forms, nor subfolders."""
+    return sum(file.stat().st_size for file in folder.iterdir()
+               if file.is_file() and any(map(file.match, MODEL_FILES)))
