@@ -42,7 +42,7 @@ def write_card(folder: Path, configs: dict[str, dict[str, str]]) -> None:
     (folder / "README.md").write_text(f"---\n{yaml.safe_dump(content)}---\n# Made up for a test\n")
 
 
-def squad_rows(rng: random.Random, articles: int = 17, passages: int = 20, questions: int = 4) -> list[dict]:
+def squad_rows(rng: random.Random, articles: int = 17, passages: int = 60, questions: int = 6) -> list[dict]:
     """Questions grouped by passage and article, as in the original; half of them are not answered by their passage."""
     rows = []
     for article in range(articles):
@@ -104,7 +104,7 @@ def build_datasets(root: Path, math: int = 24_000, chats: int = 24_000, articles
     write_card(folder, {name: {"test": f"{name}/test-*"} for name in ("ARC-Challenge", "ARC-Easy")})
     folder = root / "rajpurkar/squad_v2"
     write_split(folder / "squad_v2", "train", squad_rows(rng, 3), 1, 1000, squad)
-    write_split(folder / "squad_v2", "validation", squad_rows(rng), 3, 200, squad)
+    write_split(folder / "squad_v2", "validation", squad_rows(rng), 3, 1000, squad)
     write_card(folder, {"squad_v2": {split: f"squad_v2/{split}-*" for split in ("train", "validation")}})
     folder = root / "nvidia/OpenMathInstruct-2"
     write_split(folder / "data", "train", math_rows(rng, math), 4, 1000)
