@@ -319,6 +319,6 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of the files in a folder that belong to its model; not the same weights in other forms, nor subfolders."""
+    """Bytes of a model's files in a folder; not of the same weights in other forms beside."""
     return sum(file.stat().st_size for file in folder.iterdir()
                if file.is_file() and any(map(file.match, MODEL_FILES)))

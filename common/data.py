@@ -37,22 +37,23 @@ class DataName:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows and where they were really read from, in words that go into the results; from the hub with the commit."""
+    """Rows and where they were read from, as the results name it; from the hub with the commit."""
 
     rows: list[dict]
     source: str
 
 
-def load_rows(address: str, data_root: Path | None = None, limit: int | None = None, seed: int | None = None,
-              columns: tuple[str, ...] | None = None, budget: int | None = None) -> Rows:
-    """Read a data set's rows: the same from the hub and from a mirror of it (`sampling.draw_rows` says which).
+def load_rows(address: str, data_root: Path | None = None, limit: int | None = None,
+              seed: int | None = None, columns: tuple[str, ...] | None = None,
+              budget: int | None = None) -> Rows:
+    """Read a data set's rows, the same from the hub and from a mirror (`sampling.draw_rows`).
 
     Args:
         address: path of a .txt, .jsonl or .parquet file, or a `DataName`.
         data_root: looked into before the hub, as DIR/<owner>/<name>/<config>/<split>.parquet.
         limit: at most this many rows.
         seed: rows are drawn from the whole split with this seed; None takes the first.
-        columns: the only columns that are needed, as far as there are such; from parquet files the others are not read.
+        columns: those that are needed, as far as there are such; of parquet no others are read.
         budget: bytes to fetch for a sample of a large split.
     Raises:
         UserError: no such file or data set, an unreadable one, or no network.
@@ -86,8 +87,8 @@ def _find_under(data_root: Path, name: DataName) -> Path | None:
     return None
 
 
-def _read_file(path: Path, limit: int | None = None, seed: int | None = None, columns: tuple[str, ...] | None = None,
-               budget: int | None = None) -> list[dict]:
+def _read_file(path: Path, limit: int | None = None, seed: int | None = None,
+               columns: tuple[str, ...] | None = None, budget: int | None = None) -> list[dict]:
     try:
         if path.suffix == ".txt":
             return [{"text": path.read_text(encoding="utf-8")}]

@@ -51,8 +51,8 @@ _SAME_RUN = ("demo_data", "versions", "device", "compute_dtype", "quantization")
 class TaskData:
     """Where a task's rows come from: demo file, hub address, and how many by default.
 
-    fetch: rows that are looked through for OpenMath, many of which have no numeric answer; a seeded sample is taken from
-    them. columns: what the task needs of a row, where that is less than all.
+    fetch: rows of a seeded sample that are looked through for OpenMath, many of which have no
+    numeric answer. columns: what the task needs of a row, where that is less than all.
     """
 
     demo: str
@@ -87,7 +87,8 @@ def task_rows(task: str, options: argparse.Namespace, demo: bool) -> Rows:
         return Rows(loaded.rows[:options.limit], loaded.source)
     # At least the usual number is drawn, so that a smaller --limit finds them in the cache.
     wanted = max(data.limit, limit) if data.fetch is None else max(data.fetch, 4 * limit)
-    loaded = load_rows(address or data.address, options.data_root, wanted, SAMPLE_SEED, data.columns, TRAFFIC)
+    loaded = load_rows(address or data.address, options.data_root, wanted, SAMPLE_SEED,
+                       data.columns, TRAFFIC)
     if data.fetch is None:
         return Rows(loaded.rows[:limit], loaded.source)
     # A problem whose answer is an expression has no distance from a number.

@@ -1,8 +1,8 @@
-"""Rows of a data set on the hub: fetched once, at one revision, and kept so that later runs need no network.
+"""Rows of a data set on the hub: fetched once, at one revision, and kept for later runs.
 
-Rows are kept in HF_HOME (by default ~/.cache/huggingface) as sampled_rows/<owner>/<name>/<revision>/, a small parquet file
-for each config, split and sample. The file `revision` beside holds the commit that all of them are of. Whoever wants a
-newer one deletes the folder of the data set.
+They are kept in HF_HOME (~/.cache/huggingface), in sampled_rows/<owner>/<name>/<revision>/:
+a small parquet file for each config, split and sample. The file `revision` beside holds the commit
+that all of them are of. Whoever wants a newer one deletes the folder of the data set.
 """
 
 from __future__ import annotations
@@ -68,14 +68,17 @@ def hub_rows(name: DataName, sample: Sample) -> tuple[list[dict], str]:
     except ValueError as error:  # what `datasets` raises for an unknown config or split
         raise UserError(f"data set {name}: {str(error).splitlines()[0][:200]}") from None
     except Exception as error:  # aiohttp, httpx, hub and file-system errors share no base class
-        raise UserError(f"data set {name} cannot be fetched ({type(error).__name__}): no network, or no such data set; "
-                        "give a local file, --data-root, or demo") from None
+        raise UserError(
+            f"data set {name} cannot be fetched ({type(error).__name__}): no network, or no such "
+            "data set; give a local file, --data-root, or demo"
+        ) from None
     try:
         _write(_file(folder, revision, name, sample), table)
         if not pinned:
             _write_text(folder / "revision", revision)
     except OSError as error:
-        say(f"the rows of {name} cannot be kept for later runs ({error.strerror or error}: {folder})")
+        reason = error.strerror or error
+        say(f"the rows of {name} cannot be kept for later runs ({reason}: {folder})")
     return table.to_pylist(), revision
 
 
@@ -138,7 +141,7 @@ def _fetch(name: DataName, revision: str, sample: Sample) -> pyarrow.Table:
 
 
 def _from_parquet(paths: list[str], sample: Sample) -> pyarrow.Table:
-    """Only what is needed: the ends of the files, which say where what is, then the row groups of the sample."""
+    """What is needed: the ends of the files, which say where what is, and the row groups drawn."""
     from huggingface_hub import HfFileSystem
     from pyarrow.parquet import ParquetFile
 
@@ -154,11 +157,15 @@ def _from_parquet(paths: list[str], sample: Sample) -> pyarrow.Table:
 
 
 def _from_stream(stream, sample: Sample) -> pyarrow.Table:
-    """Other formats have no index, so they are read from the start: whole, or as far as a sample may go."""
+    """Other formats have no index: read from the start, whole or as far as a sample may go."""
     import pyarrow
 
     end = sample.limit if sample.seed is None else None if sample.limit is None else SMALL
     rows = list(itertools.islice(stream, end))
-    rows = [rows[i] for i in draw_rows([RowGroup(0, 0, 0, len(rows), 0)], sample.limit, sample.seed)]
+    rows = [
+        rows[i] for i in draw_rows([RowGroup(0, 0, 0, len(rows), 0)], sample.limit, sample.seed)
+    ]
     kept = [name for name in sample.columns or () if rows and name in rows[0]]
-    return pyarrow.Table.from_pylist([{name: row[name] for name in kept} for row in rows] if kept else rows)
+    return pyarrow.Table.from_pylist(
+        [{name: row[name] for name in kept} for row in rows] if kept else rows
+    )

@@ -24,8 +24,8 @@ from common.fused import fuse_layers
 DEFAULT_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
 MODELS_FOLDER = Path("models")
 INDEX_FILE = "model.safetensors.index.json"
-# What a model needs, all at the top of its folder. Many repositories hold the same weights again in other forms
-# (consolidated.safetensors, original/, *.bin, *.pth, *.gguf, onnx/), and the tokenizer too (tokenizer.model.v3).
+# What a model needs, all at the top of its folder. Many repositories hold the same weights again in
+# other forms (consolidated.safetensors, original/, *.bin, *.pth, *.gguf, onnx/).
 MODEL_FILES = ("*.json", "*.jinja", "model*.safetensors", "tokenizer.model", "merges.txt")
 SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -82,7 +82,8 @@ def _download(model: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"]))
+        return Path(snapshot_download(model, allow_patterns=list(MODEL_FILES),
+                                      ignore_patterns=["*/*"]))
     except GatedRepoError:
         raise UserError(f"{model} is gated: accept its licence on its page of the hub, then run `hf auth login` "
                         "(or set HF_TOKEN); --model demo needs no access") from None

@@ -64,7 +64,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def short_revision(source: str) -> str:
-    """The name of a source of data with the first 7 digits of its commit; the results have all 40."""
+    """A source of data with the first 7 digits of its commit; the results have all 40."""
     return re.sub(r"@([0-9a-f]{7})[0-9a-f]{33}$", r"@\1", source)
 
 

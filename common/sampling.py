@@ -1,4 +1,4 @@
-"""Which rows of a data set are used, and reading these alone out of its parquet files, here or far away."""
+"""Which rows of a data set are used, and reading these alone out of its parquet files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ BLOCK = 256
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Part of a file that is read as a whole: its first row in the data set, its rows, and what reading it takes in bytes."""
+    """Part of a file that is read as a whole.
+
+    first: number of its first row in the data set. cost: bytes that reading it takes.
+    """
 
     file: int
     index: int
@@ -27,14 +30,17 @@ class RowGroup:
     cost: int
 
 
-def draw_rows(groups: list[RowGroup], limit: int | None, seed: int | None, budget: int | None = None) -> list[int]:
+def draw_rows(
+    groups: list[RowGroup], limit: int | None, seed: int | None, budget: int | None = None
+) -> list[int]:
     """Numbers of the rows that are used, in the order in which they are.
 
-    Without a seed these are the first `limit`. With one, all rows are shuffled and the first `limit` taken. Where there are
-    more than SMALL rows and not all are wanted, that would mean reading nearly everything, so blocks of BLOCK rows that
-    follow each other are drawn until there are enough, and their rows shuffled. Neither depends on how the rows are spread
-    over files and row groups, unless the budget is too small for what was drawn: a block that would exceed it is passed
-    over, so that further rows come from row groups that have to be read already.
+    Without a seed these are the first `limit`. With one, all rows are shuffled and the first
+    `limit` taken. Where there are more than SMALL rows and not all are wanted, that would mean
+    reading nearly everything, so blocks of BLOCK rows that follow each other are drawn until there
+    are enough, and their rows shuffled. Neither depends on how the rows are spread over files and
+    row groups, unless the budget is too small for what was drawn: a block that would exceed it is
+    passed over, so that further rows come from row groups that have to be read already.
 
     Args:
         groups: all row groups, in the order of their rows.
@@ -69,8 +75,13 @@ def draw_rows(groups: list[RowGroup], limit: int | None, seed: int | None, budge
     return chosen[:limit]
 
 
-def read_sample(files: list[ParquetFile], limit: int | None, seed: int | None, columns: tuple[str, ...] | None = None,
-                budget: int | None = None) -> pyarrow.Table:
+def read_sample(
+    files: list[ParquetFile],
+    limit: int | None,
+    seed: int | None,
+    columns: tuple[str, ...] | None = None,
+    budget: int | None = None,
+) -> pyarrow.Table:
     """The rows that `draw_rows` names, read out of the row groups that hold them.
 
     Args:
@@ -102,13 +113,17 @@ def read_sample(files: list[ParquetFile], limit: int | None, seed: int | None, c
 
 
 def row_groups(files: list[ParquetFile], columns: list[str]) -> list[RowGroup]:
-    """All row groups of the files of a split, in order; `cost` counts the named columns as they are stored."""
+    """All row groups of a split's files, in order; `cost` counts the named columns as stored."""
     groups, first = [], 0
     for number, file in enumerate(files):
         for index in range(file.metadata.num_row_groups):
             found = file.metadata.row_group(index)
             chunks = [found.column(i) for i in range(found.num_columns)]
-            cost = sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+            cost = sum(
+                chunk.total_compressed_size
+                for chunk in chunks
+                if chunk.path_in_schema.split(".")[0] in columns
+            )
             groups.append(RowGroup(number, index, first, found.num_rows, cost))
             first += found.num_rows
     return groups

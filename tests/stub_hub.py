@@ -1,7 +1,7 @@
-"""A hub on this machine: serves a folder's models/<owner>/<name> and datasets/<owner>/<name> as huggingface.co does.
+"""A hub on this machine: serves a folder's models/<owner>/<name> and datasets/<owner>/<name>.
 
-By name, a model called gated is refused as a gated one, private as one that nobody may know of, and the weights of broken
-end in mid-file.
+A model called gated is refused as the hub refuses a gated one, private as one that nobody may know
+of, and the weights of broken end in mid-file.
 """
 
 from __future__ import annotations
@@ -20,17 +20,21 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from conftest import ROOT
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-_API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)/?(.*))?$")
+_API = re.compile(
+    r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)/?(.*))?$"
+)
 _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
 
 
 class StubHub:
-    """Use as a context manager. sent: bytes of the files' contents that went out; by_repository: the same for each."""
+    """A context manager. by_repository: bytes of files' contents that went out, for each."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.by_repository: dict[str, int] = {}
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})
+        )
         self._lock = threading.Lock()
 
     def __enter__(self) -> StubHub:
@@ -41,24 +45,34 @@ class StubHub:
         self._server.shutdown()
         self._server.server_close()
 
-    @property
-    def sent(self) -> int:
-        return sum(self.by_repository.values())
-
     def count(self, repository: str, size: int) -> None:
         with self._lock:
             self.by_repository[repository] = self.by_repository.get(repository, 0) + size
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
-        """The environment of a process that takes this for the hub and keeps what it fetches in `home`."""
+        """The environment of a process whose hub this is; it keeps what it fetches in `home`."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        return {**clean, "HF_ENDPOINT": f"http://127.0.0.1:{self._server.server_port}", "HF_HOME": str(home), "HF_TOKEN": "",
-                "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_ETAG_TIMEOUT": "5", **more}
+        return {
+            **clean,
+            "HF_ENDPOINT": f"http://127.0.0.1:{self._server.server_port}",
+            "HF_HOME": str(home),
+            "HF_TOKEN": "",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+            "HF_HUB_ETAG_TIMEOUT": "5",
+            **more,
+        }
 
     def python(self, code: str, *arguments: str, home: Path, **environment: str) -> list[str]:
         """Run Python code of the project with this hub. Returns the lines that it printed."""
-        result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True,
-                                timeout=300, env=self.environment(home, **environment))
+        result = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=self.environment(home, **environment),
+        )
         assert result.returncode == 0, result.stderr
         return result.stdout.splitlines()
 
@@ -70,7 +84,9 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def answer(self, status: int, body: bytes = b"", size: int | None = None, **headers: str) -> None:
+    def answer(
+        self, status: int, body: bytes = b"", size: int | None = None, **headers: str
+    ) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -94,21 +110,45 @@ class _Handler(BaseHTTPRequestHandler):
         folder = self.hub.folder / kind / repository
         name = repository.split("/")[1]
         if name == "private" or not folder.is_dir():
-            return self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+            return self.answer(
+                401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found"
+            )
         if revision not in (None, "main", COMMIT):
-            return self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="Revision not found")
+            return self.answer(
+                404, X_Error_Code="RevisionNotFound", X_Error_Message="Revision not found"
+            )
         if question == "file":
             return self.file(folder, repository, where)
         if question == "paths-info":
-            entries = [_entry(folder, folder / one) for one in form.get("paths", []) if (folder / one).exists()]
+            entries = [
+                _entry(folder, folder / one)
+                for one in form.get("paths", [])
+                if (folder / one).exists()
+            ]
         elif question == "tree":
             if not (folder / where).is_dir():
-                return self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
+                return self.answer(
+                    404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found"
+                )
             recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
-            entries = [_entry(folder, file) for file in sorted((folder / where).glob("**/*" if recursive else "*"))]
+            entries = [
+                _entry(folder, file)
+                for file in sorted((folder / where).glob("**/*" if recursive else "*"))
+            ]
         else:
-            files = [{"rfilename": str(file.relative_to(folder))} for file in sorted(folder.rglob("*")) if file.is_file()]
-            entries = {"id": repository, "sha": COMMIT, "siblings": files, "private": False, "gated": False, "tags": []}
+            files = [
+                {"rfilename": str(file.relative_to(folder))}
+                for file in sorted(folder.rglob("*"))
+                if file.is_file()
+            ]
+            entries = {
+                "id": repository,
+                "sha": COMMIT,
+                "siblings": files,
+                "private": False,
+                "gated": False,
+                "tags": [],
+            }
         self.answer(200, json.dumps(entries).encode(), Content_Type="application/json")
 
     do_HEAD = do_POST = do_GET
@@ -117,11 +157,17 @@ class _Handler(BaseHTTPRequestHandler):
         """A file of a repository, whole or the range that is asked for."""
         file, name = folder / where, repository.split("/")[1]
         if name == "gated":
-            return self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="Access to this model is restricted")
+            return self.answer(
+                403, X_Error_Code="GatedRepo", X_Error_Message="Access to this model is restricted"
+            )
         if not file.is_file():
             return self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
         content = file.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "X_Repo_Commit": COMMIT,
+            "Accept_Ranges": "bytes",
+        }
         if name == "broken" and file.suffix == ".safetensors":
             self.close_connection = self.command == "GET"
             return self.answer(200, content[:1000], size=len(content), **headers)
@@ -130,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         if asked:
             first, last = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
             headers["Content_Range"] = f"bytes {first}-{last}/{len(content)}"
-            status, content = 206, content[first:last + 1]
+            status, content = 206, content[first : last + 1]
         if self.command == "GET":
             self.hub.count(repository, len(content))
         self.answer(status, content, **headers)
@@ -142,6 +188,17 @@ def _entry(folder: Path, file: Path) -> dict:
     oid = hashlib.sha1(path.encode()).hexdigest()
     if file.is_dir():
         return {"type": "directory", "path": path, "oid": oid, "size": 0}
-    large = {"lfs": {"oid": hashlib.sha256(path.encode()).hexdigest(), "size": file.stat().st_size, "pointerSize": 134}}
-    return {"type": "file", "path": path, "oid": oid, "size": file.stat().st_size,
-            **(large if file.suffix in (".parquet", ".safetensors") else {})}
+    large = {
+        "lfs": {
+            "oid": hashlib.sha256(path.encode()).hexdigest(),
+            "size": file.stat().st_size,
+            "pointerSize": 134,
+        }
+    }
+    return {
+        "type": "file",
+        "path": path,
+        "oid": oid,
+        "size": file.stat().st_size,
+        **(large if file.suffix in (".parquet", ".safetensors") else {}),
+    }

@@ -1,4 +1,4 @@
-"""Rows of data sets on a hub: which are drawn, that few bytes are fetched for them, once, and that they are kept."""
+"""Rows of data sets on a hub: which are drawn, and that few bytes are fetched, once, and kept."""
 
 from __future__ import annotations
 
@@ -28,11 +28,23 @@ for arguments in json.loads(sys.argv[1]):
         print(json.dumps({"error": str(error)}))
 """
 SQUAD, MATH = "rajpurkar/squad_v2/squad_v2:validation", "nvidia/OpenMathInstruct-2:train"
-CHAT, WIKITEXT = "HuggingFaceH4/ultrachat_200k:train_sft", "Salesforce/wikitext/wikitext-2-raw-v1:test"
+CHAT, WIKITEXT = (
+    "HuggingFaceH4/ultrachat_200k:train_sft",
+    "Salesforce/wikitext/wikitext-2-raw-v1:test",
+)
 # Address, limit, seed, columns, budget: as the evaluation and the calibration ask.
-WANTED = [(SQUAD, 1000, 1234, None, 40_000_000), (MATH, 1024, 1234, ["problem", "expected_answer"], 40_000_000),
-          (CHAT, 3072, 0, ["text", "messages"], 120_000_000), (WIKITEXT, None, None, ["text"], None)]
-FILES = {SQUAD: "squad_v2/validation-*", MATH: "data/train-*", CHAT: "data/train_sft-*", WIKITEXT: "wikitext-2-raw-v1/test-*"}
+WANTED = [
+    (SQUAD, 1000, 1234, None, 40_000_000),
+    (MATH, 1024, 1234, ["problem", "expected_answer"], 40_000_000),
+    (CHAT, 3072, 0, ["text", "messages"], 120_000_000),
+    (WIKITEXT, None, None, ["text"], None),
+]
+FILES = {
+    SQUAD: "squad_v2/validation-*",
+    MATH: "data/train-*",
+    CHAT: "data/train_sft-*",
+    WIKITEXT: "wikitext-2-raw-v1/test-*",
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +69,19 @@ def online(hub, home) -> dict[str, dict]:
 def ask(hub: StubHub, home: Path, wanted: list, **environment: str) -> dict[str, dict]:
     """What `load_rows` gives in a process that believes the stub is the hub, by address."""
     lines = hub.python(ASK, json.dumps(wanted), home=home, **environment)
-    return {arguments[0]: json.loads(line)
-            for arguments, line in zip(wanted, [line for line in lines if line.startswith("{")], strict=True)}
+    return {
+        arguments[0]: json.loads(line)
+        for arguments, line in zip(
+            wanted, [line for line in lines if line.startswith("{")], strict=True
+        )
+    }
 
 
 def write_lines(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
-    (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": f"line {i}", "n": i}) for i in range(count)))
+    (folder / "train.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"line {i}", "n": i}) for i in range(count))
+    )
 
 
 def groups_of(sizes: list[int], cost: int = 1) -> list[RowGroup]:
@@ -81,7 +99,7 @@ def test_the_same_rows_from_the_hub_and_from_a_mirror(hub, online, tmp_path):
         assert len(local.rows) == (limit or pq.read_metadata(target).num_rows)
         assert local.rows == online[address]["rows"], address
         assert local.source == address and online[address]["source"] == f"{address}@{COMMIT}"
-    assert load_rows(WIKITEXT, tmp_path).rows[0] == {"text": ""}                      # blank rows are rows
+    assert load_rows(WIKITEXT, tmp_path).rows[0] == {"text": ""}  # blank rows are rows
 
 
 def test_every_article_is_reached(online):
@@ -108,12 +126,16 @@ def test_rows_are_fetched_once_and_kept(hub, home, online):
 
 
 def test_few_bytes_are_fetched(hub, online):
-    """Of the large splits the columns and row groups that are needed; of the small ones their files, once."""
+    """Of large splits the columns and row groups that are needed; of small ones the files, once."""
+
     def stored(address: str) -> int:
         folder = hub.folder / "datasets" / "/".join(address.split(":")[0].split("/")[:2])
         return sum(file.stat().st_size for file in folder.glob(FILES[address]))
 
-    sent = {address: hub.by_repository["/".join(address.split(":")[0].split("/")[:2])] for address in (SQUAD, MATH, CHAT)}
+    sent = {
+        address: hub.by_repository["/".join(address.split(":")[0].split("/")[:2])]
+        for address in (SQUAD, MATH, CHAT)
+    }
     # The ends of the files are fetched in pieces of 64 KB at least.
     assert sent[MATH] < 0.3 * stored(MATH) + 5 * 65_536
     assert sent[CHAT] < 0.8 * stored(CHAT)
@@ -123,13 +145,17 @@ def test_few_bytes_are_fetched(hub, online):
 def test_what_is_wrong_is_said(hub, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home/sampled_rows").write_text("a file where the cache should be")
-    wanted = [("no/such-data:train", 3, 0), ("rajpurkar/squad_v2/nope:train", 3, 0), ("rajpurkar/squad_v2:nope", 3, 0),
-              ("own/lines:train", 3, 0)]
+    wanted = [
+        ("no/such-data:train", 3, 0),
+        ("rajpurkar/squad_v2/nope:train", 3, 0),
+        ("rajpurkar/squad_v2:nope", 3, 0),
+        ("own/lines:train", 3, 0),
+    ]
     found = ask(hub, tmp_path / "home", wanted)
     assert "no/such-data:train cannot be fetched" in found["no/such-data:train"]["error"]
     assert "nope" in found["rajpurkar/squad_v2/nope:train"]["error"]
     assert "it has train, validation" in found["rajpurkar/squad_v2:nope"]["error"]
-    assert len(found["own/lines:train"]["rows"]) == 3                                # fetched, though not kept
+    assert len(found["own/lines:train"]["rows"]) == 3  # fetched, though not kept
 
 
 def test_a_damaged_cache_is_fetched_again(hub, home, online):
@@ -138,14 +164,19 @@ def test_a_damaged_cache_is_fetched_again(hub, home, online):
     [file] = (home / "sampled_rows/own/lines" / COMMIT).iterdir()
     file.write_bytes(file.read_bytes()[:100])
     assert ask(hub, home, [*WANTED, ("own/lines:train", 50, 3)]) == online
-    assert {name for name, sent in hub.by_repository.items() if sent != before.get(name)} == {"own/lines"}
+    assert {name for name, sent in hub.by_repository.items() if sent != before.get(name)} == {
+        "own/lines"
+    }
     assert pq.read_table(file).num_rows == 50
 
 
 def test_the_draw_depends_on_the_rows_alone():
     """Not on how they are divided; no row comes twice; small data sets are shuffled whole."""
     total = 5 * SMALL
-    draws = [draw_rows(groups_of(sizes), 3000, 7) for sizes in ([total], [1000] * (total // 1000), [33_333, 1, 66_666])]
+    draws = [
+        draw_rows(groups_of(sizes), 3000, 7)
+        for sizes in ([total], [1000] * (total // 1000), [33_333, 1, 66_666])
+    ]
     assert draws[0] == draws[1] == draws[2]
     assert len(set(draws[0])) == 3000 and max(draws[0]) < total
     assert len({row // BLOCK for row in draws[0]}) == 12
@@ -165,10 +196,10 @@ def test_blocks_are_drawn_evenly():
     assert min(seen) > 0.8 * sum(seen) / 10 and max(seen) < 1.2 * sum(seen) / 10
 
 
-# OpenMathInstruct-2 has 14 million rows in 32 files: small row groups, large ones, one for each file.
+# OpenMathInstruct-2 has 14 million rows in 32 files. Row groups: small, large, one for each file.
 @pytest.mark.parametrize("rows_of_group", [1000, 50_000, 437_500])
 def test_the_budget_holds(rows_of_group):
-    """Row groups of 190 bytes a row in the two columns; only a first row group larger than the budget may exceed it."""
+    """190 bytes a row in the two columns; only a single row group larger than that exceeds it."""
     cost = 190 * rows_of_group
     groups = groups_of([rows_of_group] * (14_000_000 // rows_of_group), cost)
     budget = 40_000_000
@@ -176,13 +207,20 @@ def test_the_budget_holds(rows_of_group):
     assert len(set(rows)) == 1024
     read = {row // rows_of_group for row in rows}
     assert len(read) * cost <= max(budget, cost)
-    if rows_of_group <= 50_000:                                                      # then nothing had to be passed over
+    if rows_of_group <= 50_000:  # then nothing had to be passed over
         assert rows == draw_rows(groups, 1024, 1234)
 
 
 def test_missing_columns(tmp_path):
     """None of the columns asked for: all are there, for a message that names them."""
-    write_split(tmp_path, "x", [{"a": 1, "b": "c"}], 1, 10, pa.schema([("a", pa.int64()), ("b", pa.string())]))
+    write_split(
+        tmp_path,
+        "x",
+        [{"a": 1, "b": "c"}],
+        1,
+        10,
+        pa.schema([("a", pa.int64()), ("b", pa.string())]),
+    )
     [file] = tmp_path.iterdir()
     assert load_rows(str(file), columns=("text",)).rows == [{"a": 1, "b": "c"}]
     assert load_rows(str(file), columns=("b", "text")).rows == [{"b": "c"}]
