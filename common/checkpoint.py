@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.grid import Grid, QuantizedLinear
 from common.layerwise import Resumption
-from common.models import INDEX_FILE, LINEARS, SourceModel, TensorReader
+from common.models import INDEX_FILE, LINEARS, MODEL_FILES, SourceModel, TensorReader
 from common.online import OnlineTransforms, mark_config
 from common.unfinished import UnfinishedFolder
 
@@ -332,5 +332,6 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of a model's files in a folder; not of the same weights in other forms beside."""
+    return sum(file.stat().st_size for file in folder.iterdir()
+               if file.is_file() and any(map(file.match, MODEL_FILES)))

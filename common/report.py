@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
@@ -60,6 +61,11 @@ class Table:
 
 def number(value: float | None, digits: int = 3) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
+
+
+def short_revision(source: str) -> str:
+    """A source of data with the first 7 digits of its commit; the results have all 40."""
+    return re.sub(r"@([0-9a-f]{7})[0-9a-f]{33}$", r"@\1", source)
 
 
 def significant(value: float | None) -> str:
@@ -221,11 +227,11 @@ def conditions(results: ModelResults) -> str:
     for task, summary in first["tasks"].items():
         count = f"{summary['windows']} windows of {summary['length']} tokens" if task == "perplexity" else \
             f"{summary['samples']} samples"
-        parts.append(f"{task} {count} ({summary['data']})")
+        parts.append(f"{task} {count} ({short_revision(summary['data'])})")
     if parts:
         sentences.append(f"Data: {'; '.join(parts)}.")
     calibrations = {name: document["quantization"].get("calibration") for name, document in evaluated}
-    texts = sorted({f"{c['samples']} x {c['length']} tokens of {c['data']}, seed {c['seed']}"
+    texts = sorted({f"{c['samples']} x {c['length']} tokens of {short_revision(c['data'])}, seed {c['seed']}"
                     for c in calibrations.values() if c})
     if texts:
         sentences.append(f"Calibration: {'; '.join(texts)}.")
