@@ -16,7 +16,7 @@ from common.calibration import calibration_windows
 from common.checkpoint import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
 from common.cli import configure_torch, resolve_device, resolve_dtype, resolve_sizes
 from common.errors import UserError
-from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve_group_size, search_range
+from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve_group_size, scale_type, search_range
 from common.layerwise import NOTHING, Method, Resumption, Stopwatch, WalkResult, quantize_model
 from common.models import MODELS_FOLDER, SourceModel, model_name
 from common.progress import say
@@ -127,7 +127,7 @@ def _quantize_rows(source: SourceModel, name: str, bits: int) -> QuantizedLinear
     grid = Grid(bits, None, symmetric=True)
     parameter = source.model.get_submodule(name).weight
     weight = parameter.float()
-    scale, zero_point = search_range(weight, grid, scale_dtype=source.storage_dtype)
+    scale, zero_point = search_range(weight, grid, scale_dtype=scale_type([weight], grid, source.storage_dtype))
     rounded = QuantizedLinear(quantize(weight, scale, zero_point, grid), scale, zero_point, grid)
     parameter.data = rounded.dequantize(parameter.dtype)
     return rounded

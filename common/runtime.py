@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from common.decoding import STEPS_AT_ONCE, Decoder, can_decode
 from common.errors import UserError
 from common.fused import fuse_layers
+from common.grid import float16_holds
 from common.kernels import triton_works
-from common.models import load_tokenizer
+from common.models import TensorReader, load_tokenizer
 from common.online import attach_all, take_from_config
 from common.packed import PackedLinear, can_be_packed, load_packed
 from common.progress import track
@@ -60,6 +61,8 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
         raise UserError(f"{folder} is not a model: it has no config.json")
     content = read_json(folder / "config.json", "quantize or download it again")
     tokenizer = load_tokenizer(folder)
+    if dtype == torch.float16:
+        _check_scales(folder, content)
     try:
         transforms = take_from_config(content)
         config = {} if transforms is None else {"config": AutoConfig.for_model(**content)}
@@ -88,6 +91,17 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
     if transforms:
         attach_all(model, transforms)
     return model, tokenizer
+
+
+def _check_scales(folder: Path, content: dict) -> None:
+    """Refuse to load a checkpoint in float16 that does not hold its scales: transformers rounds them to the model's type."""
+    if "quantization_config" not in content:
+        return
+    tensors = TensorReader(folder)
+    for name in tensors.names():
+        if name.endswith(".weight_scale") and not float16_holds(tensors.read(name)):
+            raise UserError(f"{folder}: float16 does not hold the scales of {name.removesuffix('.weight_scale')}; use "
+                            "--dtype bfloat16 or float32")
 
 
 def weight_bytes(model: nn.Module) -> int:
