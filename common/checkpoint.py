@@ -231,11 +231,12 @@ class CheckpointWriter:
         (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
         config = source.config.to_diff_dict()
         config.update(architectures=[type(source.model).__name__], dtype=str(self.load_dtype).removeprefix("torch."),
-                      quantization_config=self._quantization_config(ends))
+                      quantization_config=self._quantization_config(ends), **_old_rope(config))
         if self.online:
             mark_config(config, self.online)
         (self.folder / "config.json").write_text(json.dumps(config, indent=2))
         source.tokenizer.save_pretrained(self.folder)
+        _name_tokenizer_as_before(self.folder / "tokenizer_config.json")
         generation = source.folder / "generation_config.json"
         if generation.is_file():
             shutil.copy(generation, self.folder)
@@ -270,6 +271,25 @@ class CheckpointWriter:
         else:
             self.folder.rename(self.output)
         self.unfinished.clean(self.output)
+
+
+def _old_rope(config: dict) -> dict:
+    """The rotary embedding of a config.json in the form that transformers 4 reads; without it 4.57 takes its defaults and says
+    nothing. transformers 5 reads both forms.
+    """
+    scaling = dict(config["rope_parameters"])
+    theta = scaling.pop("rope_theta")
+    return {"rope_theta": theta, "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
+
+
+def _name_tokenizer_as_before(file: Path) -> None:
+    """Give the class and the special tokens in a tokenizer_config.json the names that transformers 4 and 5 both know."""
+    config = json.loads(file.read_text())
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False))
 
 
 def _form_of_end(end: QuantizedLinear) -> str:

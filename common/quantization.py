@@ -20,6 +20,7 @@ from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve
 from common.layerwise import NOTHING, Method, Resumption, Stopwatch, WalkResult, quantize_model
 from common.models import MODELS_FOLDER, SourceModel, model_name
 from common.progress import say
+from common.verification import wrecked
 
 
 def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUPPORTED_BITS) -> Path:
@@ -85,6 +86,8 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
         document["seconds"]["total"] = round(time.perf_counter() - started, 3)
         writer.finish(document if options.save_metadata else None)
     say(_summary(output, document))
+    for name, error in wrecked(result.linears):
+        say(f"warning: {name} is wrecked, its output is off by {error:.2f} of its size; verify_model.py will fail")
     return output
 
 

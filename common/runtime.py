@@ -33,7 +33,8 @@ def load_for_running(folder: Path, device: torch.device, dtype: torch.dtype):
     """Model and tokenizer as `load_model` gives them, but on packed weights where the device has kernels for them."""
     if device.type != "cuda" or not (folder / "config.json").is_file() or not triton_works():
         return load_model(folder, device, dtype)
-    if can_be_packed(read_json(folder / "config.json", "quantize or download it again")):
+    config = read_json(folder / "config.json", "quantize or download it again")
+    if "quantization_config" in config and can_be_packed(config, TensorReader(folder)):
         model, tokenizer = load_packed(folder, device, dtype), load_tokenizer(folder)
     else:
         model, tokenizer = load_model(folder, device, dtype)
