@@ -57,8 +57,14 @@ def grid_of(scheme: dict) -> Grid:
 
 
 def compress(quantized: QuantizedLinear, scale_dtype: torch.dtype, form: str = PACKED) -> dict[str, Tensor]:
-    """The tensors that stand for one linear in the file, made by the library's own compressor; form PACKED or INTEGER."""
-    state = {"weight": quantized.dequantize(), "weight_scale": quantized.scale.to(scale_dtype)}
+    """The tensors that stand for one linear in the file, made by the library's own compressor; form PACKED or INTEGER.
+
+    Scales are stored in `scale_dtype`, or in bfloat16 where that does not hold them as they are (`grid.scale_type`).
+    """
+    scale = quantized.scale.to(scale_dtype)
+    if not torch.equal(scale.float(), quantized.scale.float()):
+        scale = quantized.scale.to(torch.bfloat16)
+    state = {"weight": quantized.dequantize(), "weight_scale": scale}
     if not quantized.grid.symmetric:
         state["weight_zero_point"] = quantized.zero_point.to(torch.int8)
     return BaseCompressor.load_from_registry(form).compress(state, scheme_of(quantized.grid))
@@ -133,6 +139,8 @@ class CheckpointWriter:
         self.folder = self.unfinished.path
         self._weight_map: dict[str, str] = {}
         self._bytes = 0
+        # What a plain load computes in, and so what it rounds scales to.
+        self.load_dtype = source.storage_dtype
 
     def __enter__(self) -> CheckpointWriter:
         self.unfinished.open()
@@ -197,6 +205,9 @@ class CheckpointWriter:
         """Count a shard's tensors in."""
         self._weight_map.update(dict.fromkeys(tensors.names(), file))
         self._bytes += tensors.total_bytes()
+        if self.load_dtype == torch.float16:
+            if any(tensors.read(name).dtype == torch.bfloat16 for name in tensors.names() if name.endswith(".weight_scale")):
+                self.load_dtype = torch.bfloat16
 
     def _save(self, tensors: dict[str, Tensor], file: str) -> str:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -232,12 +243,13 @@ class CheckpointWriter:
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
         (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
         config = source.config.to_diff_dict()
-        config.update(architectures=[type(source.model).__name__], dtype=str(source.storage_dtype).removeprefix("torch."),
-                      quantization_config=self._quantization_config(ends))
+        config.update(architectures=[type(source.model).__name__], dtype=str(self.load_dtype).removeprefix("torch."),
+                      quantization_config=self._quantization_config(ends), **_old_rope(config))
         if self.online:
             mark_config(config, self.online)
         (self.folder / "config.json").write_text(json.dumps(config, indent=2))
         source.tokenizer.save_pretrained(self.folder)
+        _name_tokenizer_as_before(self.folder / "tokenizer_config.json")
         generation = source.folder / "generation_config.json"
         if generation.is_file():
             shutil.copy(generation, self.folder)
@@ -272,6 +284,25 @@ class CheckpointWriter:
         else:
             self.folder.rename(self.output)
         self.unfinished.clean(self.output)
+
+
+def _old_rope(config: dict) -> dict:
+    """The rotary embedding of a config.json in the form that transformers 4 reads; without it 4.57 takes its defaults and says
+    nothing. transformers 5 reads both forms.
+    """
+    scaling = dict(config["rope_parameters"])
+    theta = scaling.pop("rope_theta")
+    return {"rope_theta": theta, "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
+
+
+def _name_tokenizer_as_before(file: Path) -> None:
+    """Give the class and the special tokens in a tokenizer_config.json the names that transformers 4 and 5 both know."""
+    config = json.loads(file.read_text())
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False))
 
 
 def _form_of_end(end: QuantizedLinear) -> str:

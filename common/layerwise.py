@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common import parallel
 from common.errors import UserError
-from common.grid import Grid, QuantizedLinear
+from common.grid import Grid, QuantizedLinear, scale_type
 from common.models import LINEAR_GROUPS, LINEARS, LinearGroup, SourceModel
 from common.online import OnlineTransforms
 from common.progress import track
@@ -55,6 +55,10 @@ class Layer:
     def own_weight(self, name: str) -> Tensor:
         """The rows of them that this process rounds: all, unless there are several processes (`parallel`)."""
         return parallel.own_rows(self.module.get_submodule(name).weight).float()
+
+    def choose_scale_type(self, storage_dtype: torch.dtype) -> None:
+        """Set the type of the layer's scales, which its linears' weights as they are now decide (`grid.scale_type`)."""
+        self.scale_dtype = scale_type(map(self.weight, LINEARS), self.grid, storage_dtype)
 
     def stacked_weight(self, group: LinearGroup) -> Tensor:
         """The own weights of a group's linears, one under the other: they share the input."""
@@ -271,9 +275,11 @@ def _quantize_layer(layer: Layer, method: Method, streams: _Streams, source: Sou
             layer.targets = streams.originals
             _catch_up(layer, method.catch_up)
     with watch("solve"):
+        layer.choose_scale_type(source.storage_dtype)
         if method.prepare_layer:
             method.prepare_layer(layer)
             round_to_storage(module, source.storage_dtype)
+            layer.choose_scale_type(source.storage_dtype)
     with watch("record"):
         inputs: dict[int, Tensor] = {}
         with group_inputs(module, inputs.__setitem__):

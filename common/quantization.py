@@ -17,10 +17,11 @@ from common.calibration import calibration_windows
 from common.checkpoint import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
 from common.cli import configure_torch, resolve_device, resolve_dtype, resolve_sizes
 from common.errors import UserError
-from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve_group_size, search_range
+from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve_group_size, scale_type, search_range
 from common.layerwise import NOTHING, Method, Resumption, Stopwatch, WalkResult, quantize_model
 from common.models import MODELS_FOLDER, SourceModel, model_name
 from common.progress import say
+from common.verification import wrecked
 
 # Rows of an embedding or head that are rounded at once.
 ROWS_AT_ONCE = 16384
@@ -89,6 +90,8 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
         document["seconds"]["total"] = round(time.perf_counter() - started, 3)
         writer.finish(document if options.save_metadata else None)
     say(_summary(output, document))
+    for name, error in wrecked(result.linears):
+        say(f"warning: {name} is wrecked, its output is off by {error:.2f} of its size; verify_model.py will fail")
     return output
 
 
@@ -131,10 +134,11 @@ def _quantize_rows(source: SourceModel, name: str, bits: int) -> QuantizedLinear
     """Round the embedding or head to nearest, one symmetric scale per row of the vocabulary, and put the result in place."""
     grid = Grid(bits, None, symmetric=True)
     parameter = source.model.get_submodule(name).weight
-    parts, values = [], []
     # All of a large vocabulary at once would take gigabytes in float32.
+    kind = scale_type((rows.float() for rows in parameter.data.split(ROWS_AT_ONCE)), grid, source.storage_dtype)
+    parts, values = [], []
     for rows in parameter.data.split(ROWS_AT_ONCE):
-        scale, zero_point = search_range(rows.float(), grid, scale_dtype=source.storage_dtype)
+        scale, zero_point = search_range(rows.float(), grid, scale_dtype=kind)
         part = QuantizedLinear(quantize(rows, scale, zero_point, grid), scale, zero_point, grid)
         values.append(part.dequantize(parameter.dtype))
         parts.append((part.codes.cpu(), scale.cpu(), zero_point.cpu()))

@@ -22,8 +22,9 @@ from common.decoding import STEPS_AT_ONCE, Decoder, can_decode
 from common.device_memory import available, working_bytes
 from common.errors import UserError
 from common.fused import fuse_layers
+from common.grid import float16_holds
 from common.kernels import triton_works
-from common.models import SUPPORTED_ARCHITECTURES, SourceModel, load_tokenizer
+from common.models import SUPPORTED_ARCHITECTURES, SourceModel, TensorReader, load_tokenizer
 from common.online import attach_all, take_from_config
 from common.packed import PackedLinear, can_be_packed, load_packed
 from common.progress import say, track
@@ -42,10 +43,11 @@ def load_for_running(folder: Path, device: torch.device, dtype: torch.dtype):
     if device.type != "cuda" or not (folder / "config.json").is_file():
         return load_model(folder, device, dtype)
     content = read_json(folder / "config.json", "quantize or download it again")
-    plain = content.get("model_type") in SUPPORTED_ARCHITECTURES and "quantization_config" not in content
-    if plain and dense_bytes(folder, dtype, working=True) > available(device):
+    quantized = "quantization_config" in content
+    if content.get("model_type") in SUPPORTED_ARCHITECTURES and not quantized and (
+            dense_bytes(folder, dtype, working=True) > available(device)):
         return load_streamed(folder, device, dtype)
-    if triton_works() and can_be_packed(content):
+    if quantized and triton_works() and can_be_packed(content, TensorReader(folder)):
         model, tokenizer = load_packed(folder, device, dtype), load_tokenizer(folder)
     else:
         model, tokenizer = load_model(folder, device, dtype)
@@ -124,6 +126,8 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
     content = read_json(folder / "config.json", "quantize or download it again")
     tokenizer = load_tokenizer(folder)
     device = _with_room(folder, device, dtype)
+    if dtype == torch.float16:
+        _check_scales(folder, content)
     try:
         transforms = take_from_config(content)
         config = {} if transforms is None else {"config": AutoConfig.for_model(**content)}
@@ -164,6 +168,17 @@ def _with_room(folder: Path, device: torch.device, dtype: torch.dtype) -> torch.
     say(f"{folder}: unpacked its weights take {needed / 2**30:.1f} GiB, and the GPU has {room / 2**30:.1f} left; it runs on "
         "the CPU")
     return torch.device("cpu")
+
+
+def _check_scales(folder: Path, content: dict) -> None:
+    """Refuse to load a checkpoint in float16 that does not hold its scales: transformers rounds them to the model's type."""
+    if "quantization_config" not in content:
+        return
+    tensors = TensorReader(folder)
+    for name in tensors.names():
+        if name.endswith(".weight_scale") and not float16_holds(tensors.read(name)):
+            raise UserError(f"{folder}: float16 does not hold the scales of {name.removesuffix('.weight_scale')}; use "
+                            "--dtype bfloat16 or float32")
 
 
 def weight_bytes(model: nn.Module) -> int:
