@@ -27,10 +27,11 @@ def rates(sizes, kind, runs, seed):
 
 
 def assert_nominal(found, runs):
-    """At most 5% and what chance adds to it (two and a half standard errors; the verdicts' interval has 2.5% a side)."""
-    allowed = 0.05 + 2.5 * (0.05 * 0.95 / runs) ** 0.5
+    """Nominal rates and what chance adds to them, two and a half standard errors: p-values 5%; verdicts, whose interval
+    has 2.5% on either side, 2.5%; the interval both sides, 5%, with a point more for six articles of correlation 0.09."""
+    nominal = np.array([0.06, 0.05, 0.05, 0.025, 0.025])
+    allowed = nominal + 2.5 * (nominal * (1 - nominal) / runs) ** 0.5
     assert (found <= allowed).all(), (found, allowed)
-    assert (found[3:] <= 0.025 + 2.5 * (0.025 * 0.975 / runs) ** 0.5).all(), found
 
 
 @pytest.mark.parametrize("name", SIZES)
