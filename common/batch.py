@@ -1,8 +1,8 @@
 """The batch behind run_all_quantization.sh: every configuration in processes of its own, one after the other, or several at
 once with a GPU each.
 
-A configuration that fails is recorded with its reason and does not stop the rest. What is finished is kept where it was made with
-the same options, and results where they are of the same checkpoint, data, device and code.
+A configuration that fails is recorded with its reason and does not stop the rest. What is finished is kept
+where it was made with the same options, and results where they are of the same checkpoint, data, device and code.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def _run_steps(batch: Batch, configuration: str, folder: Path, log: Path, gpu: d
         StepFailed: a step ended with an error, or what is there was made with other options.
     """
     wanted = CONFIGURATIONS[configuration]
-    evaluate = [*batch.device, *batch.evaluation, "--results-dir", str(batch.results), *([] if batch.overwrite else ["--reuse"])]
+    evaluate = [*batch.device, *batch.evaluation, "--results-dir", str(batch.results)]
+    evaluate += [] if batch.overwrite else ["--reuse"]
     if wanted is None:
         step("evaluate", [sys.executable, "common/baseline.py", "--model", batch.model, *evaluate], log, gpu)
         return None
@@ -149,8 +150,8 @@ def _run_steps(batch: Batch, configuration: str, folder: Path, log: Path, gpu: d
         step("verify", [sys.executable, "verify_model.py", "--model-path", str(folder), *batch.device], log, gpu)
     else:
         say(f"{configuration}: verified before")
-    step("evaluate", [sys.executable, "common/evaluation.py", "--model-path", str(folder), "--baseline", batch.model, *evaluate],
-         log, gpu)
+    step("evaluate", [sys.executable, "common/evaluation.py", "--model-path", str(folder), "--baseline", batch.model,
+                      *evaluate], log, gpu)
     return found
 
 

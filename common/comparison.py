@@ -160,7 +160,9 @@ def samples_by_task(results_dir: Path, model: str, configuration: str) -> dict[s
 
 
 def compare_all(results_dir: Path, results: ModelResults) -> dict[str, list[Comparison]]:
-    """Every evaluated configuration of a model against its baseline; none for those that were evaluated under other conditions."""
+    """Every evaluated configuration of a model against its baseline; none for those that were evaluated under other
+    conditions.
+    """
     if "baseline" not in results.documents or not has_samples(results_dir, results.name, "baseline"):
         return {}
     baseline = samples_by_task(results_dir, results.name, "baseline")

@@ -385,8 +385,8 @@ def _tasks(text: str) -> tuple[str, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", type=Path, required=True, help="checkpoint or model folder")
-    parser.add_argument("--baseline", help="the 16-bit model that a quantized one was made from: hub id, folder, or demo (default: "
-                                           "what its metadata says)")
+    parser.add_argument("--baseline", help="the 16-bit model that a quantized one was made from: hub id, folder, or "
+                                           "demo (default: what its metadata says)")
     add_evaluation_arguments(parser)
     add_reuse_argument(parser)
     options = parser.parse_args()

@@ -1,7 +1,8 @@
-"""What results were made from, and whether they answer for what is asked now; likewise for the options of a checkpoint.
+"""What results were made from, and whether they answer for what is asked now; also checkpoints.
 
-Results are those of a checkpoint (the hash of its files), by this code (the hash of the modules that the evaluation uses), with
-these library versions, on this device, and each task's on these rows. They are used again only when all of it agrees.
+Results are those of a checkpoint (the hash of its files), by this code (the hash of the modules
+that the evaluation uses), with these library versions, on this device, and each task's on these
+rows. They are used again only when all of it agrees.
 """
 
 from __future__ import annotations
@@ -23,19 +24,36 @@ from common.progress import say
 from common.results import has_samples, read_json, write_json
 
 # What all tasks of a document share, and how a difference is called.
-SHARED = {"source": "model", "checkpoint": "checkpoint", "code": "evaluation code", "demo_data": "demo data",
-          "compute_dtype": "type", "device": "device", "versions": "version"}
+SHARED = {
+    "source": "model",
+    "checkpoint": "checkpoint",
+    "code": "evaluation code",
+    "demo_data": "demo data",
+    "compute_dtype": "type",
+    "device": "device",
+    "versions": "version",
+}
 # What may differ between the documents of a checkpoint and its baseline.
 _OWN = ("source", "checkpoint")
 HASHES_FILE = "file_hashes.json"
 # Besides the weights: configuration, tokenizer, chat template.
 _SMALL_FILES = (".json", ".jinja", ".txt", ".model")
-# A file may be written twice within one tick of the file system's clock; younger ones are hashed again.
+# A file may be written twice within a tick of the file system's clock: young ones are hashed again.
 _SETTLED_SECONDS = 2.0
 PROJECT = Path(__file__).resolve().parents[1]
 _ENTRY = "common.evaluation"
-# Options of a quantize script that change nothing in the checkpoint, and those that do where there is calibration.
-_WITHOUT_EFFECT = ("output", "overwrite", "resume", "save_metadata", "data_root", "device", "dtype", "model")
+# Options of a quantize script that change nothing in the checkpoint, and those that matter only
+# where there is calibration.
+_WITHOUT_EFFECT = (
+    "output",
+    "overwrite",
+    "resume",
+    "save_metadata",
+    "data_root",
+    "device",
+    "dtype",
+    "model",
+)
 _OF_CALIBRATION = ("calib_data", "calib_samples", "calib_length", "seed")
 
 
@@ -43,17 +61,24 @@ def checkpoint_hash(folder: Path, results_dir: Path) -> str:
     """SHA-256 over the contents of all files in a model's folder that decide what it computes.
 
     Args:
-        results_dir: hashes of single files are remembered there, by path, size, times of change and inode.
+        results_dir: hashes of files are remembered there, by path, size, times of change and inode.
     Raises:
         UserError: no readable weights.
     """
     weights = [name for name, *_ in TensorReader(folder).describe()]
-    small = [file.name for file in folder.iterdir()
-             if file.suffix in _SMALL_FILES and file.name != METADATA_FILE and file.is_file()]
+    small = [
+        file.name
+        for file in folder.iterdir()
+        if file.suffix in _SMALL_FILES and file.name != METADATA_FILE and file.is_file()
+    ]
     memory = results_dir / HASHES_FILE
     known = _remembered(memory)
     found = {name: _file_hash(folder / name, known) for name in sorted({*weights, *small})}
-    fresh = {entry[0]: entry[1] for entry in found.values() if entry[1] is not None and known.get(entry[0]) != entry[1]}
+    fresh = {
+        entry[0]: entry[1]
+        for entry in found.values()
+        if entry[1] is not None and known.get(entry[0]) != entry[1]
+    }
     if fresh:
         write_json(memory, {**_remembered(memory), **fresh})
     return _digest({name: entry[2] for name, entry in found.items()})
@@ -64,11 +89,11 @@ def _remembered(memory: Path) -> dict:
         content = json.loads(memory.read_text())
         return content if isinstance(content, dict) else {}
     except (OSError, ValueError):
-        return {}                                                               # only ever saves time
+        return {}  # only ever saves time
 
 
 def _file_hash(file: Path, known: dict) -> tuple[str, list | None, str]:
-    """A file's path, what is to be remembered of it (None while it is too young), and its SHA-256."""
+    """A file's path, what to remember of it (None while it is too young), and its SHA-256."""
     path, stat = str(file.resolve()), file.stat()
     state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     entry = known.get(path)
@@ -91,8 +116,8 @@ def rows_fingerprint(rows: list[dict]) -> str:
 
 @cache
 def code_hash(root: Path = PROJECT, entry: str = _ENTRY) -> str:
-    """SHA-256 of the code that decides results: the modules that the evaluation imports, without comments and docstrings, and
-    the task files. An edit of a README, a plot or a solver changes nothing in it.
+    """SHA-256 of the code that decides results: the modules that the evaluation imports, without
+    comments and docstrings, and the task files. An edit of a README or a plot changes nothing.
     """
     modules, waiting = {}, [entry]
     while waiting:
@@ -103,13 +128,18 @@ def code_hash(root: Path = PROJECT, entry: str = _ENTRY) -> str:
         tree = ast.parse(file.read_text(encoding="utf-8"))
         waiting += _imported(tree)
         modules[name] = ast.dump(_without_docstrings(tree))
-    tasks = {file.name: file.read_text(encoding="utf-8") for file in sorted((root / "common" / "tasks").glob("*.yaml"))}
+    tasks = {
+        file.name: file.read_text(encoding="utf-8")
+        for file in sorted((root / "common" / "tasks").glob("*.yaml"))
+    }
     return _digest([modules, tasks])
 
 
 def _module_file(root: Path, name: str) -> Path | None:
     base = root.joinpath(*name.split("."))
-    return next((file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()), None)
+    return next(
+        (file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()), None
+    )
 
 
 def _imported(tree: ast.AST) -> Iterator[str]:
@@ -123,21 +153,26 @@ def _imported(tree: ast.AST) -> Iterator[str]:
 
 def _without_docstrings(tree: ast.AST) -> ast.AST:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node, clean=False) is not None
+        ):
             node.body = node.body[1:]
     return tree
 
 
 def original_hash(subject: Subject, results_dir: Path) -> str | None:
-    """The hash of the 16-bit model that divergence is measured from; None where it is not to be had."""
+    """The hash of the 16-bit model that divergence is from; None where it cannot be had."""
     try:
         return checkpoint_hash(resolve_folder(subject.original), results_dir)
     except UserError:
         return None
 
 
-def left_to_do(subject: Subject, results_dir: Path, shared: dict, tasks: dict[str, dict], twice: bool) -> tuple[str, ...]:
-    """The tasks of `tasks` without results that answer for them. Says which are used again, and why the others are not.
+def left_to_do(
+    subject: Subject, results_dir: Path, shared: dict, tasks: dict[str, dict], twice: bool
+) -> tuple[str, ...]:
+    """The tasks without results that answer for them. Says what is used again, and why others not.
 
     Args:
         shared: by the keys of SHARED, what results have to agree with.
@@ -158,8 +193,10 @@ def left_to_do(subject: Subject, results_dir: Path, shared: dict, tasks: dict[st
     original = document.get("tasks", {}).get("perplexity", {}).get("original")
     now = tasks.get("perplexity", {}).get("original")
     if original and now and original != now:
-        raise UserError(f"{subject.original} has changed since {subject.folder} was compared with it; quantize again with "
-                        "--overwrite")
+        raise UserError(
+            f"{subject.original} has changed since {subject.folder} was compared with it; quantize "
+            "again with --overwrite"
+        )
     left = []
     for task, wanted in tasks.items():
         reason = _task_change(task, document, wanted)
@@ -170,14 +207,21 @@ def left_to_do(subject: Subject, results_dir: Path, shared: dict, tasks: dict[st
             say(f"{title}: {task} {reason}")
     used = [task for task in tasks if task not in left]
     if used:
-        say(f"{title}: results of {', '.join(used)} used again: same checkpoint, data, device and code")
+        say(
+            f"{title}: results of {', '.join(used)} used again: same checkpoint, data, device and "
+            "code"
+        )
     return tuple(left)
 
 
 def shared_changes(document: dict, shared: dict) -> list[str]:
     """In what `document` differs from `shared`, in words."""
-    return [text for key, label in SHARED.items() if key in shared
-            for text in _changes(label, document.get(key), shared[key])]
+    return [
+        text
+        for key, label in SHARED.items()
+        if key in shared
+        for text in _changes(label, document.get(key), shared[key])
+    ]
 
 
 def _changes(label: str, then, now) -> Iterator[str]:
@@ -204,12 +248,16 @@ def _task_change(task: str, document: dict, wanted: dict) -> str:
 
 
 def incomparable(baseline: dict, quantized: dict) -> list[str]:
-    """Why two documents must not be compared, in words; empty when they were made under the same conditions."""
+    """Why two documents must not be compared, in words; empty if their conditions are the same."""
     shared = {key: quantized.get(key) for key in SHARED if key not in _OWN}
     found = [f"another {change}" for change in shared_changes(baseline, shared)]
     for task in sorted({*baseline["tasks"]} & {*quantized["tasks"]}):
         before, after = baseline["tasks"][task], quantized["tasks"][task]
-        found += [f"other data of {task}" for key in ("data", "fingerprint") if before.get(key) != after.get(key)][:1]
+        found += [
+            f"other data of {task}"
+            for key in ("data", "fingerprint")
+            if before.get(key) != after.get(key)
+        ][:1]
     original = quantized["tasks"].get("perplexity", {}).get("original")
     if original and baseline.get("checkpoint") and original != baseline["checkpoint"]:
         found.append("another 16-bit model")
@@ -217,20 +265,30 @@ def incomparable(baseline: dict, quantized: dict) -> list[str]:
 
 
 def changed_options(record: dict, options: argparse.Namespace, method: str) -> list[str]:
-    """In what the options of a checkpoint's metadata differ from those asked for, of those that decide its weights."""
+    """In what the options that a checkpoint was made with differ from those asked for, in words; only
+    those that decide its weights count. Raises UserError for damaged metadata.
+    """
     try:
         made, grid = record["options"], record["grid"]
-        found = [("method", record["method"], method),
-                 ("--model", source_of(record["model"]["source"]), source_of(options.model))]
+        found = [
+            ("method", record["method"], method),
+            ("--model", source_of(record["model"]["source"]), source_of(options.model)),
+        ]
         if options.dtype != "auto":
             found.append(("--dtype", record["compute_dtype"], options.dtype))
         ignored = {*_WITHOUT_EFFECT, *(_OF_CALIBRATION if record["calibration"] is None else ())}
         for name, now in vars(options).items():
             then = made.get(name, now)
             if name == "group_size" and now == str(grid["group_size"] or "channel"):
-                then = now                                                      # what auto came to
+                then = now  # what auto came to
             if name not in ignored:
-                found.append((f"--{name.replace('_', '-')}", then, str(now) if isinstance(now, Path) else now))
+                found.append(
+                    (
+                        f"--{name.replace('_', '-')}",
+                        then,
+                        str(now) if isinstance(now, Path) else now,
+                    )
+                )
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{METADATA_FILE} is damaged; quantize again with --overwrite") from None
     return [f"{name} {then}, not {now}" for name, then, now in found if then != now]

@@ -46,7 +46,9 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     if options.resume and (output / METADATA_FILE).is_file() and not options.overwrite:
         changes = identity.changed_options(metadata.read(output), options, method.name)
         if changes:
-            raise UserError(f"{output} was made with {', '.join(changes)}; --overwrite makes it again, another folder keeps both")
+            more = f" and {len(changes) - 2} more" if len(changes) > 2 else ""
+            raise UserError(f"{output} was made with {', '.join(changes[:2])}{more}; --overwrite makes it again; to "
+                            "keep it, move it away first")
         say(f"{output} is finished, with the same options; there is nothing to resume")
         return output
     check_output(output, options.overwrite)

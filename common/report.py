@@ -266,7 +266,8 @@ def introduction(results: ModelResults) -> list[str]:
     dates = sorted({document["date"] for document in results.documents.values() if "date" in document})
     when = f" of {dates[0]}" if dates else ""
     when += f" to {dates[-1]}" if len(dates) > 1 else ""
-    parts = [f"The documented run{when}: its results come with the project, in `{DOCUMENTED_FOLDER}`, and are not of this machine."
+    parts = [f"The documented run{when}: its results come with the project, in `{DOCUMENTED_FOLDER}`, and are not of "
+             "this machine."
              if results.documented else f"A local run{when}.", conditions(results)]
     if any(document["demo_data"] for document in results.documents.values()):
         parts.append("Scores on the demo's own tasks compare methods with each other, not models with the literature.")

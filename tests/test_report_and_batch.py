@@ -230,6 +230,17 @@ def test_documented_and_local_results_are_told_apart(results):
     assert "local run" not in (results / "README.md").read_text()
 
 
+@pytest.mark.slow
+def test_a_fresh_clone_regenerates_readme(tmp_path):
+    """From the committed results alone, to the letter."""
+    readme = (ROOT / "README.md").read_text()
+    (tmp_path / "README.md").write_text(readme)
+    result = run_script(ROOT / "analyze_results.py", "--results-dir", tmp_path / "results", "--documented-dir",
+                        ROOT / "docs" / "results", "--readme", tmp_path / "README.md", "--figures-dir", tmp_path / "docs/figures")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "README.md").read_text() == readme
+
+
 def test_nothing_committed_is_where_local_results_are_looked_for():
     listed = subprocess.run(["git", "ls-files", "results", "docs/results"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode or not listed.stdout:
