@@ -51,6 +51,7 @@ _WITHOUT_EFFECT = (
     "save_metadata",
     "data_root",
     "device",
+    "device_memory",
     "dtype",
     "model",
 )
