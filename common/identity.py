@@ -266,8 +266,8 @@ def incomparable(baseline: dict, quantized: dict) -> list[str]:
 
 
 def changed_options(record: dict, options: argparse.Namespace, method: str) -> list[str]:
-    """In what the options that a checkpoint was made with differ from those asked for, in words; only
-    those that decide its weights count. Raises UserError for damaged metadata.
+    """In what the options that a checkpoint was made with differ from those asked for, in words;
+    only those that decide its weights count. Raises UserError for damaged metadata.
     """
     try:
         made, grid = record["options"], record["grid"]

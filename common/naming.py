@@ -1,4 +1,4 @@
-"""Under which names files are kept: models/<name>/<configuration>, results/<name>/<configuration>.json.
+"""Under which names files are kept: models/<name>/<configuration> and results/<name>/.
 
 The name is the last part of a model's id or folder. Where another model of that name has files
 already, the owner goes before it: `unsloth--Llama-3.2-1B-Instruct`. A folder that is quantized is
@@ -27,8 +27,8 @@ _RESERVED = (BASELINE, STATUS_FILE.removesuffix(".json"))
 class Subject:
     """A model to evaluate.
 
-    folder: its files. source: the 16-bit model that it is or was made from: a hub id, a folder's full
-    path, or demo.
+    folder: its files. source: the 16-bit model that it is or was made from: a hub id, a folder's
+    full path, or demo.
     name, configuration: where its results go.
     """
 
@@ -44,7 +44,7 @@ class Subject:
 
 
 def source_of(model: str) -> str:
-    """One spelling for each model: hub ids as they are, folders as full paths, the demo's as demo."""
+    """One spelling of a model: hub ids as they are, folders as full paths, the demo's as demo."""
     path = Path(model)
     if model == "demo" or not path.is_dir():
         return model.rstrip("/")
@@ -134,8 +134,8 @@ def subject_of(
         source = made_from or (record and record["model"]["source"])
     except (KeyError, TypeError):
         raise UserError(
-            f"{folder / METADATA_FILE} is damaged; quantize again with --overwrite, or name the model "
-            "it was made from with --baseline"
+            f"{folder / METADATA_FILE} is damaged; quantize again with --overwrite, or name the "
+            "model it was made from with --baseline"
         ) from None
     if source is None:
         raise UserError(
@@ -145,8 +145,8 @@ def subject_of(
     configuration = folder.resolve().name
     if configuration in _RESERVED:
         raise UserError(
-            f"{folder} is quantized, and {configuration}.json is kept for something else; rename the "
-            "folder"
+            f"{folder} is quantized, and {configuration}.json is kept for something else; "
+            "rename the folder"
         )
     return Subject(folder, source_of(source), filed_as(source, results_dir), configuration)
 

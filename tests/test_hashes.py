@@ -1,4 +1,4 @@
-"""The hashes by which checkpoints and code are told apart, and the options that make a checkpoint."""
+"""The hashes by which checkpoints and code are told apart; the options that make a checkpoint."""
 
 import os
 import shutil
@@ -102,7 +102,7 @@ def test_the_code_includes_scoring_and_kernels():
 
 
 def test_options_that_change_a_checkpoint(tiny, tmp_path):
-    """--resume of a finished output keeps what was made with the same options, refuses what was not."""
+    """--resume keeps a finished output that was made with the same options and refuses another."""
     output = quantize(tiny, tmp_path / "out", "--group-size", 32)
     for same in ([], ["--calib-samples", 7], ["--data-root", tmp_path]):  # hqq takes no calibration
         assert (

@@ -62,7 +62,7 @@ def document_of(results, tiny, name="hqq-4bit"):
 
 
 def test_a_wrecked_checkpoint_is_not_reported_with_the_old_ones_figures(place, tiny):
-    """The same folder, overwritten with two bits: printed is what an evaluation of its own finds."""
+    """The same folder, overwritten with two bits: printed is what a fresh evaluation finds."""
     checkpoint, results = place
     before = document_of(results, tiny)
     quantize(tiny, checkpoint, "--bits", 2, "--symmetric", "--overwrite")
@@ -222,8 +222,8 @@ def test_missing_samples_and_a_baseline_run_once(made, tiny, tmp_path, capsys):
 
 
 def test_a_changed_original_is_refused(tiny, tmp_path):
-    """The 16-bit model was trained on in its folder: the checkpoint is of the old one, and divergence
-    would be from the new.
+    """The 16-bit model was trained on in its folder: the checkpoint is of the old one, and
+    divergence would be from the new.
     """
     shutil.copytree(tiny, tmp_path / "model")
     checkpoint, results = quantize(tmp_path / "model", tmp_path / "hqq-4bit"), tmp_path / "results"

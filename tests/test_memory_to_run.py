@@ -10,6 +10,7 @@ from conftest import build_tiny
 
 from common import evaluation, host_memory, runtime
 from common.models import SourceModel
+from common.naming import Subject
 
 CPU = torch.device("cpu")
 
@@ -90,7 +91,8 @@ def test_the_model_is_alone_when_it_is_measured(tiny, tmp_path, monkeypatch):
             str(tmp_path),
         ]
     )
-    document = evaluation.evaluate_model(tiny, options, "tiny", "baseline")
+    subject = Subject(tiny, str(tiny), "tiny", "baseline")
+    document = evaluation.evaluate_model(subject, options, reuse=False)
     assert events == [
         "hidden_states",
         "ends to cpu",
