@@ -27,6 +27,7 @@ from common.grid import Grid, QuantizedLinear
 from common.layerwise import Resumption
 from common.models import INDEX_FILE, LINEARS, SourceModel, TensorReader
 from common.online import OnlineTransforms, mark_config
+from common.results import read_json
 from common.unfinished import UnfinishedFolder
 
 METADATA_FILE = "quantization_metadata.json"
@@ -303,8 +304,15 @@ def open_checkpoint(folder: Path) -> tuple[dict, TensorReader]:
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether the model in a folder says that it is quantized, in this format or another."""
-    return "quantization_config" in json.loads((folder / "config.json").read_text())
+    """Whether the model in a folder says that it is quantized, in this format or another.
+
+    Raises:
+        UserError: no model there, or an unreadable config.json.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a model: it has no config.json")
+    config = read_json(folder / "config.json", "quantize or download it again")
+    return any(config.get(key) for key in ("quantization_config", "compression_config"))
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

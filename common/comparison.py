@@ -11,6 +11,7 @@ import numpy as np
 
 from common import significance
 from common.errors import UserError
+from common.identity import incomparable
 from common.progress import say
 from common.results import ModelResults, has_samples, load_samples
 from common.significance import Difference, Flips, Metric, paired_bootstrap
@@ -159,7 +160,9 @@ def samples_by_task(results_dir: Path, model: str, configuration: str) -> dict[s
 
 
 def compare_all(results_dir: Path, results: ModelResults) -> dict[str, list[Comparison]]:
-    """Every evaluated configuration of a model against its baseline; none for those without records of the same samples."""
+    """Every evaluated configuration of a model against its baseline; none for those that were evaluated under other
+    conditions.
+    """
     if "baseline" not in results.documents or not has_samples(results_dir, results.name, "baseline"):
         return {}
     baseline = samples_by_task(results_dir, results.name, "baseline")
@@ -167,6 +170,9 @@ def compare_all(results_dir: Path, results: ModelResults) -> dict[str, list[Comp
     for name in results.configurations():
         if name != "baseline" and name in results.documents and has_samples(results_dir, results.name, name):
             try:
+                reasons = incomparable(results.documents["baseline"], results.documents[name])
+                if reasons:
+                    raise UserError(f"measured with {'; '.join(reasons)} than the baseline: evaluate both again")
                 found[name] = compare(baseline, samples_by_task(results_dir, results.name, name))
             except UserError as error:
                 say(f"{results.name} {name}: no comparison ({error})")

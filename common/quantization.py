@@ -11,14 +11,15 @@ from pathlib import Path
 
 from torch import nn
 
-from common import metadata, overlap, parallel, probe
+from common import identity, metadata, overlap, parallel, probe
 from common.calibration import calibration_windows
 from common.checkpoint import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
 from common.cli import configure_torch, resolve_device, resolve_dtype, resolve_sizes
 from common.errors import UserError
 from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve_group_size, search_range
 from common.layerwise import NOTHING, Method, Resumption, Stopwatch, WalkResult, quantize_model
-from common.models import MODELS_FOLDER, SourceModel, model_name
+from common.models import MODELS_FOLDER, SourceModel
+from common.naming import filed_as
 from common.progress import say
 
 
@@ -41,9 +42,14 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     configure_torch(options.seed)
     parallel.start(device)
     resolve_sizes(options)
-    output = options.output or MODELS_FOLDER / model_name(options.model) / f"{method.name}-{options.bits}bit"
+    output = options.output or MODELS_FOLDER / filed_as(options.model) / f"{method.name}-{options.bits}bit"
     if options.resume and (output / METADATA_FILE).is_file() and not options.overwrite:
-        say(f"{output} is finished; there is nothing to resume")
+        changes = identity.changed_options(metadata.read(output), options, method.name)
+        if changes:
+            more = f" and {len(changes) - 2} more" if len(changes) > 2 else ""
+            raise UserError(f"{output} was made with {', '.join(changes[:2])}{more}; --overwrite makes it again; to "
+                            "keep it, move it away first")
+        say(f"{output} is finished, with the same options; there is nothing to resume")
         return output
     check_output(output, options.overwrite)
     watch = Stopwatch(device)

@@ -1,4 +1,4 @@
-"""README's tables, the HTML report and CSV files, made from results/ alone."""
+"""README's tables, the HTML report and CSV files, made from results alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pandas as pd
 
 from common.comparison import Comparison, adjusted_p_values, by_metric
 from common.errors import UserError
-from common.results import CONFIGURATIONS, ModelResults
+from common.results import CONFIGURATIONS, DOCUMENTED_FOLDER, ModelResults
 from common.significance import NO_LOSS
 
 # By configuration, its differences to the baseline.
@@ -263,7 +263,12 @@ def tables(results: ModelResults, comparisons: Comparisons) -> list[Table]:
 
 def introduction(results: ModelResults) -> list[str]:
     """The sentences before a model's tables."""
-    parts = [conditions(results)]
+    dates = sorted({document["date"] for document in results.documents.values() if "date" in document})
+    when = f" of {dates[0]}" if dates else ""
+    when += f" to {dates[-1]}" if len(dates) > 1 else ""
+    parts = [f"The documented run{when}: its results come with the project, in `{DOCUMENTED_FOLDER}`, and are not of "
+             "this machine."
+             if results.documented else f"A local run{when}.", conditions(results)]
     if any(document["demo_data"] for document in results.documents.values()):
         parts.append("Scores on the demo's own tasks compare methods with each other, not models with the literature.")
     return parts
@@ -271,7 +276,7 @@ def introduction(results: ModelResults) -> list[str]:
 
 def section(results: ModelResults, comparisons: Comparisons, figures: list[tuple[str, str]]) -> str:
     """Everything README shows of one model. figures: (caption, path as README links it)."""
-    return "\n\n".join([f"### {results.name}", *introduction(results),
+    return "\n\n".join([f"### {results.title}", *introduction(results),
                         *[table.markdown() for table in tables(results, comparisons)],
                         *[f"![{caption}]({path})" for caption, path in figures]])
 
@@ -293,7 +298,7 @@ def page(sections: list[tuple[ModelResults, Comparisons, list[tuple[str, Path]]]
     """One HTML page with all tables and plots in it, which needs no other file."""
     parts = []
     for results, comparisons, figures in sections:
-        parts.append(f"<h2>{escape(results.name)}</h2>")
+        parts.append(f"<h2>{escape(results.title)}</h2>")
         parts += [f"<p>{escape(text)}</p>" for text in introduction(results)]
         parts += [table.html() for table in tables(results, comparisons)]
         for caption, file in figures:
@@ -341,5 +346,5 @@ def replace_between_markers(readme: Path, content: str) -> None:
 
 
 def in_table_order(all_results: list[ModelResults]) -> list[ModelResults]:
-    """Models by name, those with most configurations evaluated first."""
-    return sorted(all_results, key=lambda r: (-len(set(r.documents) & set(CONFIGURATIONS)), r.name))
+    """Local runs first; models by name, those with most configurations evaluated first."""
+    return sorted(all_results, key=lambda r: (r.documented, -len(set(r.documents) & set(CONFIGURATIONS)), r.name))

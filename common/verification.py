@@ -148,7 +148,8 @@ def _recorded(record: dict | None, logits: torch.Tensor, tokens: torch.Tensor, d
     found = probe.perplexity(logits, tokens)
     if record is None:
         yield Check("recorded logits", None, "saved without metadata: nothing to compare with")
-        yield Check("perplexity", None, f"{found:.2f} on the probe text; saved without metadata, no baseline known")
+        yield Check("perplexity", None, f"{found:.2f} on the probe text; saved without metadata, no baseline known: "
+                                        "compare_to_baseline.py takes it as --baseline")
         return
     expected = record["probe"]
     exact = record["compute_dtype"] == "float32" == str(dtype).removeprefix("torch.")
