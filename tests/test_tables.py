@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, run_script
 
 CONFIGURATIONS = ("baseline", "gptq-4bit", "hqq-8bit")
+DATA = ["--data", "demo", "--limit", 60, "--windows", 4, "--window-length", 96]
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def evaluated(tiny_models, tmp_path_factory):
     """A folder with results of a tiny model and two quantized ones, and the README made from them."""
     folder = tmp_path_factory.mktemp("evaluated")
     model, results = tiny_models["llama", True], folder / "results"
-    common = ["--data", "demo", "--limit", 60, "--windows", 4, "--window-length", 96, "--results-dir", results]
+    common = [*DATA, "--results-dir", results]
     assert run_script(ROOT / "common/baseline.py", "--model", model, *common).returncode == 0
     for name in CONFIGURATIONS[1:]:
         method, bits = name.removesuffix("bit").split("-")
@@ -188,7 +189,8 @@ def test_noise_floor_is_said(evaluated):
 
 def test_compare_prints_the_same(evaluated):
     folder, model = evaluated
-    arguments = [ROOT / "compare_to_baseline.py", "--quantized", folder / "gptq-4bit", "--results-dir", folder / "results"]
+    arguments = [ROOT / "compare_to_baseline.py", "--quantized", folder / "gptq-4bit", "--results-dir", folder / "results",
+                 *DATA]
     printed = run_script(*arguments)
     assert printed.returncode == 0, printed.stderr
     assert "KL divergence from the baseline" in printed.stdout and "same most likely token" in printed.stdout
