@@ -112,10 +112,9 @@ def test_integer_matmul(generator, channels):
         close(products_triton.integer_matmul(rounded, packed), expected, 1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_round_rows_of_every_size(generator, dtype):
+def test_round_rows_of_every_size(generator):
     """In float16 also where twice the largest value is infinite."""
-    inputs = ((torch.rand(40, 96, generator=generator) * 2 - 1) * torch.logspace(-6, 4.8, 40)[:, None]).to(dtype)
+    inputs = ((torch.rand(40, 96, generator=generator) * 2 - 1) * torch.logspace(-6, 4.8, 40)[:, None]).half()
     expected = inference.round_rows(inputs, 8)
     found = kernels.round_rows(inputs, 8)
     assert torch.isfinite(expected.values()).all()

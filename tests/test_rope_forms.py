@@ -15,7 +15,8 @@ FORMS = {"w4 asymmetric": ("hqq", "--bits", 4), "w4 symmetric": ("hqq", "--bits"
          "w8a8": ("smoothquant",), "embedding": ("hqq", "--embedding-bits", 8), "w3": ("hqq", "--bits", 3)}
 OLD = ROOT / ".venv" / "transformers-4.57"
 # The one of its time that unpacks zero-points; those before refuse these checkpoints, 0.19 refuses the asymmetric ones.
-OLD_PACKAGES = ("torch==2.13.0", "transformers==4.57.6", "compressed-tensors==0.15.0.1")
+OLD_PACKAGES = ("torch==2.13.0", "transformers==4.57.6", "compressed-tensors==0.15.0.1", "psutil",
+                "accelerate")
 OLD_LOAD = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

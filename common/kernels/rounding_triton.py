@@ -104,8 +104,10 @@ def _search_range(weight, importance, candidates, scale, zero_point, total, grou
         else:
             step = tl.div_rn(highest * shrink - lowest * shrink, LEVELS + 0.0 * largest)
         rounded = step
-        if STORED == tl.float16:
-            rounded = rounded.to(tl.bfloat16).to(tl.float32)
+        if STORED != tl.float32:
+            # To bfloat16, which float16's scales fit in too; by hand, as not every card and interpreter rounds to it.
+            word = step.to(tl.int32, bitcast=True)
+            rounded = ((word + 0x7FFF + (word >> 16 & 1)) & -0x10000).to(tl.float32, bitcast=True)
         rounded = tl.maximum(rounded.to(STORED).to(tl.float32), smallest)
         step = tl.where(step > 0, rounded, 1.0)
         if SYMMETRIC:
