@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Regenerate README's tables, the plots, docs/report.html and CSV files, from results/ alone.
+"""Regenerate README's tables, the plots, docs/report.html and CSV files, from results/ and docs/results/ alone.
 
     python analyze_results.py
     python analyze_results.py --results-dir /tmp/results --readme /tmp/README.md --figures-dir /tmp/figures
+
+results/ holds this machine's runs, docs/results/ the documented run, which comes with the project. Each is marked as what it is.
 """
 
 import argparse
@@ -15,12 +17,14 @@ from common.errors import UserError
 from common.plots import draw_all
 from common.progress import say
 from common.report import in_table_order, page, replace_between_markers, section, write_csv
-from common.results import RESULTS_FOLDER, load_all
+from common.results import DOCUMENTED_FOLDER, RESULTS_FOLDER, load_all
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results-dir", type=Path, default=RESULTS_FOLDER, help="default: %(default)s")
+    parser.add_argument("--results-dir", type=Path, default=RESULTS_FOLDER, help="local runs (default: %(default)s)")
+    parser.add_argument("--documented-dir", type=Path, help=f"the documented run (default: {DOCUMENTED_FOLDER}; none with another "
+                                                            "--results-dir)")
     parser.add_argument("--readme", type=Path, default=Path("README.md"), help="default: %(default)s")
     parser.add_argument("--figures-dir", type=Path, default=Path("docs/figures"), help="default: %(default)s")
     parser.add_argument("--report", type=Path, help="HTML page with everything in it (default: report.html beside the figures' "
@@ -29,21 +33,26 @@ def main() -> None:
     options = parser.parse_args()
     report = options.report or options.figures_dir.parent / "report.html"
     tables = options.tables_dir or options.figures_dir.parent / "tables"
-    models = in_table_order(load_all(options.results_dir))
+    folders = {False: options.results_dir, True: options.documented_dir}
+    if options.documented_dir is None and options.results_dir == RESULTS_FOLDER:
+        folders[True] = DOCUMENTED_FOLDER
+    models = in_table_order([results for documented, folder in folders.items() if folder
+                             for results in load_all(folder, documented)])
     if not models:
         raise UserError(f"{options.results_dir} holds no results; run common/evaluation.py or run_all_quantization.sh first")
     drawn = []
     for results in models:
-        comparisons = compare_all(options.results_dir, results)
-        drawn.append((results, comparisons, draw_all(results, comparisons, options.figures_dir / results.name)))
-        write_csv(results, comparisons, tables / results.name)
+        comparisons = compare_all(folders[results.documented], results)
+        place = Path("documented" if results.documented else "", results.name)
+        drawn.append((results, comparisons, draw_all(results, comparisons, options.figures_dir / place)))
+        write_csv(results, comparisons, tables / place)
     sections = [section(results, comparisons, [(caption, Path(os.path.relpath(file, options.readme.parent)).as_posix())
                                                for caption, file in figures])
                 for results, comparisons, figures in drawn]
     replace_between_markers(options.readme, "\n\n".join(sections))
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(page(drawn), encoding="utf-8")
-    say(f"{options.readme}: tables of {', '.join(results.name for results in models)}; {report}; CSV in {tables}")
+    say(f"{options.readme}: tables of {', '.join(results.title for results in models)}; {report}; CSV in {tables}")
 
 
 if __name__ == "__main__":

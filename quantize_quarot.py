@@ -23,7 +23,8 @@ from common import cli
 from common.gptq import SWEEPS, gptq_layer
 from common.hadamard import factors, rotate, rotation
 from common.layerwise import Method
-from common.models import MODELS_FOLDER, SourceModel, model_name
+from common.models import MODELS_FOLDER, SourceModel
+from common.naming import filed_as
 from common.online import OnlineTransforms, attach, enable_attention
 from common.quantization import run
 
@@ -136,7 +137,7 @@ def main() -> None:
     if options.act_bits or options.kv_bits:
         transforms = OnlineTransforms(options.act_bits, options.kv_bits, ACTIVATION_CLIPS, KV_CLIP)
         name = f"quarot-w{options.bits}a{options.act_bits or 16}kv{options.kv_bits or 16}"
-        options.output = options.output or MODELS_FOLDER / model_name(options.model) / name
+        options.output = options.output or MODELS_FOLDER / filed_as(options.model) / name
     rotations: dict[str, Tensor] = {}
 
     def rewrite_model(source: SourceModel) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common import cli
 from common.errors import UserError
-from common.grid import Grid, QuantizedLinear, quantize, round_per_token, search_range
+from common.grid import Grid, QuantizedLinear, min_max, quantize, round_per_token, rounding_error, search_range
 from common.layerwise import RANGES, Layer, Method
 from common.models import LINEAR_GROUPS
 from common.quantization import run
@@ -33,9 +33,7 @@ def rounded_error(weight: Tensor, inputs: Tensor, scale: Tensor, grid: Grid, sca
     rounded. Relative, as a few tokens hundreds of times the usual size would decide alone otherwise.
     """
     smoothed = weight * scale
-    levels = (1 << grid.bits) - 1
-    step = (smoothed.abs().amax(1, keepdim=True) * 2 / levels).to(scale_dtype).float().clamp(min=1e-12)
-    rounded = (smoothed / step).round_().clamp_(grid.code_min, grid.code_max).mul_(step)
+    rounded = smoothed + rounding_error(smoothed, *min_max(smoothed, grid, scale_dtype=scale_dtype), grid)
     outputs = round_per_token(inputs / scale, ACTIVATION_BITS) @ rounded.T
     expected = inputs @ weight.T
     return ((outputs - expected).square().sum(1) / expected.square().sum(1).clamp(min=1e-12)).mean()

@@ -21,7 +21,7 @@ def main() -> int:
     parser.add_argument("--model-path", type=Path, required=True, help="checkpoint folder")
     cli.add_device_arguments(parser)
     options = parser.parse_args()
-    device = cli.resolve_device(options.device)
+    device = cli.resolve_device(options.device, options.device_memory)
     cli.configure_torch(seed=0)
     failed = False
     for check in verify(options.model_path, device, cli.resolve_dtype(options.dtype, device)):

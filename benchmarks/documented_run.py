@@ -5,7 +5,8 @@
 
 What `run_all_quantization.sh --demo` does, in another order: configurations are quantized one after the other, as their times
 count; then all are evaluated at once, as their answers do not depend on how long they took; then speed is measured one by one.
-Real data sets; calibration 64 x 2048 tokens of calib/pile_style_mix. Followed by analyze_results.py this regenerates the tables.
+Real data sets; calibration 64 x 2048 tokens of calib/pile_style_mix. Results go to docs/results/, which analyze_results.py
+makes the tables of.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from transformers import LlamaForCausalLM, pipelines  # noqa: E402, F401
 
 from common import language_model, packed  # noqa: E402, F401
 from common.models import DEMO_NAME, MODELS_FOLDER, resolve_folder  # noqa: E402
-from common.results import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE, write_json  # noqa: E402
+from common.results import CONFIGURATIONS, DOCUMENTED_FOLDER, STATUS_FILE, write_json  # noqa: E402
 
 CALIBRATION = ["--calib-data", "calib/pile_style_mix", "--calib-samples", "64", "--calib-length", "2048"]
 
@@ -80,6 +81,7 @@ def main() -> None:
     status: dict[str, dict] = {configuration: {"state": "done"} for configuration in chosen}
     data = ["--data-root", options.data_root]
     less = [word for flag in ("limit", "windows") if getattr(options, flag) for word in (f"--{flag}", getattr(options, flag))]
+    place = ["--results-dir", str(DOCUMENTED_FOLDER)]
     folders = {name: MODELS_FOLDER / DEMO_NAME / name for name in chosen}
 
     def quantize(name: str) -> list[str]:
@@ -91,10 +93,10 @@ def main() -> None:
     def evaluate(name: str) -> list[str]:
         words = ["common/baseline.py", "--model", "demo"] if name == "baseline" else \
             ["common/evaluation.py", "--model-path", str(folders[name])]
-        return [*words, *data, *less, "--tasks", "arc,squad_v2,openmath,perplexity"]
+        return [*words, *data, *less, *place, "--tasks", "arc,squad_v2,openmath,perplexity"]
 
     def speed(name: str) -> list[str]:
-        return ["common/evaluation.py", "--model-path", str(folders[name]), *data, *less, "--tasks", "speed"]
+        return ["common/evaluation.py", "--model-path", str(folders[name]), *data, *less, *place, "--tasks", "speed"]
 
     def one_by_one(words: Callable[[str], list[str]], names: list[str]) -> None:
         for name in names:
@@ -109,7 +111,7 @@ def main() -> None:
     done("evaluated")
     one_by_one(speed, chosen)
     done("speed measured")
-    write_json(RESULTS_FOLDER / DEMO_NAME / STATUS_FILE, status)
+    write_json(DOCUMENTED_FOLDER / DEMO_NAME / STATUS_FILE, status)
     for name, state in status.items():
         if state["state"] != "done":
             print(f"{name}: {state['reason']}")

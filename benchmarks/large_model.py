@@ -56,8 +56,8 @@ def measure(method: str, folder: Path, samples: int, length: int, device_gib: fl
     """Quantize and write what it took to `answer`. iterations: AdaRound's."""
     quiet_libraries()
     quantization_speed.METHODS["adaround"] += ["--iterations", iterations]
-    if torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(device_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    for words in quantization_speed.METHODS.values():
+        words += ["--device-memory", str(device_gib)]
     tokens = torch.randint(0, 128256, (samples, length), generator=torch.Generator().manual_seed(0))
     found = quantization_speed.ours(method, folder, Windows(tokens, "random tokens", 0), answer.parent)
     answer.write_text(json.dumps(found))

@@ -17,14 +17,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def quantize(script: str, options: list[str]) -> float:
     """Run a quantize script in this process. Returns its seconds."""
-    sys.argv = [f"quantize_{script}.py", *options]
     start = time.perf_counter()
-    try:
-        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            raise RuntimeError(f"{' '.join(sys.argv)} ended with {end.code}") from None
+    run_script(f"quantize_{script}.py", options)
     return time.perf_counter() - start
+
+
+def run_script(script: str, options: list[str], fine: tuple[int, ...] = (0,)) -> None:
+    """Run a script of the project in this process. Raises RuntimeError where it ends with an exit code that is not `fine`."""
+    sys.argv = [script, *options]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        if (end.code or 0) not in fine:
+            raise RuntimeError(f"{' '.join(sys.argv)} ended with {end.code}") from None
 
 
 @cache

@@ -17,20 +17,20 @@ if __name__ == "__main__":
 import argparse
 
 from common.cli import run
-from common.evaluation import add_evaluation_arguments, evaluate_model
-from common.models import DEFAULT_MODEL, load_config, model_name, resolve_folder
-
-CONFIGURATION = "baseline"
+from common.evaluation import add_evaluation_arguments, add_reuse_argument, evaluate_model
+from common.models import DEFAULT_MODEL, load_config, resolve_folder
+from common.naming import baseline_of
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="hub id, folder, or demo (default: %(default)s)")
     add_evaluation_arguments(parser)
+    add_reuse_argument(parser)
     options = parser.parse_args()
     folder = resolve_folder(options.model)
     load_config(folder)
-    evaluate_model(folder, options, model_name(options.model), CONFIGURATION, twice=True)
+    evaluate_model(baseline_of(options.model, folder, options.results_dir), options, options.reuse, twice=True)
 
 
 if __name__ == "__main__":

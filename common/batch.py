@@ -1,7 +1,8 @@
 """The batch behind run_all_quantization.sh: every configuration in processes of its own, one after the other, or several at
 once with a GPU each.
 
-A configuration that fails is recorded with its reason and does not stop the rest. One that is finished is skipped.
+A configuration that fails is recorded with its reason and does not stop the rest. What is finished is kept
+where it was made with the same options, and results where they are of the same checkpoint, data, device and code.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from pathlib import Path
 import torch
 
 from common import check
-from common.cli import positive, run
+from common.cli import gibibytes, positive, run
 from common.errors import UserError
-from common.models import DEFAULT_MODEL, MODELS_FOLDER, model_name
+from common.identity import checkpoint_hash
+from common.models import DEFAULT_MODEL, MODELS_FOLDER
+from common.naming import filed_as, source_of
 from common.progress import say
 from common.results import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE, read_json, write_json
 
@@ -60,10 +63,11 @@ class Batch:
         finally:
             self.free.put(gpu)
 
-    def note(self, configuration: str, state: str, reason: str = "") -> None:
-        """Record the state of a configuration, where analyze_results.py finds it."""
+    def note(self, configuration: str, state: str, reason: str = "", **more: str) -> None:
+        """Record the state of a configuration, where analyze_results.py finds it, and whose it is."""
         with self.lock:
-            self.status[configuration] = {"state": state, **({"reason": reason} if reason else {})}
+            self.status[configuration] = {"state": state, **({"reason": reason} if reason else {}),
+                                          "source": source_of(self.model), **more}
             write_json(self.results / self.name / STATUS_FILE, self.status)
 
 
@@ -101,41 +105,55 @@ def step(title: str, command: list[str], log: Path, gpu: dict[str, str]) -> None
 def run_configuration(batch: Batch, configuration: str) -> bool:
     """Quantize, verify and evaluate one configuration. Returns whether all went well."""
     wanted = CONFIGURATIONS[configuration]
-    result = batch.results / batch.name / f"{configuration}.json"
     folder = MODELS_FOLDER / batch.name / configuration
     log = Path("logs") / batch.name / f"{configuration}.log"
-    # The log says that it was finished here: results of the documented run come with the repository.
-    finished = batch.status.get(configuration, {}).get("state") == "done" and result.is_file() and log.is_file()
-    if finished and not batch.overwrite and (wanted is None or folder.is_dir()):
-        say(f"=== {configuration}: finished before, skipped (--overwrite runs it again)")
-        return True
     say(f"=== {configuration}")
-    log.unlink(missing_ok=True)
+    if batch.overwrite or not folder.is_dir():
+        log.unlink(missing_ok=True)
+    verified = batch.status.get(configuration, {}).get("verified")
     batch.note(configuration, "running")
     try:
         with batch.gpu() as gpu:
-            _run_steps(batch, configuration, folder, log, gpu)
+            verified = _run_steps(batch, configuration, folder, log, gpu, verified)
     except StepFailed as failure:
         say(f"=== {configuration} failed: {failure}")
         batch.note(configuration, "warning" if folder.is_dir() and wanted else "failed", str(failure))
         return False
-    batch.note(configuration, "done")
+    batch.note(configuration, "done", **({"verified": verified} if verified else {}))
     return True
 
 
-def _run_steps(batch: Batch, configuration: str, folder: Path, log: Path, gpu: dict[str, str]) -> None:
-    """Quantize what is not there yet, verify, evaluate. Raises StepFailed."""
+def _run_steps(batch: Batch, configuration: str, folder: Path, log: Path, gpu: dict[str, str],
+               verified: str | None) -> str | None:
+    """Quantize what is not there yet, verify, evaluate. Returns the hash of the checkpoint that was verified.
+
+    Args:
+        verified: the hash of the one that an earlier run verified.
+    Raises:
+        StepFailed: a step ended with an error, or what is there was made with other options.
+    """
     wanted = CONFIGURATIONS[configuration]
     evaluate = [*batch.device, *batch.evaluation, "--results-dir", str(batch.results)]
+    evaluate += [] if batch.overwrite else ["--reuse"]
     if wanted is None:
         step("evaluate", [sys.executable, "common/baseline.py", "--model", batch.model, *evaluate], log, gpu)
-        return
+        return None
     method, bits = wanted
-    if batch.overwrite or not folder.is_dir():
-        step("quantize", [sys.executable, f"quantize_{method}.py", "--model", batch.model, "--bits", str(bits), "--output",
-                          str(folder), *batch.device, *batch.passed_on, *(["--overwrite"] if batch.overwrite else [])], log, gpu)
-    step("verify", [sys.executable, "verify_model.py", "--model-path", str(folder), *batch.device], log, gpu)
-    step("evaluate", [sys.executable, "common/evaluation.py", "--model-path", str(folder), *evaluate], log, gpu)
+    # What is there is not made again: --resume ends at once, or refuses it for its options.
+    extra = ["--overwrite"] if batch.overwrite else ["--resume"] if folder.is_dir() else []
+    step("quantize", [sys.executable, f"quantize_{method}.py", "--model", batch.model, "--bits", str(bits), "--output",
+                      str(folder), *batch.device, *batch.passed_on, *extra], log, gpu)
+    try:
+        found = checkpoint_hash(folder, batch.results)
+    except UserError:
+        found = None                                                            # which the verification will say
+    if found is None or found != verified or batch.overwrite:
+        step("verify", [sys.executable, "verify_model.py", "--model-path", str(folder), *batch.device], log, gpu)
+    else:
+        say(f"{configuration}: verified before")
+    step("evaluate", [sys.executable, "common/evaluation.py", "--model-path", str(folder), "--baseline", batch.model,
+                      *evaluate], log, gpu)
+    return found
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -150,6 +168,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--overwrite", action="store_true", help="run finished configurations again")
     parser.add_argument("--limit", metavar="N", help="samples per evaluation task")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), help="default: auto")
+    parser.add_argument("--device-memory", type=gibibytes, metavar="GIB",
+                        help="GPU memory that a process may take (default: what is free)")
     parser.add_argument("--dtype", help="type to compute in")
     parser.add_argument("--data-root", help="where data sets are looked up before the hub")
     parser.add_argument("--gpus", type=positive, metavar="N", help="run N configurations at once, each on a GPU of its own")
@@ -184,9 +204,9 @@ def main() -> int:
     if options.check:
         return check.report(*asked)
     check.show_problems(*asked)
-    device = [part for name in ("device", "dtype", "data_root") if getattr(options, name)
-              for part in (f"--{name.replace('_', '-')}", getattr(options, name))]
-    name = model_name(options.model)
+    device = [part for name in ("device", "device_memory", "dtype", "data_root") if getattr(options, name)
+              for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
+    name = filed_as(options.model, options.results_dir)
     status_file = options.results_dir / name / STATUS_FILE
     batch = Batch(options.model, name, options.results_dir, options.overwrite, device,
                   ["--limit", options.limit] if options.limit else [], passed_on,

@@ -33,6 +33,8 @@ DEMO_SAMPLES, DEMO_LENGTH = 16, 512
 _TEXT_COLUMNS = ("text", "content", "messages", "conversations")
 # Rows fetched from a hub data set for each window that is asked for: enough for short documents.
 _ROWS_PER_WINDOW = 24
+# Bytes to fetch for calibration text, apart from the ends of the files, which say where what is.
+_TRAFFIC = 120_000_000
 # Windows that are cut for each one that is used.
 _CHOICE = 2
 
@@ -73,7 +75,7 @@ def load_texts(data: str, part: str, data_root: Path | None = None, limit: int |
     """
     if data == "demo":
         return demo_text(part), "demo"
-    loaded = load_rows(data, data_root, limit=limit, seed=seed)
+    loaded = load_rows(data, data_root, limit, seed, _TEXT_COLUMNS, _TRAFFIC)
     if not loaded.rows:
         raise UserError(f"{data} has no rows")
     column = next((name for name in _TEXT_COLUMNS if name in loaded.rows[0]), None)

@@ -25,14 +25,17 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.grid import Grid, QuantizedLinear
 from common.layerwise import Resumption
-from common.models import INDEX_FILE, LINEARS, SourceModel, TensorReader
+from common.models import INDEX_FILE, LINEARS, MODEL_FILES, SourceModel, TensorReader
 from common.online import OnlineTransforms, mark_config
+from common.results import read_json
 from common.unfinished import UnfinishedFolder
 
 METADATA_FILE = "quantization_metadata.json"
 # Weights alone are packed; 8-bit weights with 8-bit activations stay int8, as the integer kernels want them.
 PACKED, INTEGER = "pack-quantized", "int-quantized"
 _ENDS = ("model.embed_tokens", "lm_head")
+# Rows of an embedding or head that are compressed at once.
+_ROWS_AT_ONCE = 16384
 _PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
@@ -55,11 +58,28 @@ def grid_of(scheme: dict) -> Grid:
 
 
 def compress(quantized: QuantizedLinear, scale_dtype: torch.dtype, form: str = PACKED) -> dict[str, Tensor]:
-    """The tensors that stand for one linear in the file, made by the library's own compressor; form PACKED or INTEGER."""
-    state = {"weight": quantized.dequantize(), "weight_scale": quantized.scale.to(scale_dtype)}
+    """The tensors that stand for one linear in the file, made by the library's own compressor; form PACKED or INTEGER.
+
+    Scales are stored in `scale_dtype`, or in bfloat16 where that does not hold them as they are (`grid.scale_type`).
+    """
+    scale = quantized.scale.to(scale_dtype)
+    if not torch.equal(scale.float(), quantized.scale.float()):
+        scale = quantized.scale.to(torch.bfloat16)
+    state = {"weight": quantized.dequantize(), "weight_scale": scale}
     if not quantized.grid.symmetric:
         state["weight_zero_point"] = quantized.zero_point.to(torch.int8)
     return BaseCompressor.load_from_registry(form).compress(state, scheme_of(quantized.grid))
+
+
+def _compress_rows(quantized: QuantizedLinear, scale_dtype: torch.dtype, form: str) -> dict[str, Tensor]:
+    """`compress` for a vocabulary's many rows, some at a time: the library works on copies of them in float32."""
+    tensors = (quantized.codes, quantized.scale, quantized.zero_point)
+    parts = [compress(QuantizedLinear(*rows, quantized.grid), scale_dtype, form)
+             for rows in zip(*(tensor.split(_ROWS_AT_ONCE) for tensor in tensors), strict=True)]
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "weight_shape"}
+    if "weight_shape" in parts[0]:
+        whole["weight_shape"] = parts[0]["weight_shape"].new_tensor(quantized.codes.shape)
+    return whole
 
 
 def decompress(state: dict[str, Tensor], grid: Grid) -> Tensor:
@@ -120,6 +140,8 @@ class CheckpointWriter:
         self.folder = self.unfinished.path
         self._weight_map: dict[str, str] = {}
         self._bytes = 0
+        # What a plain load computes in, and so what it rounds scales to.
+        self.load_dtype = source.storage_dtype
 
     def __enter__(self) -> CheckpointWriter:
         self.unfinished.open()
@@ -184,6 +206,9 @@ class CheckpointWriter:
         """Count a shard's tensors in."""
         self._weight_map.update(dict.fromkeys(tensors.names(), file))
         self._bytes += tensors.total_bytes()
+        if self.load_dtype == torch.float16:
+            if any(tensors.read(name).dtype == torch.bfloat16 for name in tensors.names() if name.endswith(".weight_scale")):
+                self.load_dtype = torch.bfloat16
 
     def _save(self, tensors: dict[str, Tensor], file: str) -> str:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -208,7 +233,7 @@ class CheckpointWriter:
         rest = {"model.norm.weight": source.model.model.norm.weight.to(source.storage_dtype)}
         for name in _ENDS[:1] if source.tied else _ENDS:
             if name in ends:
-                parts = compress(ends[name], source.storage_dtype, _form_of_end(ends[name]))
+                parts = _compress_rows(ends[name], source.storage_dtype, _form_of_end(ends[name]))
                 rest.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
             else:
                 rest[f"{name}.weight"] = source.model.get_submodule(name).weight.to(source.storage_dtype)
@@ -219,12 +244,13 @@ class CheckpointWriter:
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
         (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
         config = source.config.to_diff_dict()
-        config.update(architectures=[type(source.model).__name__], dtype=str(source.storage_dtype).removeprefix("torch."),
-                      quantization_config=self._quantization_config(ends))
+        config.update(architectures=[type(source.model).__name__], dtype=str(self.load_dtype).removeprefix("torch."),
+                      quantization_config=self._quantization_config(ends), **_old_rope(config))
         if self.online:
             mark_config(config, self.online)
         (self.folder / "config.json").write_text(json.dumps(config, indent=2))
         source.tokenizer.save_pretrained(self.folder)
+        _name_tokenizer_as_before(self.folder / "tokenizer_config.json")
         generation = source.folder / "generation_config.json"
         if generation.is_file():
             shutil.copy(generation, self.folder)
@@ -259,6 +285,25 @@ class CheckpointWriter:
         else:
             self.folder.rename(self.output)
         self.unfinished.clean(self.output)
+
+
+def _old_rope(config: dict) -> dict:
+    """The rotary embedding of a config.json in the form that transformers 4 reads; without it 4.57 takes its defaults and says
+    nothing. transformers 5 reads both forms.
+    """
+    scaling = dict(config["rope_parameters"])
+    theta = scaling.pop("rope_theta")
+    return {"rope_theta": theta, "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
+
+
+def _name_tokenizer_as_before(file: Path) -> None:
+    """Give the class and the special tokens in a tokenizer_config.json the names that transformers 4 and 5 both know."""
+    config = json.loads(file.read_text())
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False))
 
 
 def _form_of_end(end: QuantizedLinear) -> str:
@@ -303,8 +348,15 @@ def open_checkpoint(folder: Path) -> tuple[dict, TensorReader]:
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether the model in a folder says that it is quantized, in this format or another."""
-    return "quantization_config" in json.loads((folder / "config.json").read_text())
+    """Whether the model in a folder says that it is quantized, in this format or another.
+
+    Raises:
+        UserError: no model there, or an unreadable config.json.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a model: it has no config.json")
+    config = read_json(folder / "config.json", "quantize or download it again")
+    return any(config.get(key) for key in ("quantization_config", "compression_config"))
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
@@ -319,5 +371,6 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of a model's files in a folder; not of the same weights in other forms beside."""
+    return sum(file.stat().st_size for file in folder.iterdir()
+               if file.is_file() and any(map(file.match, MODEL_FILES)))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from common import calibration, machine, parallel
+from common import calibration, device_memory, machine, parallel
 from common.errors import UserError
 from common.models import DEFAULT_MODEL
 from common.progress import say
@@ -30,8 +30,8 @@ def run(main: Callable[[], int | None]) -> None:
     except UserError as error:
         code = fail(str(error))
     except torch.cuda.OutOfMemoryError:
-        code = fail("the GPU ran out of memory; lower --calib-length or --calib-samples, close other programs on the "
-                    "GPU, or use --device cpu")
+        code = fail("the GPU ran out of memory; lower --calib-length or --calib-samples, raise --device-memory if you set "
+                    "it, close other programs on the GPU, or use --device cpu")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
@@ -75,15 +75,18 @@ def quiet_libraries() -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model, --device, --dtype, --data-root."""
+    """--model, --device, --device-memory, --dtype, --data-root."""
     parser.add_argument("--model", default=DEFAULT_MODEL, help="hub id, folder, or demo (default: %(default)s)")
     add_device_arguments(parser)
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """--device, --dtype, --data-root."""
+    """--device, --device-memory, --dtype, --data-root."""
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
                         help="where to compute; auto takes CUDA when there is one")
+    parser.add_argument("--device-memory", type=gibibytes, metavar="GIB",
+                        help="GPU memory that the process may take, its CUDA context included (default: what is free when it "
+                             "starts)")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
                         help="type to compute in; auto is float32 on a CPU and bfloat16 on CUDA")
     parser.add_argument("--data-root", type=Path, metavar="DIR",
@@ -138,11 +141,12 @@ def resolve_sizes(options: argparse.Namespace) -> None:
     options.calib_length = options.calib_length or (calibration.DEMO_LENGTH if demo else calibration.DEFAULT_LENGTH)
 
 
-def resolve_device(choice: str) -> torch.device:
-    """The torch device of a --device option.
+def resolve_device(choice: str, memory: float | None = None) -> torch.device:
+    """The torch device of a --device option, and from now on a limit on its memory, in GiB (`device_memory`).
 
     Raises:
-        UserError: CUDA was asked for and there is none, or a card is there that cannot be used and the CPU was not asked for.
+        UserError: CUDA was asked for and there is none or it has no memory left, or a card is there that cannot be used and the
+            CPU was not asked for.
     """
     if choice == "cpu":
         return torch.device("cpu")
@@ -153,6 +157,7 @@ def resolve_device(choice: str) -> torch.device:
         obstacle = machine.too_old_a_card(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device),
                                           torch.cuda.get_arch_list())
         if obstacle is None:
+            device_memory.limit(device, memory)
             return device
     else:
         obstacle = machine.obstacle(machine.look())
@@ -191,6 +196,13 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def gibibytes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of GiB")
     return value
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
-
-import numpy as np
 
 from common import significance
 from common.errors import UserError
+from common.identity import incomparable
 from common.progress import say
 from common.results import ModelResults, has_samples, load_samples
-from common.significance import Difference, Flips, Metric, paired_bootstrap
+from common.significance import Difference, Flips, Metric
 
 
-def _field(name: str) -> Callable[[list[dict]], Metric]:
-    return lambda samples: significance.mean([np.nan if sample[name] is None else sample[name] for sample in samples])
+def _field(name: str, metric: Callable = significance.mean) -> Callable[[list[dict]], Metric]:
+    return lambda samples: metric([sample[name] for sample in samples])
 
 
 def _macro_f1(samples: list[dict]) -> Metric:
@@ -33,8 +33,9 @@ class MetricKind:
     """A metric of a task that is compared.
 
     metric: from the task's per-sample records. binary: the records' field that says right or wrong, where there is one.
-    cluster: the field by which samples belong together. margin: a loss below this is no matter. logarithmic: the metric is a
-    mean of logarithms, shown as its exponential, and the difference as a ratio.
+    cluster: the field by which samples belong together. needs: a field that both models' records must hold a value of, or the
+    question is left out for both. margin: a loss below this is no matter. share: the metric lies between 0 and 1.
+    logarithmic: the metric is a mean of logarithms, shown as its exponential, and the difference as a ratio.
     """
 
     task: str
@@ -45,6 +46,8 @@ class MetricKind:
     margin: float = 0.02
     binary: str | None = None
     cluster: str | None = None
+    needs: str | None = None
+    share: bool = True
     logarithmic: bool = False
 
 
@@ -57,39 +60,33 @@ METRICS = (
                cluster="cluster"),
     MetricKind("openmath", "within_tolerance", "OpenMath correct", _field("correct"), binary="correct"),
     MetricKind("openmath", "mean_absolute_difference", "OpenMath mean absolute difference", _field("absolute_difference"),
-               larger_is_better=False, margin=0.0),
+               larger_is_better=False, margin=0.0, needs="absolute_difference", share=False),
+    MetricKind("openmath", "median_absolute_difference", "OpenMath median absolute difference",
+               _field("absolute_difference", significance.median), larger_is_better=False, margin=0.0,
+               needs="absolute_difference", share=False),
     MetricKind("openmath", "no_number", "OpenMath no number", _no_number, larger_is_better=False),
-    MetricKind("perplexity", "perplexity", "Perplexity", _field("loss"), larger_is_better=False, margin=0.01,
+    MetricKind("perplexity", "perplexity", "Perplexity", _field("loss"), larger_is_better=False, margin=0.01, share=False,
                logarithmic=True),
 )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of both models. For a logarithmic metric `difference` is that of the logarithms."""
+    """One metric of both models. For a logarithmic metric `difference` is that of the logarithms. p_loss, p_gain: one-sided
+    p-values of a loss and of a gain."""
 
     kind: MetricKind
     baseline: float
     quantized: float
     difference: Difference
     flips: Flips | None
+    p_loss: float
+    p_gain: float
 
-    @property
-    def p_value(self) -> float:
-        """One-sided p-value of a loss: McNemar's where answers are right or wrong, else the bootstrap's."""
-        if self.flips:
-            return self.flips.p_value
-        return self.difference.p_lower if self.kind.larger_is_better else self.difference.p_higher
-
-    def verdict(self, p_value: float | None = None) -> str:
-        """A word for the difference; p_value: the one of `adjusted_p_values`, where this is one of many comparisons."""
+    def verdict(self, p_loss: float | None = None, p_gain: float | None = None) -> str:
+        """A word for the difference; p_loss, p_gain: those of `adjusted_p_values`, where this is one of many comparisons."""
         return significance.verdict(self.difference, self.kind.larger_is_better, self.kind.margin,
-                                    self.p_value if p_value is None else p_value)
-
-    @property
-    def detectable(self) -> float:
-        """The smallest true difference that would show. Without a flip that is three in n: fewer flips may show none."""
-        return max(self.difference.detectable, 3 / self.difference.samples) if self.flips else self.difference.detectable
+                                    self.p_loss if p_loss is None else p_loss, self.p_gain if p_gain is None else p_gain)
 
     def shown_difference(self) -> str:
         """Difference with its interval, as ratios for a logarithmic metric."""
@@ -105,7 +102,8 @@ class Comparison:
         found: dict = {"task": self.kind.task, "metric": self.kind.key, "name": self.kind.name, "baseline": self.baseline,
                  "quantized": self.quantized, "scale": "log" if self.kind.logarithmic else "linear",
                  **{"difference" if name == "value" else name: value for name, value in asdict(self.difference).items()},
-                 "smallest_detectable": self.detectable, "p_value": self.p_value, "verdict": self.verdict()}
+                 "smallest_detectable": self.difference.detectable, "p_value": self.p_loss, "p_value_gain": self.p_gain,
+                 "verdict": self.verdict()}
         if self.flips:
             found.update(to_wrong=self.flips.to_wrong, to_right=self.flips.to_right)
         # JSON has no NaN.
@@ -134,15 +132,26 @@ def compare(baseline: dict[str, list[dict]], quantized: dict[str, list[dict]]) -
         if ids[0] != ids[1]:
             raise UserError(f"the two models were evaluated on different samples of {kind.task}; evaluate both again with "
                             "--overwrite")
-        count = len(ids[0])
-        metrics = [kind.metric(samples) for samples in pair]
-        values = [significance.value(metric, count) for metric in metrics]
-        clusters = [sample[kind.cluster] for sample in pair[0]] if kind.cluster else None
-        flips = significance.flips(*[[sample[kind.binary] for sample in samples] for samples in pair]) if kind.binary else None
-        if kind.logarithmic:
-            values = [math.exp(one) for one in values]
-        found.append(Comparison(kind, *values, paired_bootstrap(*metrics, count, clusters), flips))
+        if kind.needs:
+            both = [all(sample[kind.needs] is not None for sample in samples) for samples in zip(*pair, strict=True)]
+            pair = tuple(list(compress(samples, both)) for samples in pair)
+        found.append(_compare_metric(kind, *pair))
     return found
+
+
+def _compare_metric(kind: MetricKind, baseline: list[dict], quantized: list[dict]) -> Comparison:
+    clusters = [sample[kind.cluster] for sample in baseline] if kind.cluster else None
+    pair = significance.pair(kind.metric([*baseline, *quantized]), clusters)
+    difference = significance.difference(pair, kind.share)
+    flips = kind.binary and significance.flips(*[[sample[kind.binary] for sample in samples]
+                                                 for samples in (baseline, quantized)])
+    if flips and not clusters:
+        p_values = flips.p_values
+    else:
+        lower_higher = significance.t_test(difference) if kind.logarithmic else significance.swap_test(pair)
+        p_values = lower_higher if kind.larger_is_better else lower_higher[::-1]
+    values = [math.exp(one) for one in pair.values] if kind.logarithmic else pair.values
+    return Comparison(kind, *values, difference, flips, *p_values)
 
 
 def by_metric(comparisons: list[Comparison]) -> dict[tuple[str, str], Comparison]:
@@ -159,7 +168,9 @@ def samples_by_task(results_dir: Path, model: str, configuration: str) -> dict[s
 
 
 def compare_all(results_dir: Path, results: ModelResults) -> dict[str, list[Comparison]]:
-    """Every evaluated configuration of a model against its baseline; none for those without records of the same samples."""
+    """Every evaluated configuration of a model against its baseline; none for those that were evaluated under other
+    conditions.
+    """
     if "baseline" not in results.documents or not has_samples(results_dir, results.name, "baseline"):
         return {}
     baseline = samples_by_task(results_dir, results.name, "baseline")
@@ -167,19 +178,27 @@ def compare_all(results_dir: Path, results: ModelResults) -> dict[str, list[Comp
     for name in results.configurations():
         if name != "baseline" and name in results.documents and has_samples(results_dir, results.name, name):
             try:
+                reasons = incomparable(results.documents["baseline"], results.documents[name])
+                if reasons:
+                    raise UserError(f"measured with {'; '.join(reasons)} than the baseline: evaluate both again")
                 found[name] = compare(baseline, samples_by_task(results_dir, results.name, name))
             except UserError as error:
                 say(f"{results.name} {name}: no comparison ({error})")
     return found
 
 
-def adjusted_p_values(comparisons: dict[str, list[Comparison]]) -> dict[tuple[str, str, str], float]:
-    """p-values of a loss after Holm over all configurations, by (configuration, task, metric)."""
-    families: dict[tuple[str, str], dict[str, float]] = {}
+def adjusted_p_values(comparisons: dict[str, list[Comparison]]) -> dict[tuple[str, str, str], tuple[float, float]]:
+    """p-values of a loss and of a gain, each after Holm over all configurations, by (configuration, task, metric)."""
+    families: dict[tuple[str, str], dict[str, Comparison]] = {}
     for name, rows in comparisons.items():
         for one in rows:
-            families.setdefault((one.kind.task, one.kind.key), {})[name] = one.p_value
-    return {(name, *family): p for family, values in families.items() for name, p in significance.holm(values).items()}
+            families.setdefault((one.kind.task, one.kind.key), {})[name] = one
+    adjusted = {}
+    for family, members in families.items():
+        losses = significance.holm({name: one.p_loss for name, one in members.items()})
+        gains = significance.holm({name: one.p_gain for name, one in members.items()})
+        adjusted.update({(name, *family): (losses[name], gains[name]) for name in members})
+    return adjusted
 
 
 def facts(baseline: dict, quantized: dict) -> list[tuple[str, float | None, float | None, int]]:
@@ -195,13 +214,14 @@ def facts(baseline: dict, quantized: dict) -> list[tuple[str, float | None, floa
 
 def print_comparison(baseline: dict, quantized: dict, comparisons: list[Comparison]) -> None:
     """Print one aligned table of everything, then the divergence."""
-    lines = [["", "Baseline", "Quantized", "Difference [95%]", "Flips -/+", "p of a loss", "Detectable", "Verdict"]]
+    lines = [["", "Baseline", "Quantized", "Difference [95%]", "Flips -/+", "p of a loss", "p of a gain", "Detectable", "Verdict"]]
     for name, before, after, digits in facts(baseline, quantized):
         cells = ["–" if value is None else f"{value:.{digits}f}" for value in (before, after)]
         change = f"{after / before:.3f} x" if before and after else "–"
-        lines.append([name, *cells, change, "", "", "", ""])
+        lines.append([name, *cells, change, "", "", "", "", ""])
     for one in comparisons:
-        flips = ["–" if one.flips is None else f"{one.flips.to_wrong}/{one.flips.to_right}", f"{one.p_value:.3g}"]
+        flips = ["–" if one.flips is None else f"{one.flips.to_wrong}/{one.flips.to_right}",
+                 f"{one.p_loss:.3g}", f"{one.p_gain:.3g}"]
         values = ["–" if math.isnan(value) else f"{value:.4g}" for value in (one.baseline, one.quantized)]
         lines.append([one.kind.name, *values, one.shown_difference(), *flips, detectable(one), one.verdict()])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -217,7 +237,7 @@ def print_comparison(baseline: dict, quantized: dict, comparisons: list[Comparis
 
 def detectable(one: Comparison) -> str:
     """The smallest difference that would show, as a ratio for a logarithmic metric."""
-    size = one.detectable
+    size = one.difference.detectable
     if not math.isfinite(size):
         return "–"
     return f"{math.exp(size):.3f} x" if one.kind.logarithmic else f"{size:.3g}"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.sampling import RowGroup, draw_rows, read_sample
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
-SHUFFLE_BUFFER = 2000
 LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -38,21 +37,24 @@ class DataName:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows and where they were really read from, in words that go into the results."""
+    """Rows and where they were read from, as the results name it; from the hub with the commit."""
 
     rows: list[dict]
     source: str
 
 
 def load_rows(address: str, data_root: Path | None = None, limit: int | None = None,
-              seed: int | None = None) -> Rows:
-    """Read a data set's rows.
+              seed: int | None = None, columns: tuple[str, ...] | None = None,
+              budget: int | None = None) -> Rows:
+    """Read a data set's rows, the same from the hub and from a mirror (`sampling.draw_rows`).
 
     Args:
         address: path of a .txt, .jsonl or .parquet file, or a `DataName`.
         data_root: looked into before the hub, as DIR/<owner>/<name>/<config>/<split>.parquet.
-        limit: at most this many rows; from the hub only these are fetched.
-        seed: shuffle with this seed before the limit is taken; None keeps the order.
+        limit: at most this many rows.
+        seed: rows are drawn from the whole split with this seed; None takes the first.
+        columns: those that are needed, as far as there are such; of parquet no others are read.
+        budget: bytes to fetch for a sample of a large split.
     Raises:
         UserError: no such file or data set, an unreadable one, or no network.
     """
@@ -60,13 +62,16 @@ def load_rows(address: str, data_root: Path | None = None, limit: int | None = N
     if path.suffix in LOCAL_SUFFIXES:
         if not path.is_file():
             raise UserError(f"data file {address} does not exist")
-        return Rows(_take(_read_file(path), limit, seed), path.name)
+        return Rows(_read_file(path, limit, seed, columns, budget), path.name)
     name = DataName.parse(address)
     local = _find_under(data_root, name) if data_root else None
     if local is not None:
         sample = " (sample)" if local.stem.endswith("_sample") else ""
-        return Rows(_take(_read_file(local), limit, seed), f"{name}{sample}")
-    return Rows(_stream_from_hub(name, limit, seed), str(name))
+        return Rows(_read_file(local, limit, seed, columns, budget), f"{name}{sample}")
+    from common.hub_data import Sample, hub_rows
+
+    rows, revision = hub_rows(name, Sample(limit, seed, columns, budget))
+    return Rows(rows, f"{name}@{revision}")
 
 
 def _find_under(data_root: Path, name: DataName) -> Path | None:
@@ -82,41 +87,21 @@ def _find_under(data_root: Path, name: DataName) -> Path | None:
     return None
 
 
-def _read_file(path: Path) -> list[dict]:
+def _read_file(path: Path, limit: int | None = None, seed: int | None = None,
+               columns: tuple[str, ...] | None = None, budget: int | None = None) -> list[dict]:
     try:
         if path.suffix == ".txt":
             return [{"text": path.read_text(encoding="utf-8")}]
         if path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").splitlines()
-            return [json.loads(line) for line in lines if line.strip()]
-        import pyarrow.parquet
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            chosen = draw_rows([RowGroup(0, 0, 0, len(lines), 0)], limit, seed)
+            return [json.loads(lines[i]) for i in chosen]
+        from pyarrow.parquet import ParquetFile
 
-        return pyarrow.parquet.read_table(path).to_pylist()
+        with ParquetFile(path) as file:
+            return read_sample([file], limit, seed, columns, budget).to_pylist()
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0][:150]})") from None
-
-
-def _take(rows: list[dict], limit: int | None, seed: int | None) -> list[dict]:
-    if seed is not None:
-        rows = rows.copy()
-        random.Random(seed).shuffle(rows)
-    return rows[:limit]
-
-
-def _stream_from_hub(name: DataName, limit: int | None, seed: int | None) -> list[dict]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        stream = datasets.load_dataset(name.repository, name.config, split=name.split, streaming=True)
-        if seed is not None:
-            stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        return list(stream if limit is None else stream.take(limit))
-    except ValueError as error:  # what `datasets` raises for an unknown config or split
-        raise UserError(f"data set {name}: {str(error).splitlines()[0][:200]}") from None
-    except Exception as error:  # aiohttp, httpx, hub and file-system errors share no base class
-        raise UserError(f"data set {name} cannot be fetched ({type(error).__name__}): no network, or no such data set; "
-                        "give a local file, --data-root, or demo") from None
 
 
 def demo_rows(task: str) -> Rows:

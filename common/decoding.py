@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from common.device_memory import TOKENS_SHARE, available, cache_bytes, halved_to_fit, token_bytes
 from common.kernels.inference import Rotary, add_rms_norm, attend, largest_index, row_matmul, silu_mul
 from common.models import SUPPORTED_ARCHITECTURES
 from common.packed import PackedLinear, stack
@@ -29,7 +30,7 @@ def can_decode(model, length: int) -> bool:
     rounds_inputs = scheme is not None and scheme.input_activations is not None
     return (config.model_type in SUPPORTED_ARCHITECTURES and config._attn_implementation == "sdpa"
             and size >= 16 and size & (size - 1) == 0 and config.hidden_act == "silu" and not rounds_inputs
-            and not hasattr(attention, "online") and (window is None or length <= window))
+            and not hasattr(attention, "online") and not getattr(model, "streamed", 0) and (window is None or length <= window))
 
 
 def cache_after(prefix: DynamicCache | None, rows: int) -> DynamicCache:
@@ -175,7 +176,7 @@ class Decoder:
         """
         before = prefix.get_seq_length() if prefix is not None else 0
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        at_once = max(1, PROMPT_TOKENS // (int(lengths.max())))
+        at_once = self._prompts_at_once(int(lengths.max()), before)
         logits = []
         for first in range(0, len(prompts), at_once):
             part = slice(first, min(first + at_once, len(prompts)))
@@ -184,6 +185,15 @@ class Decoder:
         self.positions[:len(prompts)] = (lengths + before).to(self.device)
         torch.argmax(logits, -1, out=self.tokens[:len(prompts)])
         return logits
+
+    def _prompts_at_once(self, length: int, before: int) -> int:
+        """How many prompts of up to `length` tokens, after `before` of a prefix, are read at once."""
+        most = max(1, PROMPT_TOKENS // length)
+        if min(most, self.rows) == 1:                                           # asking the card takes time
+            return 1
+        element = self.cache.element_size()
+        row = length * token_bytes(self.model.config, element) + (length + before) * cache_bytes(self.model, element)
+        return halved_to_fit(most, row, TOKENS_SHARE * available(self.device))
 
     def _read(self, prompts: list[list[int]], rows: slice, prefix: DynamicCache | None, before: int) -> Tensor:
         length = max(map(len, prompts))

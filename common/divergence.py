@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.calibration import Windows
 from common.models import SourceModel
 from common.progress import track
-from common.streams import embed_chunks, run_layer
+from common.streams import advance, cut, embed_chunks, hidden_bytes, home_of, run_layer
 
 QUANTILES = {"kl_median": 0.5, "kl_99": 0.99, "kl_999": 0.999}
 
@@ -29,13 +30,12 @@ QUANTILES = {"kl_median": 0.5, "kl_99": 0.99, "kl_999": 0.999}
 def last_hidden_states(source: SourceModel, windows: Tensor) -> Tensor:
     """Hidden states [samples, length, hidden] after the last decoder layer, on the host, of token ids [samples, length]."""
     arguments = source.layer_arguments(windows.shape[1])
-    chunks = embed_chunks(source, windows)
+    chunks = embed_chunks(source, cut(source, windows), home_of(hidden_bytes(source, windows), source.device))
     for index in track(range(source.num_layers), "original model", unit="layers"):
         layer = source.load_layer(index)
-        for i, chunk in enumerate(chunks):
-            chunks[i] = run_layer(layer, chunk.to(source.device), arguments[index]).to(chunk.device)
+        advance(partial(run_layer, layer, arguments=arguments[index]), chunks, source.device)
         source.release_layer(index)
-    return torch.cat(chunks).cpu()
+    return torch.cat([chunk.cpu() for chunk in chunks])
 
 
 def hidden_states(source: SourceModel, windows: Windows, folder: Path) -> Tensor:
@@ -55,6 +55,19 @@ def hidden_states(source: SourceModel, windows: Windows, folder: Path) -> Tensor
         save_file({"states": states}, unfinished)
         unfinished.rename(path)
     return states
+
+
+def place_head(source: SourceModel, model: nn.Module) -> None:
+    """Bring the original's head to its device, for `SourceModel.logits` beside `model`; where that has the same head, its own
+    serves both.
+    """
+    head, own = source.model.lm_head, getattr(model.lm_head, "weight", None)
+    if own is None or (own.shape, own.dtype) != (head.weight.shape, head.weight.dtype):
+        head.to(source.device)
+    elif all(torch.equal(one.to(own.device), other) for one, other in zip(head.weight.split(4096), own.split(4096), strict=True)):
+        head.weight = nn.Parameter(own, requires_grad=False)
+    else:
+        head.to(source.device)
 
 
 def compare(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:

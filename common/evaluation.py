@@ -5,7 +5,8 @@
     python common/evaluation.py --model-path models/SmolLM2-135M-Instruct/baseline --limit 20
 
 Tasks run in lm-eval with the task files in common/tasks, on the same samples and prompts for every configuration.
-Metrics go to results/<model>/<configuration>.json, a record for each sample to results/<model>/samples/.
+Metrics go to results/<model>/<configuration>.json, a record for each sample to results/<model>/samples/, both with what they
+were made from. A quantized model that does not say what it was made from is told with --baseline.
 """
 
 from __future__ import annotations
@@ -24,35 +25,36 @@ from dataclasses import dataclass
 
 import torch
 import yaml
+from torch import Tensor
 
-from common import metadata, overlap
+from common import identity, metadata, overlap
 from common.calibration import Windows, evaluation_windows
 from common.chat import template_date
-from common.checkpoint import is_quantized
 from common.cli import add_device_arguments, configure_torch, positive, resolve_device, resolve_dtype, run
 from common.data import Rows, demo_rows, load_rows
-from common.demo.model import DEMO_NAME
-from common.divergence import compare, hidden_states, summarise
+from common.device_memory import logits_at_once
+from common.divergence import compare, hidden_states, place_head, summarise
 from common.errors import UserError
-from common.models import SourceModel, load_tokenizer, model_name
+from common.models import SourceModel, load_tokenizer
+from common.naming import Subject, subject_of
 from common.progress import say, track
-from common.results import RESULTS_FOLDER, load_samples, read_json, write_json, write_samples
-from common.runtime import load_for_running, measure_speed, weight_bytes
+from common.results import RESULTS_FOLDER, has_samples, load_samples, read_json, write_json, write_samples
+from common.runtime import load_for_running, measure_memory, measure_speed, weight_bytes
 from common.tasks import scoring
+from common.tasks.numbers import parse_number
 
 TASKS = ("arc", "squad_v2", "openmath", "perplexity", "speed")
 TASK_FILES = Path(__file__).parent / "tasks"
 SAMPLE_SEED = 1234
 STATES_FOLDER = "baseline_states"
-# Results of two runs belong together when these agree.
-_SAME_RUN = ("demo_data", "versions", "device", "compute_dtype", "quantization")
 
 
 @dataclass(frozen=True)
 class TaskData:
     """Where a task's rows come from: demo file, hub address, and how many by default.
 
-    fetch: rows that are looked through for OpenMath, whose only split is huge; a seeded sample is taken from them.
+    fetch: rows of a seeded sample that are looked through for OpenMath, many of which have no
+    numeric answer. columns: what the task needs of a row, where that is less than all.
     """
 
     demo: str
@@ -60,14 +62,18 @@ class TaskData:
     limit: int
     chat: bool = True
     fetch: int | None = None
+    columns: tuple[str, ...] | None = None
 
 
 # Limits keep one model of a billion weights under three minutes on a GPU.
 TASK_DATA = {
     "arc": TaskData("arc", "allenai/ai2_arc/ARC-Challenge:test", 1172, chat=False),
     "squad_v2": TaskData("squad", "rajpurkar/squad_v2/squad_v2:validation", 1000),
-    "openmath": TaskData("openmath", "nvidia/OpenMathInstruct-2:train", 200, fetch=4000),
+    "openmath": TaskData("openmath", "nvidia/OpenMathInstruct-2:train", 200, fetch=1024,
+                         columns=("problem", "expected_answer")),
 }
+# Bytes to fetch for one task's sample of a split too large to be fetched whole.
+TRAFFIC = 40_000_000
 PERPLEXITY_DATA = "Salesforce/wikitext/wikitext-2-raw-v1:test"
 # On a CPU; on a GPU the whole text is evaluated, as in published tables.
 CPU_WINDOWS, WINDOW_LENGTH = 40, 2048
@@ -82,20 +88,17 @@ def task_rows(task: str, options: argparse.Namespace, demo: bool) -> Rows:
     if demo and not address:
         loaded = demo_rows(data.demo)
         return Rows(loaded.rows[:options.limit], loaded.source)
+    # At least the usual number is drawn, so that a smaller --limit finds them in the cache.
+    wanted = max(data.limit, limit) if data.fetch is None else max(data.fetch, 4 * limit)
+    loaded = load_rows(address or data.address, options.data_root, wanted, SAMPLE_SEED,
+                       data.columns, TRAFFIC)
     if data.fetch is None:
-        loaded = load_rows(address or data.address, options.data_root, seed=SAMPLE_SEED)
         return Rows(loaded.rows[:limit], loaded.source)
-    loaded = load_rows(address or data.address, options.data_root, limit=data.fetch, seed=SAMPLE_SEED)
     # A problem whose answer is an expression has no distance from a number.
-    numeric = [row for row in loaded.rows if _is_plain_number(str(row["expected_answer"]))]
+    numeric = [row for row in loaded.rows if parse_number(str(row["expected_answer"])) is not None]
     if not numeric:
         raise UserError(f"{loaded.source} has no row with a numeric expected_answer")
     return Rows(numeric[:limit], loaded.source)
-
-
-def _is_plain_number(text: str) -> bool:
-    return scoring.parse_number(text) is not None and not any(c.isalpha() for c in text.replace("\\frac", "").lower()
-                                                      .replace("e", ""))
 
 
 def run_task(task: str, model, tokenizer, rows: Rows, demo: bool, batch_share: float = 1.0) -> tuple[dict, list[dict]]:
@@ -128,17 +131,21 @@ def run_task(task: str, model, tokenizer, rows: Rows, demo: bool, batch_share: f
 
 
 @torch.inference_mode()
-def perplexity(model, windows: Windows, original: SourceModel | None = None, states: Path | None = None,
+def perplexity(model, windows: Windows, original: SourceModel | None = None, references: Tensor | None = None,
                ) -> tuple[dict, list[dict]]:
     """Perplexity of consecutive windows [samples, length]: exp of the mean negative log-likelihood per token.
 
     Every window's first token is context only, and no BOS is put before it, as in published tables. The record of each window
     is its mean negative log-likelihood and, where the original model is given, the divergence from it at every token
-    (`common.divergence`); states: where the original's hidden states are kept.
+    (`common.divergence`); references: its last hidden states [samples, length, hidden].
     """
     device = next(model.parameters()).device
     start = time.perf_counter()
-    references = hidden_states(original, windows, states) if original else [None] * len(windows.tokens)
+    if original is None:
+        references = [None] * len(windows.tokens)
+    else:
+        place_head(original, model)
+    slice_size = logits_at_once(256, model.config.vocab_size, device)
     samples = []
     for index, (window, reference) in enumerate(zip(track(windows.tokens, "perplexity", unit="windows"), references,
                                                     strict=True)):
@@ -146,8 +153,8 @@ def perplexity(model, windows: Windows, original: SourceModel | None = None, sta
         hidden = model.model(window.unsqueeze(0), use_cache=False).last_hidden_state[0, :-1]
         # A slice of the vocabulary's logits at a time: all of them would take gigabytes.
         total, divergence, same = torch.zeros((), device=device), [], torch.zeros((), dtype=torch.long, device=device)
-        for first in range(0, len(hidden), 256):
-            part = slice(first, first + 256)
+        for first in range(0, len(hidden), slice_size):
+            part = slice(first, first + slice_size)
             found = torch.log_softmax(model.lm_head(hidden[part]).float(), -1)
             total -= found.gather(1, window[1:][part].unsqueeze(1)).sum()
             if reference is not None:
@@ -168,13 +175,10 @@ def perplexity(model, windows: Windows, original: SourceModel | None = None, sta
     return summary, samples
 
 
-def _original(folder: Path, device: torch.device, dtype: torch.dtype) -> SourceModel | None:
+def _original(subject: Subject, device: torch.device, dtype: torch.dtype) -> SourceModel | None:
     """The model that a checkpoint was made from, or the folder itself where it is one; None where it is not to be had."""
-    record = metadata.read(folder)
-    if record is None and is_quantized(folder):
-        return None
     try:
-        return SourceModel(str(folder) if record is None else record["model"]["source"], device, dtype)
+        return SourceModel(subject.original, device, dtype)
     except UserError as error:
         say(f"divergence from the baseline is left out: {error}")
         return None
@@ -191,20 +195,20 @@ def _noise(samples: dict[str, list[dict]], model, tokenizer, rows: dict, demo: b
     return found
 
 
-def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configuration: str, twice: bool = False) -> dict:
-    """Evaluate the model in `folder` and write its results. Returns the document that was written.
+def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, twice: bool = False) -> dict:
+    """Evaluate a model and write its results. Returns the document that was written, or found.
 
     Args:
+        reuse: leave out tasks whose results are there, if they were made from the same (`identity`).
         twice: run the tasks a second time in other batches, for the noise floor of every comparison.
     Raises:
-        UserError: no model there, no data, or evaluation data that the model was calibrated on.
+        UserError: no data, or evaluation data that the model was calibrated on.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a model: it has no config.json")
-    device = resolve_device(options.device)
+    folder, name, configuration = subject.folder, subject.name, subject.configuration
+    device = resolve_device(options.device, options.device_memory)
     dtype = resolve_dtype(options.dtype, device)
     configure_torch(0)
-    demo = options.data == "demo" or (options.data == "auto" and name == DEMO_NAME and options.data_root is None)
+    demo = options.data == "demo" or (options.data == "auto" and subject.source == "demo" and options.data_root is None)
     chosen = options.tasks
     # Data first: a missing data set should not cost the time it takes to load the model.
     rows = {task: task_rows(task, options, demo) for task in chosen if task in TASK_DATA}
@@ -215,28 +219,49 @@ def evaluate_model(folder: Path, options: argparse.Namespace, name: str, configu
                                      options.window_length or (DEMO_WINDOW_LENGTH if demo else WINDOW_LENGTH),
                                      options.data_root)
     _check_overlap(folder, tokenizer, rows, windows)
+    shared = {"source": subject.source, "checkpoint": identity.checkpoint_hash(folder, options.results_dir),
+              "code": identity.code_hash(), "demo_data": demo, "versions": metadata.versions(),
+              "device": metadata.describe_device(device), "compute_dtype": str(dtype).removeprefix("torch.")}
+    conditions = _conditions(subject, options.results_dir, chosen, rows, windows)
+    if reuse:
+        chosen = identity.left_to_do(subject, options.results_dir, shared, conditions, twice)
+        if not chosen:
+            return read_json(options.results_dir / name / f"{configuration}.json")
+        rows, windows = {task: rows[task] for task in rows if task in chosen}, windows if "perplexity" in chosen else None
+    # Before the model takes its room: the original passes through the device layer by layer.
+    original = _original(subject, device, dtype) if windows is not None else None
+    references = None
+    if original:
+        references = hidden_states(original, windows, options.results_dir / name / STATES_FOLDER)
+        original.move_ends(torch.device("cpu"))
     started = time.perf_counter()
     model, _ = load_for_running(folder, device, dtype)
-    loading = time.perf_counter() - started
+    loading, device = time.perf_counter() - started, next(model.parameters()).device
+    loaded = metadata.peak_memory(device)
+    # Here the model is alone on the device.
+    speed = None
+    if "speed" in chosen:
+        speed = measure_speed(model, model.config.vocab_size)
+        speed["memory_bytes"] = measure_memory(model, model.config.vocab_size)
     say(f"Evaluating {name} {configuration} on {device} in {str(dtype).removeprefix('torch.')}: {', '.join(chosen)}")
     tasks, samples = {}, {}
     for task in rows:
         tasks[task], samples[task] = run_task(task, model, tokenizer, rows[task], demo)
     noise = _noise(samples, model, tokenizer, rows, demo) if twice else None
     if windows is not None:
-        tasks["perplexity"], samples["perplexity"] = perplexity(model, windows, _original(folder, device, dtype),
-                                                                options.results_dir / name / STATES_FOLDER)
+        tasks["perplexity"], samples["perplexity"] = perplexity(model, windows, original, references)
     document = {
-        "format_version": 1, "model": name, "configuration": configuration, "demo_data": demo,
-        "versions": metadata.versions(), "device": metadata.describe_device(device),
-        "compute_dtype": str(dtype).removeprefix("torch."), "load_seconds": round(loading, 2),
-        "quantization": _quantization_facts(folder), "tasks": tasks,
+        "format_version": 2, "model": name, "configuration": configuration, **shared, "date": time.strftime("%Y-%m-%d"),
+        "load_seconds": round(loading, 2), "quantization": _quantization_facts(folder),
+        "tasks": {task: {**summary, **conditions[task]} for task, summary in tasks.items()},
     }
     if noise:
         document["noise"] = noise
-    if "speed" in chosen:
-        document["speed"] = measure_speed(model, model.config.vocab_size)
-    document["memory"] = {"weights_bytes": weight_bytes(model), **metadata.peak_memory(device)}
+    if speed:
+        document["speed"] = speed
+    # Measuring the memory to run has reset the peaks.
+    peaks = {key: max(loaded[key], value) for key, value in metadata.peak_memory(device).items()}
+    document["memory"] = {"weights_bytes": weight_bytes(model), **peaks}
     document["seconds"] = round(time.perf_counter() - started, 2)
     say(describe(document))
     return write_results(options.results_dir, document, samples)
@@ -247,6 +272,17 @@ def default_windows(demo: bool, device: torch.device) -> int | None:
     if demo:
         return DEMO_WINDOWS
     return CPU_WINDOWS if device.type == "cpu" else None
+
+
+def _conditions(subject: Subject, results_dir: Path, chosen: tuple[str, ...], rows: dict[str, Rows],
+                windows: Windows | None) -> dict[str, dict]:
+    """By task, what its results depend on besides what all tasks share."""
+    found = {task: {"data": data.source, "samples": len(data.rows), "fingerprint": identity.rows_fingerprint(data.rows)}
+             for task, data in rows.items()}
+    if windows is not None:
+        found["perplexity"] = {"data": windows.source, "windows": len(windows.tokens), "length": windows.tokens.shape[1],
+                               "fingerprint": windows.fingerprint, "original": identity.original_hash(subject, results_dir)}
+    return {task: found.get(task, {}) for task in chosen}
 
 
 def _check_overlap(folder: Path, tokenizer, rows: dict[str, Rows], windows: Windows | None) -> None:
@@ -299,19 +335,23 @@ def _without_passages(calibration: dict | None) -> dict | None:
 def write_results(results_dir: Path, document: dict, samples: dict[str, list[dict]]) -> dict:
     """Write metrics and per-sample records; returns the document as written.
 
-    Tasks that an earlier run evaluated on the same checkpoint, data and device, and this one did not, are kept.
+    Tasks that an earlier run evaluated on the same checkpoint, with the same code and device, and this one did not, are kept.
     """
     path = results_dir / document["model"] / f"{document['configuration']}.json"
-    if path.is_file():
+    if path.is_file() and has_samples(results_dir, document["model"], document["configuration"]):
         earlier = read_json(path)
-        if all(earlier.get(key) == document[key] for key in _SAME_RUN):
+        if not identity.shared_changes(earlier, document):
             old = load_samples(results_dir, document["model"], document["configuration"])
             missing = {task for task in earlier["tasks"] if task not in document["tasks"]}
             samples = {**{task: [{k: v for k, v in sample.items() if k != "task"} for sample in old
                                  if sample["task"] == task] for task in missing}, **samples}
-            document = {**earlier, **document, "tasks": {**earlier["tasks"], **document["tasks"]}}
+            noise = {**{task: found for task, found in earlier.get("noise", {}).items() if task in missing},
+                     **document.get("noise", {})}
+            document = {**earlier, **document, "tasks": {**earlier["tasks"], **document["tasks"]}, "noise": noise}
     order = [task for task in TASKS if task in document["tasks"]]
     document["tasks"] = {task: document["tasks"][task] for task in order}
+    # Nothing answers for samples of another run, should this one end here.
+    path.unlink(missing_ok=True)
     write_samples(results_dir, document["model"], document["configuration"], {task: samples[task] for task in order})
     write_json(path, document)
     return document
@@ -361,6 +401,12 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
                         help="where results go (default: %(default)s)")
 
 
+def add_reuse_argument(parser: argparse.ArgumentParser) -> None:
+    """--reuse, for the batch."""
+    parser.add_argument("--reuse", action="store_true",
+                        help="evaluate only what has no results of the same checkpoint, data, device and code yet")
+
+
 def _tasks(text: str) -> tuple[str, ...]:
     chosen = tuple(part.strip() for part in text.split(",") if part.strip())
     unknown = [task for task in chosen if task not in TASKS]
@@ -369,26 +415,15 @@ def _tasks(text: str) -> tuple[str, ...]:
     return chosen
 
 
-def names_of(folder: Path) -> tuple[str, str]:
-    """Model name and configuration under which the results of a checkpoint folder are filed."""
-    document = metadata.read(folder)
-    folder = folder.resolve()
-    if document is not None:
-        return document["model"]["name"], folder.name
-    if folder.name == "baseline":
-        return folder.parent.name, "baseline"
-    return model_name(str(folder)), "baseline"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", type=Path, required=True, help="checkpoint or model folder")
+    parser.add_argument("--baseline", help="the 16-bit model that a quantized one was made from: hub id, folder, or "
+                                           "demo (default: what its metadata says)")
     add_evaluation_arguments(parser)
+    add_reuse_argument(parser)
     options = parser.parse_args()
-    if not options.model_path.is_dir():
-        raise UserError(f"{options.model_path} is not a folder; give the --output of a quantize script")
-    name, configuration = names_of(options.model_path)
-    evaluate_model(options.model_path, options, name, configuration)
+    evaluate_model(subject_of(options.model_path, options.baseline, options.results_dir), options, options.reuse)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ with one scale and one integer zero_point for each group of `group_size` consecu
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -113,24 +114,60 @@ def min_max(weight: Tensor, grid: Grid, shrink: float | Tensor = 1.0,
     Returns:
         scale [...] and zero_point [...] (an integer in the code range), both float32.
     """
-    levels = (1 << grid.bits) - 1
-    if grid.symmetric:
-        scale = weight.abs().amax(-1).float() * shrink * 2.0 / levels
-    else:
-        low = weight.amin(-1).float().clamp(max=0.0) * shrink
-        high = weight.amax(-1).float().clamp(min=0.0) * shrink
-        scale = (high - low) / levels
+    scale, low = _full_range(weight, grid, shrink)
     scale = round_scale(scale, scale_dtype)
     if grid.symmetric:
         return scale, torch.zeros_like(scale)
     return scale, (grid.code_min - low / scale).round().clamp(grid.code_min, grid.code_max)
 
 
+def _full_range(weight: Tensor, grid: Grid, shrink: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    """The scale that spans each group's range, not rounded yet, and the range's lower end; both [...] float32."""
+    levels = (1 << grid.bits) - 1
+    if grid.symmetric:
+        high = weight.abs().amax(-1).float() * shrink
+        return high * 2.0 / levels, -high
+    low = weight.amin(-1).float().clamp(max=0.0) * shrink
+    high = weight.amax(-1).float().clamp(min=0.0) * shrink
+    return (high - low) / levels, low
+
+
+def smallest_scale(scale_dtype: torch.dtype) -> float:
+    """The smallest scale of a stored type: subnormal where float32 holds it as a normal number, so that 1 / scale is finite."""
+    limits = torch.finfo(scale_dtype)
+    return max(limits.tiny * limits.eps, torch.finfo(torch.float32).tiny)
+
+
 def round_scale(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """Round to the stored type and keep it positive: an all-zero group gets scale 1. Returns float32."""
-    scale = scale.to(scale_dtype).float()
-    tiny = torch.finfo(scale_dtype).tiny
-    return torch.where(scale >= tiny, scale, torch.ones_like(scale))
+    """Round to the stored type and keep it positive; only an all-zero group, of scale 0, gets scale 1. Returns float32.
+
+    float16 gets the values that bfloat16 has too: so a checkpoint of which some scales need bfloat16 can be loaded in that.
+    """
+    rounded = scale.to(torch.bfloat16) if scale_dtype == torch.float16 else scale
+    rounded = rounded.to(scale_dtype).float().clamp(min=smallest_scale(scale_dtype))
+    return torch.where(scale > 0, rounded, torch.ones_like(rounded))
+
+
+# The share by which rounding to float16 may move the scales of a linear in all. With 1/64 its error would grow by a tenth: the
+# range search needs scales that lie near each other.
+FLOAT16_TOLERANCE = 1e-3
+
+
+def float16_holds(scale: Tensor, tolerance: float = FLOAT16_TOLERANCE) -> bool:
+    """Whether float16, whose subnormal numbers have few digits, holds a linear's scales, of any shape."""
+    scale = scale.float()
+    moved = (scale.to(torch.float16).float().clamp(min=smallest_scale(torch.float16)) - scale).abs()
+    return bool((moved * (scale > 0)).sum() <= tolerance * scale.sum())
+
+
+def scale_type(weights: Iterable[Tensor], grid: Grid, storage_dtype: torch.dtype) -> torch.dtype:
+    """The type for the scales of linears [out, in] of a model stored in `storage_dtype`: that, or bfloat16 for float16 that does
+    not hold them.
+    """
+    if storage_dtype != torch.float16:
+        return storage_dtype
+    held = all(float16_holds(_full_range(grouped(weight, grid), grid)[0].to(torch.bfloat16)) for weight in weights)
+    return torch.float16 if held else torch.bfloat16
 
 
 def search_range(weight: Tensor, grid: Grid, importance: Tensor | None = None, norm: float = 2.0,
@@ -208,26 +245,30 @@ def round_per_token(inputs: Tensor, bits: int) -> Tensor:
 
 def codes_per_token(inputs: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """The codes [..., in] of `round_per_token`, in the inputs' type, and their scales [..., 1]."""
-    scale = inputs.abs().amax(-1, keepdim=True) * 2 / ((1 << bits) - 1)
+    # Not times 2 over all levels, which overflows in float16.
+    scale = inputs.abs().amax(-1, keepdim=True) / (((1 << bits) - 1) / 2)
     scale = torch.where(scale > 0, scale, torch.finfo(inputs.dtype).eps)
     return (inputs / scale).round_().clamp_(-(1 << (bits - 1)), (1 << (bits - 1)) - 1), scale
 
 
 def round_clipped(inputs: Tensor, bits: int, clips: tuple[float, ...]) -> Tensor:
-    """As `round_per_token`, over that share of each token's range, one of `clips`, with the smallest squared error."""
-    levels = 1 << bits
-    largest = inputs.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(inputs.dtype).tiny)
+    """As `round_per_token`, over that share of each token's range, one of `clips`, with the smallest squared error.
+
+    No other library does this, so the arithmetic is float32: float16 has no scales for small tokens.
+    """
+    levels, exact = 1 << bits, inputs.float()
+    largest = exact.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * levels)
     best = best_error = None
     for clip in clips:
         scale = largest * (2 * clip / (levels - 1))
-        rounded = (inputs / scale).round_().clamp_(-levels // 2, levels // 2 - 1).mul_(scale)
-        error = (rounded - inputs).float().square().sum(-1, keepdim=True)
+        rounded = (exact / scale).round_().clamp_(-levels // 2, levels // 2 - 1).mul_(scale)
+        error = (rounded - exact).square().sum(-1, keepdim=True)
         if best is None:
             best, best_error = rounded, error
         else:
             best = torch.where(error < best_error, rounded, best)
             best_error = torch.minimum(error, best_error)
-    return best
+    return best.to(inputs.dtype)
 
 
 def round_per_vector(values: Tensor, bits: int, clip: float = 1.0) -> Tensor:

@@ -12,12 +12,23 @@ from transformers import DynamicCache
 
 from common import chat
 from common.decoding import STEPS_AT_ONCE, Decoder, cache_after, can_decode
+from common.device_memory import (
+    TOKENS_SHARE,
+    available,
+    cache_bytes,
+    halved_to_fit,
+    logits_at_once,
+    token_bytes,
+    tokens_at_once,
+)
 from common.progress import track
 
 # Tokens in one batch of questions, and answers that are generated at once.
 SCORING_TOKENS = {"cpu": 2048, "cuda": 16384}
 GENERATION_BATCH = {"cpu": 32, "cuda": 128}
-# Share of a card's free memory that the cache of generated answers may take.
+# Positions whose logits are computed at once: slices of this size lose no time.
+LOGITS_POSITIONS = {"cpu": 256, "cuda": 1024}
+# Share of what this process has left of a card that the cache of generated answers may take.
 CACHE_SHARE = 0.4
 
 
@@ -75,7 +86,8 @@ class HarnessModel(TemplateLM):
         rows = [(list(context), [requests[i][2] for i in indices], indices) for context, indices in questions.items()]
         rows.sort(key=lambda row: -_row_length(row))                            # longest first: memory shows at once
         answers: list = [None] * len(requests)
-        for batch in track(_batches(rows, self.scoring_tokens), "choices", unit="batches"):
+        tokens = tokens_at_once(self.scoring_tokens, self.model.config, self._element(), self._device)
+        for batch in track(_batches(rows, tokens), "choices", unit="batches"):
             for row, scored in zip(batch, self._score_rows(batch), strict=True):
                 for index, value in zip(row[2], scored, strict=True):
                     answers[index] = value
@@ -105,15 +117,26 @@ class HarnessModel(TemplateLM):
                 end += len(choice)
         hidden = self._hidden(tokens, positions, _tree_mask(branch))
         row_index, column = torch.tensor(sources, device=self._device).unbind(1)
-        logits = self.model.lm_head(hidden[row_index, column]).float()
-        targets = torch.tensor(targets, device=self._device)
-        scores = torch.log_softmax(logits, -1).gather(1, targets.unsqueeze(1)).squeeze(1).tolist()
-        greedy = (logits.argmax(-1) == targets).tolist()
+        scores, greedy = self._scores(hidden[row_index, column], torch.tensor(targets, device=self._device))
         totals = [[[0.0, True] for _ in choices] for _, choices, *_ in rows]
         for (r, c), score, hit in zip(owners, scores, greedy, strict=True):
             totals[r][c][0] += score
             totals[r][c][1] &= hit
         return [[(score, hit) for score, hit in row] for row in totals]
+
+    def _scores(self, hidden: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
+        """Log-likelihood of each target [positions] after hidden [positions, size], and whether it is the most likely token."""
+        scores, greedy = [], []
+        size = logits_at_once(LOGITS_POSITIONS[self._device.type], self.model.config.vocab_size, self._device)
+        for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+            logits = self.model.lm_head(part).float()
+            scores += torch.log_softmax(logits, -1).gather(1, wanted.unsqueeze(1)).squeeze(1).tolist()
+            greedy += (logits.argmax(-1) == wanted).tolist()
+        return scores, greedy
+
+    def _element(self) -> int:
+        """Bytes of a number in the model's activations."""
+        return self.model.model.norm.weight.element_size()
 
     def _hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         return self.model.model(tokens.to(self._device), position_ids=positions.to(self._device),
@@ -131,10 +154,12 @@ class HarnessModel(TemplateLM):
         settings = requests[0].args[1]
         until, max_new = list(settings.get("until") or []), settings["max_gen_toks"]
         length = len(prompts[order[0]]) + max_new + STEPS_AT_ONCE
-        decoder = None
+        decoder, size = None, self._rows_that_fit(length)
         if self._device.type == "cuda" and can_decode(self.model, length):
-            decoder = Decoder(self.model, self._rows_that_fit(length), length)
-        size = decoder.rows if decoder else self.batch_size
+            decoder = Decoder(self.model, size, length)
+        else:
+            row = (len(prompts[order[0]]) - prefix) * token_bytes(self.model.config, self._element())
+            size = halved_to_fit(size, row, TOKENS_SHARE * available(self._device))
         batches = [order[i:i + size] for i in range(0, len(order), size)]
         for batch in track(batches, "answers", unit="batches"):
             rest = [prompts[i][prefix:] for i in batch]
@@ -147,14 +172,9 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _rows_that_fit(self, length: int) -> int:
-        """The batch size, halved until its cache fits into the card's free memory."""
-        config, attention = self.model.config, self.model.model.layers[0].self_attn
-        row = (2 * config.num_hidden_layers * config.num_key_value_heads * attention.head_dim * length
-               * self.model.model.norm.weight.element_size())
-        free, rows = torch.cuda.mem_get_info(self._device)[0], self.batch_size
-        while rows > 1 and rows * row > CACHE_SHARE * free:
-            rows //= 2
-        return rows
+        """The batch size, halved until the device has room for its cache."""
+        row = length * cache_bytes(self.model, self._element())
+        return halved_to_fit(self.batch_size, row, CACHE_SHARE * available(self._device))
 
     def _decode(self, decoder: Decoder, prompts: list[list[int]], shared: DynamicCache | None, until: list[str],
                 max_new: int) -> list[str]:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from common import parallel
 from common.errors import UserError
-from common.grid import Grid, QuantizedLinear
+from common.grid import Grid, QuantizedLinear, scale_type
 from common.models import LINEAR_GROUPS, LINEARS, LinearGroup, SourceModel
 from common.online import OnlineTransforms
 from common.progress import track
 from common.rounding import catch_up
 from common.statistics import InputStatistics, add_in_parts, group_inputs, new_statistics
-from common.streams import advance, each_chunk, embed_chunks, run_layer
+from common.streams import advance, cut, each_chunk, embed_chunks, hidden_bytes, home_of, run_layer
 
 # The groups, of one linear each, whose output is added to the residual stream.
 _O_PROJ, _DOWN_PROJ = ("self_attn.o_proj",), ("mlp.down_proj",)
@@ -55,6 +55,10 @@ class Layer:
     def own_weight(self, name: str) -> Tensor:
         """The rows of them that this process rounds: all, unless there are several processes (`parallel`)."""
         return parallel.own_rows(self.module.get_submodule(name).weight).float()
+
+    def choose_scale_type(self, storage_dtype: torch.dtype) -> None:
+        """Set the type of the layer's scales, which its linears' weights as they are now decide (`grid.scale_type`)."""
+        self.scale_dtype = scale_type(map(self.weight, LINEARS), self.grid, storage_dtype)
 
     def stacked_weight(self, group: LinearGroup) -> Tensor:
         """The own weights of a group's linears, one under the other: they share the input."""
@@ -245,11 +249,16 @@ def _start(source: SourceModel, method: Method, windows: Tensor | None, probe: T
     if method.rewrite_model:
         method.rewrite_model(source)
         round_to_storage(source.model, source.storage_dtype)
-    originals = embed_chunks(source, windows) if method.catch_up and windows is not None else None
+    chunks, home, originals = (), source.device, None
+    if windows is not None:
+        chunks = cut(source, windows)
+        home = home_of((2 if method.catch_up else 1) * hidden_bytes(source, windows), source.device)
+    if method.catch_up and windows is not None:
+        originals = embed_chunks(source, chunks, home)
     round_ends()
     hidden, arguments = None, None
     if windows is not None:
-        hidden, arguments = embed_chunks(source, windows), source.layer_arguments(windows.shape[1])
+        hidden, arguments = embed_chunks(source, chunks, home), source.layer_arguments(windows.shape[1])
         if originals is not None:
             # Chunks that nothing has changed yet are the same tensors, which need to pass through the first layer once.
             hidden = [old if torch.equal(old, new) else new for old, new in zip(originals, hidden, strict=True)]
@@ -266,9 +275,11 @@ def _quantize_layer(layer: Layer, method: Method, streams: _Streams, source: Sou
             layer.targets = streams.originals
             _catch_up(layer, method.catch_up)
     with watch("solve"):
+        layer.choose_scale_type(source.storage_dtype)
         if method.prepare_layer:
             method.prepare_layer(layer)
             round_to_storage(module, source.storage_dtype)
+            layer.choose_scale_type(source.storage_dtype)
     with watch("record"):
         inputs: dict[int, Tensor] = {}
         with group_inputs(module, inputs.__setitem__):

@@ -27,6 +27,9 @@ from common.machine import command
 DEFAULT_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
 MODELS_FOLDER = Path("models")
 INDEX_FILE = "model.safetensors.index.json"
+# What a model needs, all at the top of its folder. Many repositories hold the same weights again in
+# other forms (consolidated.safetensors, original/, *.bin, *.pth, *.gguf, onnx/).
+MODEL_FILES = ("*.json", "*.jinja", "model*.safetensors", "tokenizer.model", "merges.txt")
 SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -80,7 +83,7 @@ def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with hub_errors(model):
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"]))
+        return Path(snapshot_download(model, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"]))
 
 
 @contextmanager

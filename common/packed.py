@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from common.checkpoint import grid_of, open_checkpoint, stored_parts
 from common.checkpoint import unpack as stored_codes
 from common.errors import UserError
+from common.forms import unknown_form
 from common.grid import Grid
 from common.kernels.inference import PackedWeight, Rounded, integer_matmul, pack, packed_matmul, round_rows, unpack
 from common.models import LINEARS
@@ -84,10 +86,17 @@ class PackedEmbedding(nn.Module):
         return unpack(self.rows.codes[tokens.reshape(-1)], self.dtype).view(*tokens.shape, -1)
 
 
-def can_be_packed(config: dict) -> bool:
-    """Whether a checkpoint (the content of its config.json) can run on packed weights."""
-    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
-    return CONFIG_KEY not in config and bool(groups) and all(group["weights"]["num_bits"] in PACKED_BITS for group in groups)
+def can_be_packed(config: dict, names: Iterable[str]) -> bool:
+    """Whether a checkpoint can run on packed weights: only what is known exactly, anything else is left to transformers.
+
+    Args:
+        config: the content of its config.json.
+        names: of all tensors in its files.
+    """
+    if CONFIG_KEY in config or unknown_form(config, names):
+        return False
+    groups = config["quantization_config"]["config_groups"].values()
+    return all(group["weights"]["num_bits"] in PACKED_BITS for group in groups)
 
 
 def load_packed(folder: Path, device: torch.device, dtype: torch.dtype):

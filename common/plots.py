@@ -169,7 +169,7 @@ def speed_against_size(results: ModelResults):
 
 def comparison_chart(comparisons: list[Comparison], title: str):
     """Differences of one model to its baseline with their intervals: shares on the left, perplexity on the right."""
-    shares = [one for one in comparisons if not one.kind.logarithmic and one.kind.key != "mean_absolute_difference"]
+    shares = [one for one in comparisons if one.kind.share]
     ratios = [one for one in comparisons if one.kind.logarithmic]
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.45 * max(len(shares), 2) + 1.8), layout="constrained", width_ratios=(3, 1))
     panels = ((axes[0], shares, "Difference to the baseline, percentage points", lambda value: 100 * value),

@@ -9,17 +9,23 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from common import metadata, overlap, parallel, probe
+from common import identity, metadata, overlap, parallel, probe
 from common.calibration import calibration_windows
 from common.checkpoint import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
 from common.cli import configure_torch, resolve_device, resolve_dtype, resolve_sizes
 from common.errors import UserError
-from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve_group_size, search_range
+from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve_group_size, scale_type, search_range
 from common.layerwise import NOTHING, Method, Resumption, Stopwatch, WalkResult, quantize_model
-from common.models import MODELS_FOLDER, SourceModel, model_name
+from common.models import MODELS_FOLDER, SourceModel
+from common.naming import filed_as
 from common.progress import say
+from common.verification import wrecked
+
+# Rows of an embedding or head that are rounded at once.
+ROWS_AT_ONCE = 16384
 
 
 def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUPPORTED_BITS) -> Path:
@@ -36,14 +42,19 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     started = time.perf_counter()
     if options.bits not in bits:
         raise UserError(f"{method.name} does not support {options.bits} bits; use --bits {' or '.join(map(str, bits))}")
-    device = resolve_device(options.device)
+    device = resolve_device(options.device, options.device_memory)
     dtype = resolve_dtype(options.dtype, device)
     configure_torch(options.seed)
     parallel.start(device)
     resolve_sizes(options)
-    output = options.output or MODELS_FOLDER / model_name(options.model) / f"{method.name}-{options.bits}bit"
+    output = options.output or MODELS_FOLDER / filed_as(options.model) / f"{method.name}-{options.bits}bit"
     if options.resume and (output / METADATA_FILE).is_file() and not options.overwrite:
-        say(f"{output} is finished; there is nothing to resume")
+        changes = identity.changed_options(metadata.read(output), options, method.name)
+        if changes:
+            more = f" and {len(changes) - 2} more" if len(changes) > 2 else ""
+            raise UserError(f"{output} was made with {', '.join(changes[:2])}{more}; --overwrite makes it again; to "
+                            "keep it, move it away first")
+        say(f"{output} is finished, with the same options; there is nothing to resume")
         return output
     check_output(output, options.overwrite)
     watch = Stopwatch(device)
@@ -85,6 +96,8 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
         document["seconds"]["total"] = round(time.perf_counter() - started, 3)
         writer.finish(document if options.save_metadata else None)
     say(_summary(output, document))
+    for name, error in wrecked(result.linears):
+        say(f"warning: {name} is wrecked, its output is off by {error:.2f} of its size; verify_model.py will fail")
     return output
 
 
@@ -108,7 +121,8 @@ def _resumption(writer: CheckpointWriter | None) -> Resumption:
 
 
 # Options that change nothing in the result.
-_WITHOUT_EFFECT = ("output", "overwrite", "resume", "save_metadata", "data_root", "device", "dtype", "calib_data", "model")
+_WITHOUT_EFFECT = ("output", "overwrite", "resume", "save_metadata", "data_root", "device", "device_memory", "dtype", "calib_data",
+                   "model")
 
 
 def _fingerprint(options, method: Method, source: SourceModel, windows, device, dtype) -> dict:
@@ -126,11 +140,16 @@ def _quantize_rows(source: SourceModel, name: str, bits: int) -> QuantizedLinear
     """Round the embedding or head to nearest, one symmetric scale per row of the vocabulary, and put the result in place."""
     grid = Grid(bits, None, symmetric=True)
     parameter = source.model.get_submodule(name).weight
-    weight = parameter.float()
-    scale, zero_point = search_range(weight, grid, scale_dtype=source.storage_dtype)
-    rounded = QuantizedLinear(quantize(weight, scale, zero_point, grid), scale, zero_point, grid)
-    parameter.data = rounded.dequantize(parameter.dtype)
-    return rounded
+    # All of a large vocabulary at once would take gigabytes in float32.
+    kind = scale_type((rows.float() for rows in parameter.data.split(ROWS_AT_ONCE)), grid, source.storage_dtype)
+    parts, values = [], []
+    for rows in parameter.data.split(ROWS_AT_ONCE):
+        scale, zero_point = search_range(rows.float(), grid, scale_dtype=kind)
+        part = QuantizedLinear(quantize(rows, scale, zero_point, grid), scale, zero_point, grid)
+        values.append(part.dequantize(parameter.dtype))
+        parts.append((part.codes.cpu(), scale.cpu(), zero_point.cpu()))
+    parameter.data = torch.cat(values)
+    return QuantizedLinear(*(torch.cat(column) for column in zip(*parts, strict=True)), grid)
 
 
 def _headline(method: Method, grid: Grid, source: SourceModel, windows, device, dtype) -> str:

@@ -1,9 +1,10 @@
-"""README's tables, the HTML report and CSV files, made from results/ alone."""
+"""README's tables, the HTML report and CSV files, made from results alone."""
 
 from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
@@ -14,8 +15,8 @@ import pandas as pd
 
 from common.comparison import Comparison, adjusted_p_values, by_metric
 from common.errors import UserError
-from common.results import CONFIGURATIONS, ModelResults
-from common.significance import NO_LOSS
+from common.results import CONFIGURATIONS, DOCUMENTED_FOLDER, ModelResults
+from common.significance import GAIN, NO_LOSS
 
 # By configuration, its differences to the baseline.
 Comparisons = dict[str, list[Comparison]]
@@ -62,6 +63,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
+def short_revision(source: str) -> str:
+    """A source of data with the first 7 digits of its commit; the results have all 40."""
+    return re.sub(r"@([0-9a-f]{7})[0-9a-f]{33}$", r"@\1", source)
+
+
 def significant(value: float | None) -> str:
     """Three or four significant digits, no exponent below a million."""
     if value is None:
@@ -97,11 +103,13 @@ ACCURACY_COLUMNS = (
     ("arc", "accuracy", "ARC accuracy"), ("arc", "macro_f1", "ARC F1"), ("squad_v2", "f1", "SQuAD v2 F1"),
     ("squad_v2", "exact_match", "SQuAD v2 EM"), ("openmath", "within_tolerance", "OpenMath correct"),
     ("openmath", "mean_absolute_difference", "OpenMath mean absolute difference"),
+    ("openmath", "median_absolute_difference", "OpenMath median absolute difference"),
     ("openmath", "no_number", "OpenMath no number"),
 )
-ACCURACY_NOTE = ("In brackets: the difference to the baseline with its 95% interval (paired bootstrap, SQuAD v2 by passage). "
-                 "The mean absolute difference is over the answers that hold a number; `no number` is the share of those that "
-                 "hold none.")
+ACCURACY_NOTE = ("In brackets: the difference to the baseline on the same questions with its 95% interval (Student's t on a "
+                 "jackknife, SQuAD v2 by article; of the median a bootstrap's). Mean and median absolute difference are over the "
+                 "answers that hold a number, their differences over the problems that both models answered with one, so that "
+                 "silence is no gain; `no number` is the share of answers that hold none.")
 
 
 def accuracy_table(results: ModelResults, comparisons: Comparisons) -> Table:
@@ -111,7 +119,7 @@ def accuracy_table(results: ModelResults, comparisons: Comparisons) -> Table:
         row = [name]
         for task, metric, _ in ACCURACY_COLUMNS:
             value = document["tasks"].get(task, {}).get(metric)
-            shown = significant(value) if metric == "mean_absolute_difference" else number(value)
+            shown = significant(value) if metric.endswith("absolute_difference") else number(value)
             one = compared.get((task, metric))
             row.append(shown if one is None or value is None else f"{shown} ({one.shown_difference()})")
         rows.append(row)
@@ -124,7 +132,8 @@ VERDICT_COLUMNS = (("arc", "accuracy", "ARC accuracy"), ("squad_v2", "f1", "SQuA
 
 
 def verdict_table(comparisons: Comparisons) -> Table:
-    """A word for each difference, with flips to wrong / to right and the p-value of a loss after Holm."""
+    """A word for each difference, with flips to wrong / to right and the p-value after Holm: of a gain where it is one, else
+    of a loss."""
     adjusted = adjusted_p_values(comparisons)
     rows, detectable = [], {}
     for name, compared in comparisons.items():
@@ -135,17 +144,20 @@ def verdict_table(comparisons: Comparisons) -> Table:
             if one is None:
                 row.append(NONE)
                 continue
-            size = one.detectable
+            size = one.difference.detectable
             detectable.setdefault(heading, []).append(math.expm1(size) if one.kind.logarithmic else size)
-            p_value = adjusted[name, task, metric]
+            p_loss, p_gain = adjusted[name, task, metric]
+            word = one.verdict(p_loss, p_gain)
             flips = "" if one.flips is None else f"{one.flips.to_wrong}/{one.flips.to_right}, "
-            row.append(f"{one.verdict(p_value)} ({flips}p {p_value:.2g})")
+            row.append(f"{word} ({flips}p {p_gain if word == GAIN else p_loss:.2g})")
         rows.append(row)
     sizes = "; ".join(f"{heading} {max(values):.2g}" for heading, values in detectable.items() if np.isfinite(max(values)))
-    note = (f"A loss is an interval wholly below zero with p at most 0.05; \"{NO_LOSS}\" one that excludes a loss of more "
-            "than 0.02 (perplexity: 1%). In brackets: answers that went wrong / came right, and the one-sided p of a loss "
-            "(McNemar's exact test, or the bootstrap's where answers are not right or wrong) after Holm over all "
-            f"configurations. Smallest differences that samples of this size detect four times in five: {sizes}.")
+    note = (f"A loss is an interval wholly below zero with p at most 0.05, a gain the reverse; \"{NO_LOSS}\" an interval that "
+            "excludes a loss of 0.02 (perplexity: 1%). In brackets: answers that went wrong / came right, and the one-sided p of "
+            "a loss, or of a gain where it is called one, after Holm over all configurations: McNemar's exact test where answers "
+            "are right or wrong, Student's t for perplexity; for SQuAD v2 the two models' answers are swapped at random, article "
+            "by article, because answers to one article are not independent. Smallest differences that samples of this size "
+            f"detect four times in five: {sizes}.")
     return Table("What the differences mean", ["Configuration", *[heading for *_, heading in VERDICT_COLUMNS]], rows,
                  numbers=False, note=note)
 
@@ -174,14 +186,12 @@ def efficiency_table(results: ModelResults) -> Table:
         speed, memory, facts = document.get("speed", {}), document["memory"], document["quantization"]
         seconds = facts.get("seconds", {}).get("total")
         quantizing = facts.get("memory", {})
-        on_device = document["device"]["type"] == "cuda"
-        peak = memory["peak_device_bytes" if on_device else "peak_host_bytes"]
         quantizing_peak = quantizing.get("peak_device_bytes") or quantizing.get("peak_host_bytes")
         rows.append([name, number(speed.get("latency_seconds"), 2), number(speed.get("tokens_per_second"), 1),
-                     speed.get("kernels", NONE), gib(memory["weights_bytes"]), gib(peak),
+                     speed.get("kernels", NONE), gib(memory["weights_bytes"]), gib(speed.get("memory_bytes")),
                      number(seconds, 1), gib(quantizing_peak)])
     return Table("Efficiency", ["Configuration", "Latency, s", "Tokens/s", "Kernels", "Weights in memory, GiB",
-                  "Peak memory, GiB", "Quantization, s", "Quantization peak, GiB"], rows,
+                  "Memory to run, GiB", "Quantization, s", "Quantization peak, GiB"], rows,
                  note=" ".join(text for word, text in KERNELS.items() if any(word in row[3] for row in rows)))
 
 
@@ -190,6 +200,7 @@ KERNELS = {
     "dense": "Kernels `dense`: plain transformers unpacks the weights when the model is loaded, so a smaller checkpoint saves "
              "disk there, not memory or time; the library's wrappers cost a little.",
     "packed": "`packed`: weights stay packed in memory and are unpacked inside the product.",
+    "streamed": "`streamed`: the GPU has no room for the weights, so layers are read from the files for every forward pass.",
     "graph": "`graph`: decoding replays a captured CUDA graph.",
 }
 
@@ -216,19 +227,20 @@ def conditions(results: ModelResults) -> str:
     for task, summary in first["tasks"].items():
         count = f"{summary['windows']} windows of {summary['length']} tokens" if task == "perplexity" else \
             f"{summary['samples']} samples"
-        parts.append(f"{task} {count} ({summary['data']})")
+        parts.append(f"{task} {count} ({short_revision(summary['data'])})")
     if parts:
         sentences.append(f"Data: {'; '.join(parts)}.")
     calibrations = {name: document["quantization"].get("calibration") for name, document in evaluated}
-    texts = sorted({f"{c['samples']} x {c['length']} tokens of {c['data']}, seed {c['seed']}"
+    texts = sorted({f"{c['samples']} x {c['length']} tokens of {short_revision(c['data'])}, seed {c['seed']}"
                     for c in calibrations.values() if c})
     if texts:
         sentences.append(f"Calibration: {'; '.join(texts)}.")
     if "speed" in first:
         speed = first["speed"]
         sentences.append(f"Latency is one answer of {speed['new_tokens']} tokens to a prompt of {speed['prompt_tokens']}, "
-                         f"batch 1, median of {speed['runs']} runs; tokens/s is its decoding. Peak memory is the evaluating "
-                         f"process's, on {'the GPU' if device['type'] == 'cuda' else 'the host'}.")
+                         f"batch 1, median of {speed['runs']} runs; tokens/s is its decoding. Memory to run is what the model "
+                         f"takes with 2,048 tokens of context, batch 1: weights, cache and what it works with, "
+                         f"{'on the GPU' if device['type'] == 'cuda' else 'on the host without Python and its packages'}.")
     noise = results.documents.get("baseline", {}).get("noise")
     if noise:
         changes = "; ".join(f"{task} {found['changed']} of {found['samples']}" for task, found in noise.items())
@@ -263,7 +275,12 @@ def tables(results: ModelResults, comparisons: Comparisons) -> list[Table]:
 
 def introduction(results: ModelResults) -> list[str]:
     """The sentences before a model's tables."""
-    parts = [conditions(results)]
+    dates = sorted({document["date"] for document in results.documents.values() if "date" in document})
+    when = f" of {dates[0]}" if dates else ""
+    when += f" to {dates[-1]}" if len(dates) > 1 else ""
+    parts = [f"The documented run{when}: its results come with the project, in `{DOCUMENTED_FOLDER}`, and are not of "
+             "this machine."
+             if results.documented else f"A local run{when}.", conditions(results)]
     if any(document["demo_data"] for document in results.documents.values()):
         parts.append("Scores on the demo's own tasks compare methods with each other, not models with the literature.")
     return parts
@@ -271,7 +288,7 @@ def introduction(results: ModelResults) -> list[str]:
 
 def section(results: ModelResults, comparisons: Comparisons, figures: list[tuple[str, str]]) -> str:
     """Everything README shows of one model. figures: (caption, path as README links it)."""
-    return "\n\n".join([f"### {results.name}", *introduction(results),
+    return "\n\n".join([f"### {results.title}", *introduction(results),
                         *[table.markdown() for table in tables(results, comparisons)],
                         *[f"![{caption}]({path})" for caption, path in figures]])
 
@@ -293,7 +310,7 @@ def page(sections: list[tuple[ModelResults, Comparisons, list[tuple[str, Path]]]
     """One HTML page with all tables and plots in it, which needs no other file."""
     parts = []
     for results, comparisons, figures in sections:
-        parts.append(f"<h2>{escape(results.name)}</h2>")
+        parts.append(f"<h2>{escape(results.title)}</h2>")
         parts += [f"<p>{escape(text)}</p>" for text in introduction(results)]
         parts += [table.html() for table in tables(results, comparisons)]
         for caption, file in figures:
@@ -314,8 +331,12 @@ def write_csv(results: ModelResults, comparisons: Comparisons, folder: Path) -> 
     pd.DataFrame(errors, columns=["configuration", "linear", "relative_output_error"]).to_csv(
         folder / "error_by_layer.csv", index=False)
     adjusted = adjusted_p_values(comparisons)
-    rows = [{"configuration": name, **one.as_dict(), "p_value_holm": adjusted.get((name, one.kind.task, one.kind.key))}
-            for name, compared in comparisons.items() for one in compared]
+    rows = []
+    for name, compared in comparisons.items():
+        for one in compared:
+            p_loss, p_gain = adjusted[name, one.kind.task, one.kind.key]
+            rows.append({"configuration": name, **one.as_dict(), "p_value_holm": p_loss, "p_value_gain_holm": p_gain,
+                         "verdict": one.verdict(p_loss, p_gain)})
     pd.DataFrame(rows).to_csv(folder / "comparisons.csv", index=False)
 
 
@@ -341,5 +362,5 @@ def replace_between_markers(readme: Path, content: str) -> None:
 
 
 def in_table_order(all_results: list[ModelResults]) -> list[ModelResults]:
-    """Models by name, those with most configurations evaluated first."""
-    return sorted(all_results, key=lambda r: (-len(set(r.documents) & set(CONFIGURATIONS)), r.name))
+    """Local runs first; models by name, those with most configurations evaluated first."""
+    return sorted(all_results, key=lambda r: (r.documented, -len(set(r.documents) & set(CONFIGURATIONS)), r.name))

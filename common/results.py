@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
 
-RESULTS_FOLDER = Path("results")
+# Those of this machine, and those of the documented run, which come with the project.
+RESULTS_FOLDER, DOCUMENTED_FOLDER = Path("results"), Path("docs/results")
 STATUS_FILE = "status.json"
 # The configurations of the comparison, in the order of the tables: method and bits.
 CONFIGURATIONS: dict[str, tuple[str, int] | None] = {
@@ -22,11 +25,19 @@ CONFIGURATIONS: dict[str, tuple[str, int] | None] = {
 
 @dataclass
 class ModelResults:
-    """All results of one model. documents: by configuration; status: by configuration, {"state", "reason"}."""
+    """All results of one model. documents: by configuration; status: by configuration, {"state", "reason"}; documented: they
+    are not of this machine but come with the project.
+    """
 
     name: str
     documents: dict[str, dict]
     status: dict[str, dict] = field(default_factory=dict)
+    documented: bool = False
+
+    @property
+    def title(self) -> str:
+        """The model's name and whose run it is."""
+        return f"{self.name} ({'documented' if self.documented else 'local'} run)"
 
     def configurations(self) -> list[str]:
         """Names in the order of the tables: those of the comparison, then any others that were evaluated."""
@@ -44,7 +55,7 @@ def read_json(path: Path, remedy: str = "delete it and evaluate again") -> dict:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from None
 
 
-def load_model_results(folder: Path) -> ModelResults:
+def load_model_results(folder: Path, documented: bool = False) -> ModelResults:
     """Results of the model whose folder this is. Raises UserError for a damaged file."""
     documents = {}
     for path in sorted(folder.glob("*.json")):
@@ -54,13 +65,14 @@ def load_model_results(folder: Path) -> ModelResults:
                 raise UserError(f"{path} is not a result of the evaluation; move it elsewhere")
             documents[path.stem] = document
     status = read_json(folder / STATUS_FILE) if (folder / STATUS_FILE).is_file() else {}
-    return ModelResults(folder.name, documents, status)
+    return ModelResults(folder.name, documents, status, documented)
 
 
-def load_all(results_dir: Path) -> list[ModelResults]:
+def load_all(results_dir: Path, documented: bool = False) -> list[ModelResults]:
     """Results of every model, by name."""
     folders = sorted(path for path in results_dir.iterdir() if path.is_dir()) if results_dir.is_dir() else []
-    return [results for results in map(load_model_results, folders) if results.documents or results.status]
+    found = [load_model_results(folder, documented) for folder in folders]
+    return [results for results in found if results.documents or results.status]
 
 
 def load_samples(results_dir: Path, model: str, configuration: str) -> list[dict]:
@@ -81,7 +93,7 @@ def has_samples(results_dir: Path, model: str, configuration: str) -> bool:
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file in one step: readers see the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
     unfinished.write_text(json.dumps(content, indent=1) + "\n")
     unfinished.rename(path)
 
@@ -91,4 +103,6 @@ def write_samples(results_dir: Path, model: str, configuration: str, samples: di
     folder = results_dir / model / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"task": task, **sample}) for task, rows in samples.items() for sample in rows]
-    (folder / f"{configuration}.jsonl.gz").write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))
+    unfinished = folder / f"{configuration}.{os.getpid()}"
+    unfinished.write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))
+    unfinished.rename(folder / f"{configuration}.jsonl.gz")

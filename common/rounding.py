@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.grid import TILE_ELEMENTS, Grid, dequantize, grouped, min_max, quantize, rounding_error, search_range
+from common.grid import TILE_ELEMENTS, Grid, dequantize, grouped, min_max, quantize, round_scale, rounding_error, search_range
 from common.kernels import use_triton
 
 BLOCK = 128
@@ -219,7 +219,7 @@ def _refit_scales(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tens
     residual = target - (normal @ scale.unsqueeze(-1)).squeeze(-1)
     root, _ = torch.linalg.cholesky_ex(normal + ridge[:, None, None] * identity)
     step = torch.cholesky_solve(residual.unsqueeze(-1), root).squeeze(-1)
-    fitted = (scale + step).to(scale_dtype).float()
+    fitted = round_scale(scale + step, scale_dtype)
     fitted = torch.where(torch.isfinite(fitted) & (fitted > 0.5 * scale) & (fitted < 2 * scale), fitted, scale)
     before, after = (output_error((steps * s.unsqueeze(-1)).flatten(1) - weight, gram) for s in (scale, fitted))
     return torch.where((after < before).unsqueeze(1), fitted, scale)

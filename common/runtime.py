@@ -6,42 +6,108 @@ On CUDA a checkpoint runs on packed weights where there is a kernel for them (`p
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from common import host_memory
 from common.decoding import STEPS_AT_ONCE, Decoder, can_decode
+from common.device_memory import available, working_bytes
 from common.errors import UserError
 from common.fused import fuse_layers
+from common.grid import float16_holds
 from common.kernels import triton_works
-from common.models import load_tokenizer
+from common.models import SUPPORTED_ARCHITECTURES, SourceModel, TensorReader, load_tokenizer
 from common.online import attach_all, take_from_config
 from common.packed import PackedLinear, can_be_packed, load_packed
-from common.progress import track
+from common.progress import say, track
 from common.results import read_json
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
 REPEATS = {"cpu": 3, "cuda": 10}
+# Beside unpacked weights: what a short text takes.
+DENSE_ROOM = 512 << 20
+# Tokens of context that `measure_memory` lets the model hold.
+CONTEXT_TOKENS = 2048
 
 
 def load_for_running(folder: Path, device: torch.device, dtype: torch.dtype):
     """Model and tokenizer as `load_model` gives them, but on packed weights where the device has kernels for them."""
-    if device.type != "cuda" or not (folder / "config.json").is_file() or not triton_works():
+    if device.type != "cuda" or not (folder / "config.json").is_file():
         return load_model(folder, device, dtype)
-    if can_be_packed(read_json(folder / "config.json", "quantize or download it again")):
+    content = read_json(folder / "config.json", "quantize or download it again")
+    quantized = "quantization_config" in content
+    if content.get("model_type") in SUPPORTED_ARCHITECTURES and not quantized and (
+            dense_bytes(folder, dtype, working=True) > available(device)):
+        return load_streamed(folder, device, dtype)
+    if quantized and triton_works() and can_be_packed(content, TensorReader(folder)):
         model, tokenizer = load_packed(folder, device, dtype), load_tokenizer(folder)
     else:
         model, tokenizer = load_model(folder, device, dtype)
-    fuse_layers(model)
+    if triton_works() and next(model.parameters()).is_cuda:
+        fuse_layers(model)
     return model, tokenizer
+
+
+def dense_bytes(folder: Path, dtype: torch.dtype, working: bool = False) -> int:
+    """Bytes of a checkpoint's or model's weights, unpacked, in `dtype`; with `working` and of what it takes to run it well. 0
+    where its configuration is not understood: loading it says what is wrong.
+    """
+    content = read_json(folder / "config.json", "quantize or download it again")
+    try:
+        take_from_config(content)
+        content.pop("quantization_config", None)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content), dtype=dtype)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        return 0
+    weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    return weights + (working_bytes(model, dtype.itemsize) if working else 0)
+
+
+def load_streamed(folder: Path, device: torch.device, dtype: torch.dtype):
+    """Model and tokenizer of a 16-bit model that the device has no room for: the first decoder layers stay there, the others
+    are read from the files for every forward pass and forgotten after it.
+    """
+    source = SourceModel(str(folder), device, dtype)
+    model, layers = source.model, source.model.model.layers
+    size = sum(parameter.numel() for parameter in layers[0].parameters()) * dtype.itemsize
+    # One more comes and goes.
+    resident = int((available(device) - working_bytes(model, dtype.itemsize)) // size) - 1
+    resident = min(max(resident, 0), len(layers) - 1)
+    for index, layer in enumerate(layers):
+        if index < resident:
+            source.load_layer(index)
+        else:
+            layer.register_forward_pre_hook(partial(_load, source, index))
+            layer.register_forward_hook(partial(_release, source, index))
+    model.streamed = len(layers) - resident
+    say(f"{folder}: the GPU has no room for its weights, so {model.streamed} of {len(layers)} layers are read anew "
+        "for every forward pass, which makes answers slow; --tasks arc,perplexity does without them, --limit asks for fewer")
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, source.tokenizer
+
+
+def _load(source: SourceModel, index: int, *_: object) -> None:
+    source.load_layer(index)
+
+
+def _release(source: SourceModel, index: int, *_: object) -> None:
+    source.release_layer(index)
 
 
 def kernels_of(model) -> str:
     """How the model's matrix products run, in a few words."""
+    if getattr(model, "streamed", 0):
+        return "streamed"
     linear = model.model.layers[0].mlp.down_proj
     if not isinstance(linear, PackedLinear):
         return "dense"
@@ -49,17 +115,19 @@ def kernels_of(model) -> str:
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
-    """Model and tokenizer of a checkpoint or a plain model folder, ready to run (decompressed).
+    """Model and tokenizer of a checkpoint or a plain model folder, ready to run (decompressed). It runs on the CPU, and a line
+    says so, where the device has no room for the weights.
 
     Raises:
         UserError: the folder holds no model that can be loaded.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model: it has no config.json")
     content = read_json(folder / "config.json", "quantize or download it again")
     tokenizer = load_tokenizer(folder)
+    device = _with_room(folder, device, dtype)
+    if dtype == torch.float16:
+        _check_scales(folder, content)
     try:
         transforms = take_from_config(content)
         config = {} if transforms is None else {"config": AutoConfig.for_model(**content)}
@@ -90,10 +158,33 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
     return model, tokenizer
 
 
+def _with_room(folder: Path, device: torch.device, dtype: torch.dtype) -> torch.device:
+    """The device, or the CPU where it has no room for the unpacked weights and a little more."""
+    if device.type == "cpu":
+        return device
+    needed, room = dense_bytes(folder, dtype), available(device)
+    if needed + DENSE_ROOM <= room:
+        return device
+    say(f"{folder}: unpacked its weights take {needed / 2**30:.1f} GiB, and the GPU has {room / 2**30:.1f} left; it runs on "
+        "the CPU")
+    return torch.device("cpu")
+
+
+def _check_scales(folder: Path, content: dict) -> None:
+    """Refuse to load a checkpoint in float16 that does not hold its scales: transformers rounds them to the model's type."""
+    if "quantization_config" not in content:
+        return
+    tensors = TensorReader(folder)
+    for name in tensors.names():
+        if name.endswith(".weight_scale") and not float16_holds(tensors.read(name)):
+            raise UserError(f"{folder}: float16 does not hold the scales of {name.removesuffix('.weight_scale')}; use "
+                            "--dtype bfloat16 or float32")
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers as they lie in memory, shared ones once."""
     storages = {tensor.data_ptr(): tensor.numel() * tensor.element_size()
-                for tensor in [*model.parameters(), *model.buffers()]}
+                for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta}
     return sum(storages.values())
 
 
@@ -110,7 +201,8 @@ def measure_speed(model, vocabulary: int, seed: int = 0) -> dict:
     graphs = device.type == "cuda" and can_decode(model, PROMPT_TOKENS + 2 * NEW_TOKENS)
     answer = _answer_by_graph(model, prompt) if graphs else _answer_by_forward(model, prompt.to(device))
     answer()
-    runs = [answer() for _ in track(range(REPEATS[device.type]), "speed", unit="runs")]
+    repeats = 1 if getattr(model, "streamed", 0) else REPEATS[device.type]
+    runs = [answer() for _ in track(range(repeats), "speed", unit="runs")]
     prefill = statistics.median(first for first, _, _ in runs)
     decode = statistics.median(rest for _, rest, _ in runs)
     return {"prompt_tokens": PROMPT_TOKENS, "new_tokens": runs[0][2] + 1, "runs": len(runs),
@@ -119,13 +211,39 @@ def measure_speed(model, vocabulary: int, seed: int = 0) -> dict:
             "tokens_per_second": runs[0][2] / decode}
 
 
+@torch.inference_mode()
+def measure_memory(model, vocabulary: int, context: int = CONTEXT_TOKENS, seed: int = 0) -> int | None:
+    """Bytes that running the model takes: its weights, a cache of 2,048 tokens (or what the model can read) and what is worked
+    with while it reads a prompt and writes a few tokens, batch 1. To be called while the model is alone on its device.
+
+    On a card this is what torch allocates at most. On a CPU it is the weights and by how much the process's resident memory
+    grows; None where the system does not tell.
+    """
+    device, weights = next(model.parameters()).device, weight_bytes(model)
+    context = min(context, model.config.max_position_embeddings)
+    prompt = torch.randint(0, vocabulary, (1, context - STEPS_AT_ONCE), generator=torch.Generator().manual_seed(seed))
+    gc.collect()
+    if device.type != "cuda":
+        grown = host_memory.growth(_answer_by_forward(model, prompt, STEPS_AT_ONCE))
+        return None if grown is None else weights + grown
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    if can_decode(model, context):
+        answer = _answer_by_graph(model, prompt, context, 1)
+    else:
+        answer = _answer_by_forward(model, prompt.to(device), STEPS_AT_ONCE)
+    torch.cuda.reset_peak_memory_stats(device)
+    answer()
+    return torch.cuda.max_memory_allocated(device) - before + weights
+
+
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def _answer_by_forward(model, prompt: Tensor) -> Callable[[], tuple[float, float, int]]:
+def _answer_by_forward(model, prompt: Tensor, new_tokens: int = NEW_TOKENS) -> Callable[[], tuple[float, float, int]]:
     """A function that lets the model's own forward pass answer. Returns seconds until the first token, seconds of the rest
     and how many tokens that were.
     """
@@ -134,18 +252,18 @@ def _answer_by_forward(model, prompt: Tensor) -> Callable[[], tuple[float, float
         output = model(prompt, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1:].argmax(-1)
         middle = _now(prompt.device)
-        for _ in range(NEW_TOKENS - 1):
+        for _ in range(new_tokens - 1):
             output = model(token, past_key_values=output.past_key_values, use_cache=True)
             token = output.logits[:, -1:].argmax(-1)
-        return middle - start, _now(prompt.device) - middle, NEW_TOKENS - 1
+        return middle - start, _now(prompt.device) - middle, new_tokens - 1
 
     return answer
 
 
-def _answer_by_graph(model, prompt: Tensor) -> Callable[[], tuple[float, float, int]]:
-    """The same by a `Decoder`."""
-    decoder = Decoder(model, 1, PROMPT_TOKENS + 2 * NEW_TOKENS)
-    rounds = NEW_TOKENS // STEPS_AT_ONCE
+def _answer_by_graph(model, prompt: Tensor, length: int = PROMPT_TOKENS + 2 * NEW_TOKENS,
+                     rounds: int = NEW_TOKENS // STEPS_AT_ONCE) -> Callable[[], tuple[float, float, int]]:
+    """The same by a `Decoder` for `length` tokens in all."""
+    decoder = Decoder(model, 1, length)
 
     def answer() -> tuple[float, float, int]:
         start = _now(decoder.device)

@@ -1,7 +1,10 @@
 """Paired statistics between two models that answered the same questions.
 
-A metric is a function of per-sample weights: all ones give its value, the counts of a bootstrap resample its value there.
-Both models are resampled together, whole clusters at a time where samples share a passage (Miller 2024, arXiv 2411.00640).
+A metric is a function of sums over samples, so every resample is a sum of other samples. Samples
+that share an article (a cluster) stay together throughout (Miller 2024, arXiv 2411.00640).
+Intervals are Student's t on the jackknife that leaves out a cluster at a time, p-values come from
+swapping the two models' answers cluster by cluster; benchmarks/nominal_rates.py measures both
+beside the alternatives.
 """
 
 from __future__ import annotations
@@ -13,54 +16,121 @@ from functools import lru_cache
 import numpy as np
 from scipy import stats
 
-RESAMPLES, CONFIDENCE, POWER = 10000, 0.95, 0.8
-# Resamples that are worked on at once, so that thousands of samples need no gigabytes.
+CONFIDENCE, POWER = 0.95, 0.8
+TAIL = (1 - CONFIDENCE) / 2
+# Up to this many clusters every swap is gone through; else that many random ones.
+_ALL_SWAPS, _RANDOM_SWAPS = 13, 9999
+_RESAMPLES = 4000
+# Swaps or resamples that are worked on at once, so that thousands of samples need no gigabytes.
 _CHUNK = 1000
 
-# weights [resamples, samples] -> the metric's value in each resample [resamples].
-Metric = Callable[[np.ndarray], np.ndarray]
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of one model as a function of sums over its samples.
+
+    features [samples, k]: what is summed over samples. of_sums: sums [..., k] -> the metric [...].
+    smooth: whether small changes of the sums change it little, as the jackknife needs; a median is
+    not.
+    """
+
+    features: np.ndarray
+    of_sums: Callable[[np.ndarray], np.ndarray]
+    smooth: bool = True
 
 
 def mean(values: Sequence[float]) -> Metric:
-    """The weighted mean of per-sample values; a NaN is a sample the metric leaves out."""
+    """The mean of per-sample values; NaN of no samples."""
     values = np.asarray(values, float)
-    valid = np.isfinite(values)
-    filled = np.where(valid, values, 0.0)
-
-    def metric(weights: np.ndarray) -> np.ndarray:
-        count = weights @ valid.astype(float)
-        return np.divide(weights @ filled, count, out=np.full(len(weights), np.nan), where=count > 0)
-
-    return metric
+    return Metric(np.stack([values, np.ones_like(values)], -1),
+                  lambda sums: _ratio(sums[..., 0], sums[..., 1], np.nan))
 
 
 def macro_f1(gold: Sequence[str], predicted: Sequence[str]) -> Metric:
     """Mean over the gold classes of the F1 of each class."""
     gold, predicted = np.asarray(gold), np.asarray(predicted)
+    labels = np.unique(gold)
+    wanted, found = gold[:, None] == labels, predicted[:, None] == labels
 
-    def metric(weights: np.ndarray) -> np.ndarray:
-        total, classes = np.zeros(len(weights)), np.zeros(len(weights))
-        for label in np.unique(gold):
-            wanted, found = gold == label, predicted == label
-            present = weights @ wanted.astype(float)
-            both = present + weights @ found.astype(float)
-            total += np.divide(2 * (weights @ (wanted & found).astype(float)), both, out=np.zeros(len(weights)), where=both > 0)
-            classes += present > 0
-        return total / np.maximum(classes, 1)
+    def of_sums(sums: np.ndarray) -> np.ndarray:
+        present, hits, both = np.split(sums, 3, -1)
+        return _ratio(_ratio(2 * hits, both, 0.0).sum(-1), (present > 0).sum(-1), np.nan)
 
-    return metric
+    return Metric(np.concatenate([wanted, wanted & found, wanted.astype(float) + found], -1), of_sums)
 
 
-def value(metric: Metric, samples: int) -> float:
-    """The metric on the samples as they are."""
-    return float(metric(np.ones((1, samples)))[0])
+def median(values: Sequence[float]) -> Metric:
+    """The median of per-sample values; NaN of no samples. What is summed is how often each value occurs."""
+    support, places = np.unique(np.asarray(values, float), return_inverse=True)
+
+    def of_sums(sums: np.ndarray) -> np.ndarray:
+        if not len(support):
+            return np.full(sums.shape[:-1], np.nan)
+        below = sums.cumsum(-1)
+        half = below[..., -1:] / 2
+        middle = support[(below >= half).argmax(-1)] + support[(below > half).argmax(-1)]
+        return np.where(half[..., 0] > 0, middle / 2, np.nan)
+
+    return Metric(np.eye(len(support))[places], of_sums, smooth=False)
+
+
+def _ratio(top: np.ndarray, bottom: np.ndarray, otherwise: float) -> np.ndarray:
+    return np.divide(top, bottom, out=np.full(np.shape(top), otherwise), where=bottom > 0)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models' sums by cluster: before, after [clusters, k], of the same samples of the same metric;
+    sizes: samples in each cluster [clusters]."""
+
+    before: np.ndarray
+    after: np.ndarray
+    of_sums: Callable[[np.ndarray], np.ndarray]
+    smooth: bool
+    sizes: np.ndarray
+
+    @property
+    def values(self) -> tuple[float, float]:
+        """The metric of the baseline and of the quantized model."""
+        return float(self.of_sums(self.before.sum(0))), float(self.of_sums(self.after.sum(0)))
+
+    def left_out(self) -> np.ndarray:
+        """quantized - baseline without each cluster in turn [clusters]."""
+        return self.of_sums(self.after.sum(0) - self.after) - self.of_sums(self.before.sum(0) - self.before)
+
+    def resampled(self, counts: np.ndarray) -> np.ndarray:
+        """quantized - baseline where each cluster is there `counts` times [resamples, clusters]."""
+        return self.of_sums(counts @ self.after) - self.of_sums(counts @ self.before)
+
+    def swapped(self, swaps: np.ndarray) -> np.ndarray:
+        """quantized - baseline after the models' answers were swapped in some clusters, 1 or 0
+        [resamples, clusters]."""
+        moved = swaps @ (self.after - self.before)
+        return self.of_sums(self.after.sum(0) - moved) - self.of_sums(self.before.sum(0) + moved)
+
+
+def pair(metric: Metric, clusters: Sequence[str] | None = None) -> Pair:
+    """A metric of the baseline's samples and then the quantized model's, taken apart.
+
+    Args:
+        clusters: for each question, what it shares with others.
+    """
+    samples = len(metric.features) // 2
+    sums, sizes = [metric.features[:samples], metric.features[samples:]], np.ones(samples)
+    if clusters is not None:
+        names, labels = np.unique(np.asarray(clusters), return_inverse=True)
+        members = (labels == np.arange(len(names))[:, None]).astype(float)
+        sums, sizes = [members @ one for one in sums], members.sum(1)
+    return Pair(*sums, metric.of_sums, metric.smooth, sizes)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """quantized - baseline of a metric: the value, its 95% interval, its standard error and on how many samples.
+    """quantized - baseline of a metric: its value, its 95% interval and its standard error.
 
-    p_lower, p_higher: one-sided bootstrap p-values of a true difference below and above zero.
+    samples in `clusters` groups; without groups each is its own. degrees: degrees of freedom of the
+    standard error. unseen: how often a change can be and still have been missed by every one of the
+    samples, where the metric is a share (else 0).
     """
 
     value: float
@@ -68,49 +138,100 @@ class Difference:
     high: float
     standard_error: float
     samples: int
-    p_lower: float
-    p_higher: float
+    clusters: int
+    degrees: float
+    unseen: float = 0.0
 
     @property
     def detectable(self) -> float:
-        """The smallest true difference that a sample of this size would show, at 95% confidence four times in five."""
-        return float((stats.norm.ppf(0.5 + CONFIDENCE / 2) + stats.norm.ppf(POWER)) * self.standard_error)
+        """The smallest true difference that a sample of this size would show, at 95% confidence four
+        times in five."""
+        t = stats.t(self.degrees)
+        return float(np.hypot(t.ppf(1 - TAIL) * self.standard_error, self.unseen)
+                     + t.ppf(POWER) * self.standard_error)
 
 
-def paired_bootstrap(baseline: Metric, quantized: Metric, samples: int, clusters: Sequence[str] | None = None,
-                     resamples: int = RESAMPLES, seed: int = 0) -> Difference:
-    """The difference of a metric between two models with a percentile bootstrap interval.
+def difference(paired: Pair, share: bool = False) -> Difference:
+    """The difference of a metric between two models.
+
+    Smooth metrics have Student's t interval on the standard error of the jackknife that leaves out
+    a cluster at a time, with one degree of freedom less than the number of equal clusters that
+    would vary as much (Kish's effective number): unlike a bootstrap it holds its rate with few
+    clusters of unequal sizes. A median, for which the jackknife fails, has a percentile
+    bootstrap's.
 
     Args:
-        clusters: for each sample, what it shares with others (a passage): drawn together.
+        share: the metric lies between 0 and 1. The interval then reaches at least as far as the
+            share of changed answers that may be there though no sample shows one (the exact form of
+            the rule of three): no change in five samples says little.
     """
-    labels = np.arange(samples) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
-    groups = labels.max() + 1
-    found = []
-    for counts in _resampled(int(groups), resamples, seed):
-        weights = counts[:, labels].astype(float)
-        found.append(quantized(weights) - baseline(weights))
-    found = np.concatenate(found)
-    found = found[np.isfinite(found)]
-    point = value(quantized, samples) - value(baseline, samples)
-    if not len(found):
-        return Difference(point, float("nan"), float("nan"), float("nan"), samples, 1.0, 1.0)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(found, [tail, 1 - tail])
-    p_values = [(int(count) + 1) / (len(found) + 1) for count in ((found >= 0).sum(), (found <= 0).sum())]
-    return Difference(point, float(low), float(high), float(found.std()), samples, *p_values)
+    groups, samples = len(paired.sizes), int(paired.sizes.sum())
+    before, after = paired.values
+    value = after - before
+    unseen = 1 - TAIL ** (1 / samples) if share and samples else 0.0
+    if groups < 2:
+        return Difference(value, np.nan, np.nan, np.nan, samples, groups, 1.0, unseen)
+    degrees = max(float(samples**2 / np.square(paired.sizes).sum()) - 1, 1.0)
+    if not paired.smooth:
+        found = np.concatenate([paired.resampled(chunk) for chunk in _drawn(groups)])
+        low, high = np.quantile(found, [TAIL, 1 - TAIL])
+        return Difference(value, float(low), float(high), float(found.std()), samples, groups, degrees)
+    left_out = paired.left_out()
+    error = float(np.sqrt((groups - 1) / groups * np.square(left_out - left_out.mean()).sum()))
+    half = np.hypot(stats.t.ppf(1 - TAIL, degrees) * error, unseen)
+    low, high = value - half, value + half
+    if share:
+        low, high = max(low, -1.0), min(high, 1.0)
+    return Difference(value, float(low), float(high), error, samples, groups, degrees, unseen)
 
 
-@lru_cache(maxsize=8)
-def _resampled(groups: int, resamples: int, seed: int) -> list[np.ndarray]:
-    """How often each of `groups` is drawn in each resample, in chunks [resamples, groups]; the same for every metric."""
-    generator = np.random.default_rng(seed)
-    chunks = []
-    for start in range(0, resamples, _CHUNK):
-        rows = min(_CHUNK, resamples - start)
-        drawn = generator.integers(0, groups, size=(rows, groups)) + groups * np.arange(rows)[:, None]
-        chunks.append(np.bincount(drawn.ravel(), minlength=rows * groups).reshape(rows, groups).astype(np.uint16))
-    return chunks
+def swap_test(paired: Pair) -> tuple[float, float]:
+    """One-sided p-values of a true difference below and above zero.
+
+    How often a difference as low, or as high, comes about when chance decides, cluster by cluster,
+    which answers are which model's. Exact where the two models' answers to a cluster are
+    exchangeable, however the answers within it hang together; with six clusters the smallest
+    p-value is 1/64.
+    """
+    groups = len(paired.sizes)
+    if groups == 0:
+        return 1.0, 1.0
+    found = np.concatenate([paired.swapped(chunk) for chunk in _swaps(groups)])
+    before, after = paired.values
+    value, slack = after - before, 1e-12
+    # Among random swaps the one that was observed counts too; among all of them it already is.
+    observed = int(groups > _ALL_SWAPS)
+    lower, higher = [(int(count) + observed) / (len(found) + observed)
+                     for count in ((found <= value + slack).sum(), (found >= value - slack).sum())]
+    return lower, higher
+
+
+def t_test(found: Difference) -> tuple[float, float]:
+    """One-sided p-values of a true difference below and above zero by Student's t: for means over long
+    texts, which are nearly normal, however few."""
+    if not np.isfinite(found.standard_error):
+        return 1.0, 1.0
+    if found.standard_error == 0:
+        return float(found.value >= 0), float(found.value <= 0)
+    t = found.value / found.standard_error
+    return float(stats.t.cdf(t, found.degrees)), float(stats.t.sf(t, found.degrees))
+
+
+@lru_cache(maxsize=4)
+def _swaps(groups: int) -> list[np.ndarray]:
+    """Which clusters are swapped, 1 or 0, in chunks [resamples, clusters]; the same for every metric."""
+    if groups <= _ALL_SWAPS:
+        whole = np.arange(2**groups)[:, None] >> np.arange(groups) & 1
+    else:
+        whole = np.random.default_rng(0).integers(0, 2, (_RANDOM_SWAPS, groups), np.uint8)
+    return np.split(whole.astype(np.uint8), range(_CHUNK, len(whole), _CHUNK))
+
+
+@lru_cache(maxsize=4)
+def _drawn(groups: int) -> list[np.ndarray]:
+    """How often each cluster is drawn in each bootstrap resample, in chunks [resamples, clusters]."""
+    counts = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), _RESAMPLES)
+    return np.split(counts.astype(np.uint16), range(_CHUNK, _RESAMPLES, _CHUNK))
 
 
 @dataclass(frozen=True)
@@ -121,10 +242,13 @@ class Flips:
     to_right: int
 
     @property
-    def p_value(self) -> float:
-        """Exact one-sided McNemar test: the chance of so many losses among the flips if losses and gains were as likely."""
+    def p_values(self) -> tuple[float, float]:
+        """Of a loss and of a gain, by exact one-sided McNemar tests: the chance of so many among the
+        flips if losses and gains were as likely and every answer stood for itself."""
         changed = self.to_wrong + self.to_right
-        return float(stats.binom.sf(self.to_wrong - 1, changed, 0.5)) if changed else 1.0
+        loss, gain = [float(stats.binom.sf(count - 1, changed, 0.5)) if changed else 1.0
+                      for count in (self.to_wrong, self.to_right)]
+        return loss, gain
 
 
 def flips(baseline: Sequence[float], quantized: Sequence[float]) -> Flips:
@@ -146,19 +270,17 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
 NO_LOSS, LOSS, GAIN = "no loss seen", "loss", "gain"
 
 
-def verdict(difference: Difference, larger_is_better: bool, margin: float, p_value: float) -> str:
+def verdict(found: Difference, larger_is_better: bool, margin: float, p_loss: float, p_gain: float) -> str:
     """A word for a difference.
 
-    "loss": the interval lies wholly on the worse side of zero and p_value, of a loss, is at most 0.05. "gain": it lies wholly on
-    the better side. "no loss seen": it excludes a loss larger than `margin`. Otherwise the sample is too small to say.
+    "loss": the interval lies wholly on the worse side of zero and p_loss is at most 0.05. "gain":
+    it lies wholly on the better side and p_gain is at most 0.05. "no loss seen": it excludes a loss
+    as large as `margin`. Otherwise the sample is too small to say.
     """
-    if difference.low == difference.high == 0:
-        return NO_LOSS
-    low, high = (difference.low, difference.high) if larger_is_better else (-difference.high, -difference.low)
-    if not np.isfinite(low + high):
-        return f"cannot tell with n = {difference.samples}"
-    if high < 0 and p_value <= 1 - CONFIDENCE:
+    low, high = (found.low, found.high) if larger_is_better else (-found.high, -found.low)
+    if high < 0 and p_loss <= 1 - CONFIDENCE:
         return LOSS
-    if low > 0:
+    if low > 0 and p_gain <= 1 - CONFIDENCE:
         return GAIN
-    return NO_LOSS if low >= -margin else f"cannot tell with n = {difference.samples}"
+    # NaN ends up here too, and compares as false.
+    return NO_LOSS if low > -margin else f"cannot tell with n = {found.samples}"

@@ -7,24 +7,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from common import device_memory
 from common.errors import UserError
 from common.models import SourceModel
 from common.progress import say
 
 # Tokens that go through a layer at once.
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
-# Hidden states stay on the card while they take at most this share of its free memory.
-_DEVICE_SHARE = 0.25
+# Hidden states stay on the card while they take at most this share of what this process has left of it.
+_DEVICE_SHARE = 1 / 3
 
 
-def embed_chunks(source: SourceModel, windows: Tensor) -> list[Tensor]:
-    """Hidden states of all windows before the first layer, in chunks, on the device where they fit."""
-    home = source.device
-    size = windows.numel() * source.config.hidden_size * source.dtype.itemsize
-    if home.type == "cuda" and size > _DEVICE_SHARE * torch.cuda.mem_get_info(home)[0]:
-        home = torch.device("cpu")
-    rows = max(1, CHUNK_TOKENS[source.device.type] // windows.shape[1])
-    return [source.embed(chunk).to(home) for chunk in windows.split(rows)]
+def home_of(size: int, device: torch.device) -> torch.device:
+    """Where hidden states of `size` bytes in all are kept: on the device, or on the host where they would take too much of it."""
+    return device if size <= _DEVICE_SHARE * device_memory.available(device) else torch.device("cpu")
+
+
+def hidden_bytes(source: SourceModel, windows: Tensor) -> int:
+    """Bytes of the hidden states of token ids [samples, length]."""
+    return windows.numel() * source.config.hidden_size * source.dtype.itemsize
+
+
+def cut(source: SourceModel, windows: Tensor) -> tuple[Tensor, ...]:
+    """Token ids [samples, length] in chunks that pass through a layer at once."""
+    tokens = device_memory.tokens_at_once(CHUNK_TOKENS[source.device.type], source.config, source.dtype.itemsize, source.device)
+    return windows.split(max(1, tokens // windows.shape[1]))
+
+
+def embed_chunks(source: SourceModel, chunks: tuple[Tensor, ...], home: torch.device) -> list[Tensor]:
+    """Hidden states before the first layer of token ids in chunks [batch, length], kept on `home`."""
+    return [source.embed(chunk).to(home) for chunk in chunks]
 
 
 def run_layer(module: nn.Module, hidden: Tensor, arguments: dict) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from common import metadata, probe
 from common.checkpoint import INTEGER, decompress, file_hashes, grid_of, open_checkpoint, stored_parts, unpack
 from common.errors import UserError
+from common.forms import unknown_form
 from common.grid import Grid
 from common.models import LINEARS, TensorReader
 from common.online import CONFIG_KEY
@@ -19,6 +20,8 @@ from common.runtime import load_model
 
 # Perplexity of the probe text may be this many times the baseline's.
 PERPLEXITY_RATIO = {8: 1.1, 4: 2.0, 3: 5.0, 2: 1000.0}
+# From so many bits on no linear's output may be off by more than this share of its size: something else is wrong then.
+ERROR_BITS, OUTPUT_ERROR = 4, 0.5
 # Logits may differ from the recorded ones by this share of their spread: rounding in float32, or in a 16-bit type.
 LOGITS_TOLERANCE = {"float32": 1e-3, "other": 0.08}
 GENERATION_PROMPT, GENERATION_TOKENS = "The three most important things about water are", 24
@@ -40,6 +43,8 @@ def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[C
         UserError: the folder is no checkpoint of the quantize scripts at all.
     """
     config, tensors = open_checkpoint(folder)
+    if reason := unknown_form(config):
+        raise UserError(f"{folder} is not a checkpoint of the quantize scripts, but of a form that they do not write: {reason}")
     record = metadata.read(folder)
     complete = _complete(folder, config, tensors)
     yield complete
@@ -52,6 +57,7 @@ def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[C
     except UserError as error:
         yield Check("plain load", False, str(error))
         return
+    device = next(model.parameters()).device
     parameters = sum(p.numel() for p in model.parameters())
     loaded = f"{type(model).__name__}, {parameters / 1e6:.1f} M parameters on {device}"
     yield _refused(folder, loaded) if CONFIG_KEY in config else Check("plain load", True, loaded)
@@ -61,6 +67,7 @@ def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[C
     finite = bool(torch.isfinite(logits).all()) and all(bool(torch.isfinite(p).all()) for p in model.parameters())
     yield Check("no NaN or Inf", finite, "weights and logits are finite" if finite else "NaN or Inf found")
     try:
+        yield _output_errors(record)
         yield from _recorded(record, logits, tokens, dtype)
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError):
         yield Check("recorded logits", False, f"{metadata.METADATA_FILE} is damaged; quantize again")
@@ -138,6 +145,24 @@ def _in_range(state: dict, grid: Grid) -> bool:
                                for tensor in (codes, zero_point))
 
 
+def wrecked(linears: dict[str, dict]) -> list[tuple[str, float]]:
+    """Names and relative output errors of recorded linears whose error no rounding to their bits explains, the worst first."""
+    errors = {name: linear["relative_output_error"] for name, linear in linears.items() if linear["bits"] >= ERROR_BITS}
+    # NaN, which a record can hold, is no error that is small enough.
+    return sorted(((name, error) for name, error in errors.items() if not error <= OUTPUT_ERROR), key=lambda pair: -pair[1])
+
+
+def _output_errors(record: dict | None) -> Check:
+    if record is None:
+        return Check("output errors", None, "saved without metadata: not recorded")
+    found = wrecked(record["linears"])
+    if found:
+        named = ", ".join(f"{name} ({error:.2f})" for name, error in found[:3])
+        return Check("output errors", False, f"{len(found)} linears are off by more than {OUTPUT_ERROR} of their output: {named}")
+    worst = max(linear["relative_output_error"] for linear in record["linears"].values())
+    return Check("output errors", True, f"{len(record['linears'])} linears, off by at most {worst:.3f} of their output")
+
+
 def _listed(name: str, offenders: list[str], fine: str) -> Check:
     if offenders:
         return Check(name, False, f"{len(offenders)} linears are not: {', '.join(offenders[:3])}")
@@ -148,7 +173,8 @@ def _recorded(record: dict | None, logits: torch.Tensor, tokens: torch.Tensor, d
     found = probe.perplexity(logits, tokens)
     if record is None:
         yield Check("recorded logits", None, "saved without metadata: nothing to compare with")
-        yield Check("perplexity", None, f"{found:.2f} on the probe text; saved without metadata, no baseline known")
+        yield Check("perplexity", None, f"{found:.2f} on the probe text; saved without metadata, no baseline known: "
+                                        "compare_to_baseline.py takes it as --baseline")
         return
     expected = record["probe"]
     exact = record["compute_dtype"] == "float32" == str(dtype).removeprefix("torch.")

@@ -21,7 +21,7 @@ POINTERS = {"inputs": HALF, "packed": BYTE, "scale": HALF, "zero_point": SIGNED,
             "weight": HALF, "hidden": HALF, "input_scale": HALF, "codes": SIGNED, "gate": HALF, "up": HALF, "update": HALF,
             "gain": HALF, "projected": HALF, "cosine": HALF, "sine": HALF, "query_gain": HALF, "key_gain": HALF,
             "positions": LONG, "keys": HALF, "values": HALF, "counters": WORD, "best": FLOAT, "index": WORD, "result": LONG}
-FLOATS = {"epsilon", "scaling", "smallest", "tiny", "strength", "beta", "rate"}
+FLOATS = {"epsilon", "scaling", "smallest", "strength", "beta", "rate"}
 ROUNDING = {name: FLOAT for name in ("target", "shifted", "factor", "scale", "zero_point", "error", "weight", "importance",
                                      "candidates", "v", "low", "product", "unit", "moment", "variance", "difference")}
 ROUNDING["codes"] = SIGNED
@@ -51,9 +51,10 @@ CASES = [
                    "SPLIT": 512, "BLOCK": 64, **OVERLAP}, {}) for norms in (False, True) for splits in (1, 4)],
     ("_largest_in_part", {**OVERLAP, "BLOCK": 2048}, {}), ("_largest_of_parts", {**OVERLAP, "BLOCK": 64}, {}),
     ("_round_block", {"CODE_MIN": -8, "CODE_MAX": 7, "BLOCK_ROWS": 8, "BLOCK_CHANNELS": 128}, ROUNDING),
-    *[("_search_range", {"STORED": rounding_triton.tl.bfloat16, "HAS_IMPORTANCE": weighted, "FOURTH": not weighted,
+    *[("_search_range", {"STORED": stored, "HAS_IMPORTANCE": weighted, "FOURTH": not weighted,
                          "SYMMETRIC": symmetric, "BITS": 4, "BLOCK_GROUPS": 16, "BLOCK_SIZE": 128}, ROUNDING)
-      for weighted in (False, True) for symmetric in (False, True)],
+      for weighted in (False, True) for symmetric in (False, True)
+      for stored in (rounding_triton.tl.bfloat16, rounding_triton.tl.float16)],
     *[("_learning_step", {"HAS_BETA": beta, "CODE_MIN": -8, "CODE_MAX": 7, "BLOCK": 1024}, ROUNDING) for beta in (False, True)],
 ]
 

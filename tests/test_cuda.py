@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
 import torch
 from conftest import run_script
 
-from common import adaround, grid, rounding
+from common import adaround, grid, rounding, runtime
 from common.decoding import Decoder
 from common.fused import fuse_layers
 from common.grid import Grid
 from common.kernels import inference, triton_works
 from common.kernels.inference import PackedWeight
-from common.runtime import load_for_running, load_model
+from common.runtime import load_for_running, load_model, measure_memory, weight_bytes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -182,3 +183,55 @@ def test_every_method_packed_and_dense(tiny_models, tmp_path, method, architectu
             logits = plain(whole[:, :-1]).logits[:, 39:].float()
             chosen = logits.gather(2, whole[:, 40:].unsqueeze(2)).squeeze(2)
             assert ((logits.amax(2) - chosen) <= 0.05 * logits.std()).float().mean() > 0.9
+
+
+def test_the_limit_on_device_memory_holds():
+    """Beyond it torch raises its out-of-memory error, though the card has room."""
+    from common import device_memory
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    try:
+        device_memory.limit(CUDA, 2 + before / 2**30)
+        room = device_memory.available(CUDA)
+        assert room <= 1.01 * 2**30 + before and torch.cuda.mem_get_info()[0] > 2 * room
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            torch.empty(int(1.2 * room), dtype=torch.int8, device=CUDA)
+        taken = torch.empty(int(0.5 * room), dtype=torch.int8, device=CUDA)
+        assert device_memory.available(CUDA) == pytest.approx(0.5 * room, rel=0.01)
+        del taken
+    finally:
+        torch.cuda.empty_cache()
+        device_memory.limit(CUDA)
+
+
+@pytest.mark.parametrize("name", ["plain", "packed"])
+def test_memory_to_run(demo_model, tmp_path, name):
+    """At least weights and cache; the same however much else is allocated; nothing is left behind."""
+    if name == "packed":
+        result = run_script("quantize_hqq.py", "--model", demo_model, "--output", tmp_path / "packed")
+        assert result.returncode == 0, result.stderr
+    model, _ = load_for_running(demo_model if name == "plain" else tmp_path / "packed", CUDA, torch.bfloat16)
+    config = model.config
+    cache = 2048 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    measure_memory(model, config.vocab_size)                                    # compiles, joins, starts libraries
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    alone = measure_memory(model, config.vocab_size)
+    assert weight_bytes(model) + cache <= alone < weight_bytes(model) + 4 * cache + 2**29
+    assert torch.cuda.memory_allocated() <= before + 2**20
+    beside = torch.zeros(2**30, dtype=torch.int8, device=CUDA)
+    assert measure_memory(model, config.vocab_size) == pytest.approx(alone, rel=0.02)
+    del beside
+
+
+def test_a_streamed_model_computes_what_a_resident_one_does(demo_model, monkeypatch):
+    plain, _ = load_model(demo_model, CUDA, torch.bfloat16)
+    fuse_layers(plain)
+    monkeypatch.setattr(runtime, "available", lambda _: 0)
+    streamed, _ = load_for_running(demo_model, CUDA, torch.bfloat16)
+    assert streamed.streamed == streamed.config.num_hidden_layers
+    tokens = torch.arange(10, 60, device=CUDA).unsqueeze(0)
+    with torch.inference_mode():
+        assert relative(streamed(tokens).logits, plain(tokens).logits) < 1e-3

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import shutil
 
 import pytest
-from conftest import ROOT
+from stub_hub import StubHub
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from common.checkpoint import folder_bytes
+
 ASK = """
 import sys
 from common.cli import quiet_libraries
@@ -28,68 +23,34 @@ for name in sys.argv[1:]:
 """
 
 
-class Hub(BaseHTTPRequestHandler):
-    """owner/whole is served; owner/gated and owner/private are refused as the hub does; owner/broken ends in mid-file."""
-
-    folder = None
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, status: int, body: bytes = b"", size: int | None = None, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body) if size is None else size))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_GET(self):
-        path = self.path.split("?")[0]
-        name = next((part for part in ("whole", "gated", "private", "broken") if f"owner/{part}" in path), None)
-        if name in (None, "private"):
-            return self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-        if path.startswith("/api/"):
-            files = [{"rfilename": file.name, "type": "file", "path": file.name, "size": file.stat().st_size, "oid": COMMIT}
-                     for file in sorted(self.folder.iterdir())]
-            info = files if "/tree/" in path else \
-                {"id": f"owner/{name}", "sha": COMMIT, "siblings": files, "private": False, "gated": False, "tags": []}
-            return self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
-        if name == "gated":
-            return self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="Access to this model is restricted")
-        file = self.folder / path.split("/")[-1]
-        content = file.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
-        if name == "broken" and file.suffix == ".safetensors":
-            if self.command == "GET":
-                self.close_connection = True
-            return self.answer(200, content[:1000], size=len(content), **headers)
-        self.answer(200, content, **headers)
-
-    do_HEAD = do_GET
+# What other repositories hold beside: Mistral's and Meta's own forms, older and converted ones.
+DUPLICATES = ("consolidated.safetensors", "consolidated.00.pth", "original/params.json", "original/consolidated.00.pth",
+              "pytorch_model.bin", "tokenizer.model.v3", "onnx/model.onnx", "onnx/config.json", "model.gguf", "README.md")
 
 
 @pytest.fixture(scope="module")
-def ask(tiny, tmp_path_factory):
+def served(tiny, tmp_path_factory):
+    """Models of an owner: whole, with duplicates beside; gated, private and broken."""
+    folder = tmp_path_factory.mktemp("served")
+    for name in ("whole", "gated", "private", "broken"):
+        shutil.copytree(tiny, folder / "models/owner" / name)
+    for name in DUPLICATES:
+        file = folder / "models/owner/whole" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"again" * 1000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ask(served, tmp_path_factory):
     """Ask for models, as a script does, in a process that believes the stub is the hub."""
-    handler = type("TinyHub", (Hub,), {"folder": tiny})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     home = tmp_path_factory.mktemp("hub")
+    with StubHub(served) as hub:
+        def run(*names: str, **environment: str) -> dict[str, str]:
+            lines = hub.python(ASK, *names, home=home, **environment)
+            return dict(line.split(" -> ", 1) for line in lines if " -> " in line)
 
-    def run(*names: str, **environment: str) -> dict[str, str]:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        result = subprocess.run(
-            [sys.executable, "-c", ASK, *names], cwd=ROOT, capture_output=True, text=True, timeout=300,
-            env={**clean, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home), "HF_TOKEN": "",
-                 "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_ETAG_TIMEOUT": "5", **environment})
-        assert result.returncode == 0, result.stderr
-        return dict(line.split(" -> ", 1) for line in result.stdout.splitlines() if " -> " in line)
-
-    yield run
-    server.shutdown()
+        yield run
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +76,11 @@ def test_offline(found, ask):
 def test_nobody_answers(ask):
     found = ask("owner/never-seen", HF_ENDPOINT="http://127.0.0.1:9")
     assert "cannot download owner/never-seen" in found["owner/never-seen"]
+
+
+def test_the_same_weights_in_other_forms_are_left_out(found, served, tiny):
+    """Neither fetched nor counted: Mistral's consolidated.safetensors is as large as the shards."""
+    files = sorted(file.name for file in tiny.iterdir())
+    assert found["owner/whole"] == str(files)
+    whole = served / "models/owner/whole"
+    assert folder_bytes(whole) == folder_bytes(tiny) == sum((tiny / name).stat().st_size for name in files)

@@ -195,6 +195,7 @@ def test_a_card_that_torch_has_no_code_for(monkeypatch):
             in refused(choice)
         )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    monkeypatch.setattr(cli.device_memory, "limit", lambda *_: None)
     assert cli.resolve_device("auto") == torch.device("cuda", 0)
 
 

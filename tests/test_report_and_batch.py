@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, assert_user_error, run_script
@@ -59,7 +61,7 @@ def test_tables(results):
     assert "⚠️ Check" in status and "FAIL / perplexity" in status
     assert "| gptq-4bit | 4 | 64 | 0.5 | 4.00 | 2.5 |" in text
     # Without records of the samples there are values, but no differences.
-    assert "| gptq-4bit | 0.500 | 0.500 | – | – | 0.250 | 1.23e+06 | 0.250 |" in text and "| gptq-4bit | 20.00 | –" in text
+    assert "| gptq-4bit | 0.500 | 0.500 | – | – | 0.250 | 1.23e+06 | 2 | 0.250 |" in text and "| gptq-4bit | 20.00 | –" in text
     assert "What the differences mean" not in text
     assert "compare methods with each other" in text
     for link in ("accuracy_against_size", "quantization_time", "memory"):
@@ -95,15 +97,13 @@ def test_damaged_results_and_readme(results):
 
 
 # Scripts that stand in for the real ones: they note how they were called, and gptq fails.
+NOTE = "import sys, pathlib; a = sys.argv; pathlib.Path('calls').open('a').write(' '.join(a) + '\\n'); "
 STAND_INS = {
     "quantize_gptq.py": "import sys; print('error: no luck today', file=sys.stderr); sys.exit(2)",
-    "quantize_hqq.py": "import sys, pathlib; a = sys.argv; pathlib.Path('calls').open('a').write(' '.join(a) + '\\n'); "
-                       "pathlib.Path(a[a.index('--output') + 1]).mkdir(parents=True, exist_ok=True)",
+    "quantize_hqq.py": NOTE + "pathlib.Path(a[a.index('--output') + 1]).mkdir(parents=True, exist_ok=True)",
     "verify_model.py": "",
-    "common/baseline.py": "import pathlib; p = pathlib.Path('results/tiny'); p.mkdir(parents=True, exist_ok=True); "
-                          "(p / 'baseline.json').write_text('{}')",
-    "common/evaluation.py": "import sys, pathlib; name = pathlib.Path(sys.argv[sys.argv.index('--model-path') + 1]).name; "
-                            "(pathlib.Path('results/tiny') / f'{name}.json').write_text('{}')",
+    "common/baseline.py": NOTE,
+    "common/evaluation.py": NOTE,
     "analyze_results.py": "",
 }
 
@@ -129,28 +129,124 @@ def batch(tmp_path, monkeypatch):
 def test_a_failure_does_not_stop_the_rest(batch, capfd):
     assert batch("--group-size", "32") == 1
     status = json.loads((batch.folder / "results/tiny/status.json").read_text())
-    assert status["gptq-4bit"] == {"state": "failed", "reason": "no luck today"}
+    assert status["gptq-4bit"] == {"state": "failed", "reason": "no luck today", "source": "owner/tiny"}
     assert status["hqq-4bit"]["state"] == status["hqq-8bit"]["state"] == "done"
     assert "awq-4bit" not in status                                             # no script, so not started
     calls = (batch.folder / "calls").read_text().splitlines()
+    calls = [call for call in calls if call.startswith("quantize_hqq")]
     assert len(calls) == 2 and all("--group-size 32" in call and "--overwrite" not in call for call in calls)
     assert load_all(batch.folder / "nothing") == []
     assert "failed: gptq-4bit, gptq-8bit" in capfd.readouterr().out
 
 
-def test_finished_ones_are_skipped_until_overwrite(batch, capfd):
-    batch("--only", "baseline,hqq-4bit")
-    assert batch("--only", "baseline,hqq-4bit") == 0
-    assert "hqq-4bit: finished before, skipped" in capfd.readouterr().out
-    assert len((batch.folder / "calls").read_text().splitlines()) == 1
-    shutil.rmtree(batch.folder / "logs")                                        # results of another machine
-    shutil.rmtree(batch.folder / "models")
-    assert batch("--only", "baseline,hqq-4bit") == 0
-    assert len((batch.folder / "calls").read_text().splitlines()) == 2
-    assert "skipped" not in capfd.readouterr().out
-    assert batch("--only", "hqq-4bit", "--overwrite") == 0
-    calls = (batch.folder / "calls").read_text().splitlines()
-    assert len(calls) == 3 and "--overwrite" in calls[2]
+def test_what_is_there_is_not_made_again_until_overwrite(batch):
+    """The scripts are told to keep what was made in the same way (--resume, --reuse), or to make it again."""
+    for arguments, quantizing, evaluating in (([], None, "--reuse"), ([], "--resume", "--reuse"),
+                                              (["--overwrite"], "--overwrite", None)):
+        (batch.folder / "calls").unlink(missing_ok=True)
+        assert batch("--only", "baseline,hqq-4bit", *arguments) == 0
+        calls = {line.split()[0]: line.split() for line in (batch.folder / "calls").read_text().splitlines()}
+        assert set(calls) == {"quantize_hqq.py", "common/baseline.py", "common/evaluation.py"}
+        assert {"--resume", "--overwrite"} & set(calls["quantize_hqq.py"]) == ({quantizing} if quantizing else set())
+        for script in ("common/baseline.py", "common/evaluation.py"):
+            assert ("--reuse" in calls[script]) is (evaluating == "--reuse")
+        assert calls["common/evaluation.py"][calls["common/evaluation.py"].index("--baseline") + 1] == "owner/tiny"
+
+
+@pytest.fixture
+def real_batch(tiny, tmp_path, monkeypatch):
+    """The batch on a tiny model with the real scripts, each run in this process."""
+    from common import batch
+
+    # Two tasks of the demo, without answers to generate, keep this short.
+    small = ["--data", "demo", "--tasks", "arc,perplexity", "--windows", "2", "--window-length", "48"]
+
+    def step(title, command, log, gpu):
+        more = small if title == "evaluate" else []
+        result = run_script(ROOT / command[1], *command[2:], *more, cwd=tmp_path)
+        run.titles.append(f"{title} {Path(command[1]).stem}")
+        run.output += result.stdout
+        if result.returncode:
+            raise batch.StepFailed(result.stderr.strip().splitlines()[-1].removeprefix("error: ")[:200])
+
+    def run(*arguments):
+        run.titles, run.output = [], ""
+        monkeypatch.setattr(sys, "argv", ["batch", "--model", str(tiny), "--only", "baseline,hqq-4bit", *arguments])
+        code = batch.main()
+        return code, json.loads((tmp_path / "results" / tiny.name / "status.json").read_text())
+
+    shutil.copy(ROOT / "quantize_hqq.py", tmp_path)
+    (tmp_path / "README.md").write_text(README)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(batch, "step", step)
+    monkeypatch.setattr(batch.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 0))
+    run.folder, run.name = tmp_path, tiny.name
+    return run
+
+
+def test_a_batch_run_again(real_batch):
+    """With the same options all is kept; other limits redo the evaluation; other options of the method are refused, by name."""
+    folder = real_batch.folder
+    base = ["--limit", "3", "--group-size", "64"]
+    code, status = real_batch(*base)
+    assert code == 0 and status["hqq-4bit"]["state"] == "done"
+    result, checkpoint = (folder / "results" / real_batch.name / "hqq-4bit.json",
+                          folder / "models" / real_batch.name / "hqq-4bit" / "config.json")
+    made = result.stat().st_mtime_ns, checkpoint.stat().st_mtime_ns
+    code, status = real_batch(*base)
+    assert code == 0 and real_batch.titles == ["evaluate baseline", "quantize quantize_hqq", "evaluate evaluation"]
+    assert "nothing to resume" in real_batch.output and real_batch.output.count("used again") == 2
+    assert "Evaluating" not in real_batch.output
+    assert made == (result.stat().st_mtime_ns, checkpoint.stat().st_mtime_ns)
+    code, status = real_batch("--limit", "2", "--group-size", "64")
+    assert code == 0 and "arc was evaluated with samples 3, not 2" in real_batch.output
+    assert json.loads(result.read_text())["tasks"]["arc"]["samples"] == 2 and checkpoint.stat().st_mtime_ns == made[1]
+    code, status = real_batch("--limit", "2", "--group-size", "32")
+    assert code == 1 and status["hqq-4bit"]["state"] == "warning"
+    assert "--group-size 64, not 32" in status["hqq-4bit"]["reason"] and "--overwrite" in status["hqq-4bit"]["reason"]
+    assert checkpoint.stat().st_mtime_ns == made[1]                         # nothing is destroyed
+    assert run_script(ROOT / "analyze_results.py", cwd=folder).returncode == 0
+    assert f"| hqq-4bit | ⚠️ Check | {status['hqq-4bit']['reason']} |" in (folder / "README.md").read_text()
+    code, status = real_batch("--limit", "2", "--group-size", "32", "--overwrite")
+    assert code == 0 and status["hqq-4bit"]["state"] == "done" and checkpoint.stat().st_mtime_ns > made[1]
+    assert json.loads(result.read_text())["quantization"]["grid"]["group_size"] == 32
+
+
+def test_documented_and_local_results_are_told_apart(results):
+    """The documented run never passes as one of this machine; both are shown, each as what it is."""
+    shutil.copytree(results / "results", results / "documented")
+    file = results / "results/tiny/baseline.json"
+    file.write_text(json.dumps(document("baseline", 0.875, date="2031-05-06")))
+    assert run_script(ROOT / "analyze_results.py", "--results-dir", results / "results", "--documented-dir", results / "documented",
+                      "--readme", results / "README.md", "--figures-dir", results / "figures").returncode == 0
+    text = (results / "README.md").read_text()
+    local, documented = text.split("### tiny (documented run)")
+    assert "### tiny (local run)\n\nA local run of 2031-05-06." in local and "| baseline | 0.875 |" in local
+    assert "with the project" in documented and "not of this machine" in documented and "| baseline | 0.750 |" in documented
+    assert "figures/tiny/memory.png" in local and "figures/documented/tiny/memory.png" in documented
+    assert (results / "tables/tiny/measurements.csv").read_bytes() != (results / "tables/documented/tiny/measurements.csv").read_bytes()
+    shutil.rmtree(results / "results")                                          # a fresh clone
+    assert run_script(ROOT / "analyze_results.py", "--results-dir", results / "results", "--documented-dir", results / "documented",
+                      "--readme", results / "README.md", "--figures-dir", results / "figures").returncode == 0
+    assert "local run" not in (results / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_fresh_clone_regenerates_readme(tmp_path):
+    """From the committed results alone, to the letter."""
+    readme = (ROOT / "README.md").read_text()
+    (tmp_path / "README.md").write_text(readme)
+    result = run_script(ROOT / "analyze_results.py", "--results-dir", tmp_path / "results", "--documented-dir",
+                        ROOT / "docs" / "results", "--readme", tmp_path / "README.md", "--figures-dir", tmp_path / "docs/figures")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "README.md").read_text() == readme
+
+
+def test_nothing_committed_is_where_local_results_are_looked_for():
+    listed = subprocess.run(["git", "ls-files", "results", "docs/results"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode or not listed.stdout:
+        pytest.skip("no git checkout")
+    assert all(line.startswith("docs/results/") for line in listed.stdout.splitlines())
 
 
 def test_a_gpu_for_each_configuration(batch, capfd, monkeypatch):

@@ -1,7 +1,13 @@
 """Scores against cases worked by hand."""
 
+import argparse
+import json
+from fractions import Fraction
+
+import numpy as np
 import pytest
 
+from common.evaluation import task_rows
 from common.tasks.scoring import (arc_sample, extract_number, macro_f1, openmath_sample, parse_number, squad_sample,
                                   summarise, token_f1)
 
@@ -14,16 +20,77 @@ from common.tasks.scoring import (arc_sample, extract_number, macro_f1, openmath
     ("The answer is 7. The answer is 8.", 8), ("The answer is \\boxed{\\$1,000}", 1000), ("1,2,3", 3),
     ("The answer is \u22123", -3), ("the result: 0.5", 0.5), ("The answer is .25", 0.25), ("v2 model", None),
     ("The answer is 1/0", None),
+    # Mixed fractions.
+    ("The answer is 3\\frac{1}{2}.", 3.5), ("\\boxed{-3\\frac{1}{2}}", -3.5), ("it takes 3 1/2 hours", 3.5),
+    ("The answer is 3\\dfrac12 cups", 3.5),
+    # Powers, roots, products, sums and factorials are no numbers; what they equal is.
+    ("The answer is 2^{10}.", None), ("\\boxed{2^{10}}", None), ("The answer is 2**10", None), ("The answer is 10^5", None),
+    ("The answer is $2^{10} = 1024$.", 1024), ("\\boxed{2^{10} = 1024}", 1024), ("The answer is 1/2 + 1/3.", None),
+    ("The answer is 1/2 + 1/3 = 5/6.", 5 / 6), ("The answer is 3 + 4 = 7", 7), ("12-5=7", 7), ("x=-5", -5),
+    ("The answer is 5x", None), ("The answer is 8\\pi", None), ("\\boxed{\\frac{\\sqrt{2}}{2}}", None),
+    ("The answer is 2 \\times 10^{3}", None), ("The answer is $x^2-y^2=2$.", 2), ("The answer is 3 million", None),
+    ("\\boxed{12!}", None), ("The answer is $12!$.", None), ("The answer is 5! = 120.", 120), ("The answer is 12!", 12),
+    # Ratios, times, lists, ranges.
+    ("The answer is 3:2.", None), ("at 10:30", None), ("Step 3: 12 apples", 12), ("\\boxed{1, 2}", None),
+    ("The answer is 1-2", None), ("is 1.2.3", None), ("COVID-19", None),
+    # Units and emphasis.
+    ("\\boxed{5\\text{ cm}}", 5), ("The answer is 12 cm^2.", 12), ("The answer is 90^{\\circ}.", 90), ("The answer is 5cm", 5),
+    ("The answer is **5**.", 5), ("The answer is 5 - which is odd", 5), ("the answer is:\n\n 42", 42), ("\\boxed{x = 5}", 5),
 ])
 def test_number_in_an_answer(text, expected):
     found = extract_number(text)
     assert found == pytest.approx(expected) if expected is not None else found is None
 
 
-@pytest.mark.parametrize("text, expected", [("42", 42), ("-7", -7), ("1,234", 1234), ("3/4", .75), ("\\frac{1}{8}", .125),
-                                            ("2.5e-3", .0025), ("$80", 80), ("x", None), ("", None)])
+# What an expected answer is worth; None: the problem has no numeric answer and is left out.
+EXPECTED_ANSWERS = [
+    ("42", 42), ("-7", -7), ("+3", 3), ("\u22123", -3), ("1,234", 1234), ("1{,}234", 1234), ("12.", 12), (".25", 0.25),
+    ("3/4", 0.75), ("\\frac{1}{8}", 0.125), ("\\dfrac{1}{8}", 0.125), ("\\frac18", 0.125), ("-\\frac{10}{3}", -10 / 3),
+    ("\\frac{-1}{2}", -0.5), ("2.5e-3", 0.0025), ("1e3", 1000), ("1e400", None), ("3/0", None), ("x", None), ("", None),
+    # Mixed fractions; not of a part that is none, which is a product or a slip.
+    ("3\\frac{1}{2}", 3.5), ("3 \\frac{1}{2}", 3.5), ("3\\tfrac12", 3.5), ("3 1/2", 3.5), ("-3\\frac{1}{2}", -3.5),
+    ("3\\frac{5}{2}", None), ("2\\frac{-1}{3}", None), ("\\frac{1}{2}\\frac{1}{3}", None),
+    # Expressions, even those that have a value.
+    ("2^{10}", None), ("10^5", None), ("2 \\times 10^3", None), ("12!", None), ("2e", None), ("1/2 + 1/3", None), ("5x", None),
+    ("5 x", None), ("5xy", None), ("\\sqrt{2}", None), ("8\\pi", None), ("2 pi", None), ("\\frac{4000\\pi}{3}", None),
+    ("2 + 3i", None), ("x = 5", None), ("(3)", None), ("101_2", None), ("3 million", None), ("7 eighths", None),
+    # Lists, ratios, dates, numbers written otherwise.
+    ("1, 2", None), ("0,1", None), ("1,23", None), ("(1,4)", None), ("3:2", None), ("1.2.3", None), ("3/4/5", None),
+    ("5 or 6", None), ("1 234", None), ("12\\text{ and }5", None),
+    # Units.
+    ("$80", 80), ("$1,234.50", 1234.5), ("\\$5", 5), ("50%", 50), ("40\\%", 40), ("12 apples", 12), ("3 months", 3),
+    ("5cm", 5), ("5 km/h", 5), ("5 cm^2", 5), ("5\\text{ cm}", 5), ("12\\text{ square units}", 12), ("90^\\circ", 90),
+    ("25^\\circ\\text{C}", 25),
+]
+
+
+@pytest.mark.parametrize("text, expected", EXPECTED_ANSWERS)
 def test_parse_number(text, expected):
     assert parse_number(text) == (pytest.approx(expected) if expected is not None else None)
+    if expected is not None:                                                    # a model that answers with it is right
+        assert openmath_sample({"expected_answer": text}, [f"So the answer is {text}"])["correct"] == 1
+
+
+def test_written_numbers_are_read_back():
+    """Random numbers and mixed fractions in several ways of writing, against Fraction."""
+    rng = np.random.default_rng(6)
+    for _ in range(300):
+        whole, bottom, sign = int(rng.integers(1, 9999)), int(rng.integers(2, 99)), rng.choice(["", "-"])
+        top = int(rng.integers(1, bottom))
+        exact = float((whole + Fraction(top, bottom)) * (-1 if sign else 1))
+        for text in (f"{sign}{whole}\\frac{{{top}}}{{{bottom}}}", f"{sign}{whole:,} {top}/{bottom}",
+                     f"{sign}{whole * bottom + top}/{bottom}", repr(exact), f"{exact:.17e}"):
+            assert parse_number(text) == extract_number(f"Hence the answer is ${text}$.") == pytest.approx(exact), text
+
+
+def test_only_problems_with_numeric_answers_are_evaluated(tmp_path):
+    """The filter takes what parse_number takes: one place decides."""
+    rows = [{"problem": "p", "expected_answer": text} for text, _ in EXPECTED_ANSWERS]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    options = argparse.Namespace(openmath_data=str(file), limit=None, data_root=None)
+    chosen = [row["expected_answer"] for row in task_rows("openmath", options, demo=False).rows]
+    assert sorted(chosen) == sorted(text for text, expected in EXPECTED_ANSWERS if expected is not None)
 
 
 def squad(text, golds):

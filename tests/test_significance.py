@@ -1,49 +1,90 @@
-"""Paired statistics against scipy and against resampling written out."""
+"""Paired statistics against scipy and formulas written out, and cases worked by hand."""
+
+from itertools import product
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from common import significance
-from common.comparison import compare
-from common.significance import GAIN, LOSS, NO_LOSS, Difference, Flips, flips, holm, macro_f1, mean, paired_bootstrap, verdict
+from common.comparison import adjusted_p_values, compare
+from common.significance import (GAIN, LOSS, NO_LOSS, Difference, Flips, difference, flips, holm, macro_f1, mean, median, pair,
+                                 swap_test, t_test, verdict)
 from common.tasks import scoring
 
 
-def test_interval_of_a_mean_is_scipys():
+def means(before, after, clusters=None):
+    return pair(mean(np.concatenate([before, after])), clusters)
+
+
+def test_interval_and_p_value_of_a_mean_are_students():
     rng = np.random.default_rng(0)
-    before, after = rng.normal(0, 1, 300), rng.normal(-0.1, 1.2, 300)
-    found = paired_bootstrap(mean(before), mean(after), 300)
-    other = stats.bootstrap((after - before,), np.mean, n_resamples=10000, method="percentile", rng=np.random.default_rng(1))
+    before, after = rng.normal(0, 1, 30), rng.normal(-0.1, 1.2, 30)
+    found, other = difference(means(before, after)), stats.ttest_rel(after, before)
     assert found.value == pytest.approx((after - before).mean())
-    assert found.low == pytest.approx(other.confidence_interval.low, abs=0.01)
-    assert found.high == pytest.approx(other.confidence_interval.high, abs=0.01)
-    assert found.standard_error == pytest.approx((after - before).std(ddof=1) / 300**0.5, rel=0.05)
-    assert found.p_lower == pytest.approx(stats.ttest_1samp(after - before, 0, alternative="less").pvalue, abs=0.03)
+    assert (found.low, found.high) == pytest.approx(tuple(other.confidence_interval()))
+    assert found.standard_error == pytest.approx((after - before).std(ddof=1) / 30**0.5)
+    less, greater = (stats.ttest_rel(after, before, alternative=side).pvalue for side in ("less", "greater"))
+    assert t_test(found) == pytest.approx((less, greater))
 
 
-def test_clusters_are_drawn_together():
-    """Twenty passages of ten equal samples carry as much as twenty samples."""
+def test_swaps_are_scipys_permutation_test():
+    rng = np.random.default_rng(1)
+    before, after = rng.normal(0, 1, 9), rng.normal(-0.5, 1, 9)
+    for side, p_value in zip(("less", "greater"), swap_test(means(before, after)), strict=True):
+        other = stats.permutation_test((after, before), lambda a, b: np.mean(a - b), permutation_type="samples",
+                                       alternative=side, n_resamples=np.inf)
+        assert p_value == pytest.approx(other.pvalue)
+
+
+def test_swaps_of_clusters_by_hand():
+    """Three articles whose differences sum to -3, -1 and +1: of the eight ways to give signs one is below -3 and two are -3."""
+    clusters = np.array(list("aaabbbc"))
+    before, after = np.array([1, 1, 1, 1, 0, 0, 0.0]), np.array([0, 0, 0, 0, 0, 0, 1.0])
+    sums = [-3, -1, 1]
+    swapped = [sum(s * d for s, d in zip(signs, sums, strict=True)) for signs in product((1, -1), repeat=3)]
+    expected = np.mean([one <= -3 for one in swapped]), np.mean([one >= -3 for one in swapped])
+    assert swap_test(means(before, after, clusters)) == pytest.approx(expected) == (0.375, 0.875)
+
+
+def test_clusters_stay_together():
+    """Twenty articles of ten equal samples carry as much as twenty samples; unequal ones by a formula written out."""
     rng = np.random.default_rng(2)
     values = np.repeat(rng.normal(0, 1, 20), 10)
-    names = [f"passage {i // 10}" for i in range(200)]
-    together = paired_bootstrap(mean(np.zeros(200)), mean(values), 200, clusters=names)
-    apart = paired_bootstrap(mean(np.zeros(200)), mean(values), 200)
-    assert together.standard_error == pytest.approx(values[::10].std() / 20**0.5, rel=0.05)
-    assert together.standard_error > 2.5 * apart.standard_error
+    names = [f"article {i // 10:02d}" for i in range(200)]
+    together, few = difference(means(np.zeros(200), values, names)), difference(means(np.zeros(20), values[::10]))
+    assert (together.low, together.high) == pytest.approx((few.low, few.high))
+    assert swap_test(means(np.zeros(200), values, names)) == pytest.approx(
+        swap_test(means(np.zeros(20), values[::10])))
+    labels = rng.choice(5, 60, p=[0.5, 0.2, 0.1, 0.1, 0.1])
+    values = rng.normal(size=60) + rng.normal(size=5)[labels]
+    without = np.array([values[labels != label].mean() for label in range(5)])
+    error = np.sqrt(4 / 5 * ((without - without.mean()) ** 2).sum())
+    found = difference(means(np.zeros(60), values, labels))
+    assert found.standard_error == pytest.approx(error)
+    degrees = 1 / sum((np.mean(labels == label) ** 2 for label in range(5))) - 1
+    assert found.high - found.value == pytest.approx(stats.t.ppf(0.975, degrees) * error)
 
 
-def test_weighted_metrics_are_those_of_the_resample():
+def test_metrics_are_those_of_the_resample():
     rng = np.random.default_rng(3)
     gold, predicted = rng.choice(list("ABCDE"), 60).tolist(), rng.choice(list("ABCD"), 60).tolist()
-    values = rng.normal(size=60)
-    values[::7] = np.nan
-    for _ in range(20):
-        drawn = rng.integers(0, 60, 60)
-        weights = np.bincount(drawn, minlength=60)[None].astype(float)
-        assert macro_f1(gold, predicted)(weights)[0] == pytest.approx(
-            scoring.macro_f1([gold[i] for i in drawn], [predicted[i] for i in drawn]))
-        assert mean(values)(weights)[0] == pytest.approx(np.nanmean(values[drawn]))
+    values = rng.integers(0, 20, 60).astype(float)
+    for size in (60, 59, 2, 1) * 5:
+        drawn = rng.integers(0, 60, size)
+        for metric, expected in ((macro_f1(gold, predicted), scoring.macro_f1([gold[i] for i in drawn],
+                                                                              [predicted[i] for i in drawn])),
+                                 (mean(values), values[drawn].mean()), (median(values), np.median(values[drawn]))):
+            assert metric.of_sums(metric.features[drawn].sum(0)) == pytest.approx(expected)
+
+
+def test_interval_of_a_median_is_scipys():
+    rng = np.random.default_rng(4)
+    before, after = rng.exponential(10, 90).round(), rng.exponential(14, 90).round()
+    found = difference(pair(median(np.concatenate([before, after]))))
+    other = stats.bootstrap((before, after), lambda b, a, axis: np.median(a, axis) - np.median(b, axis), paired=True,
+                            n_resamples=4000, method="percentile", rng=rng).confidence_interval
+    assert found.value == np.median(after) - np.median(before)
+    assert (found.low, found.high) == pytest.approx((other.low, other.high), abs=1)
 
 
 @pytest.mark.parametrize("lost, won", [(0, 0), (1, 0), (5, 1), (12, 12), (3, 20), (40, 22)])
@@ -52,10 +93,11 @@ def test_mcnemar_is_the_exact_binomial_test(lost, won):
     after = [0.0] * lost + [1.0] * won + [1.0] * 10 + [0.0] * 5
     found = flips(before, after)
     assert found == Flips(lost, won)
-    if lost + won:
-        assert found.p_value == pytest.approx(stats.binomtest(lost, lost + won, 0.5, alternative="greater").pvalue)
-    else:
-        assert found.p_value == 1.0
+    for count, p_value in zip((lost, won), found.p_values, strict=True):
+        expected = stats.binomtest(count, lost + won, 0.5, alternative="greater").pvalue if lost + won else 1.0
+        assert p_value == pytest.approx(expected)
+    # Without articles, swapping is the same test.
+    assert swap_test(means(before, after)) == pytest.approx(found.p_values, abs=0.02)
 
 
 def test_holm_by_hand():
@@ -65,13 +107,71 @@ def test_holm_by_hand():
     assert holm({}) == {}
 
 
-@pytest.mark.parametrize("low, high, larger, p, expected", [
-    (-0.05, -0.01, True, 0.01, LOSS), (-0.05, -0.01, True, 0.2, "cannot tell with n = 50"), (-0.05, -0.01, False, 1.0, GAIN),
-    (0.01, 0.05, False, 0.01, LOSS), (-0.01, 0.03, True, 0.3, NO_LOSS), (-0.1, 0.1, True, 0.3, "cannot tell with n = 50"),
-    (0.0, 0.0, True, 1.0, NO_LOSS), (float("nan"), float("nan"), True, 1.0, "cannot tell with n = 50")])
-def test_verdicts(low, high, larger, p, expected):
-    difference = Difference((low + high) / 2, low, high, (high - low) / 4, 50, p, 1 - p)
-    assert verdict(difference, larger, 0.02, p) == expected
+@pytest.mark.parametrize("low, high, larger, p_loss, p_gain, expected", [
+    (-0.05, -0.01, True, 0.01, 0.99, LOSS), (-0.05, -0.01, True, 0.2, 0.8, "cannot tell with n = 50"),
+    (-0.05, -0.01, False, 0.99, 0.01, GAIN), (0.01, 0.05, False, 0.01, 0.99, LOSS),
+    (0.01, 0.05, True, 0.99, 0.01, GAIN), (0.01, 0.05, True, 0.8, 0.2, NO_LOSS), (-0.01, 0.03, True, 0.3, 0.7, NO_LOSS),
+    (-0.1, 0.1, True, 0.3, 0.7, "cannot tell with n = 50"),
+    (float("nan"), float("nan"), True, 1.0, 1.0, "cannot tell with n = 50")])
+def test_verdicts(low, high, larger, p_loss, p_gain, expected):
+    found = Difference((low + high) / 2, low, high, (high - low) / 4, 50, 50, 49.0)
+    assert verdict(found, larger, 0.02, p_loss, p_gain) == expected
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 50, 182, 183, 1000])
+def test_no_change_says_as_much_as_so_many_answers_can(count):
+    """Not one flip among n: the bound is the exact binomial one. n = 183 is the first that excludes 0.02."""
+    found = difference(means(np.ones(count), np.ones(count)), share=True)
+    if count > 1:
+        upper = stats.binomtest(0, count).proportion_ci(0.95, "exact").high
+        assert (found.low, found.high) == pytest.approx((-upper, upper))
+        assert found.detectable >= 3 / count or count < 50                      # for few the rule of three is a rough one
+    word = verdict(found, True, 0.02, 1.0, 1.0)
+    assert word == (NO_LOSS if count >= 183 else f"cannot tell with n = {count}")
+    arc = [{"id": str(i), "acc": 1.0, "acc_norm": 1.0, "gold": "A", "predicted": "A"} for i in range(count)]
+    assert {one.verdict() for one in compare({"arc": arc}, {"arc": arc})} == {word}
+
+
+def openmath(differences):
+    return {"openmath": [{"id": str(i), "correct": float(one == 0), "absolute_difference": one}
+                         for i, one in enumerate(differences)]}
+
+
+def test_a_silent_model_gains_nothing():
+    """Silent where it was worst: mean and median absolute difference are over problems that both answered."""
+    rng = np.random.default_rng(9)
+    before = rng.exponential(20, 200).round(1).tolist()
+    after = [one if one < sorted(before)[120] else None for one in before]
+    found = {one.kind.key: one for one in compare(openmath(before), openmath(after))}
+    for key, metric in (("mean_absolute_difference", np.mean), ("median_absolute_difference", np.median)):
+        one = found[key]
+        assert one.baseline == one.quantized == pytest.approx(metric([x for x in after if x is not None]))
+        assert one.difference.samples == 120 and one.difference.value == 0 and one.verdict() != GAIN
+    assert found["no_number"].verdict() == LOSS and found["no_number"].quantized == 0.4
+    nothing = {one.kind.key: one for one in compare(openmath(before), openmath([None] * 200))}
+    assert nothing["mean_absolute_difference"].verdict() == "cannot tell with n = 0"
+
+
+@pytest.mark.parametrize("key", ["f1", "exact_match"])
+def test_losses_in_one_article_are_one_piece_of_evidence(key):
+    """Twelve answers lost in one article of six and none elsewhere: McNemar's p would be 2^-12, an article's is 1/2."""
+    before = [{"id": str(i), "f1": 1.0, "exact_match": 1.0, "cluster": f"article {i // 20}"} for i in range(120)]
+    after = [{**one, "f1": float(i >= 12), "exact_match": float(i >= 12)} for i, one in enumerate(before)]
+    one = next(one for one in compare({"squad_v2": before}, {"squad_v2": after}) if one.kind.key == key)
+    assert (one.p_loss, one.p_gain) == (0.5, 1.0) and one.difference.clusters == 6
+    assert one.difference.value == pytest.approx(-0.1) and one.verdict() == "cannot tell with n = 120"
+
+
+def test_gain_needs_holm_as_loss_does():
+    """Ten right answers more and none less, p = 0.001: a gain alone, and none among a hundred such comparisons."""
+    before = openmath([1.0] * 10 + [0.0] * 90)
+    after = openmath([0.0] * 100)
+    for first, second, word in ((before, after, GAIN), (after, before, LOSS)):
+        one = next(one for one in compare(first, second) if one.kind.key == "within_tolerance")
+        assert min(one.p_loss, one.p_gain) == pytest.approx(2**-10) and one.verdict() == word
+        adjusted = adjusted_p_values({str(i): [one] for i in range(100)})["0", "openmath", "within_tolerance"]
+        assert min(adjusted) == pytest.approx(100 * 2**-10)
+        assert one.verdict(*adjusted) not in (GAIN, LOSS)
 
 
 def samples(rng, count, accuracy, like=None, flip=0.0):
@@ -122,14 +222,7 @@ def test_the_baseline_against_itself_is_never_a_loss():
 
 def test_the_detectable_difference_is_detected_four_times_in_five():
     rng = np.random.default_rng(8)
-    size = paired_bootstrap(mean(np.zeros(400)), mean(rng.normal(0, 1, 400)), 400).detectable
+    size = difference(means(np.zeros(400), rng.normal(0, 1, 400))).detectable
     assert size == pytest.approx(2.8 / 400**0.5, rel=0.1)
-    hits = 0
-    for _ in range(300):
-        found = paired_bootstrap(mean(np.zeros(400)), mean(rng.normal(-size, 1, 400)), 400, resamples=400)
-        hits += found.high < 0
+    hits = sum(difference(means(np.zeros(400), rng.normal(-size, 1, 400))).high < 0 for _ in range(300))
     assert 0.72 < hits / 300 < 0.88
-
-
-def test_significance_counts_each_resample_once():
-    assert significance.value(mean([1.0, 0.0, 1.0, 1.0]), 4) == 0.75

@@ -37,6 +37,12 @@ def change_record(folder):
     (folder / METADATA_FILE).write_text(json.dumps(record))
 
 
+def change_error(folder):
+    record = json.loads((folder / METADATA_FILE).read_text())
+    record["linears"][LINEAR]["relative_output_error"] = 0.51
+    (folder / METADATA_FILE).write_text(json.dumps(record))
+
+
 def run(folder):
     result = run_script(ROOT / "verify_model.py", "--model-path", folder)
     assert "Traceback" not in result.stderr, result.stderr
@@ -46,7 +52,7 @@ def run(folder):
 def test_sound(checkpoint):
     result = run(checkpoint)
     assert result.returncode == 0, result.stdout
-    assert result.stdout.count("PASS") == 10 and "FAIL" not in result.stdout
+    assert result.stdout.count("PASS") == 11 and "FAIL" not in result.stdout
     assert "generation" in result.stdout
 
 
@@ -58,7 +64,8 @@ def test_sound(checkpoint):
     (change_tensor("weight_packed", lambda t: t[:-1]), "codes within range"),
     (change_tensor("weight_packed", lambda t: torch.cat([t[:1] ^ 1, t[1:]])), "files unchanged"),
     (change_record, "perplexity"),
-], ids=["tokenizer", "codes", "negative", "nan", "shape", "one bit", "baseline"])
+    (change_error, f"output errors: 1 linears are off by more than 0.5 of their output: {LINEAR} (0.51)"),
+], ids=["tokenizer", "codes", "negative", "nan", "shape", "one bit", "baseline", "wrecked"])
 def test_tampered(checkpoint, tmp_path, change, failing):
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)
@@ -66,6 +73,27 @@ def test_tampered(checkpoint, tmp_path, change, failing):
     result = run(folder)
     assert result.returncode == 1
     assert f"FAIL  {failing}" in result.stdout, result.stdout
+
+
+def test_a_wrecked_linear_is_named_by_both_scripts(tiny, tmp_path, monkeypatch):
+    """Its scales are made 1, as float16's small ones once were."""
+    import common.grid
+    search = common.grid.search_range
+
+    def broken(weight, *arguments, **options):
+        scale, zero_point = search(weight, *arguments, **options)
+        if weight.shape == (64, 128):                                           # down_proj
+            scale = torch.ones_like(scale)
+        return scale, zero_point
+
+    monkeypatch.setattr(common.grid, "search_range", broken)
+    result = run_script(ROOT / "quantize_hqq.py", "--model", tiny, "--output", tmp_path / "out", "--bits", "8")
+    assert result.returncode == 0
+    for name in ("model.layers.0.mlp.down_proj", LINEAR):
+        assert f"warning: {name} is wrecked" in result.stdout + result.stderr
+    verified = run(tmp_path / "out")
+    assert verified.returncode == 1
+    assert "FAIL  output errors: 2 linears" in verified.stdout and LINEAR in verified.stdout
 
 
 def test_truncated_shard(checkpoint, tmp_path):

@@ -51,7 +51,7 @@ def nearest(value):
 @triton.jit
 def step_of_token(largest, dtype: tl.constexpr, smallest, BITS: tl.constexpr):
     """The scale of a token whose largest magnitude is given; it and codes are rounded to the values' own type, as torch does."""
-    step = ((largest * 2).to(dtype).to(tl.float32) / ((1 << BITS) - 1)).to(dtype).to(tl.float32)
+    step = (largest / (((1 << BITS) - 1) / 2)).to(dtype).to(tl.float32)
     return tl.where(step > 0, step, smallest)
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.grid import Grid
+from common.grid import Grid, smallest_scale
 from common.kernels.launch_triton import nearest
 
 _STORED = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -72,14 +72,14 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor | None, norm: fl
     block_groups = max(1, 2048 // block_size)
     _search_range[(triton.cdiv(rows * groups, block_groups),)](
         weight, importance, torch.tensor(candidates, device=weight.device), scale, zero_point, rows * groups, groups, size,
-        len(candidates), torch.finfo(scale_dtype).tiny, STORED=_STORED[scale_dtype], HAS_IMPORTANCE=importance is not None,
+        len(candidates), smallest_scale(scale_dtype), STORED=_STORED[scale_dtype], HAS_IMPORTANCE=importance is not None,
         FOURTH=norm == 4.0, SYMMETRIC=grid.symmetric, BITS=grid.bits, BLOCK_GROUPS=block_groups, BLOCK_SIZE=block_size,
         num_warps=4)
     return scale, zero_point
 
 
 @triton.jit
-def _search_range(weight, importance, candidates, scale, zero_point, total, groups, size, count, tiny, STORED: tl.constexpr,
+def _search_range(weight, importance, candidates, scale, zero_point, total, groups, size, count, smallest, STORED: tl.constexpr,
                   HAS_IMPORTANCE: tl.constexpr, FOURTH: tl.constexpr, SYMMETRIC: tl.constexpr, BITS: tl.constexpr,
                   BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     LEVELS: tl.constexpr = (1 << BITS) - 1
@@ -103,8 +103,13 @@ def _search_range(weight, importance, candidates, scale, zero_point, total, grou
             step = tl.div_rn(largest * shrink * 2.0, LEVELS + 0.0 * largest)
         else:
             step = tl.div_rn(highest * shrink - lowest * shrink, LEVELS + 0.0 * largest)
-        step = step.to(STORED).to(tl.float32)
-        step = tl.where(step >= tiny, step, 1.0)
+        rounded = step
+        if STORED != tl.float32:
+            # To bfloat16, which float16's scales fit in too; by hand, as not every card and interpreter rounds to it.
+            word = step.to(tl.int32, bitcast=True)
+            rounded = ((word + 0x7FFF + (word >> 16 & 1)) & -0x10000).to(tl.float32, bitcast=True)
+        rounded = tl.maximum(rounded.to(STORED).to(tl.float32), smallest)
+        step = tl.where(step > 0, rounded, 1.0)
         if SYMMETRIC:
             zero = tl.zeros((BLOCK_GROUPS,), tl.float32)
         else:

@@ -8,14 +8,9 @@ from collections import Counter
 
 import numpy as np
 
-TOLERANCE = 1e-6
+from common.tasks.numbers import extract_number, parse_number
 
-_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
-_NUMBER = rf"(?:{_WHOLE}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
-_NUMBERS = re.compile(rf"[-+]?{_NUMBER}(?:\s*/\s*{_NUMBER})?")
-_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}")
-_ANSWER = re.compile(r"\banswer\b(?:\s+is)?\s*[:=]?", re.IGNORECASE)
+TOLERANCE = 1e-6
 
 
 # --- ARC ---------------------------------------------------------------------------------------------------------
@@ -79,43 +74,6 @@ def squad_sample(doc: dict, results: list[str]) -> dict:
 
 
 # --- OpenMath ----------------------------------------------------------------------------------------------------
-
-def parse_number(text: str) -> float | None:
-    """A number written on its own, such as `-3/4`, `$1,234.50`, `1e3`, `12 apples` or `50%` (50); None if it is none."""
-    found = _NUMBERS.match(_plain(text).strip())
-    if not found or not re.search(r"\d", found.group(0)):
-        return None
-    top, _, bottom = found.group(0).replace(",", "").replace(" ", "").partition("/")
-    value = float(top)
-    if bottom:
-        value = value / float(bottom) if float(bottom) else np.inf
-    return value if np.isfinite(value) else None
-
-
-def extract_number(text: str) -> float | None:
-    """The answer in a model's text: the last \\boxed, else what follows the last "answer is", else the last number."""
-    text = _plain(text)
-    boxed = _BOXED.findall(text)
-    stated = _ANSWER.split(text)
-    for part in [*boxed[-1:], *stated[1:][-1:]]:
-        numbers = _numbers(part)
-        if numbers:
-            return parse_number(numbers[0])
-    numbers = _numbers(text)
-    return parse_number(numbers[-1]) if numbers else None
-
-
-def _plain(text: str) -> str:
-    """Text without dollar signs, with LaTeX fractions written a/b and one kind of minus."""
-    for mark in ("\\$", "$", "\\!", "\\left", "\\right"):
-        text = text.replace(mark, "")
-    return _LATEX_FRACTION.sub(r"\1/\2", text.replace("\u2212", "-"))
-
-
-def _numbers(text: str) -> list[str]:
-    """Every number in a text, as it is written. Digits inside a word, such as `v2`, are none."""
-    return [match.group(0) for match in re.finditer(rf"(?<![\w.]){_NUMBERS.pattern}", text)]
-
 
 def openmath_sample(doc: dict, results: list[str]) -> dict:
     """One problem: distance of the answer from the expected number, None where the text holds no number."""

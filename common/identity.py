@@ -1,0 +1,295 @@
+"""What results were made from, and whether they answer for what is asked now; also checkpoints.
+
+Results are those of a checkpoint (the hash of its files), by this code (the hash of the modules
+that the evaluation uses), with these library versions, on this device, and each task's on these
+rows. They are used again only when all of it agrees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from common.checkpoint import METADATA_FILE
+from common.errors import UserError
+from common.models import TensorReader, resolve_folder
+from common.naming import Subject, source_of
+from common.progress import say
+from common.results import has_samples, read_json, write_json
+
+# What all tasks of a document share, and how a difference is called.
+SHARED = {
+    "source": "model",
+    "checkpoint": "checkpoint",
+    "code": "evaluation code",
+    "demo_data": "demo data",
+    "compute_dtype": "type",
+    "device": "device",
+    "versions": "version",
+}
+# What may differ between the documents of a checkpoint and its baseline.
+_OWN = ("source", "checkpoint")
+HASHES_FILE = "file_hashes.json"
+# Besides the weights: configuration, tokenizer, chat template.
+_SMALL_FILES = (".json", ".jinja", ".txt", ".model")
+# A file may be written twice within a tick of the file system's clock: young ones are hashed again.
+_SETTLED_SECONDS = 2.0
+PROJECT = Path(__file__).resolve().parents[1]
+_ENTRY = "common.evaluation"
+# Options of a quantize script that change nothing in the checkpoint, and those that matter only
+# where there is calibration.
+_WITHOUT_EFFECT = (
+    "output",
+    "overwrite",
+    "resume",
+    "save_metadata",
+    "data_root",
+    "device",
+    "device_memory",
+    "dtype",
+    "model",
+)
+_OF_CALIBRATION = ("calib_data", "calib_samples", "calib_length", "seed")
+
+
+def checkpoint_hash(folder: Path, results_dir: Path) -> str:
+    """SHA-256 over the contents of all files in a model's folder that decide what it computes.
+
+    Args:
+        results_dir: hashes of files are remembered there, by path, size, times of change and inode.
+    Raises:
+        UserError: no readable weights.
+    """
+    weights = [name for name, *_ in TensorReader(folder).describe()]
+    small = [
+        file.name
+        for file in folder.iterdir()
+        if file.suffix in _SMALL_FILES and file.name != METADATA_FILE and file.is_file()
+    ]
+    memory = results_dir / HASHES_FILE
+    known = _remembered(memory)
+    found = {name: _file_hash(folder / name, known) for name in sorted({*weights, *small})}
+    fresh = {
+        entry[0]: entry[1]
+        for entry in found.values()
+        if entry[1] is not None and known.get(entry[0]) != entry[1]
+    }
+    if fresh:
+        write_json(memory, {**_remembered(memory), **fresh})
+    return _digest({name: entry[2] for name, entry in found.items()})
+
+
+def _remembered(memory: Path) -> dict:
+    try:
+        content = json.loads(memory.read_text())
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        return {}  # only ever saves time
+
+
+def _file_hash(file: Path, known: dict) -> tuple[str, list | None, str]:
+    """A file's path, what to remember of it (None while it is too young), and its SHA-256."""
+    path, stat = str(file.resolve()), file.stat()
+    state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    entry = known.get(path)
+    if isinstance(entry, list) and entry[:-1] == state:
+        return path, entry, entry[-1]
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    settled = time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_SECONDS
+    return path, [*state, found] if settled else None, found
+
+
+def _digest(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def rows_fingerprint(rows: list[dict]) -> str:
+    """SHA-256 of a task's rows: equal fingerprints mean the same samples in the same order."""
+    return _digest(rows)
+
+
+@cache
+def code_hash(root: Path = PROJECT, entry: str = _ENTRY) -> str:
+    """SHA-256 of the code that decides results: the modules that the evaluation imports, without
+    comments and docstrings, and the task files. An edit of a README or a plot changes nothing.
+    """
+    modules, waiting = {}, [entry]
+    while waiting:
+        name = waiting.pop()
+        file = _module_file(root, name)
+        if name in modules or file is None:
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        waiting += _imported(tree)
+        modules[name] = ast.dump(_without_docstrings(tree))
+    tasks = {
+        file.name: file.read_text(encoding="utf-8")
+        for file in sorted((root / "common" / "tasks").glob("*.yaml"))
+    }
+    return _digest([modules, tasks])
+
+
+def _module_file(root: Path, name: str) -> Path | None:
+    base = root.joinpath(*name.split("."))
+    return next(
+        (file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()), None
+    )
+
+
+def _imported(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _without_docstrings(tree: ast.AST) -> ast.AST:
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node, clean=False) is not None
+        ):
+            node.body = node.body[1:]
+    return tree
+
+
+def original_hash(subject: Subject, results_dir: Path) -> str | None:
+    """The hash of the 16-bit model that divergence is from; None where it cannot be had."""
+    try:
+        return checkpoint_hash(resolve_folder(subject.original), results_dir)
+    except UserError:
+        return None
+
+
+def left_to_do(
+    subject: Subject, results_dir: Path, shared: dict, tasks: dict[str, dict], twice: bool
+) -> tuple[str, ...]:
+    """The tasks without results that answer for them. Says what is used again, and why others not.
+
+    Args:
+        shared: by the keys of SHARED, what results have to agree with.
+        tasks: by task, what its part of the results has to agree with.
+        twice: tasks on rows have to have been run twice.
+    Raises:
+        UserError: the 16-bit model is another than the one that this checkpoint was compared with.
+    """
+    title = f"{subject.name} {subject.configuration}"
+    file = results_dir / subject.name / f"{subject.configuration}.json"
+    if not file.is_file() or not has_samples(results_dir, subject.name, subject.configuration):
+        return tuple(tasks)
+    document = read_json(file)
+    changes = shared_changes(document, shared)
+    if changes:
+        say(f"{title}: evaluated again, as its results are of another {'; '.join(changes)}")
+        return tuple(tasks)
+    original = document.get("tasks", {}).get("perplexity", {}).get("original")
+    now = tasks.get("perplexity", {}).get("original")
+    if original and now and original != now:
+        raise UserError(
+            f"{subject.original} has changed since {subject.folder} was compared with it; quantize "
+            "again with --overwrite"
+        )
+    left = []
+    for task, wanted in tasks.items():
+        reason = _task_change(task, document, wanted)
+        if not reason and twice and "samples" in wanted and task not in document.get("noise", {}):
+            reason = "was run once, not twice"
+        if reason:
+            left.append(task)
+            say(f"{title}: {task} {reason}")
+    used = [task for task in tasks if task not in left]
+    if used:
+        say(
+            f"{title}: results of {', '.join(used)} used again: same checkpoint, data, device and "
+            "code"
+        )
+    return tuple(left)
+
+
+def shared_changes(document: dict, shared: dict) -> list[str]:
+    """In what `document` differs from `shared`, in words."""
+    return [
+        text
+        for key, label in SHARED.items()
+        if key in shared
+        for text in _changes(label, document.get(key), shared[key])
+    ]
+
+
+def _changes(label: str, then, now) -> Iterator[str]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted({*then, *now}):
+            yield from _changes(f"{label} ({key})", then.get(key), now.get(key))
+    elif then != now:
+        known = then is not None and not (isinstance(now, str) and len(now) == 64)
+        yield f"{label} ({then} then, {now} now)" if known else label
+
+
+def _task_change(task: str, document: dict, wanted: dict) -> str:
+    """Why a task's part of a document does not answer for `wanted`; empty if it does."""
+    found = document.get("tasks", {}).get(task, document.get(task))
+    if found is None:
+        return "was not evaluated yet"
+    for key, now in wanted.items():
+        then = found.get(key)
+        # A 16-bit model that cannot be had now says nothing about the one that could be had then.
+        if then != now and (now is not None or key != "original"):
+            known = key in ("data", "samples", "windows", "length")
+            return f"was evaluated with {f'{key} {then}, not {now}' if known else f'another {key}'}"
+    return ""
+
+
+def incomparable(baseline: dict, quantized: dict) -> list[str]:
+    """Why two documents must not be compared, in words; empty if their conditions are the same."""
+    shared = {key: quantized.get(key) for key in SHARED if key not in _OWN}
+    found = [f"another {change}" for change in shared_changes(baseline, shared)]
+    for task in sorted({*baseline["tasks"]} & {*quantized["tasks"]}):
+        before, after = baseline["tasks"][task], quantized["tasks"][task]
+        found += [
+            f"other data of {task}"
+            for key in ("data", "fingerprint")
+            if before.get(key) != after.get(key)
+        ][:1]
+    original = quantized["tasks"].get("perplexity", {}).get("original")
+    if original and baseline.get("checkpoint") and original != baseline["checkpoint"]:
+        found.append("another 16-bit model")
+    return found
+
+
+def changed_options(record: dict, options: argparse.Namespace, method: str) -> list[str]:
+    """In what the options that a checkpoint was made with differ from those asked for, in words;
+    only those that decide its weights count. Raises UserError for damaged metadata.
+    """
+    try:
+        made, grid = record["options"], record["grid"]
+        found = [
+            ("method", record["method"], method),
+            ("--model", source_of(record["model"]["source"]), source_of(options.model)),
+        ]
+        if options.dtype != "auto":
+            found.append(("--dtype", record["compute_dtype"], options.dtype))
+        ignored = {*_WITHOUT_EFFECT, *(_OF_CALIBRATION if record["calibration"] is None else ())}
+        for name, now in vars(options).items():
+            then = made.get(name, now)
+            if name == "group_size" and now == str(grid["group_size"] or "channel"):
+                then = now  # what auto came to
+            if name not in ignored:
+                found.append(
+                    (
+                        f"--{name.replace('_', '-')}",
+                        then,
+                        str(now) if isinstance(now, Path) else now,
+                    )
+                )
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{METADATA_FILE} is damaged; quantize again with --overwrite") from None
+    return [f"{name} {then}, not {now}" for name, then, now in found if then != now]

@@ -1,0 +1,134 @@
+r"""Numbers in text: what an expected answer is worth, and which number a model's text gives as its answer.
+
+A plain number stands for itself: `-7`, `1,234.50`, `3/4`, `\frac{3}{4}`, `3\frac{1}{2}` (3.5), `1e3`,
+with a unit or without. Expressions (`2^{10}`, `5x`, `12!`, `\sqrt{2}`), ratios, lists and ranges are
+none, and no part of them is.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+_DECIMAL = rf"(?:{_WHOLE}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+_FRACTION = rf"""(?:
+    (?P<top>{_DECIMAL})\s*/\s*(?P<bottom>{_DECIMAL})
+  | \\[dt]?frac\s*(?:
+        \{{\s*(?P<latex_top>-?{_DECIMAL})\s*\}}\s*\{{\s*(?P<latex_bottom>-?{_DECIMAL})\s*\}}
+      | (?P<digit_top>\d)\s*(?P<digit_bottom>\d) ) )"""
+_NUMBER = rf"""(?P<sign>[-+]?)[€£]?(?:
+    (?: (?P<whole>{_WHOLE}) (?: \s+ | (?=\\) ) )? {_FRACTION}
+  | (?P<value>{_DECIMAL}) )"""
+
+# Words that make another number of the one before them.
+_SCALES = "(?:hundred|thousand|million|billion|trillion|dozen)s?|pi|squared|cubed|factorial"
+_FACTORS = (rf"{_SCALES}|(?:halve|half|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|"
+            r"hundredth|thousandth)s?|plus|minus|times|over|by|or|and|to|mod|sqrt|log|ln|sin|cos|tan|"
+            r"less|more|base")
+_WORD = rf"(?!(?:{_FACTORS})\b)[A-Za-z]+"
+_POWER = r"(?:\^\{?[23]\}?)?"
+# Of units written right behind the digits only the well-known ones: `5xy` is a product.
+_GLUED = r"(?:mm|cm|km|kg|mg|ml|mph|ft|in|lbs?|oz|min|hrs?|am|pm)"
+_UNIT = rf"""(?:
+    \s*\\?%
+  | \s*(?:\^\s*\{{?\s*\\circ\s*\}}?|\\degree|°) \s*(?:\\(?:text|mathrm)\s*\{{\s*)?[CFK]?\}}?
+  | {_GLUED}\b{_POWER}
+  | \s*\\(?:text|mathrm|mbox)\s*\{{\s*{_WORD}(?:[ /.-]+{_WORD})*\.?\s*\}}{_POWER}
+  | \s+(?=[A-Za-z]{{2}}){_WORD}(?:[ /-]{_WORD})*{_POWER} )"""
+_PLAIN_NUMBER = re.compile(rf"{_NUMBER}{_UNIT}?\s*\.?", re.VERBOSE)
+_NUMBER_IN_TEXT = re.compile(_NUMBER, re.VERBOSE)
+
+# What makes the number beside it part of an expression. Left: an operand and its operator, a ratio, a
+# power, an index or an argument; right: an operator, a letter, a command or a word that changes it.
+_OPERATORS = "times|cdot|div|pm|mp|log|ln|sin|cos|tan|pi"
+_COMMANDS = rf"{_OPERATORS}|sqrt|[dt]?frac|binom|[pb]?mod"
+_PART_OF_LEFT = re.compile(
+    rf"""(?: [-+\w.^_/!√×÷·] | [\w)\]}}!%]\s*[-+*/×÷·]\s* | \d: | \d\s+:\s+ | [\^_]\s*\{{?
+      | \\(?!boxed|text|math|mbox)[a-zA-Z]+\s*(?:\[[^\]]*\])?\{{ | \}}\{{
+      | (?:sqrt|log|ln|sin|cos|tan)\s*\(? | \\(?:{_OPERATORS})\s*\{{? )$""", re.VERBOSE)
+_PART_OF_RIGHT = re.compile(
+    rf"""(?!{_GLUED}\b)\w | \.\d | \s*(?:_|\^(?!\s*\{{?\s*\\circ)) | !(?=\w|\s*[-+*/^=(]) | :\d | \s+:\s+\d
+      | \s*[-+*/×÷·]\s*(?:[\d(\\.]|[b-zB-HJ-Z]\b) | \s*\\(?:{_COMMANDS})(?![a-zA-Z]) | \s*√ | \(
+      | \s+(?:{_SCALES})\b""", re.VERBOSE)
+
+_ANSWER = re.compile(r"\banswer\b(?:\s+is)?\s*[:=]?", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?![-+*/=])|\n")
+_EQUALS = re.compile(r"=|\\approx|≈")
+
+
+def parse_number(text: str) -> float | None:
+    """The number that a text is, from end to end, such as `-3/4`, `$1,234.50`, `12 apples` or `50%`
+    (50); None for any other text."""
+    found = _PLAIN_NUMBER.fullmatch(_plain(text).strip())
+    return _value(found) if found else None
+
+
+def extract_number(text: str) -> float | None:
+    """The answer in a model's text: the last \\boxed, else what follows the last "answer is", else the
+    last plain number.
+
+    None where the answer that is given has digits and yet is no plain number, such as `2^{10}`.
+    """
+    text = _plain(text)
+    boxed = _last_boxed(text)
+    if boxed is not None and re.search(r"\d", boxed):
+        numbers = _plain_numbers(_EQUALS.split(boxed)[-1])
+        return numbers[0] if len(numbers) == 1 else None
+    stated = [part for part in _SENTENCE_END.split(_ANSWER.split(text)[-1]) if re.search(r"\d", part)]
+    if _ANSWER.search(text) and stated:
+        return next(iter(_plain_numbers(stated[0])), None)
+    return next(reversed(_plain_numbers(text)), None)
+
+
+def _plain(text: str) -> str:
+    """Text without marks of formulas, emphasis and dollars, and with one kind of minus and of power."""
+    text = re.sub(r"(?<=\d)\s*\*\*\s*(?=\d)", "^", text)
+    # At the end of a formula an exclamation mark is a factorial, at the end of a sentence it is none.
+    text = re.sub(r"(?<!\\)!(?=\s*(?:\$|\}|\\\)|\\\]))", "^", text)
+    text = text.replace("{,}", ",").replace("\u2212", "-").replace("\u2013", "-")
+    for mark in ("**", "\\$", "$", "\\!", "\\,", "\\(", "\\)", "\\[", "\\]", "\\left", "\\right",
+                 "\\displaystyle"):
+        text = text.replace(mark, "")
+    return text
+
+
+def _last_boxed(text: str) -> str | None:
+    """What the last \\boxed{...} holds, braces in it balanced."""
+    start = text.rfind("\\boxed{")
+    depth = 0
+    for place in range(start + len("\\boxed"), len(text) if start >= 0 else 0):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[start + len("\\boxed{"):place]
+    return None
+
+
+def _plain_numbers(text: str) -> list[float]:
+    """The plain numbers in a text, in their order. Digits inside a word, such as `v2`, are none."""
+    found = []
+    for match in _NUMBER_IN_TEXT.finditer(text):
+        before = text[max(0, match.start() - 24):match.start()]
+        after = text[match.end():match.end() + 24]
+        value = _value(match)
+        if value is not None and not _PART_OF_LEFT.search(before) and not _PART_OF_RIGHT.match(after):
+            found.append(value)
+    return found
+
+
+def _value(match: re.Match) -> float | None:
+    """What a match of _NUMBER is worth; None for a division by zero, or a mixed fraction whose
+    fraction is not between 0 and 1."""
+    part = {name: float(text.replace(",", "")) for name, text in match.groupdict().items()
+            if text and name != "sign"}
+    if "value" in part:
+        value = part["value"]
+    else:
+        top, bottom = (part[name] for name in ("top", "latex_top", "digit_top", "bottom",
+                                               "latex_bottom", "digit_bottom") if name in part)
+        if bottom == 0 or ("whole" in part and not 0 < top < bottom):
+            return None
+        value = part.get("whole", 0.0) + top / bottom
+    value = -value if match["sign"] == "-" else value
+    return value if np.isfinite(value) else None

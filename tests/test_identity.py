@@ -1,0 +1,273 @@
+"""Results answer only for what they were made from: checkpoint, data, limits, device and code."""
+
+import copy
+import json
+import shutil
+
+import pytest
+from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_tokenizer
+
+from common import identity
+from common.naming import Subject
+from common.results import load_model_results, write_samples
+
+TASKS = ["--tasks", "arc,perplexity", "--windows", 2, "--window-length", 48]
+SMALL = ["--data", "demo", "--limit", 3, *TASKS]
+
+
+def quantize(model, output, *more):
+    result = run_script(ROOT / "quantize_hqq.py", "--model", model, "--output", output, *more)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def compare(checkpoint, results, *more):
+    return run_script(
+        ROOT / "compare_to_baseline.py",
+        "--quantized",
+        checkpoint,
+        "--results-dir",
+        results,
+        *SMALL,
+        *more,
+    )
+
+
+def perplexities(result):
+    assert result.returncode == 0, result.stderr
+    row = next(line for line in result.stdout.splitlines() if line.startswith("Perplexity"))
+    return [float(number) for number in row.split()[1:3]]
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):
+    """A checkpoint, its results and its baseline's."""
+    place = tmp_path_factory.mktemp("identity")
+    checkpoint, results = quantize(tiny, place / "hqq-4bit"), place / "results"
+    perplexities(compare(checkpoint, results))
+    return checkpoint, results
+
+
+@pytest.fixture
+def place(made, tmp_path):
+    """Copies of `made`, to be changed."""
+    checkpoint, results = tmp_path / "hqq-4bit", tmp_path / "results"
+    shutil.copytree(made[0], checkpoint)
+    shutil.copytree(made[1], results)
+    return checkpoint, results
+
+
+def document_of(results, tiny, name="hqq-4bit"):
+    return json.loads((results / tiny.name / f"{name}.json").read_text())
+
+
+def test_a_wrecked_checkpoint_is_not_reported_with_the_old_ones_figures(place, tiny):
+    """The same folder, overwritten with two bits: printed is what a fresh evaluation finds."""
+    checkpoint, results = place
+    before = document_of(results, tiny)
+    quantize(tiny, checkpoint, "--bits", 2, "--symmetric", "--overwrite")
+    found = compare(checkpoint, results)
+    shown = perplexities(found)
+    assert "hqq-4bit: evaluated again, as its results are of another checkpoint" in found.stdout
+    assert "baseline: results of arc, perplexity used again" in found.stdout
+    fresh = perplexities(compare(checkpoint, results.parent / "fresh"))
+    assert shown == pytest.approx(fresh, rel=1e-3)
+    assert shown[1] != pytest.approx(before["tasks"]["perplexity"]["perplexity"], rel=1e-3)
+
+
+def test_results_that_do_not_say_what_they_were_made_from(place, tiny):
+    """Those of the committed run of earlier versions, with perplexity 22.3 and 2,659 tokens/s."""
+    checkpoint, results = place
+    document = document_of(results, tiny)
+    for key in ("source", "checkpoint", "code"):
+        del document[key]
+    document["tasks"]["perplexity"]["perplexity"] = 22.3
+    document["speed"] = {"tokens_per_second": 2659.5, "latency_seconds": 0.04}
+    (results / tiny.name / "hqq-4bit.json").write_text(json.dumps(document))
+    found = compare(checkpoint, results)
+    assert found.returncode == 0 and "22.3" not in found.stdout and "2659" not in found.stdout
+    assert "speed" not in document_of(results, tiny)
+
+
+def test_used_again_when_all_agrees(place, tiny):
+    checkpoint, results = place
+    files = {
+        name: (results / tiny.name / name)
+        for name in ("baseline.json", "hqq-4bit.json", "samples/hqq-4bit.jsonl.gz")
+    }
+    before = {name: (file.read_bytes(), file.stat().st_mtime_ns) for name, file in files.items()}
+    found = compare(checkpoint, results)
+    for name in ("baseline", "hqq-4bit"):
+        assert (
+            f"{name}: results of arc, perplexity used again: same checkpoint, data, device and code"
+            in found.stdout
+        )
+    assert "Evaluating" not in found.stdout
+    assert before == {
+        name: (file.read_bytes(), file.stat().st_mtime_ns) for name, file in files.items()
+    }
+    assert (
+        found.stdout.count("Evaluating")
+        < compare(checkpoint, results, "--overwrite").stdout.count("Evaluating")
+        == 2
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, words, kept",
+    [
+        (["--limit", 2], "arc was evaluated with samples 3, not 2", "perplexity"),
+        (["--windows", 1], "perplexity was evaluated with windows 2, not 1", "arc"),
+        (["--window-length", 40], "perplexity was evaluated with length 48, not 40", "arc"),
+    ],
+)
+def test_other_limits(place, tiny, flags, words, kept):
+    """What the limits change is evaluated again, of the baseline too; the rest is used again."""
+    checkpoint, results = place
+    found = compare(checkpoint, results, *flags)
+    assert found.returncode == 0, found.stderr
+    for name in ("baseline", "hqq-4bit"):
+        assert (
+            f"{name}: {words}" in found.stdout
+            and f"{name}: results of {kept} used again" in found.stdout
+        )
+    baseline, quantized = (
+        document_of(results, tiny, name)["tasks"] for name in ("baseline", "hqq-4bit")
+    )
+    assert all(
+        baseline[task]["fingerprint"] == quantized[task]["fingerprint"]
+        for task in ("arc", "perplexity")
+    )
+
+
+def test_other_rows_under_the_same_name(made, tiny, tmp_path):
+    """A data file that was edited: its name and number of rows are as before."""
+    rows = [
+        json.loads(line) for line in (ROOT / "common/demo/arc.jsonl").read_text().splitlines()[:3]
+    ]
+    data, results = tmp_path / "arc.jsonl", tmp_path / "results"
+    words = [
+        ROOT / "common/evaluation.py",
+        "--model-path",
+        made[0],
+        "--results-dir",
+        results,
+        "--arc-data",
+        data,
+        "--tasks",
+        "arc",
+        "--reuse",
+    ]
+    for change in (False, False, True):
+        rows[1]["question"] += " Really?" if change else ""
+        data.write_text("\n".join(map(json.dumps, rows)))
+        found = run_script(*words)
+        assert found.returncode == 0, found.stderr
+        assert ("arc was evaluated with another fingerprint" in found.stdout) is change
+    assert "Evaluating" in found.stdout
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("checkpoint", "0" * 64, "another checkpoint"),
+        ("code", "0" * 64, "another evaluation code"),
+        ("source", "somebody/else", "another model (somebody/else then"),
+        ("compute_dtype", "bfloat16", "another type (bfloat16 then, float32 now)"),
+        (
+            "device",
+            {"type": "cuda", "name": "NVIDIA H200", "threads": 1},
+            "device (name) (NVIDIA H200 then",
+        ),
+        ("versions", {"torch": "1.0"}, "version (torch) (1.0 then"),
+        ("demo_data", False, "demo data (False then, True now)"),
+    ],
+)
+def test_every_condition_counts(made, tiny, tmp_path, capsys, key, value, words):
+    document = document_of(made[1], tiny)
+    shared = {name: document[name] for name in identity.SHARED}
+    tasks = {
+        task: {name: found[name] for name in ("data", "fingerprint")}
+        for task, found in document["tasks"].items()
+    }
+    subject = Subject(made[0], str(tiny), tiny.name, "hqq-4bit")
+    write_samples(tmp_path, tiny.name, "hqq-4bit", {})
+    file = tmp_path / tiny.name / "hqq-4bit.json"
+    for content, left in ((document, ()), ({**document, key: value}, ("arc", "perplexity"))):
+        file.write_text(json.dumps(content))
+        assert identity.left_to_do(subject, tmp_path, shared, tasks, twice=False) == left
+    assert words in capsys.readouterr().out
+
+
+def test_missing_samples_and_a_baseline_run_once(made, tiny, tmp_path, capsys):
+    shutil.copytree(made[1], tmp_path / "results")
+    baseline = [
+        ROOT / "common/baseline.py",
+        "--model",
+        tiny,
+        "--results-dir",
+        tmp_path / "results",
+        *SMALL,
+        "--reuse",
+    ]
+    found = run_script(*baseline)
+    assert (
+        "arc was run once, not twice" in found.stdout
+        and "results of perplexity used again" in found.stdout
+    )
+    assert set(document_of(tmp_path / "results", tiny, "baseline")["noise"]) == {"arc"}
+    (tmp_path / "results" / tiny.name / "samples" / "baseline.jsonl.gz").unlink()
+    found = run_script(*baseline)
+    assert "used again" not in found.stdout and found.returncode == 0
+
+
+def test_a_changed_original_is_refused(tiny, tmp_path):
+    """The 16-bit model was trained on in its folder: the checkpoint is of the old one, and
+    divergence would be from the new.
+    """
+    shutil.copytree(tiny, tmp_path / "model")
+    checkpoint, results = quantize(tmp_path / "model", tmp_path / "hqq-4bit"), tmp_path / "results"
+    perplexities(compare(checkpoint, results))
+    build_tiny("llama", True, seed=7).save_pretrained(tmp_path / "model")
+    assert_user_error(
+        compare(checkpoint, results), "has changed since", "quantize again with --overwrite"
+    )
+
+
+def test_a_stale_baseline_is_not_compared_with(made, tiny, tmp_path, capsys):
+    from common.comparison import compare_all, incomparable
+
+    shutil.copytree(made[1], tmp_path / "results")
+    results = load_model_results(tmp_path / "results" / tiny.name)
+    assert list(compare_all(tmp_path / "results", results)) == ["hqq-4bit"]
+    baseline = copy.deepcopy(results.documents["baseline"])
+    quantized = results.documents["hqq-4bit"]
+    for change, words in (
+        (lambda d: d["tasks"]["arc"].update(fingerprint="0" * 64), "other data of arc"),
+        (lambda d: d.update(checkpoint="0" * 64), "another 16-bit model"),
+        (lambda d: d.update(compute_dtype="bfloat16"), "type (bfloat16 then"),
+        (lambda d: d["versions"].update(torch="1.0"), "torch"),
+    ):
+        stale = copy.deepcopy(baseline)
+        change(stale)
+        assert any(words in reason for reason in incomparable(stale, quantized))
+        results.documents["baseline"] = stale
+        assert compare_all(tmp_path / "results", results) == {}
+        assert "no comparison" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def own_tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("other") / "tiny"
+    build_tiny("llama", True).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_baseline_that_reads_other_tokens(made, own_tokenizer, tmp_path):
+    """Perplexities per token of two tokenizers are no pair, though both have two windows."""
+    result = compare(made[0], tmp_path / "results", "--baseline", own_tokenizer)
+    assert_user_error(result, "cannot be compared", "other data of perplexity")
