@@ -15,6 +15,7 @@ AWQ's (https://arxiv.org/abs/2306.00978).
 import argparse
 
 import torch
+from torch import Tensor
 
 from common import cli, parallel
 from common.adaround import SoftRounding, beta_at, learn_rounding
@@ -23,7 +24,7 @@ from common.grid import QuantizedLinear
 from common.layerwise import Layer, Method
 from common.models import LINEAR_GROUPS, LINEARS, LinearGroup
 from common.quantization import run
-from common.rounding import choose_ranges, damped
+from common.rounding import choose_ranges, damped, restore_gain
 from common.scaling import equalize
 
 ITERATIONS, DEMO_ITERATIONS = 150, 60
@@ -42,9 +43,9 @@ def quantize_layer(layer: Layer, iterations: int, block: bool) -> dict[str, Quan
     """Codes of every linear, each group's learned through its Gram matrix; with `block`, then on the layer's output."""
     learned, codes, settled = [], {}, []
 
-    def finish(group: LinearGroup, rounding: SoftRounding) -> None:
+    def finish(group: LinearGroup, rounding: SoftRounding, rounded: Tensor, scale: Tensor) -> None:
         settled.append(rounding.settled())
-        codes.update(layer.split(group, rounding.codes(), rounding.scale, rounding.zero_point))
+        codes.update(layer.split(group, rounded, scale, rounding.zero_point))
 
     for group, statistics in layer.groups():
         stacked, gram = layer.stacked_weight(group), damped(statistics.gram, DAMPING)
@@ -53,12 +54,14 @@ def quantize_layer(layer: Layer, iterations: int, block: bool) -> dict[str, Quan
         if block:
             learned.append(rounding)
         else:
-            finish(group, rounding)
+            rounded = rounding.codes()
+            finish(group, rounding, rounded,
+                   restore_gain(stacked, rounded, scale, zero_point, gram, layer.grid, layer.scale_dtype))
     if block:
         with torch.enable_grad():
             reconstruct(layer, learned, iterations)
         for group, rounding in zip(LINEAR_GROUPS, learned, strict=True):
-            finish(group, rounding)
+            finish(group, rounding, rounding.codes(), rounding.scale)
     if settled:
         layer.notes["settled"] = min(settled)
     return codes

@@ -15,17 +15,19 @@ from common import cli
 from common.grid import QuantizedLinear, quantize
 from common.layerwise import Layer, Method
 from common.quantization import run
-from common.rounding import choose_ranges
+from common.rounding import choose_ranges, restore_gain
 from common.scaling import equalize
 
 
 def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
-    """Codes of every linear: ranges clipped by the output error, then nearest codes."""
+    """Codes of every linear: ranges clipped by the output error, nearest codes, and the gain that clipping costs restored."""
     codes = {}
     for group, statistics in layer.groups():
         stacked = layer.stacked_weight(group)
         scale, zero_point = choose_ranges(stacked, statistics.gram, layer.grid, layer.scale_dtype)
-        codes.update(layer.split(group, quantize(stacked, scale, zero_point, layer.grid), scale, zero_point))
+        rounded = quantize(stacked, scale, zero_point, layer.grid)
+        scale = restore_gain(stacked, rounded, scale, zero_point, statistics.gram, layer.grid, layer.scale_dtype)
+        codes.update(layer.split(group, rounded, scale, zero_point))
     return codes
 
 

@@ -340,7 +340,8 @@ def _collect(layer: Layer, device: torch.device, method: Method, originals: list
 
     The residual stream is normalised before it is read again, so an error that o_proj or down_proj adds to it counts
     relative to the token's size. A few tokens, the first of each text above all, carry values hundreds of times the
-    usual; unweighted, they alone would decide how these two are rounded.
+    usual; unweighted, they alone would decide how these two are rounded. By the square of their size they would count for
+    nothing, and all other tokens rest their attention on them: they are weighed by one over the size itself.
 
     Args:
         originals: hidden states of the original model before the layer; they become those after it.
@@ -386,8 +387,8 @@ def _catch_up(layer: Layer, share: float) -> None:
 
 
 def _token_weights(hidden: Tensor) -> Tensor:
-    """One over the mean square of each token's hidden state [..., hidden]: [...]."""
-    return 1.0 / hidden.float().square().mean(-1).clamp(min=1e-12)
+    """One over the size of each token's hidden state [..., hidden], the root of its mean square: [...]."""
+    return hidden.float().square().mean(-1).clamp(min=1e-12).rsqrt()
 
 
 def round_to_storage(module: nn.Module, dtype: torch.dtype) -> None:

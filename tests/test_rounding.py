@@ -6,7 +6,7 @@ import torch
 from conftest import ROOT, run_script
 
 from common.errors import UserError
-from common.grid import Grid, dequantize, quantize, search_range
+from common.grid import Grid, dequantize, grouped, min_max, quantize, search_range
 from common.models import LINEARS
 from common.rounding import (
     BLOCK,
@@ -17,6 +17,7 @@ from common.rounding import (
     damped,
     output_error,
     refine,
+    restore_gain,
     solve,
 )
 from common.statistics import InputStatistics
@@ -141,6 +142,37 @@ def test_chosen_ranges_beat_searched_ones(grid, generator):
     chosen = loss(*choose_ranges(weight, gram, grid, torch.bfloat16))
     assert (chosen <= loss(scale, zero_point) * (1 + 1e-4)).all()
     assert chosen.sum() < 0.97 * loss(scale, zero_point).sum()
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 64), Grid(3, 32, True), Grid(8, None), Grid(2, 64)], ids=str)
+def test_the_gain_that_clipping_costs_is_restored(grid, generator):
+    """Each row's output, regressed on the original one in float64, has slope one; without, less."""
+    weight, inputs, gram, *_ = problem(24, 192, grid, generator)
+    scale, zero_point = min_max(grouped(weight, grid), grid, 0.7, torch.float32)
+    codes = quantize(weight, scale, zero_point, grid)
+
+    def slopes(scale):
+        expected = inputs.double() @ weight.double().T
+        found = inputs.double() @ dequantize(codes, scale, zero_point, grid).double().T
+        return (found * expected).sum(0) / expected.square().sum(0)
+
+    assert slopes(scale).mean() < 0.995
+    restored = restore_gain(weight, codes, scale, zero_point, gram, grid, torch.float32)
+    torch.testing.assert_close(slopes(restored), torch.ones(len(weight), dtype=torch.float64), rtol=0, atol=1e-4)
+    stored = restore_gain(weight, codes, scale, zero_point, gram, grid, torch.bfloat16)
+    assert torch.equal(stored, stored.bfloat16().float())
+    assert (slopes(stored) - 1).abs().max() < 2 ** -7
+
+
+def test_what_has_no_output_keeps_its_scales(generator):
+    grid = Grid(4, 64)
+    weight, _, gram, *_ = problem(24, 192, grid, generator)
+    weight[2] = 0
+    scale, zero_point = min_max(grouped(weight, grid), grid, 0.7, torch.float32)
+    codes = quantize(weight, scale, zero_point, grid)
+    restored = restore_gain(weight, codes, scale, zero_point, gram, grid, torch.float32)
+    assert torch.equal(restored[2], scale[2]) and torch.isfinite(restored).all() and not torch.equal(restored, scale)
+    assert torch.equal(restore_gain(weight, codes, scale, zero_point, torch.zeros_like(gram), grid, torch.float32), scale)
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
