@@ -34,6 +34,7 @@ from common.demo.model import DEMO_NAME
 from common.divergence import compare, hidden_states, summarise
 from common.errors import UserError
 from common.models import SourceModel, load_tokenizer, model_name
+from common.probe import check_finite
 from common.progress import say, track
 from common.results import RESULTS_FOLDER, load_samples, read_json, write_json, write_samples
 from common.runtime import load_for_running, measure_speed, weight_bytes
@@ -151,6 +152,7 @@ def perplexity(model, windows: Windows, original: SourceModel | None = None, sta
                 values, equal = compare(torch.log_softmax(original.logits(reference[:-1][part].to(device)), -1), found)
                 divergence.append(values)
                 same += equal.sum()
+        check_finite(total, f"window {index} of the perplexity's text", hidden.dtype)
         samples.append({"id": f"window-{index}", "loss": total.item() / (len(window) - 1)})
         if divergence:
             samples[-1] |= {"kl": [float(f"{value:.3e}") for value in torch.cat(divergence).tolist()], "same_top": same.item()}

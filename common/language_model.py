@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from common.decoding import STEPS_AT_ONCE, Decoder, cache_after, can_decode
+from common.probe import check_finite
 from common.progress import track
 
 # Tokens in one batch of questions, and answers that are generated at once.
@@ -107,7 +108,9 @@ class HarnessModel(TemplateLM):
         row_index, column = torch.tensor(sources, device=self._device).unbind(1)
         logits = self.model.lm_head(hidden[row_index, column]).float()
         targets = torch.tensor(targets, device=self._device)
-        scores = torch.log_softmax(logits, -1).gather(1, targets.unsqueeze(1)).squeeze(1).tolist()
+        scores = torch.log_softmax(logits, -1).gather(1, targets.unsqueeze(1)).squeeze(1)
+        check_finite(scores, "a question's choices", hidden.dtype)
+        scores = scores.tolist()
         greedy = (logits.argmax(-1) == targets).tolist()
         totals = [[[0.0, True] for _ in choices] for _, choices, *_ in rows]
         for (r, c), score, hit in zip(owners, scores, greedy, strict=True):
