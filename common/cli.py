@@ -15,6 +15,7 @@ import torch
 
 from common import calibration, device_memory, machine, parallel
 from common.errors import UserError
+from common.kernels import BFLOAT16, supports
 from common.models import DEFAULT_MODEL
 from common.progress import say
 from common.rounding import CATCH_UP
@@ -88,7 +89,8 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
                         help="GPU memory that the process may take, its CUDA context included (default: what is free when it "
                              "starts)")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
-                        help="type to compute in; auto is float32 on a CPU and bfloat16 on CUDA")
+                        help="type to compute in; auto is float32 on a CPU, bfloat16 on CUDA, and "
+                             "float16 on cards before compute capability 8.0 (RTX 20)")
     parser.add_argument("--data-root", type=Path, metavar="DIR",
                         help="look for data sets as DIR/<owner>/<name>/<config>/<split>.parquet before the hub")
 
@@ -173,9 +175,13 @@ def resolve_device(choice: str, memory: float | None = None) -> torch.device:
 
 
 def resolve_dtype(choice: str, device: torch.device) -> torch.dtype:
-    """The type of a --dtype option: on a CPU float32, which gives the same result on CPUs with and without bf16 units."""
+    """The type of a --dtype option: on a CPU float32, which gives the same result on CPUs with and without bf16 units; on a card
+    without such units float16.
+    """
+    if choice == "auto" and device.type == "cuda":
+        return torch.bfloat16 if supports(BFLOAT16, torch.cuda.get_device_capability(device)) else torch.float16
     if choice == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        return torch.float32
     return DTYPES[choice]
 
 

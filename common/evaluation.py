@@ -37,6 +37,7 @@ from common.divergence import compare, hidden_states, place_head, summarise
 from common.errors import UserError
 from common.models import SourceModel, load_tokenizer
 from common.naming import Subject, subject_of
+from common.probe import check_finite
 from common.progress import say, track
 from common.results import RESULTS_FOLDER, has_samples, load_samples, read_json, write_json, write_samples
 from common.runtime import load_for_running, measure_memory, measure_speed, weight_bytes
@@ -161,6 +162,7 @@ def perplexity(model, windows: Windows, original: SourceModel | None = None, ref
                 values, equal = compare(torch.log_softmax(original.logits(reference[:-1][part].to(device)), -1), found)
                 divergence.append(values)
                 same += equal.sum()
+        check_finite(total, f"window {index} of the perplexity's text", hidden.dtype)
         samples.append({"id": f"window-{index}", "loss": total.item() / (len(window) - 1)})
         if divergence:
             samples[-1] |= {"kl": [float(f"{value:.3e}") for value in torch.cat(divergence).tolist()], "same_top": same.item()}

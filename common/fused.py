@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.kernels import FLASH_ATTENTION, supports
 from common.kernels.inference import add_rms_norm, rotate_heads, silu_mul
 
 
@@ -62,6 +63,10 @@ def _attention(attention: nn.Module, original: Callable, hidden_states: Tensor, 
         query, key = attention.q_norm(query), attention.k_norm(key)
     for part in (query, key):
         rotate_heads(part, *position_embeddings)
+    # Flash attention alone lets several queries share a key; other kernels would make way for one with all scores in memory.
+    shared = supports(FLASH_ATTENTION) and query.element_size() == 2
+    if not shared:
+        key, value = (part.repeat_interleave(attention.num_key_value_groups, dim=2) for part in (key, value))
     output = functional.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
-                                                     is_causal=True, scale=attention.scaling, enable_gqa=True)
+                                                     is_causal=True, scale=attention.scaling, enable_gqa=shared)
     return attention.o_proj(output.transpose(1, 2).reshape(*hidden_states.shape[:2], -1)), None

@@ -245,7 +245,7 @@ def round_per_token(inputs: Tensor, bits: int) -> Tensor:
 
 def codes_per_token(inputs: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """The codes [..., in] of `round_per_token`, in the inputs' type, and their scales [..., 1]."""
-    # Not times 2 over all levels, which overflows in float16.
+    # Not twice the largest value, which may be more than float16 holds.
     scale = inputs.abs().amax(-1, keepdim=True) / (((1 << bits) - 1) / 2)
     scale = torch.where(scale > 0, scale, torch.finfo(inputs.dtype).eps)
     return (inputs / scale).round_().clamp_(-(1 << (bits - 1)), (1 << (bits - 1)) - 1), scale

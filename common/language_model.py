@@ -21,6 +21,7 @@ from common.device_memory import (
     token_bytes,
     tokens_at_once,
 )
+from common.probe import check_finite
 from common.progress import track
 
 # Tokens in one batch of questions, and answers that are generated at once.
@@ -130,7 +131,9 @@ class HarnessModel(TemplateLM):
         size = logits_at_once(LOGITS_POSITIONS[self._device.type], self.model.config.vocab_size, self._device)
         for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
             logits = self.model.lm_head(part).float()
-            scores += torch.log_softmax(logits, -1).gather(1, wanted.unsqueeze(1)).squeeze(1).tolist()
+            found = torch.log_softmax(logits, -1).gather(1, wanted.unsqueeze(1)).squeeze(1)
+            check_finite(found, "a question's choices", part.dtype)
+            scores += found.tolist()
             greedy += (logits.argmax(-1) == wanted).tolist()
         return scores, greedy
 

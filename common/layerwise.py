@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.grid import Grid, QuantizedLinear, scale_type
 from common.models import LINEAR_GROUPS, LINEARS, LinearGroup, SourceModel
 from common.online import OnlineTransforms
+from common.probe import check_finite, overflow
 from common.progress import track
 from common.rounding import catch_up
 from common.statistics import InputStatistics, add_in_parts, group_inputs, new_statistics
@@ -199,7 +200,7 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
         round_ends: called before the first layer, to round embedding and head.
         resumption: layers that need not be quantized again; the streams are led through them as they were then.
     Raises:
-        UserError: a layer whose codes or scales are not finite; names it.
+        UserError: a layer whose codes or scales are not finite, or activations that overflow; names the layer or the head.
     """
     records = list(resumption.records) if resumption else []
     resumed = len(records)
@@ -238,8 +239,10 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
     linears = {name: linear for record in records for name, linear in record["linears"].items()}
     with watch("record"):
         source.move_ends(source.device)
-        return WalkResult(linears, [record["notes"] for record in records], source.logits(streams.probed)[0],
-                          source.original_logits(streams.reference)[0])
+        logits = source.logits(streams.probed)[0], source.original_logits(streams.reference)[0]
+        for found in logits:
+            check_finite(found, f"{source.name}, the last layer or the head", source.dtype)
+        return WalkResult(linears, [record["notes"] for record in records], *logits)
 
 
 def _start(source: SourceModel, method: Method, windows: Tensor | None, probe: Tensor,
@@ -295,8 +298,7 @@ def _quantize_layer(layer: Layer, method: Method, streams: _Streams, source: Sou
         if not is_finite:
             raise UserError(f"{layer.where(name)}: quantization gave NaN or Inf; use other calibration data or --dtype float32")
         if not math.isfinite(error):
-            kind = str(streams.probed.dtype).removeprefix("torch.")
-            raise UserError(f"{layer.where(name)}: its inputs or outputs overflow in {kind}; use --dtype float32")
+            raise overflow(layer.where(name), streams.probed.dtype)
         linears[layer.where(name)] = {"bits": layer.grid.bits, "group_size": layer.grid.group_size,
                                       "relative_output_error": error}
     return codes, {"linears": linears, "notes": layer.notes}

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from common.errors import UserError
+
 # How many positions, and entries of the vocabulary, have their logits recorded.
 POSITIONS, ENTRIES = 4, 256
 
@@ -40,6 +42,17 @@ between its flashes, and they always get the same answer: one, two, three, four,
 def probe_tokens(tokenizer) -> Tensor:
     """Token ids [1, length] of the probe text."""
     return tokenizer(TEXT, return_tensors="pt")["input_ids"]
+
+
+def overflow(where: str, dtype: torch.dtype) -> UserError:
+    """The error of activations that a type does not hold. Some models have single values hundreds of times the usual."""
+    return UserError(f"{where}: its inputs or outputs overflow in {str(dtype).removeprefix('torch.')}; use --dtype float32")
+
+
+def check_finite(values: Tensor, where: str, dtype: torch.dtype) -> None:
+    """Raises UserError where values, computed in `dtype`, hold NaN or Inf; where: what they are, for the message."""
+    if not torch.isfinite(values).all():
+        raise overflow(where, dtype)
 
 
 def perplexity(logits: Tensor, tokens: Tensor) -> float:

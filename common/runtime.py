@@ -27,6 +27,7 @@ from common.kernels import triton_works
 from common.models import SUPPORTED_ARCHITECTURES, SourceModel, TensorReader, load_tokenizer
 from common.online import attach_all, take_from_config
 from common.packed import PackedLinear, can_be_packed, load_packed
+from common.probe import check_finite, probe_tokens
 from common.progress import say, track
 from common.results import read_json
 
@@ -39,7 +40,21 @@ CONTEXT_TOKENS = 2048
 
 
 def load_for_running(folder: Path, device: torch.device, dtype: torch.dtype):
-    """Model and tokenizer as `load_model` gives them, but on packed weights where the device has kernels for them."""
+    """Model and tokenizer as `load_model` gives them, but on packed weights where the device has kernels for them.
+
+    Raises:
+        UserError: as `load_model`; or the model's activations, on a fixed text, leave the range of float16.
+    """
+    model, tokenizer = _load_packed_or_dense(folder, device, dtype)
+    if dtype == torch.float16:
+        with torch.inference_mode():
+            tokens = probe_tokens(tokenizer).to(next(model.parameters()).device)
+            hidden = model.model(tokens, use_cache=False).last_hidden_state
+        check_finite(hidden, str(folder), dtype)
+    return model, tokenizer
+
+
+def _load_packed_or_dense(folder: Path, device: torch.device, dtype: torch.dtype):
     if device.type != "cuda" or not (folder / "config.json").is_file():
         return load_model(folder, device, dtype)
     content = read_json(folder / "config.json", "quantize or download it again")

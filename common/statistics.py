@@ -89,7 +89,7 @@ class InputStatistics:
 
         The root of a token's weight goes into both factors of the Gram matrix, which so stays one of real vectors.
         """
-        root = None if weights is None else weights.sqrt().to(rows.dtype)
+        root = None if weights is None else root_weights(weights, rows, lag)
         scaled = rows if root is None else rows * root
         parts, product = [], None
         for i, start in enumerate(range(0, self.in_features if self.with_gram else 0, self._block)):
@@ -160,6 +160,19 @@ def add_in_parts(statistics: InputStatistics, inputs: Tensor, token_weights: Ten
     for part in (slice(None, half), slice(half, None)):
         add_in_parts(statistics, inputs[part], None if token_weights is None else token_weights[part],
                      None if lag is None else lag[part])
+
+
+def root_weights(weights: Tensor, rows: Tensor, lag: Tensor | None) -> Tensor:
+    """The roots [tokens, 1] of token weights, in the type of rows [tokens, in]. A token whose hidden state is next to nothing has
+    one that float16 does not hold, or not times its values or its lag [tokens, hidden]: it counts as much as it can.
+    """
+    root = weights.sqrt()
+    if rows.dtype == torch.float16:
+        for values in (rows, lag):
+            if values is not None:
+                largest = values.abs().amax(1, keepdim=True).float().clamp(min=1.0)
+                root = torch.minimum(root, 0.5 * torch.finfo(torch.float16).max / largest)
+    return root.to(rows.dtype)
 
 
 @contextmanager

@@ -155,4 +155,4 @@ def test_no_code_and_no_pickle_from_a_folder(tiny, calibration_text, tmp_path):
     assert_user_error(run_script(ROOT / "quantize_hqq.py", "--model", pickled, "--output", tmp_path / "out"), "safetensors")
     result = run_script(ROOT / "common" / "evaluation.py", "--model-path", pickled, "--tasks", "speed", "--results-dir",
                         tmp_path / "results")
-    assert_user_error(result, "cannot be loaded")
+    assert_user_error(result, "only safetensors weights are read")

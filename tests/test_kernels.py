@@ -38,11 +38,11 @@ def packed_weights(generator, out: int, channels: int, groups: int, bits: int, a
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize(("bits", "channels", "groups"), [(4, 576, 9), (4, 1024, 1), (4, 96, 6), (8, 192, 3), (8, 64, 1)])
 def test_packed_matmul(generator, bits, channels, groups, asymmetric):
-    packed, weight = packed_weights(generator, 37, channels, groups, bits, asymmetric)
+    packed, weight = packed_weights(generator, 21, channels, groups, bits, asymmetric)
     assert packed.shape == weight.shape and packed.packed.nbytes == weight.numel() * bits // 8
     assert torch.equal(inference.unpack(packed, torch.float64), weight)
     assert torch.equal(products_triton.unpack(packed, torch.float32), weight.float())
-    some = torch.tensor([3, 36, 3])
+    some = torch.tensor([3, 20, 3])
     assert torch.equal(inference.unpack(packed[some], torch.float64), weight[some])
     for rows in (1, 3, 17):
         inputs = torch.randn(rows, channels, generator=generator)
@@ -58,7 +58,8 @@ def test_packed_matmul(generator, bits, channels, groups, asymmetric):
 def test_row_matmul(generator, monkeypatch, bits, channels, groups, members):
     """With a norm before it, a gate or a sum after it: kernel and twin against float64."""
     monkeypatch.setattr(products_triton, "_members", lambda weight: members)
-    out = 38
+    # Several programs, the last of which is not full.
+    out = 38 if members == 32 else 14
     packed, weight = packed_weights(generator, out, channels, groups, bits, groups > 1)
     inputs, gain = torch.randn(1, channels, generator=generator), torch.rand(channels, generator=generator)
     hidden = torch.randn(1, out, generator=generator)
@@ -90,12 +91,12 @@ def test_row_matmul_with_rounded_inputs(generator, channels, input_bits):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_row_matmul_rounds_inputs_to_16_bits(generator, bits):
     """Every input within half a step of its block, also beside one that is a thousand times as large; and zeros stay zeros."""
-    packed, weight = packed_weights(generator, 40, 576, 9, bits, True)
+    packed, weight = packed_weights(generator, 12, 576, 9, bits, True)
     inputs = torch.randn(1, 576, generator=generator)
     inputs[0, ::100] *= 1000
     inputs[0, 64:128] = 0
     half_step = inputs.double().view(9, 64).abs().amax(1) / 65024
-    bound = (weight.abs().view(40, 9, 64).sum(2) * half_step).sum(1)
+    bound = (weight.abs().view(12, 9, 64).sum(2) * half_step).sum(1)
     exact = inputs.double() @ weight.T
     error = (products_triton.row_matmul(inputs, packed, None, False, None, None).double() - exact).abs()
     assert (error <= bound + 1e-5 * exact.abs()).all() and error.any()
@@ -223,7 +224,7 @@ def weights_on_grid(generator, form: Grid, rows: int = 21, channels: int = 96):
 @pytest.mark.parametrize("form", GRIDS, ids=str)
 @pytest.mark.parametrize("channels", [128, 40])
 def test_round_block(generator, form, channels):
-    rows = 21
+    rows = 11
     target = torch.randn(channels, rows, generator=generator)
     shifted = target + 0.1 * torch.randn(channels, rows, generator=generator)
     # Above the diagonal the factor holds anything.
@@ -279,9 +280,12 @@ def test_learning_step(generator, form):
         close(other.difference, twin.difference, 1e-3)
 
 
-def test_every_kernel_compiles(tmp_path):
-    """For a card, on a machine without one: the interpreter takes things that the compiler refuses."""
+@pytest.mark.parametrize("arguments", [[], pytest.param(["--all"], marks=pytest.mark.slow)], ids=["largest", "all"])
+def test_every_kernel_compiles(tmp_path, arguments):
+    """For all cards from compute capability 7.5 to 12.0, on a machine without one, and each has the shared memory: the interpreter
+    takes things that the compiler refuses.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, ROOT / "tests" / "compile_kernels.py"], capture_output=True, text=True, timeout=300,
-                            env={**environment, "TRITON_CACHE_DIR": str(tmp_path)})
+    result = subprocess.run([sys.executable, ROOT / "tests" / "compile_kernels.py", *arguments], capture_output=True, text=True,
+                            timeout=3000 if arguments else 300, env={**environment, "TRITON_CACHE_DIR": str(tmp_path)})
     assert result.returncode == 0, result.stdout + result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,23 +45,49 @@ def codes_of(folder) -> torch.Tensor:
     return torch.cat(found)
 
 
-# Twelve seconds each; AWQ stands for what scales channels, and so does what is marked slow.
-METHODS = [("gptq", ["--group-size", "32"]), ("awq", ["--group-size", "32"]),
-           *[pytest.param(method, options, marks=pytest.mark.slow) for method, options in (
-               ("smoothquant", []), ("quarot", ["--group-size", "32"]), ("hqq", ["--group-size", "32"]),
-               ("adaround", ["--group-size", "32", "--iterations", "100"]))]]
+OPTIONS = {"gptq": ["--group-size", "32"], "awq": ["--group-size", "32"], "smoothquant": [], "quarot": ["--group-size", "32"],
+           "hqq": ["--group-size", "32"], "adaround": ["--group-size", "32", "--iterations", "100"]}
+# AWQ stands for what scales channels, and so does what is marked slow.
+METHODS = ["gptq", "awq", *[pytest.param(method, marks=pytest.mark.slow) for method in ("smoothquant", "quarot", "hqq", "adaround")]]
 # AdaRound starts where its gradient is zero but for rounding, and Adam's first step takes only the sign.
 SHARES = {"adaround": 0.9}
 
 
-@pytest.mark.parametrize(("method", "options"), METHODS)
-def test_two_processes_give_what_one_gives(tiny_models, tmp_path, method, options):
-    source, script = tiny_models["qwen2", True], f"quantize_{method}.py"
-    alone = run_script(script, "--model", source, "--output", tmp_path / "one", *COMMON, *options)
+# Runs scripts one after the other: starting two processes takes longer than all that they do.
+IN_TURN = """
+import json, runpy, sys
+sys.path.insert(0, "")
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+
+
+@pytest.fixture(scope="module")
+def by_two(tiny_models, tmp_path_factory, request) -> tuple[Path, subprocess.CompletedProcess]:
+    """A folder with what two processes made with every method that is tested, and what they said."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "in_turn.py").write_text(IN_TURN)
+    wanted = [method for method in OPTIONS if any(f"one_gives[{method}]" in item.name for item in request.session.items)]
+    runs = [[f"quantize_{method}.py", "--model", tiny_models["qwen2", True], "--output", folder / method, *COMMON, *OPTIONS[method]]
+            for method in wanted]
+    result = torchrun(2, folder / "in_turn.py", json.dumps([list(map(str, words)) for words in runs]))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder, result
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_give_what_one_gives(tiny_models, tmp_path, by_two, method):
+    source, script, (folder, both) = tiny_models["qwen2", True], f"quantize_{method}.py", by_two
+    alone = run_script(script, "--model", source, "--output", tmp_path / "one", *COMMON, *OPTIONS[method])
     assert alone.returncode == 0, alone.stdout + alone.stderr
-    both = torchrun(2, script, "--model", source, "--output", tmp_path / "two", *COMMON, *options)
-    assert both.returncode == 0, both.stdout + both.stderr
-    assert both.stdout.count("MB of weights") == 1                              # one process talks
+    shutil.copytree(folder / method, tmp_path / "two")
+    said = [line for line in both.stdout.splitlines() if "MB of weights" in line and f"{folder / method}:" in line]
+    assert len(said) == 1                                                       # one process talks
     one, two = codes_of(tmp_path / "one"), codes_of(tmp_path / "two")
     assert one.shape == two.shape and len(one) > 1000
     # Sums in another order: a weight that lies between two codes may go either way.

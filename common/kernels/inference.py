@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from common.grid import codes_per_token
-from common.kernels import use_triton
+from common.kernels import TENSOR_CORES, supports, use_triton
 
 # Rows of activations up to which weights are unpacked inside the product; for more they are unpacked once, in a tile.
 FUSED_ROWS = 64
@@ -69,10 +69,15 @@ class Rounded:
         return self.codes.to(self.scale.dtype) * self.scale
 
 
+def _fused(rows: int) -> bool:
+    """Whether weights are unpacked inside a product with several rows."""
+    return rows <= FUSED_ROWS and supports(TENSOR_CORES)
+
+
 def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     """inputs [..., in] times the transposed weight: [..., out]."""
     rows = inputs.reshape(-1, inputs.shape[-1])
-    if use_triton(inputs) and len(rows) <= FUSED_ROWS:
+    if use_triton(inputs) and (len(rows) == 1 or _fused(len(rows))):
         from common.kernels import products_triton
 
         result = products_triton.packed_matmul(rows, weight)
@@ -110,15 +115,15 @@ def row_matmul(inputs: Tensor, weight: PackedWeight, norm: tuple[Tensor, float] 
 
 
 def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
-    """Rounded inputs times the transposed weight of 8 bits, one symmetric group per row: [rows, out]. On a card products of
-    integers with integer sums.
+    """Rounded inputs times the transposed weight of 8 bits, one symmetric group per row: [rows, out]. On a card from
+    compute capability 8.0 on products of integers with integer sums.
     """
     rows, channels = inputs.codes.shape
-    if use_triton(inputs.codes) and rows <= FUSED_ROWS:
+    if use_triton(inputs.codes) and _fused(rows):
         from common.kernels import products_triton
 
         return products_triton.integer_matmul(inputs, weight)
-    if inputs.codes.is_cuda and rows > FUSED_ROWS and len(weight.packed) % 8 == channels % 8 == 0:
+    if inputs.codes.is_cuda and supports(TENSOR_CORES) and rows > FUSED_ROWS and len(weight.packed) % 8 == channels % 8 == 0:
         sums = torch._int_mm(inputs.codes, weight.packed.T)
         return (sums * inputs.scale.float()).mul_(weight.scale.view(1, -1).float()).to(inputs.scale.dtype)
     return packed_matmul(inputs.values(), weight)

@@ -9,24 +9,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from common import kernels
+
 # Added and subtracted, it leaves no room for a fraction: rounding to the nearest integer, half to even. The sum alone has the
 # integer as its last bits.
 MAGIC = tl.constexpr(12582912.0)
 
 
-@cache
 def launch() -> dict:
     """How kernels are launched: on Hopper and later while the kernel before still runs (programmatic dependent launch)."""
-    overlap = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    return {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True} if kernels.supports(kernels.DEPENDENT_LAUNCH) else {"OVERLAP": False}
 
 
-@cache
-def shared_memory() -> int:
-    """Bytes that a program's loads on their way may take: on a desktop card less than half of what a Hopper has."""
-    if not torch.cuda.is_available():
-        return 1 << 17
-    return torch.cuda.get_device_properties().shared_memory_per_block_optin - (1 << 14)
+def stages(most: int, size: int) -> int:
+    """How many loads of `size` bytes may be on their way: at most `most`, and what a program's shared memory has room for, which
+    is less than half of a Hopper's on a desktop card.
+    """
+    return max(1, min(most, (kernels.card().shared_memory - (1 << 14)) // size))
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from common.kernels.inference import PackedWeight, Rounded
-from common.kernels.launch_triton import MAGIC, begin, counters, launch, round_to_step, shared_memory, step_of_token
+from common.kernels.launch_triton import MAGIC, begin, counters, launch, round_to_step, stages, step_of_token
 
 # Of a product: output channels of a program, for few and for many of them, and warps; then programs it should have at least, so
 # that every multiprocessor has work, and loads on their way. Measured on an H200 for the linears of the Llama-3.2-1B shape
@@ -86,7 +86,7 @@ def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
     return output
 
 
-def _product(inputs: Tensor, weight: PackedWeight, dtype: torch.dtype, block: int, programs: int, stages: int,
+def _product(inputs: Tensor, weight: PackedWeight, dtype: torch.dtype, block: int, programs: int, loads: int,
              ) -> tuple[Tensor, dict, dict]:
     """What both products are launched with: the output, arguments, and constants."""
     rows, channels = inputs.shape
@@ -104,7 +104,7 @@ def _product(inputs: Tensor, weight: PackedWeight, dtype: torch.dtype, block: in
     block_rows = max(16, triton.next_power_of_2(rows))
     bytes_of_stage = block * (block_out * weight.bits // 8 + block_rows * inputs.element_size())
     return output, arguments, {"BLOCK_ROWS": block_rows, "BLOCK_OUT": block_out, "BLOCK": block, "SPLITS": splits,
-                               "num_warps": WARPS, "num_stages": max(1, min(stages, shared_memory() // bytes_of_stage))}
+                               "num_warps": WARPS, "num_stages": stages(loads, bytes_of_stage)}
 
 
 @triton.jit
