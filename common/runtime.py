@@ -30,15 +30,17 @@ REPEATS = {"cpu": 3, "cuda": 10}
 
 
 def load_for_running(folder: Path, device: torch.device, dtype: torch.dtype):
-    """Model and tokenizer as `load_model` gives them, but on packed weights where the device has kernels for them.
+    """Model and tokenizer as `load_model` gives them, but on packed weights where the device has
+    kernels for them.
 
     Raises:
-        UserError: as `load_model`; or the model's activations, on a fixed text, leave the range of float16.
+        UserError: as `load_model`; or the model's activations, on a fixed text, overflow in float16.
     """
     model, tokenizer = _load_packed_or_dense(folder, device, dtype)
     if dtype == torch.float16:
         with torch.inference_mode():
-            hidden = model.model(probe_tokens(tokenizer).to(device), use_cache=False).last_hidden_state
+            tokens = probe_tokens(tokenizer).to(device)
+            hidden = model.model(tokens, use_cache=False).last_hidden_state
         check_finite(hidden, str(folder), dtype)
     return model, tokenizer
 
