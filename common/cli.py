@@ -175,11 +175,12 @@ def resolve_device(choice: str, memory: float | None = None) -> torch.device:
 
 
 def resolve_dtype(choice: str, device: torch.device) -> torch.dtype:
-    """The type of a --dtype option: on a CPU float32, which gives the same result on CPUs with and without bf16 units; on a card
-    without such units float16.
+    """The type of a --dtype option: on a CPU float32, which gives the same result on CPUs with and
+    without bf16 units; on a card without such units float16.
     """
     if choice == "auto" and device.type == "cuda":
-        return torch.bfloat16 if supports(BFLOAT16, torch.cuda.get_device_capability(device)) else torch.float16
+        units = supports(BFLOAT16, torch.cuda.get_device_capability(device))
+        return torch.bfloat16 if units else torch.float16
     if choice == "auto":
         return torch.float32
     return DTYPES[choice]

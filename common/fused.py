@@ -63,10 +63,12 @@ def _attention(attention: nn.Module, original: Callable, hidden_states: Tensor, 
         query, key = attention.q_norm(query), attention.k_norm(key)
     for part in (query, key):
         rotate_heads(part, *position_embeddings)
-    # Flash attention alone lets several queries share a key; other kernels would make way for one with all scores in memory.
+    # Flash attention alone lets several queries share a key; the other kernels would make way for
+    # one that keeps all scores in memory.
     shared = supports(FLASH_ATTENTION) and query.element_size() == 2
     if not shared:
-        key, value = (part.repeat_interleave(attention.num_key_value_groups, dim=2) for part in (key, value))
+        queries = attention.num_key_value_groups
+        key, value = (part.repeat_interleave(queries, dim=2) for part in (key, value))
     output = functional.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
                                                      is_causal=True, scale=attention.scaling, enable_gqa=shared)
     return attention.o_proj(output.transpose(1, 2).reshape(*hidden_states.shape[:2], -1)), None

@@ -45,12 +45,18 @@ def probe_tokens(tokenizer) -> Tensor:
 
 
 def overflow(where: str, dtype: torch.dtype) -> UserError:
-    """The error of activations that a type does not hold. Some models have single values hundreds of times the usual."""
-    return UserError(f"{where}: its inputs or outputs overflow in {str(dtype).removeprefix('torch.')}; use --dtype float32")
+    """The error of activations that a type does not hold: some models have single values hundreds of
+    times the usual.
+    """
+    kind = str(dtype).removeprefix("torch.")
+    return UserError(f"{where}: its inputs or outputs overflow in {kind}; use --dtype float32")
 
 
 def check_finite(values: Tensor, where: str, dtype: torch.dtype) -> None:
-    """Raises UserError where values, computed in `dtype`, hold NaN or Inf; where: what they are, for the message."""
+    """Raises UserError where values, computed in `dtype`, hold NaN or Inf.
+
+    Args: where: what the values are, for the message.
+    """
     if not torch.isfinite(values).all():
         raise overflow(where, dtype)
 

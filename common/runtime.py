@@ -40,10 +40,11 @@ CONTEXT_TOKENS = 2048
 
 
 def load_for_running(folder: Path, device: torch.device, dtype: torch.dtype):
-    """Model and tokenizer as `load_model` gives them, but on packed weights where the device has kernels for them.
+    """Model and tokenizer as `load_model` gives them, but on packed weights where the device has
+    kernels for them.
 
     Raises:
-        UserError: as `load_model`; or the model's activations, on a fixed text, leave the range of float16.
+        UserError: as `load_model`; or the model's activations, on a fixed text, overflow in float16.
     """
     model, tokenizer = _load_packed_or_dense(folder, device, dtype)
     if dtype == torch.float16:

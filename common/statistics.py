@@ -163,8 +163,10 @@ def add_in_parts(statistics: InputStatistics, inputs: Tensor, token_weights: Ten
 
 
 def root_weights(weights: Tensor, rows: Tensor, lag: Tensor | None) -> Tensor:
-    """The roots [tokens, 1] of token weights, in the type of rows [tokens, in]. A token whose hidden state is next to nothing has
-    one that float16 does not hold, or not times its values or its lag [tokens, hidden]: it counts as much as it can.
+    """The roots [tokens, 1] of token weights, in the type of rows [tokens, in].
+
+    A token whose hidden state is next to nothing has one that float16 does not hold, or not times
+    its values or its lag [tokens, hidden]: it counts as much as it can.
     """
     root = weights.sqrt()
     if rows.dtype == torch.float16:

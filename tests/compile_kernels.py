@@ -1,10 +1,11 @@
-"""Compile the Triton kernels for every generation of cards; needs no card. The interpreter lets pass what the compiler refuses.
+"""Compile the Triton kernels for every generation of cards, without a card.
 
-    python tests/compile_kernels.py          of every kernel the largest launch for every card, and every branch for one
-    python tests/compile_kernels.py --all    all launches for every card, assembled too; takes a quarter of an hour
+    python tests/compile_kernels.py          every kernel for every card, and every branch for one
+    python tests/compile_kernels.py --all    all launches for every card, assembled too; much longer
 
-The launches are those that the code itself chooses for a card and the linears of Llama models of 1, 3 and 8 billion weights, and
-no program may take more shared memory than the card has.
+The launches are those that the code itself chooses for a card and the linears of Llama models of 1, 3
+and 8 billion weights, and no program may take more shared memory than the card has. Triton's
+interpreter, in which the other tests run, lets pass what the compiler refuses.
 """
 
 from __future__ import annotations
@@ -33,10 +34,15 @@ from common.grid import Grid  # noqa: E402
 from common.kernels import inference, inference_triton, products_triton, rounding_triton  # noqa: E402
 from common.kernels.inference import PackedWeight, Rotary, Rounded  # noqa: E402
 
-# Compute capabilities, and the KiB of shared memory that a program may take: RTX 20, A100, RTX 30, RTX 40, H100, B200, RTX 50.
+# Compute capabilities of RTX 20, A100, RTX 30, RTX 40, H100, B200, RTX 50, and the KiB of shared
+# memory that a program may take there.
 CARDS = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
-# Hidden size, size of the MLP, heads, key-value heads, head size of Llama 3.2 1B, 3.2 3B and 3.1 8B.
-SHAPES = {"1B": (2048, 8192, 32, 8, 64), "3B": (3072, 8192, 24, 8, 128), "8B": (4096, 14336, 32, 8, 128)}
+# Hidden size, size of the MLP, heads, key-value heads and head size of Llama models.
+SHAPES = {
+    "1B": (2048, 8192, 32, 8, 64),
+    "3B": (3072, 8192, 24, 8, 128),
+    "8B": (4096, 14336, 32, 8, 128),
+}
 VOCABULARY = 128256
 # Bits, group size and zero-points of weights; the last form's inputs are rounded too.
 FORMS = ((4, 128, True), (4, 128, False), (4, 32, True), (8, 128, True), (8, None, False))
@@ -48,17 +54,29 @@ def tensor(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(size, dtype=dtype, device="cuda")
 
 
-def packed(out: int, channels: int, bits: int, group: int | None, asymmetric: bool, dtype: torch.dtype) -> PackedWeight:
+def packed(
+    out: int, channels: int, bits: int, group: int | None, asymmetric: bool, dtype: torch.dtype
+) -> PackedWeight:
     groups = channels // (group or channels)
     codes = tensor(out, channels * bits // 8, dtype=torch.uint8 if bits == 4 else torch.int8)
-    return PackedWeight(codes, tensor(out, groups, dtype=dtype), tensor(out, groups, dtype=torch.int8) if asymmetric else None, bits)
+    return PackedWeight(
+        codes,
+        tensor(out, groups, dtype=dtype),
+        tensor(out, groups, dtype=torch.int8) if asymmetric else None,
+        bits,
+    )
 
 
 def products(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable]:
     """Every product of a decode step, and what unpacks weights."""
     hidden, inner, heads, key_heads, size = shape
-    linears = {"qkv": ((heads + 2 * key_heads) * size, hidden), "o": (hidden, heads * size), "gate_up": (2 * inner, hidden),
-               "down": (hidden, inner), "head": (VOCABULARY, hidden)}
+    linears = {
+        "qkv": ((heads + 2 * key_heads) * size, hidden),
+        "o": (hidden, heads * size),
+        "gate_up": (2 * inner, hidden),
+        "down": (hidden, inner),
+        "head": (VOCABULARY, hidden),
+    }
     for name, (out, channels) in linears.items():
         for form in FORMS[-1:] if name == "head" else FORMS:
             weight, row = packed(out, channels, *form, dtype), tensor(1, channels, dtype=dtype)
@@ -67,14 +85,24 @@ def products(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable]:
             for rows in (1, 2, 64):
                 yield partial(inference.packed_matmul, tensor(rows, channels, dtype=dtype), weight)
                 if rounds:
-                    rounded = Rounded(tensor(rows, channels, dtype=torch.int8), tensor(rows, 1, dtype=dtype))
+                    rounded = Rounded(
+                        tensor(rows, channels, dtype=torch.int8), tensor(rows, 1, dtype=dtype)
+                    )
                     yield partial(inference.integer_matmul, rounded, weight)
             for bits in (None, 8) if rounds else (None,):
                 if name in ("o", "down"):
-                    yield partial(inference.row_matmul, row, weight, added_to=tensor(1, out, dtype=dtype), bits=bits)
+                    yield partial(
+                        inference.row_matmul,
+                        row,
+                        weight,
+                        added_to=tensor(1, out, dtype=dtype),
+                        bits=bits,
+                    )
                 else:
                     norm = tensor(channels, dtype=dtype), 1e-5
-                    yield partial(inference.row_matmul, row, weight, norm, gated=name == "gate_up", bits=bits)
+                    yield partial(
+                        inference.row_matmul, row, weight, norm, gated=name == "gate_up", bits=bits
+                    )
 
 
 def other_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable]:
@@ -87,14 +115,30 @@ def other_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable
         for update in (None, tokens):
             yield partial(inference.add_rms_norm, tokens, update, gain, 1e-5, bits)
         yield partial(inference.silu_mul, *tensor(8, 2 * inner, dtype=dtype).chunk(2, -1), bits)
-    projected, positions = tensor(8, (heads + 2 * key_heads) * size, dtype=dtype), tensor(8, dtype=torch.long)
+    projected, positions = (
+        tensor(8, (heads + 2 * key_heads) * size, dtype=dtype),
+        tensor(8, dtype=torch.long),
+    )
     for length in (512, 2048):
-        cache, table = tensor(8, key_heads, length, size, dtype=dtype), tensor(length, size, dtype=dtype)
+        cache, table = (
+            tensor(8, key_heads, length, size, dtype=dtype),
+            tensor(length, size, dtype=dtype),
+        )
         for norms in (None, (tensor(size, dtype=dtype), tensor(size, dtype=dtype), 1e-6)):
-            yield partial(inference.attend, projected, Rotary(table, table, norms), positions, cache, cache, 0.1)
+            yield partial(
+                inference.attend,
+                projected,
+                Rotary(table, table, norms),
+                positions,
+                cache,
+                cache,
+                0.1,
+            )
     for count in (heads, key_heads):
         table = tensor(1, 512, size, dtype=dtype)
-        yield partial(inference.rotate_heads, tensor(1, 512, count, size, dtype=dtype), table, table)
+        yield partial(
+            inference.rotate_heads, tensor(1, 512, count, size, dtype=dtype), table, table
+        )
     yield partial(inference.largest_index, tensor(8, VOCABULARY, dtype=dtype))
 
 
@@ -103,14 +147,36 @@ def rounding_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Calla
     hidden, inner = shape[:2]
     weight, block = tensor(hidden, inner), tensor(128, hidden)
     for grid in GRIDS:
-        yield partial(rounding_triton.round_block, block, block, tensor(128, 128), block, block, grid,
-                      tensor(128, hidden, dtype=torch.int8), block)
+        yield partial(
+            rounding_triton.round_block,
+            block,
+            block,
+            tensor(128, 128),
+            block,
+            block,
+            grid,
+            tensor(128, hidden, dtype=torch.int8),
+            block,
+        )
         for importance, norm in ((tensor(inner), 2.0), (None, 4.0)):
-            yield partial(rounding_triton.search_range, weight, grid, importance, norm, dtype, [1.0, 0.9])
+            yield partial(
+                rounding_triton.search_range, weight, grid, importance, norm, dtype, [1.0, 0.9]
+            )
         scale = tensor(hidden, grid.groups(inner))
         for beta in (None, 2.0):
-            yield partial(rounding_triton.learning_step, *[weight] * 2, scale, scale, *[weight] * 2, tensor(), *[weight] * 3, grid,
-                          0.1, beta, 0.1)
+            yield partial(
+                rounding_triton.learning_step,
+                *[weight] * 2,
+                scale,
+                scale,
+                *[weight] * 2,
+                tensor(),
+                *[weight] * 3,
+                grid,
+                0.1,
+                beta,
+                0.1,
+            )
 
 
 class _Driver:
@@ -123,14 +189,16 @@ class _Driver:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return self.arch                                                        # kernels are kept by device
+        return self.arch  # kernels are kept by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
-def launches(capability: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> dict[tuple, Callable[[], CompiledKernel]]:
-    """The launches for a card, each once, by kernel, types and constants; called, one is compiled."""
+def launches(
+    capability: tuple[int, int], dtypes: tuple[torch.dtype, ...]
+) -> dict[tuple, Callable[[], CompiledKernel]]:
+    """The launches for a card, by kernel, types and constants; called, one is compiled."""
     kernels.card = lambda: kernels.Card(capability, CARDS[capability] << 10)
     kernels.triton_works = lambda: True
     # A torch without CUDA cannot take slices of such tensors.
@@ -140,12 +208,21 @@ def launches(capability: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> di
 
     def note(kernel: JITFunction, *arguments, grid, warmup, **constants) -> None:
         everything = *arguments, *constants.values()
-        types = tuple(str(value.dtype).removeprefix("torch.") for value in everything if isinstance(value, Tensor))
+        types = tuple(
+            str(value.dtype).removeprefix("torch.")
+            for value in everything
+            if isinstance(value, Tensor)
+        )
         # How many programs share a product does not change the program.
-        named = {name: min(value, 2) if name == "SPLITS" else value for name, value in constants.items()
-                 if name.isupper() or name.startswith("num_")}
-        found.setdefault((kernel.__name__, types, tuple(sorted(named.items()))),
-                         partial(_compile, kernel, arguments, constants))
+        named = {
+            name: min(value, 2) if name == "SPLITS" else value
+            for name, value in constants.items()
+            if name.isupper() or name.startswith("num_")
+        }
+        found.setdefault(
+            (kernel.__name__, types, tuple(sorted(named.items()))),
+            partial(_compile, kernel, arguments, constants),
+        )
 
     JITFunction.run = note
     with FakeTensorMode():
@@ -162,26 +239,44 @@ _run = JITFunction.run
 
 
 def _compile(kernel: JITFunction, arguments: tuple, constants: dict) -> CompiledKernel:
-    """Compile as for tensors that begin at multiples of 16 bytes, which lets loads be wide and take the most shared memory."""
-    def real(value):
-        return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, Tensor) else value
+    """Compile as for tensors that begin at multiples of 16 bytes: the widest loads, and with them the
+    most shared memory.
+    """
 
-    return _run(kernel, *map(real, arguments), grid=(1,), warmup=True, **{name: real(value) for name, value in constants.items()})
+    def real(value):
+        if not isinstance(value, Tensor):
+            return value
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+
+    named = {name: real(value) for name, value in constants.items()}
+    return _run(kernel, *map(real, arguments), grid=(1,), warmup=True, **named)
 
 
 def variant(key: tuple) -> tuple:
     """What of a launch decides which of a kernel's branches are compiled."""
     constants = dict(key[2])
-    return key[0], *(constants.get(name) for name in ("BITS", "INPUT_BITS", "SPLITS")), constants.get("BLOCK") == 32, \
-        *(value for name, value in key[2] if isinstance(value, bool) and name != "OVERLAP" and
-          (name != "HAS_ZERO" or key[0] != "_matvec"))
+    return (
+        key[0],
+        *(constants.get(name) for name in ("BITS", "INPUT_BITS", "SPLITS")),
+        constants.get("BLOCK") == 32,
+        *(
+            value
+            for name, value in key[2]
+            if isinstance(value, bool)
+            and name != "OVERLAP"
+            and (name != "HAS_ZERO" or key[0] != "_matvec")
+        ),
+    )
 
 
 def chosen(keys: Iterable[tuple], seen: set[tuple], most: int) -> list[tuple]:
-    """A launch of each kernel, with the largest constants of those whose shared memory grows with them; and small ones of up to
-    `most` variants that are not in `seen`, which grows.
+    """A launch of each kernel, with the largest constants of those whose shared memory grows with
+    them; and small ones of up to `most` variants that are not in `seen`, which grows.
     """
-    ordered = sorted(keys, key=lambda key: math.prod(1 + abs(value) for _, value in key[2] if isinstance(value, int)))
+    ordered = sorted(
+        keys,
+        key=lambda key: math.prod(1 + abs(value) for _, value in key[2] if isinstance(value, int)),
+    )
     large = [key for key in ordered if key[0] in ("_matmul", "_integer_matmul", "_attend")]
     first = {key[0]: key for key in [*reversed(ordered), *large]}
     seen |= set(map(variant, first.values()))
@@ -204,7 +299,7 @@ def check(capability: tuple[int, int], key: tuple, compiled: CompiledKernel) -> 
 def main() -> int:
     everything = "--all" in sys.argv[1:]
     if not everything:
-        # Assembling and LLVM's optimisation are half of the time, and change neither what is refused nor the shared memory.
+        # Assembling and LLVM's optimisation are half of the time, and change nothing that is checked.
         os.environ["DISABLE_LLVM_OPT"] = "1"
         add_stages = CUDABackend.add_stages
 
@@ -223,14 +318,18 @@ def main() -> int:
         for key in keys:
             try:
                 compiled = found[key]()
-                most, problem = max(most, compiled.metadata.shared), check(capability, key, compiled)
-            except Exception as error:  # whatever the compiler raises, the others are still worth a try
+                most = max(most, compiled.metadata.shared)
+                problem = check(capability, key, compiled)
+            except Exception as error:  # of any type; the others are still worth a try
                 problem = f"{type(error).__name__} {str(error)[:300]}"
             if problem:
                 failures.append(f"{capability} {key}: {problem}")
         count += len(keys)
-        print(f"{capability[0]}.{capability[1]}: {len(keys)} of {len(found)} launches, shared memory up to {most} of "
-              f"{CARDS[capability] << 10} bytes, {time.perf_counter() - start:.0f} s", flush=True)
+        print(
+            f"{capability[0]}.{capability[1]}: {len(keys)} of {len(found)} launches, shared memory up "
+            f"to {most} of {CARDS[capability] << 10} bytes, {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
     left = {variant(key) for key in found} - seen
     if left and not everything:
         failures.append(f"not compiled for any card: {left}")

@@ -1,4 +1,4 @@
-"""What kernels, types and launches cards of different compute capability get; no card is needed, their facts are made up."""
+"""What kernels, types and launches cards of different compute capability get, without a card."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def launched(monkeypatch):
-    """A function that makes the card one of some compute capability, and returns the list of kernels that are called from then
-    on. Tensors on it have no memory, and kernels return nothing of use.
+    """A function that makes the card one of some compute capability, and returns the list of the
+    kernels that are called from then on. Tensors on it have no memory, kernels return nothing of use.
     """
     pytest.importorskip("triton", reason="triton is not installed")
     from common.kernels import inference_triton, products_triton, rounding_triton
@@ -34,21 +34,40 @@ def launched(monkeypatch):
         def kernel(*arguments, **_):
             called.append(name)
             return result(*arguments)
+
         return kernel
 
     def product(inputs, weight, *_):
-        return torch.empty(len(getattr(inputs, "codes", inputs)), len(weight.packed), device="cuda", dtype=torch.float16)
+        return torch.empty(
+            len(getattr(inputs, "codes", inputs)),
+            len(weight.packed),
+            device="cuda",
+            dtype=torch.float16,
+        )
 
-    results = {products_triton: {"packed_matmul": product, "integer_matmul": product, "row_matmul": product,
-                                 "unpack": lambda weight, dtype: torch.empty(weight.shape, device="cuda", dtype=dtype)},
-               inference_triton: {"silu_mul": lambda gate, *_: gate, "attend": lambda projected, *_: projected,
-                                  "largest_index": lambda values: values, "round_rows": lambda inputs, bits: inputs,
-                                  "add_rms_norm": lambda hidden, *_: hidden, "rotate_heads": lambda *_: None},
-               rounding_triton: {"round_block": lambda *_: None}}
+    results = {
+        products_triton: {
+            "packed_matmul": product,
+            "integer_matmul": product,
+            "row_matmul": product,
+            "unpack": lambda weight, dtype: torch.empty(weight.shape, device="cuda", dtype=dtype),
+        },
+        inference_triton: {
+            "silu_mul": lambda gate, *_: gate,
+            "attend": lambda projected, *_: projected,
+            "largest_index": lambda values: values,
+            "round_rows": lambda inputs, bits: inputs,
+            "add_rms_norm": lambda hidden, *_: hidden,
+            "rotate_heads": lambda *_: None,
+        },
+        rounding_triton: {"round_block": lambda *_: None},
+    }
     for module, functions in results.items():
         for name, result in functions.items():
             monkeypatch.setattr(module, name, note(name, result))
-    monkeypatch.setattr(torch, "_int_mm", note("_int_mm", lambda left, right: left.float() @ right.float()))
+    monkeypatch.setattr(
+        torch, "_int_mm", note("_int_mm", lambda left, right: left.float() @ right.float())
+    )
     # A torch without CUDA cannot take slices of tensors that claim to be there.
     monkeypatch.setattr(PackedWeight, "__getitem__", lambda weight, rows: weight)
     monkeypatch.setattr(kernels, "triton_works", lambda: True)
@@ -70,23 +89,40 @@ def weight_of(bits: int) -> PackedWeight:
     return PackedWeight(packed, on_card(256, 4 if bits == 4 else 1), None, bits)
 
 
-@pytest.mark.parametrize(("capability", "several", "many"), [
-    ((6, 1), [], []), ((7, 5), ["unpack"], ["unpack"]), ((8, 6), ["packed_matmul"], ["unpack"]),
-    ((9, 0), ["packed_matmul"], ["unpack"])])
+@pytest.mark.parametrize(
+    ("capability", "several", "many"),
+    [
+        ((6, 1), [], []),
+        ((7, 5), ["unpack"], ["unpack"]),
+        ((8, 6), ["packed_matmul"], ["unpack"]),
+        ((9, 0), ["packed_matmul"], ["unpack"]),
+    ],
+)
 def test_packed_products_by_card(launched, capability, several, many):
     """Without tensor cores in Triton weights are unpacked before a product with several rows."""
     with FakeTensorMode():
-        for rows, expected in ((1, ["packed_matmul"] if several else []), (2, several), (64, several), (65, many)):
+        for rows, expected in (
+            (1, ["packed_matmul"] if several else []),
+            (2, several),
+            (64, several),
+            (65, many),
+        ):
             called = launched(*capability)
             assert inference.packed_matmul(on_card(rows, 512), weight_of(4)).shape == (rows, 256)
             assert called == expected, rows
 
 
-@pytest.mark.parametrize(("capability", "one", "several", "many"), [
-    ((6, 1), [], [], []), ((7, 5), ["packed_matmul"], ["unpack"], ["unpack"]),
-    ((8, 0), ["integer_matmul"], ["integer_matmul"], ["_int_mm"]), ((12, 0), ["integer_matmul"], ["integer_matmul"], ["_int_mm"])])
+@pytest.mark.parametrize(
+    ("capability", "one", "several", "many"),
+    [
+        ((6, 1), [], [], []),
+        ((7, 5), ["packed_matmul"], ["unpack"], ["unpack"]),
+        ((8, 0), ["integer_matmul"], ["integer_matmul"], ["_int_mm"]),
+        ((12, 0), ["integer_matmul"], ["integer_matmul"], ["_int_mm"]),
+    ],
+)
 def test_integer_products_by_card(launched, capability, one, several, many):
-    """What smoothquant-8bit runs on. Before 8.0 there are no products of integers by Triton, and those of cuBLAS have gaps."""
+    """What smoothquant-8bit runs on. Before 8.0 Triton has no products of integers, cuBLAS some."""
     with FakeTensorMode():
         for rows, expected in ((1, one), (2, several), (64, several), (200, many)):
             called = launched(*capability)
@@ -95,7 +131,9 @@ def test_integer_products_by_card(launched, capability, one, several, many):
             assert called == expected, rows
 
 
-@pytest.mark.parametrize(("capability", "kernel"), [((7, 0), False), ((7, 5), True), ((8, 9), True)])
+@pytest.mark.parametrize(
+    ("capability", "kernel"), [((7, 0), False), ((7, 5), True), ((8, 9), True)]
+)
 def test_other_kernels_by_card(launched, capability, kernel):
     """All that has no product of matrices runs from 7.5 on; on older cards each is its twin."""
     with FakeTensorMode():
@@ -108,13 +146,17 @@ def test_other_kernels_by_card(launched, capability, kernel):
             "largest_index": lambda: inference.largest_index(hidden),
             "unpack": lambda: inference.unpack(weight_of(4), torch.float16),
         }
-        if kernel:                                                              # the twins take slices
+        if kernel:  # the twins take slices
             block, codes = on_card(8, 4, dtype=torch.float32), on_card(8, 4, dtype=torch.int8)
             steps |= {
-                "attend": lambda: inference.attend(hidden, Rotary(table, table), on_card(2, dtype=torch.long), table, table, 1.0),
+                "attend": lambda: inference.attend(
+                    hidden, Rotary(table, table), on_card(2, dtype=torch.long), table, table, 1.0
+                ),
                 "rotate_heads": lambda: inference.rotate_heads(on_card(1, 5, 2, 16), table, table),
                 "row_matmul": lambda: inference.row_matmul(on_card(1, 512), weight_of(4)),
-                "round_block": lambda: rounding.round_block(*[block] * 5, Grid(4, 32), codes, block),
+                "round_block": lambda: rounding.round_block(
+                    *[block] * 5, Grid(4, 32), codes, block
+                ),
             }
         for name, step in steps.items():
             called.clear()
@@ -123,7 +165,9 @@ def test_other_kernels_by_card(launched, capability, kernel):
         assert kernels.use_triton(hidden) is kernel
 
 
-@pytest.mark.parametrize(("capability", "overlap"), [((7, 5), False), ((8, 9), False), ((9, 0), True), ((12, 0), True)])
+@pytest.mark.parametrize(
+    ("capability", "overlap"), [((7, 5), False), ((8, 9), False), ((9, 0), True), ((12, 0), True)]
+)
 def test_launches_overlap_from_hopper_on(launched, capability, overlap):
     """And loads on their way fit the card."""
     launched(*capability)
@@ -133,8 +177,10 @@ def test_launches_overlap_from_hopper_on(launched, capability, overlap):
     assert [stages(5, size) for size in (1 << 10, 20 << 10, 100 << 10)] == [5, 2, 1]
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16),
-                                                      ((12, 0), torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)],
+)
 def test_default_type_by_card(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert resolve_dtype("auto", torch.device("cuda", 0)) == expected
@@ -143,7 +189,7 @@ def test_default_type_by_card(monkeypatch, capability, expected):
 
 
 def test_attention_without_flash_attention(tiny_models, monkeypatch):
-    """Keys are repeated for kernels that cannot share them; the outcome is the same, and what is asked for is seen."""
+    """Keys are repeated for kernels that cannot share them; the outcome is the same."""
     monkeypatch.setattr(fused, "_has_kernels", lambda hidden: True)
     asked = []
     attention = torch.nn.functional.scaled_dot_product_attention
@@ -154,8 +200,14 @@ def test_attention_without_flash_attention(tiny_models, monkeypatch):
 
     monkeypatch.setattr(fused.functional, "scaled_dot_product_attention", watch)
     tokens, outputs = torch.arange(2, 52).view(1, 50), []
-    for capability, dtype in (((8, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.float32)):
-        monkeypatch.setattr(kernels, "card", lambda capability=capability: kernels.Card(capability, 64 << 10))
+    for capability, dtype in (
+        ((8, 0), torch.float16),
+        ((7, 5), torch.float16),
+        ((8, 0), torch.float32),
+    ):
+        monkeypatch.setattr(
+            kernels, "card", lambda capability=capability: kernels.Card(capability, 64 << 10)
+        )
         model, _ = load_model(tiny_models["llama", True], CPU, dtype)
         fused.fuse_layers(model)
         asked.clear()
@@ -168,38 +220,53 @@ def test_attention_without_flash_attention(tiny_models, monkeypatch):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_rounding_of_large_float16_activations(generator, bits):
-    """Up to the largest number that float16 holds: finite scales, and errors of at most half a step."""
+    """Up to the largest float16: finite scales, and errors of at most half a step."""
     inputs = torch.randn(6, 64, generator=generator).half()
     inputs[:, 5] = torch.tensor([65504.0, -65504.0, 40000.0, 33000.0, 1.0, 0.0]).half()
     codes, scale = codes_per_token(inputs, bits)
     exact = inputs.double().abs().amax(1, keepdim=True) * 2 / ((1 << bits) - 1)
     torch.testing.assert_close(scale.double(), exact, rtol=2**-10, atol=0)
     # The codes are rounded to float16 before they become integers.
-    assert ((codes.double() * scale.double() - inputs.double()).abs() <= 0.51 * scale.double() + inputs.abs() * 2**-8).all()
+    assert (
+        (codes.double() * scale.double() - inputs.double()).abs()
+        <= 0.51 * scale.double() + inputs.abs() * 2**-8
+    ).all()
 
 
 def test_token_weights_stay_in_float16(generator):
     """Tokens of next to no size count as much as float16 allows; the others as before."""
-    rows, lag = torch.randn(8, 32, generator=generator).half(), 100 * torch.randn(8, 16, generator=generator).half()
+    rows, lag = (
+        torch.randn(8, 32, generator=generator).half(),
+        100 * torch.randn(8, 16, generator=generator).half(),
+    )
     size = torch.tensor([1e-6, 1e-3, 1e-1, 1.0, 10.0, 300.0, 5e-5, 0.02]).unsqueeze(1)
     root = root_weights(1 / size.square(), rows, lag)
-    assert torch.isfinite(root).all() and torch.isfinite(rows * root).all() and torch.isfinite(lag * root).all()
-    free = (0.5 / size * torch.maximum(rows.abs().amax(1), lag.abs().amax(1)).float().unsqueeze(1) < 15000).squeeze(1)
+    assert (
+        torch.isfinite(root).all()
+        and torch.isfinite(rows * root).all()
+        and torch.isfinite(lag * root).all()
+    )
+    free = (
+        0.5 / size * torch.maximum(rows.abs().amax(1), lag.abs().amax(1)).float().unsqueeze(1)
+        < 15000
+    ).squeeze(1)
     assert free.sum() == 5
     torch.testing.assert_close(root[free].double(), 1 / size[free].double(), rtol=1e-3, atol=0)
-    assert torch.equal(root_weights(1 / size.square(), rows.bfloat16(), None), (1 / size).bfloat16())
+    assert torch.equal(
+        root_weights(1 / size.square(), rows.bfloat16(), None), (1 / size).bfloat16()
+    )
 
 
 @pytest.fixture(scope="module")
 def overflowing(tmp_path_factory):
-    """A model whose last layer leaves hidden states that float16 does not hold, though no linear's inputs and outputs do."""
+    """A model whose last layer adds up to more than float16 holds, though no linear does."""
     folder = tmp_path_factory.mktemp("overflowing") / "model"
     model = build_tiny("llama", tied=True)
     model.model.embed_tokens.weight.data[:, 0] = 60000.0
     for layer in model.model.layers:
         layer.input_layernorm.weight.data[0] = layer.post_attention_layernorm.weight.data[0] = 0
     # The first channel of the hidden states is 60000; the last MLP makes 30000 of it and adds that.
-    mlp, size = model.model.layers[1].mlp, 64 ** 0.5
+    mlp, size = model.model.layers[1].mlp, 64**0.5
     for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
         linear.weight.data.zero_()
     model.model.layers[1].post_attention_layernorm.weight.data[0] = 1 / size
@@ -223,7 +290,18 @@ def test_a_model_beyond_float16_is_refused_before_it_runs(overflowing, monkeypat
 
 def test_quantizing_a_model_whose_end_leaves_float16(overflowing, tmp_path):
     output = tmp_path / "out"
-    result = run_script(ROOT / "quantize_hqq.py", "--model", overflowing, "--output", output, "--dtype", "float16",
-                        "--group-size", 32)
-    assert_user_error(result, "the last layer or the head", "overflow in float16", "--dtype float32")
+    result = run_script(
+        ROOT / "quantize_hqq.py",
+        "--model",
+        overflowing,
+        "--output",
+        output,
+        "--dtype",
+        "float16",
+        "--group-size",
+        32,
+    )
+    assert_user_error(
+        result, "the last layer or the head", "overflow in float16", "--dtype float32"
+    )
     assert not output.exists()

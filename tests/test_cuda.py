@@ -9,13 +9,14 @@ import pytest
 import torch
 from conftest import run_script
 
-from common import adaround, grid, rounding, runtime
+from common import adaround, grid, kernels, rounding, runtime
 from common.decoding import Decoder
 from common.fused import fuse_layers
 from common.grid import Grid
 from common.kernels import inference, triton_works
 from common.kernels.inference import PackedWeight
 from common.runtime import load_for_running, load_model, measure_memory, weight_bytes
+from common.statistics import InputStatistics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -97,6 +98,37 @@ def test_integer_matmul(generator, rows):
     rounded = inference.round_rows(torch.randn(rows, 1152, generator=generator).bfloat16().cuda(), 8)
     exact = rounded.codes.cpu().double() * rounded.scale.cpu().double() @ inference.unpack(weight, torch.float64).T
     assert relative(inference.integer_matmul(rounded, moved(weight)), exact) < 6e-3
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64, 200])
+def test_products_as_on_an_rtx_20(generator, monkeypatch, rows):
+    """In float16, by what is left without tensor cores in Triton, bfloat16 units and overlapping launches."""
+    monkeypatch.setattr(kernels, "card", lambda: kernels.Card((7, 5), 64 << 10))
+    inputs = torch.randn(rows, 1152, generator=generator).half().cuda()
+    for bits, groups in ((4, 9), (8, 1)):
+        half = 1 << bits - 1
+        codes = torch.randint(-half, half, (192, 1152), generator=generator).to(torch.int8)
+        weight = inference.pack(codes, (0.01 * torch.rand(192, groups, generator=generator)).half(), None, bits)
+        exact, weight = inference.unpack(weight, torch.float64), moved(weight)
+        assert relative(inference.packed_matmul(inputs, weight), inputs.cpu().double() @ exact.T) < 2e-3
+    rounded = inference.round_rows(inputs, 8)
+    expected = rounded.codes.cpu().double() * rounded.scale.cpu().double() @ exact.T
+    assert relative(inference.integer_matmul(rounded, weight), expected) < 2e-3
+
+
+def test_gram_matrix_in_float16(generator):
+    """A token of next to no size, whose weight float16 does not hold, leaves it finite; without it nothing changes."""
+    inputs = torch.randn(300, 256, generator=generator)
+    sizes = torch.rand(300, generator=generator) + 0.5
+    gram = (inputs / sizes.unsqueeze(1)).double()
+    expected = gram.T @ gram / (1 / sizes.double().square()).sum()
+    found = InputStatistics(256, CUDA)
+    found.add(inputs.half().cuda(), 1 / sizes.square().cuda())
+    assert relative(found.finish().gram, expected) < 2e-3
+    sizes[7] = 1e-6
+    found = InputStatistics(256, CUDA)
+    found.add(inputs.half().cuda(), 1 / sizes.square().cuda())
+    assert torch.isfinite(found.finish().gram).all()
 
 
 def test_round_rows(generator):

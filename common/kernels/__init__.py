@@ -1,7 +1,8 @@
 """Operations that have a Triton kernel for CUDA and a twin in plain torch.
 
-`inference` and `rounding` hold the functions to call, with their twins; a CUDA tensor goes to the kernel of the same name in
-`inference_triton`, `products_triton` or `rounding_triton` where Triton works and the card has what the kernel needs.
+`inference` and `rounding` hold the functions to call, with their twins; a CUDA tensor goes to the
+kernel of the same name in `inference_triton`, `products_triton` or `rounding_triton` where Triton
+works and the card has what the kernel needs.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from torch import Tensor
 from common.machine import look_for_compiler, missing_for_triton
 from common.progress import say
 
-# What not every card has, and the compute capability from which on it is there. Below 8.0 Triton multiplies matrices without
-# tensor cores, and integers not at all.
-TRITON, TENSOR_CORES, BFLOAT16, FLASH_ATTENTION, DEPENDENT_LAUNCH = \
-    "Triton", "tensor cores in Triton", "bfloat16 units", "flash attention", "programmatic dependent launch"
-_SINCE = {TRITON: (7, 5), TENSOR_CORES: (8, 0), BFLOAT16: (8, 0), FLASH_ATTENTION: (8, 0), DEPENDENT_LAUNCH: (9, 0)}
+# What not every card has. Below 8.0 Triton multiplies matrices without tensor cores, and integers
+# not at all.
+TRITON, TENSOR_CORES, BFLOAT16 = "Triton", "tensor cores in Triton", "bfloat16 units"
+FLASH_ATTENTION, DEPENDENT_LAUNCH = "flash attention", "programmatic dependent launch"
+# The compute capability from which on it is there.
+_SINCE = {TRITON: (7, 5), TENSOR_CORES: (8, 0), BFLOAT16: (8, 0), FLASH_ATTENTION: (8, 0),
+          DEPENDENT_LAUNCH: (9, 0)}
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,15 @@ class Card:
 
 @cache
 def card() -> Card:
-    """The current CUDA device; where there is none, something for Triton's interpreter, which has no limits."""
+    """The current CUDA device; where there is none, something for Triton's interpreter."""
     if not torch.cuda.is_available():
         return Card((8, 0), 163 << 10)
-    return Card(torch.cuda.get_device_capability(), torch.cuda.get_device_properties().shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties()
+    return Card((properties.major, properties.minor), properties.shared_memory_per_block_optin)
 
 
 def supports(feature: str, capability: tuple[int, int] | None = None) -> bool:
-    """Whether cards of a compute capability, the current one's if none is given, have one of the features above."""
+    """Whether cards of a compute capability (None: the current one's) have one of the features above."""
     return (capability or card().capability) >= _SINCE[feature]
 
 
@@ -66,7 +70,8 @@ def triton_problem() -> str | None:
     try:
         from common.kernels.inference_triton import silu_mul
 
-        values = torch.zeros(1, 32, device="cuda", dtype=torch.bfloat16 if supports(BFLOAT16) else torch.float16)
+        dtype = torch.bfloat16 if supports(BFLOAT16) else torch.float16
+        values = torch.zeros(1, 32, device="cuda", dtype=dtype)
         silu_mul(values, values)
         torch.cuda.synchronize()
         return None

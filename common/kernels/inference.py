@@ -123,7 +123,8 @@ def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
         from common.kernels import products_triton
 
         return products_triton.integer_matmul(inputs, weight)
-    if inputs.codes.is_cuda and supports(TENSOR_CORES) and rows > FUSED_ROWS and len(weight.packed) % 8 == channels % 8 == 0:
+    whole = supports(TENSOR_CORES) and rows > FUSED_ROWS
+    if inputs.codes.is_cuda and whole and len(weight.packed) % 8 == channels % 8 == 0:
         sums = torch._int_mm(inputs.codes, weight.packed.T)
         return (sums * inputs.scale.float()).mul_(weight.scale.view(1, -1).float()).to(inputs.scale.dtype)
     return packed_matmul(inputs.values(), weight)

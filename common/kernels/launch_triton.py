@@ -18,12 +18,13 @@ MAGIC = tl.constexpr(12582912.0)
 
 def launch() -> dict:
     """How kernels are launched: on Hopper and later while the kernel before still runs (programmatic dependent launch)."""
-    return {"OVERLAP": True, "launch_pdl": True} if kernels.supports(kernels.DEPENDENT_LAUNCH) else {"OVERLAP": False}
+    overlap = kernels.supports(kernels.DEPENDENT_LAUNCH)
+    return {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}
 
 
 def stages(most: int, size: int) -> int:
-    """How many loads of `size` bytes may be on their way: at most `most`, and what a program's shared memory has room for, which
-    is less than half of a Hopper's on a desktop card.
+    """How many loads of `size` bytes may be on their way: at most `most`, and what a program's shared
+    memory has room for, which is less than half of a Hopper's on a desktop card.
     """
     return max(1, min(most, (kernels.card().shared_memory - (1 << 14)) // size))
 
