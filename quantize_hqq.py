@@ -19,6 +19,7 @@ from common.grid import Grid, QuantizedLinear, grouped, power_, quantize, round_
 from common.layerwise import NOTHING, Layer, Method
 from common.models import LINEARS
 from common.quantization import run
+from common.rounding import restore_gain
 
 LP_NORM = 4.0
 STEPS = 4
@@ -55,10 +56,11 @@ def half_quadratic(groups: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid
 
 
 def quantize_weight(weight: Tensor, grid: Grid, lp_norm: float, scale_dtype: torch.dtype) -> QuantizedLinear:
-    """Codes of one linear's weight [out, in]: the range searched first, then half-quadratic steps."""
+    """Codes of one linear's weight [out, in]: the range searched first, then half-quadratic steps, at last the gain restored."""
     scale, zero_point = search_range(weight, grid, norm=lp_norm, scale_dtype=scale_dtype)
     scale, zero_point = half_quadratic(grouped(weight, grid), scale, zero_point, grid, lp_norm, STEPS, scale_dtype)
-    return QuantizedLinear(quantize(weight, scale, zero_point, grid), scale, zero_point, grid)
+    codes = quantize(weight, scale, zero_point, grid)
+    return QuantizedLinear(codes, restore_gain(weight, codes, scale, zero_point, None, grid, scale_dtype), zero_point, grid)
 
 
 def main() -> None:

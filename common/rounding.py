@@ -131,7 +131,7 @@ def catch_up(weight: Tensor, gram: Tensor, lag: Tensor, share: float) -> Tensor:
     return weight + share * torch.cholesky_solve(lag.T, factor).T
 
 
-def restore_gain(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, gram: Tensor, grid: Grid,
+def restore_gain(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, gram: Tensor | None, grid: Grid,
                  scale_dtype: torch.dtype) -> Tensor:
     """Scales [out, groups] with which the output of each row, regressed on the original one, has slope one.
 
@@ -140,9 +140,10 @@ def restore_gain(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tenso
     layers shrink alike, and with them the few massive activations that attention rests on.
 
     Args:
-        weight: [out, in] float32; codes: [out, in]; scale, zero_point: [out, groups]; gram: [in, in].
+        weight: [out, in] float32; codes: [out, in]; scale, zero_point: [out, groups]; gram: [in, in], None
+            for inputs of which nothing is known: the weights themselves are regressed.
     """
-    rounded, product = dequantize(codes, scale, zero_point, grid), weight @ gram
+    rounded, product = dequantize(codes, scale, zero_point, grid), weight if gram is None else weight @ gram
     gain = (rounded * product).sum(1) / (weight * product).sum(1)
     # A row without output, or whose output is lost, has no gain to restore.
     gain = torch.where((gain > 0.5) & (gain < 2.0), gain, 1.0)

@@ -157,6 +157,9 @@ def test_the_gain_that_clipping_costs_is_restored(grid, generator):
         return (found * expected).sum(0) / expected.square().sum(0)
 
     assert slopes(scale).mean() < 0.995
+    alone = restore_gain(weight, codes, scale, zero_point, None, grid, torch.float32)
+    rounded = dequantize(codes, alone, zero_point, grid).double()
+    torch.testing.assert_close((rounded * weight).sum(1), weight.double().square().sum(1), rtol=1e-4, atol=0)
     restored = restore_gain(weight, codes, scale, zero_point, gram, grid, torch.float32)
     torch.testing.assert_close(slopes(restored), torch.ones(len(weight), dtype=torch.float64), rtol=0, atol=1e-4)
     stored = restore_gain(weight, codes, scale, zero_point, gram, grid, torch.bfloat16)
