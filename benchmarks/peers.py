@@ -63,5 +63,16 @@ def hqq(model, _windows: Tensor, _tokenizer, group_size: int = 64) -> None:
                                                     device=str(linear.weight.device)))
 
 
-PEERS = {"hqq 4-bit g64": hqq, "llm-compressor GPTQ": llm_compressor_gptq, "llm-compressor SmoothQuant + GPTQ W8A8":
+def auto_round(model, windows: Tensor, tokenizer, group_size: int = 128) -> None:
+    """Turns the model to bfloat16."""
+    from auto_round import AutoRound
+
+    # The library takes batches of the size that it steps by.
+    rows = [{"input_ids": window, "attention_mask": torch.ones_like(window)} for window in windows]
+    AutoRound(model, scheme="W4A16", tokenizer=tokenizer, dataset=torch.utils.data.DataLoader(rows, batch_size=8),
+              nsamples=len(windows), seqlen=windows.shape[1], batch_size=8, iters=200, group_size=group_size, sym=False,
+              device_map=str(next(model.parameters()).device)).quantize()
+
+
+PEERS = {"hqq 4-bit g64": hqq, "AutoRound, 200 iterations": auto_round, "llm-compressor GPTQ": llm_compressor_gptq, "llm-compressor SmoothQuant + GPTQ W8A8":
          llm_compressor_smoothquant, "llm-compressor AWQ": llm_compressor_awq}

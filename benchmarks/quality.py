@@ -1,82 +1,167 @@
 #!/usr/bin/env python3
-"""Perplexity of the demo model quantized by every method, from the same calibration tokens.
+"""Perplexity and divergence of several models, each quantized by every method, from the same calibration tokens.
 
-    python benchmarks/quality.py --data-root ../shared/data --seeds 0 1 2 --output quality.json
+    python benchmarks/quality.py --data-root ../shared/data --models demo models/Other/baseline --output quality.json
+    python benchmarks/quality.py --data-root ../shared/data --models demo --seeds 0 1 2 --peers
 
-WikiText-2 test, 80 windows of 2048; calibration 64 x 2048, group 64, asymmetric. One line per run, and a JSON of all.
+No default may be chosen on one model: give the demo model, others, and variants of both with the same function and other
+statistics. WikiText-2 test in windows of 2048; calibration 64 x 2048 tokens, groups of 64, asymmetric. With --peers other libraries
+(benchmarks/requirements.txt) quantize the same models from the same tokens; what is not installed is left out. A line for each run as
+it ends, then a table: perplexity relative to the baseline's by model, its mean and worst, and the mean divergence in nats.
 """
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+from peers import PEERS  # noqa: E402
 from scripts import quantize  # noqa: E402
 
-from common.calibration import evaluation_windows  # noqa: E402
-from common.cli import configure_torch, quiet_libraries, resolve_device  # noqa: E402
+from common.calibration import calibration_windows, evaluation_windows  # noqa: E402
+from common.cli import DTYPES, configure_torch, positive, quiet_libraries, resolve_device  # noqa: E402
+from common.divergence import last_hidden_states  # noqa: E402
 from common.evaluation import PERPLEXITY_DATA, perplexity  # noqa: E402
-from common.models import load_tokenizer, resolve_folder  # noqa: E402
+from common.models import SourceModel, resolve_folder  # noqa: E402
 from common.runtime import load_model  # noqa: E402
 
+GROUP_SIZE = 64
 # What is run: a name, the script and its options.
 RUNS = {
     "gptq-4bit": ("gptq", ["--bits", "4"]), "awq-4bit": ("awq", ["--bits", "4"]), "hqq-4bit": ("hqq", ["--bits", "4"]),
     "adaround-4bit": ("adaround", ["--bits", "4"]), "quarot-4bit": ("quarot", ["--bits", "4"]),
     "smoothquant-8bit": ("smoothquant", []), "gptq-8bit": ("gptq", ["--bits", "8"]),
     "hqq-8bit": ("hqq", ["--bits", "8"]), "adaround-8bit": ("adaround", ["--bits", "8"]),
+    "gptq-3bit": ("gptq", ["--bits", "3"]), "quarot-3bit": ("quarot", ["--bits", "3"]),
     "quarot-w4a4kv4": ("quarot", ["--bits", "4", "--act-bits", "4", "--kv-bits", "4"]),
 }
+# Where there is no calibration, or nothing drawn, a seed changes nothing.
+UNSEEDED = ("hqq", "hqq 4-bit g64")
+
+
+class Subject:
+    """A model to measure on: its windows of text, its perplexity, and its last hidden states, from which all divergences are."""
+
+    def __init__(self, model: str, options: argparse.Namespace):
+        self.name, self.options = model, options
+        self.folder = resolve_folder(model)
+        self.device, self.dtype = resolve_device("auto"), DTYPES[options.dtype]
+        original = self.original()
+        self.tokenizer = original.tokenizer
+        self.windows = evaluation_windows(PERPLEXITY_DATA, self.tokenizer, options.windows, options.window_length,
+                                          options.data_root)
+        self.states = last_hidden_states(original, self.windows.tokens)
+        self.baseline = perplexity(self.load(self.folder), self.windows)[0]["perplexity"]
+
+    def original(self) -> SourceModel:
+        return SourceModel(str(self.folder), self.device, self.dtype)
+
+    def load(self, folder: Path):
+        return load_model(folder, self.device, self.dtype)[0]
+
+    def calibration(self, seed: int) -> torch.Tensor:
+        """Token windows [samples, length], the scripts' own."""
+        options = self.options
+        return calibration_windows(options.calib_data, self.tokenizer, options.calib_samples, options.calib_length, seed,
+                                   options.data_root).tokens
+
+    def measure(self, model) -> dict[str, float]:
+        found = perplexity(model, self.windows, self.original(), self.states)[0]
+        return {"perplexity": found["perplexity"], "ratio": found["perplexity"] / self.baseline,
+                "kl": found["divergence"]["kl_mean"]}
+
+
+def by_script(script: str, extra: list[str], subject: Subject, seed: int) -> tuple[dict[str, float], float]:
+    """Quantize by one of our scripts. Returns what was measured and the seconds of the whole script."""
+    options = subject.options
+    group = [] if script == "smoothquant" else ["--group-size", str(GROUP_SIZE)]
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "checkpoint"
+        seconds = quantize(script, ["--model", subject.name, "--output", str(output), "--seed", str(seed), *group,
+                                    "--data-root", str(options.data_root), "--calib-data", options.calib_data,
+                                    "--calib-samples", str(options.calib_samples), "--calib-length",
+                                    str(options.calib_length), *extra])
+        return subject.measure(subject.load(output)), seconds
+
+
+def by_peer(function: Callable, subject: Subject, seed: int) -> tuple[dict[str, float], float]:
+    """The same by another library, seconds without loading. Raises ImportError where it is not installed."""
+    model, windows = subject.load(subject.folder), subject.calibration(seed)
+    start = time.perf_counter()
+    function(model, windows, subject.tokenizer, group_size=GROUP_SIZE)
+    return subject.measure(model.to(subject.device)), time.perf_counter() - start
+
+
+def jobs(options: argparse.Namespace) -> dict[str, tuple[Callable, bool]]:
+    """By name of a run: a function of subject and seed, and whether the seed matters."""
+    found = {}
+    for run in options.runs:
+        script, extra = RUNS[run] if run in RUNS else (run.split()[0], run.split()[1:])
+        found[run] = (lambda *what, script=script, extra=extra: by_script(script, extra, *what)), script not in UNSEEDED
+    for name, function in PEERS.items() if options.peers else ():
+        found[name] = (lambda *what, function=function: by_peer(function, *what)), name not in UNSEEDED
+    return found
+
+
+def table(records: list[dict], models: list[str]) -> str:
+    """Runs by models: means over seeds of the perplexity ratio, their mean and worst over models, and the mean divergence."""
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    lines = ["| run | " + " | ".join(models) + " | mean | worst | KL, nats |", "|---|" + "---:|" * (len(models) + 3)]
+    for run in dict.fromkeys(record["run"] for record in records):
+        own = [[record for record in records if (record["run"], record["model"]) == (run, model)] for model in models]
+        ratios = [mean([record["ratio"] for record in some]) for some in own if some]
+        shown = iter(ratios)
+        cells = [f"{next(shown):.4f}" if some else "–" for some in own]
+        divergence = mean([record["kl"] for some in own for record in some])
+        lines.append(f"| {run} | {' | '.join(cells)} | {mean(ratios):.4f} | {max(ratios):.4f} | {divergence:.4f} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["demo"], help="hub ids, folders or demo (default: demo)")
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--calib-data", default="calib/pile_style_mix")
-    parser.add_argument("--calib-samples", default="64")
-    parser.add_argument("--calib-length", default="2048")
-    parser.add_argument("--seeds", nargs="+", default=["0"])
-    parser.add_argument("--runs", nargs="+", default=list(RUNS), help="names of RUNS, or a script and its options in quotes")
-    parser.add_argument("--windows", type=int, default=80)
-    parser.add_argument("--window-length", type=int, default=2048)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--calib-samples", type=positive, default=64)
+    parser.add_argument("--calib-length", type=positive, default=2048)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--runs", nargs="*", default=list(RUNS), help="names of RUNS, or a script and its options in quotes")
+    parser.add_argument("--peers", action="store_true", help="other libraries too")
+    parser.add_argument("--windows", type=positive, help="of the text (default: all)")
+    parser.add_argument("--window-length", type=positive, default=2048)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="to evaluate in (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="JSON of all records, written after each")
     options = parser.parse_args()
     quiet_libraries()
     configure_torch(0)
-    device = resolve_device("auto")
-    baseline = resolve_folder("demo")
-    windows = evaluation_windows(PERPLEXITY_DATA, load_tokenizer(baseline), options.windows, options.window_length,
-                                 options.data_root)
-
-    def measure(folder: Path) -> float:
-        return perplexity(load_model(folder, device, torch.float32)[0], windows)[0]["perplexity"]
-
-    reference = measure(baseline)
-    print(f"baseline {reference:.4f}", flush=True)
-    records = [{"run": "baseline", "perplexity": reference}]
-    with tempfile.TemporaryDirectory() as scratch:
-        for run in options.runs:
-            script, extra = RUNS[run] if run in RUNS else (run.split()[0], run.split()[1:])
-            for seed in options.seeds:
-                output = Path(scratch) / "checkpoint"
-                group = [] if script == "smoothquant" else ["--group-size", "64"]
-                seconds = quantize(script, ["--model", "demo", "--output", str(output), "--overwrite", "--seed", seed, *group,
-                                            "--data-root", str(options.data_root), "--calib-data", options.calib_data,
-                                            "--calib-samples", options.calib_samples, "--calib-length",
-                                            options.calib_length, *extra])
-                value = measure(output)
-                phases = json.loads((output / "quantization_metadata.json").read_text())["seconds"]
-                records.append({"run": run, "seed": int(seed), "perplexity": value, "ratio": value / reference,
-                                "seconds": round(seconds, 1), "phases": phases})
-                print(f"RESULT {run} seed {seed}: {value:.4f}, {value / reference:.4f} x, {seconds:.1f} s, solve "
-                      f"{phases['solve']:.1f}", flush=True)
-    if options.output:
-        options.output.write_text(json.dumps({"calibration": options.calib_data, "records": records}, indent=1))
+    records: list[dict] = []
+    for model in options.models:
+        subject = Subject(model, options)
+        print(f"BASELINE {model} {subject.baseline:.4f}", flush=True)
+        for run, (job, seeded) in jobs(options).items():
+            for seed in options.seeds if seeded else options.seeds[:1]:
+                try:
+                    found, seconds = job(subject, seed)
+                except ImportError as error:
+                    print(f"{run}: not installed ({error})", flush=True)
+                    break
+                records.append({"model": model, "run": run, "seed": seed, **found, "seconds": round(seconds, 1)})
+                print(f"RESULT {model} {run} seed {seed}: {found['perplexity']:.4f}, {found['ratio']:.4f} x, KL "
+                      f"{found['kl']:.4f}, {seconds:.1f} s", flush=True)
+                if options.output:
+                    options.output.write_text(json.dumps({"calibration": options.calib_data, "records": records}, indent=1))
+                gc.collect()
+    print(table(records, options.models))
 
 
 if __name__ == "__main__":

@@ -94,15 +94,15 @@ def test_online_checkpoint(tiny_models, calibration_text, tmp_path, architecture
     record = json.loads((output / METADATA_FILE).read_text())["online_transforms"]
     assert [record["activation_bits"], record["kv_bits"]] == [dict(zip(options[::2], options[1::2], strict=True)).get(flag)
                                                              for flag in ("--act-bits", "--kv-bits")]
-    model, _ = load_model(output, torch.device("cpu"), torch.float32)
+    # In float32 a value on the edge between two codes may fall either way, and move all tokens after it.
+    model, _ = load_model(output, torch.device("cpu"), torch.float64)
     tokens = torch.randint(2, 300, (1, 40), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         whole = model(tokens).logits
         first = model(tokens[:, :25], use_cache=True)
         rest = model(tokens[:, 25:], past_key_values=first.past_key_values, use_cache=True)
     in_parts = torch.cat([first.logits, rest.logits], dim=1)
-    # A value on the edge between two codes may fall either way.
-    assert ((whole - in_parts).abs().amax(-1) < 1e-3 * whole.abs().max()).float().mean() > 0.9
+    assert (whole - in_parts).abs().max() < 1e-3 * whole.abs().max()
 
 
 def test_its_default_output_says_what_is_rounded(tiny, calibration_text, tmp_path):
