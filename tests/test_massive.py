@@ -26,7 +26,7 @@ def plant_super_weight(model, token):
 def plant_massive_activation(model, token):
     """A token whose hidden state is hundreds of times that of the others from the first layer on, in one channel."""
     layer = model.model.layers[0]
-    model.model.embed_tokens.weight[token] *= 4                                 # its direction stays in any context
+    model.model.embed_tokens.weight[token] *= 20                                # its direction stays in any context
     seen = []
     watch = layer.post_attention_layernorm.register_forward_hook(lambda *what: seen.append(what[2][0, 0]))
     model(torch.tensor([[token]]))
