@@ -166,6 +166,8 @@ def resolve_device(choice: str, memory: float | None = None) -> torch.device:
     if obstacle and (obstacle.stops or choice == "cuda"):
         none = "no CUDA device was found: " if not obstacle.stops else ""
         raise UserError(f"{none}{obstacle.problem}; {obstacle.mend}, or use --device cpu, which is far slower")
+    if choice == "cuda" and torch.version.cuda is None:
+        raise UserError(f"no CUDA device was found, and torch {torch.__version__} is a build without CUDA; use --device cpu")
     if choice == "cuda":
         raise UserError("no CUDA device was found, nor NVIDIA's driver; use --device cpu, or "
                         f"{machine.install_driver(machine.look())}")

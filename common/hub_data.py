@@ -51,7 +51,7 @@ def hub_rows(name: DataName, sample: Sample) -> tuple[list[dict], str]:
     Raises:
         UserError: no such data set, config or split; no network and not in the cache.
     """
-    from huggingface_hub.constants import HF_HOME
+    from huggingface_hub.constants import HF_HOME, HF_HUB_OFFLINE
 
     folder = Path(HF_HOME, _FOLDER, name.repository)
     pinned = _pinned(folder)
@@ -68,6 +68,11 @@ def hub_rows(name: DataName, sample: Sample) -> tuple[list[dict], str]:
     except ValueError as error:  # what `datasets` raises for an unknown config or split
         raise UserError(f"data set {name}: {str(error).splitlines()[0][:200]}") from None
     except Exception as error:  # aiohttp, httpx, hub and file-system errors share no base class
+        if HF_HUB_OFFLINE:
+            raise UserError(
+                f"data set {name} cannot be fetched: HF_HUB_OFFLINE is set, and these rows were not "
+                "fetched before; unset it, or give a local file, --data-root, or demo"
+            ) from None
         raise UserError(
             f"data set {name} cannot be fetched ({type(error).__name__}): no network, or no such "
             "data set; give a local file, --data-root, or demo"

@@ -46,7 +46,8 @@ class Machine:
         torch_cuda: the CUDA that torch was built for; None for a build without it.
         visible: CUDA_VISIBLE_DEVICES, None where it is not set.
         wsl: whether this is Linux under Windows.
-        card: whether a card of NVIDIA's is there.
+        card: whether a card of NVIDIA's is there, and something of its driver.
+        bare: whether a card is in the machine and nothing of its driver is.
         graphics: whether WSL passes a graphics card on, of whatever maker.
         driver: what is known of the driver.
         fault: what torch says when it is made to start CUDA.
@@ -56,6 +57,7 @@ class Machine:
     visible: str | None = None
     wsl: bool = False
     card: bool = False
+    bare: bool = False
     graphics: bool = False
     driver: Driver = Driver()
     fault: str | None = None
@@ -108,7 +110,8 @@ def look(root: Path = Path("/")) -> Machine:
         graphics=(root / "dev/dxg").exists(),
     )
     if known.hidden or (not nodes and smi is None):
-        return replace(known, card=nodes or smi is not None)
+        card = nodes or smi is not None
+        return replace(known, card=card, bare=not card and _on_the_bus(root))
     # nvidia-smi alone proves nothing: it is also installed where there is no card.
     driver = ask_driver(smi, root)
     card = nodes or driver.fault is None or (known.graphics if wsl else _on_the_bus(root))
@@ -140,6 +143,13 @@ def obstacle(machine: Machine) -> Obstacle | None:
     if machine.card and machine.hidden:
         return Obstacle("CUDA_VISIBLE_DEVICES hides the card", "unset it", stops=False)
     if not machine.card:
+        if machine.bare:
+            # A container on a machine with cards that were not passed to it looks the same.
+            return Obstacle(
+                "an NVIDIA card is in this machine, but not its driver",
+                install_driver(machine),
+                stops=False,
+            )
         if machine.graphics:
             return Obstacle(
                 "WSL passes a graphics card on, but no NVIDIA driver",
@@ -174,9 +184,9 @@ def obstacle(machine: Machine) -> Obstacle | None:
         return Obstacle(
             f"CUDA_VISIBLE_DEVICES={machine.visible} names no card of this machine", "unset it"
         )
+    version = f" (NVIDIA driver {driver.version})" if driver.version else ""
     return Obstacle(
-        f"a card is there (NVIDIA driver {driver.version}), but CUDA does not start "
-        f"({machine.fault})",
+        f"a card is there{version}, but CUDA does not start ({machine.fault})",
         f"{where}; if that does not help, {install_driver(machine)}",
     )
 

@@ -121,7 +121,9 @@ def test_rows_are_fetched_once_and_kept(hub, home, online):
     other = ("allenai/ai2_arc/ARC-Challenge:test", 10, 0)
     for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
         again = ask(hub, home, [*WANTED, other], **environment)
-        assert "cannot be fetched" in again.pop(other[0])["error"]
+        error = again.pop(other[0])["error"]
+        assert "cannot be fetched" in error
+        assert ("HF_HUB_OFFLINE is set" in error) == ("HF_HUB_OFFLINE" in environment)
         assert again == {address: online[address] for address, *_ in WANTED}
 
 

@@ -169,6 +169,28 @@ def test_machines_without_a_card_are_left_alone(played, capsys):
     assert "on Windows, not inside WSL" in refused("cuda")
 
 
+def test_a_card_without_any_driver_is_said(played, capsys):
+    played(
+        sys__bus__pci__devices__1__vendor="0x10de\n",
+        sys__bus__pci__devices__1__class="0x030000\n",
+    )
+    assert cli.resolve_device("auto") == torch.device("cpu")
+    line = " ".join(capsys.readouterr().out.split())
+    assert "an NVIDIA card is in this machine, but not its driver" in line
+    assert "install NVIDIA driver 580 or newer" in line
+    assert "an NVIDIA card is in this machine" in refused("cuda")
+
+
+def test_a_driver_without_a_version_is_not_called_none(played):
+    played("dev/nvidia0")
+    assert "a card is there, but CUDA does not start" in refused("auto")
+
+
+def test_cuda_without_a_card_or_a_build_for_it(played, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is a build without CUDA; use --device cpu" in refused("cuda")
+
+
 def test_a_card_on_the_bus_whose_driver_is_not_loaded(played):
     played(
         smi="NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.",
