@@ -27,7 +27,7 @@ from peers import PEERS  # noqa: E402
 from scripts import quantize  # noqa: E402
 
 from common.calibration import calibration_windows, evaluation_windows  # noqa: E402
-from common.cli import DTYPES, configure_torch, positive, quiet_libraries, resolve_device  # noqa: E402
+from common.cli import DTYPES, configure_torch, positive, quiet_libraries, resolve_device, two_or_more  # noqa: E402
 from common.divergence import last_hidden_states  # noqa: E402
 from common.evaluation import PERPLEXITY_DATA, perplexity  # noqa: E402
 from common.models import SourceModel, resolve_folder  # noqa: E402
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="*", default=list(RUNS), help="names of RUNS, or a script and its options in quotes")
     parser.add_argument("--peers", action="store_true", help="other libraries too")
     parser.add_argument("--windows", type=positive, help="of the text (default: all)")
-    parser.add_argument("--window-length", type=positive, default=2048)
+    parser.add_argument("--window-length", type=two_or_more, default=2048)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="to evaluate in (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON of all records, written after each")
     options = parser.parse_args()

@@ -72,6 +72,8 @@ def load_texts(data: str, part: str, data_root: Path | None = None, limit: int |
     Args:
         data: `demo`, a local file or a data set's address.
         part: which half of the demo's text, "calibration" or "evaluation".
+    Raises:
+        UserError: no rows, no column of text, or a row that holds neither a text nor messages.
     """
     if data == "demo":
         return demo_text(part), "demo"
@@ -82,7 +84,12 @@ def load_texts(data: str, part: str, data_root: Path | None = None, limit: int |
     if column is None:
         raise UserError(f"{data} has none of the columns {', '.join(_TEXT_COLUMNS)}; it has "
                         f"{', '.join(loaded.rows[0])}")
-    return [row.get(column) or "" for row in loaded.rows], loaded.source
+    try:
+        return [chat.document(row.get(column)) for row in loaded.rows], loaded.source
+    except ValueError as error:
+        raise UserError(f"{data} has a row whose {column} is {error}; wanted is a text or a list "
+                        "of messages {role, content} or {from, value}: convert it, or give other "
+                        "data") from None
 
 
 def start_tokens(tokenizer) -> list[int]:
@@ -105,10 +112,17 @@ def start_tokens(tokenizer) -> list[int]:
 
 
 def encode_document(document: str | list[dict], tokenizer, start: list[int]) -> list[int]:
-    """Token ids of a document, without the `start_tokens` in front, with what ends it, once."""
+    """Token ids of a document, without the `start_tokens` in front, with what ends it, once.
+
+    Raises:
+        UserError: the chat template refuses the conversation, or writes nothing of it.
+    """
     is_chat = not isinstance(document, str) and bool(getattr(tokenizer, "chat_template", None))
     if is_chat:
         text = chat.render(tokenizer, document)
+        if not text.strip() and any(message["content"].strip() for message in document):
+            raise UserError("the model's chat template writes nothing of a conversation; give data "
+                            "of plain text instead")
     elif isinstance(document, str):
         text = document
     else:

@@ -11,7 +11,44 @@ from common.errors import UserError
 
 # Llama 3's own date for when there is no clock; templates that name none of their own get it too.
 DATE = "26 Jul 2024"
+# ShareGPT's names of who speaks.
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
+             "assistant": "assistant", "system": "system", "tool": "tool"}
 _OWN_DATE = re.compile(r"""date_string\s*=\s*["'](\d{1,2} [A-Z][a-z]{2} \d{4})["']""")
+
+
+def document(value) -> str | list[dict]:
+    """What a data set's row holds as a text, or as messages with the strings `role` and `content`.
+
+    None and empty lists are blank texts. ShareGPT's messages of `from` and `value` are renamed, and
+    of a content that is a list of parts the text parts are joined.
+
+    Raises:
+        ValueError: it is something else; says what.
+    """
+    if isinstance(value, str) or value is None or value == []:
+        return value or ""
+    if not isinstance(value, list):
+        raise ValueError(f"of type {type(value).__name__}")
+    return [_message(item) for item in value]
+
+
+def _message(item) -> dict:
+    if not isinstance(item, dict):
+        raise ValueError(f"a list of {type(item).__name__}")
+    role, content, speaker = map(item.get, ("role", "content", "from"))
+    if role is None and isinstance(speaker, str) and isinstance(item.get("value"), str):
+        if speaker not in _SPEAKERS:
+            raise ValueError(f"a message from {speaker!r} (known are {', '.join(_SPEAKERS)})")
+        return {"role": _SPEAKERS[speaker], "content": item["value"]}
+    if isinstance(content, list):
+        texts = [part["text"] for part in content
+                 if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        content = "".join(texts) if texts else content
+    if isinstance(role, str) and isinstance(content, str):
+        return {**item, "content": content}
+    forms = ", ".join(f"{name}: {type(part).__name__}" for name, part in item.items())
+    raise ValueError(f"a list with a message of the form {{{forms}}}")
 
 
 def template_date(tokenizer) -> str | None:

@@ -208,6 +208,13 @@ def positive(text: str) -> int:
     return value
 
 
+def two_or_more(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"{text} is less than 2")
+    return value
+
+
 def gibibytes(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):

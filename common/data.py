@@ -95,13 +95,42 @@ def _read_file(path: Path, limit: int | None = None, seed: int | None = None,
         if path.suffix == ".jsonl":
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
             chosen = draw_rows([RowGroup(0, 0, 0, len(lines), 0)], limit, seed)
-            return [json.loads(lines[i]) for i in chosen]
+            rows = [json.loads(lines[i]) for i in chosen]
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError("a line holds no JSON object")
+            return rows
         from pyarrow.parquet import ParquetFile
 
         with ParquetFile(path) as file:
             return read_sample([file], limit, seed, columns, budget).to_pylist()
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0][:150]})") from None
+
+
+def check_columns(loaded: Rows, needs: tuple[str, ...], purpose: str) -> None:
+    """Refuse rows without what they are needed for.
+
+    Args:
+        needs: columns, and with a dot what is inside one.
+        purpose: what the rows are for, to end the message with.
+    Raises:
+        UserError: no rows, or one that lacks something; says what, and what it has.
+    """
+    if not loaded.rows:
+        raise UserError(f"{loaded.source} has no rows")
+    for row in loaded.rows:
+        missing = [name for name in needs if not _has(row, name.split("."))]
+        if missing:
+            raise UserError(f"{loaded.source} has a row without {', '.join(missing)}; it has "
+                            f"{', '.join(row) or 'nothing'}; give other data for {purpose}")
+
+
+def _has(row: dict, path: list[str]) -> bool:
+    for name in path:
+        if not isinstance(row, dict) or name not in row:
+            return False
+        row = row[name]
+    return True
 
 
 def demo_rows(task: str) -> Rows:

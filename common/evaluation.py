@@ -30,8 +30,8 @@ from torch import Tensor
 from common import identity, metadata, overlap
 from common.calibration import Windows, evaluation_windows
 from common.chat import template_date
-from common.cli import add_device_arguments, configure_torch, positive, resolve_device, resolve_dtype, run
-from common.data import Rows, demo_rows, load_rows
+from common.cli import add_device_arguments, configure_torch, positive, resolve_device, resolve_dtype, run, two_or_more
+from common.data import Rows, check_columns, demo_rows, load_rows
 from common.device_memory import logits_at_once
 from common.divergence import compare, hidden_states, place_head, summarise
 from common.errors import UserError
@@ -55,12 +55,14 @@ class TaskData:
     """Where a task's rows come from: demo file, hub address, and how many by default.
 
     fetch: rows of a seeded sample that are looked through for OpenMath, many of which have no
-    numeric answer. columns: what the task needs of a row, where that is less than all.
+    numeric answer. needs: the columns that a row must have, with a dot what is inside one. columns:
+    those that are read, where that is less than all.
     """
 
     demo: str
     address: str
     limit: int
+    needs: tuple[str, ...]
     chat: bool = True
     fetch: int | None = None
     columns: tuple[str, ...] | None = None
@@ -68,9 +70,12 @@ class TaskData:
 
 # Limits keep one model of a billion weights under three minutes on a GPU.
 TASK_DATA = {
-    "arc": TaskData("arc", "allenai/ai2_arc/ARC-Challenge:test", 1172, chat=False),
-    "squad_v2": TaskData("squad", "rajpurkar/squad_v2/squad_v2:validation", 1000),
-    "openmath": TaskData("openmath", "nvidia/OpenMathInstruct-2:train", 200, fetch=1024,
+    "arc": TaskData("arc", "allenai/ai2_arc/ARC-Challenge:test", 1172,
+                    ("question", "choices.text", "choices.label", "answerKey"), chat=False),
+    "squad_v2": TaskData("squad", "rajpurkar/squad_v2/squad_v2:validation", 1000,
+                         ("context", "question", "answers.text")),
+    "openmath": TaskData("openmath", "nvidia/OpenMathInstruct-2:train", 200,
+                         ("problem", "expected_answer"), fetch=1024,
                          columns=("problem", "expected_answer")),
 }
 # Bytes to fetch for one task's sample of a split too large to be fetched whole.
@@ -82,7 +87,11 @@ DEMO_WINDOWS, DEMO_WINDOW_LENGTH = 16, 512
 
 
 def task_rows(task: str, options: argparse.Namespace, demo: bool) -> Rows:
-    """The rows a task is evaluated on: the same for every model."""
+    """The rows a task is evaluated on: the same for every model.
+
+    Raises:
+        UserError: no data, or rows without what the task needs.
+    """
     data = TASK_DATA[task]
     address = getattr(options, f"{task}_data", None)
     limit = options.limit or data.limit
@@ -93,6 +102,7 @@ def task_rows(task: str, options: argparse.Namespace, demo: bool) -> Rows:
     wanted = max(data.limit, limit) if data.fetch is None else max(data.fetch, 4 * limit)
     loaded = load_rows(address or data.address, options.data_root, wanted, SAMPLE_SEED,
                        data.columns, TRAFFIC)
+    check_columns(loaded, data.needs, f"{task}, whose data are like {data.address}")
     if data.fetch is None:
         return Rows(loaded.rows[:limit], loaded.source)
     # A problem whose answer is an expression has no distance from a number.
@@ -218,7 +228,7 @@ def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, t
     if "perplexity" in chosen:
         windows = evaluation_windows(options.perplexity_data or ("demo" if demo else PERPLEXITY_DATA), tokenizer,
                                      options.windows or default_windows(demo, device),
-                                     options.window_length or (DEMO_WINDOW_LENGTH if demo else WINDOW_LENGTH),
+                                     _window_length(folder, options.window_length, demo),
                                      options.data_root)
     _check_overlap(folder, tokenizer, rows, windows)
     shared = {"source": subject.source, "checkpoint": identity.checkpoint_hash(folder, options.results_dir),
@@ -274,6 +284,17 @@ def default_windows(demo: bool, device: torch.device) -> int | None:
     if demo:
         return DEMO_WINDOWS
     return CPU_WINDOWS if device.type == "cpu" else None
+
+
+def _window_length(folder: Path, asked: int | None, demo: bool) -> int:
+    """Tokens of a perplexity window: as asked for or the default, cut to the model's context."""
+    length = asked or (DEMO_WINDOW_LENGTH if demo else WINDOW_LENGTH)
+    config = read_json(folder / "config.json", "quantize or download it again")
+    context = config.get("max_position_embeddings")
+    if not isinstance(context, int) or length <= context:
+        return length
+    say(f"perplexity windows are cut from {length:,} to {context:,} tokens, the model's context")
+    return context
 
 
 def _conditions(subject: Subject, results_dir: Path, chosen: tuple[str, ...], rows: dict[str, Rows],
@@ -397,8 +418,9 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--windows", type=positive, metavar="N",
                         help="at most this many perplexity windows, from the text's beginning (default: the whole "
                              f"text on a GPU, {CPU_WINDOWS} on a CPU; demo {DEMO_WINDOWS})")
-    parser.add_argument("--window-length", type=positive, metavar="N",
-                        help=f"tokens per window (default: {WINDOW_LENGTH}; demo {DEMO_WINDOW_LENGTH})")
+    parser.add_argument("--window-length", type=two_or_more, metavar="N",
+                        help=f"tokens per window, at least 2, cut to the model's context (default: "
+                             f"{WINDOW_LENGTH}; demo {DEMO_WINDOW_LENGTH})")
     parser.add_argument("--results-dir", type=Path, default=RESULTS_FOLDER, metavar="DIR",
                         help="where results go (default: %(default)s)")
 

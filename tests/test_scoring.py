@@ -7,6 +7,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from common.data import DEMO_FOLDER
+from common.errors import UserError
 from common.evaluation import task_rows
 from common.tasks.scoring import (arc_sample, extract_number, macro_f1, openmath_sample, parse_number, squad_sample,
                                   summarise, token_f1)
@@ -35,6 +37,16 @@ from common.tasks.scoring import (arc_sample, extract_number, macro_f1, openmath
     ("The answer is 1-2", None), ("is 1.2.3", None), ("COVID-19", None),
     # Units and emphasis.
     ("\\boxed{5\\text{ cm}}", 5), ("The answer is 12 cm^2.", 12), ("The answer is 90^{\\circ}.", 90), ("The answer is 5cm", 5),
+    ("The answer is 3 sixteenths of a mile.", None), ("There are 5 third graders", 5), ("She has 14 quarters.", 14),
+    ("that is 3 quarters of it", None), ("The answer is 1 third.", None), ("grossed $356 mil", None),
+    # Recurring decimals, products written with an x, arguments, remainders, groups of digits, fractions as a character.
+    ("The answer is $0.\\overline{3}$.", None), ("0.1\\overline{6}", None), ("The answer is 0.(3)", None),
+    ("\\boxed{0.1(6)}", None), ("The answer is 5 x 10^3.", None), ("6.02 x 10^23", None), ("5 x 10^3 = 5000", 5000),
+    ("The answer is $f(3) = 5$", 5), ("\\boxed{f(2, 3) = 7}", 7), ("The answer is f(3).", None), ("The answer is (5).", 5),
+    ("10 mod 3", None), ("The answer is 10 mod 3 = 1", 1), ("The answer is 3 (mod 7)", None), ("a modest 5", 5),
+    ("1 \u00bd", 1.5), ("The answer is 2\u00bd cups", 2.5), ("-\u00be", -0.75), ("\u215e", 0.875), ("x\u00bd", None),
+    ("12 000", None), ("The answer is 1\u00a0234\u202f567.", None), ("12\\,000", 12000), ("in 2020 there were 500", 500),
+    ("Step 3 12 apples", 12),
     ("The answer is **5**.", 5), ("The answer is 5 - which is odd", 5), ("the answer is:\n\n 42", 42), ("\\boxed{x = 5}", 5),
 ])
 def test_number_in_an_answer(text, expected):
@@ -56,11 +68,14 @@ EXPECTED_ANSWERS = [
     ("2 + 3i", None), ("x = 5", None), ("(3)", None), ("101_2", None), ("3 million", None), ("7 eighths", None),
     # Lists, ratios, dates, numbers written otherwise.
     ("1, 2", None), ("0,1", None), ("1,23", None), ("(1,4)", None), ("3:2", None), ("1.2.3", None), ("3/4/5", None),
-    ("5 or 6", None), ("1 234", None), ("12\\text{ and }5", None),
+    ("0.\\overline{3}", None), ("0.(3)", None), ("5 x 10^3", None), ("10 mod 3", None), ("12 000", None), ("f(3) = 5", None),
+    ("5 bn", None), ("5 mil", None), ("3 sixteenths", None), ("7 twelfths", None), ("3 millionths", None), ("2 per", None),
+    ("2\\text{ per}", None), ("1 twentieth", None), ("5 or 6", None), ("1 234", None), ("12\\text{ and }5", None),
     # Units.
     ("$80", 80), ("$1,234.50", 1234.5), ("\\$5", 5), ("50%", 50), ("40\\%", 40), ("12 apples", 12), ("3 months", 3),
     ("5cm", 5), ("5 km/h", 5), ("5 cm^2", 5), ("5\\text{ cm}", 5), ("12\\text{ square units}", 12), ("90^\\circ", 90),
-    ("25^\\circ\\text{C}", 25),
+    ("25^\\circ\\text{C}", 25), ("5 miles per hour", 5), ("2 percent", 2), ("3 milliliters", 3), ("5 perches", 5),
+    ("1 \u00bd", 1.5), ("2\u00bd cups", 2.5), ("\u2153", 1 / 3), ("-3\u00be", -3.75), ("3\\text{ m per s}", 3),
 ]
 
 
@@ -91,6 +106,27 @@ def test_only_problems_with_numeric_answers_are_evaluated(tmp_path):
     options = argparse.Namespace(openmath_data=str(file), limit=None, data_root=None)
     chosen = [row["expected_answer"] for row in task_rows("openmath", options, demo=False).rows]
     assert sorted(chosen) == sorted(text for text, expected in EXPECTED_ANSWERS if expected is not None)
+
+
+ARC_LINES = "".join((DEMO_FOLDER / "arc.jsonl").read_text().splitlines(keepends=True)[:2])
+
+
+@pytest.mark.parametrize("task, name, content, words", [
+    ("arc", "a.txt", "some words", ["question, choices.text, choices.label, answerKey", "it has text"]),
+    ("arc", "a.jsonl", '{"question": "q", "choices": ["a", "b"], "answerKey": "A"}', ["without choices.text, choices.label; it"]),
+    ("squad_v2", "a.jsonl", ARC_LINES, ["without context, answers.text; it has id, question, choices, answerKey"]),
+    ("openmath", "a.jsonl", ARC_LINES, ["without problem, expected_answer; it has id, question"]),
+    ("openmath", "a.jsonl", '{"problem": "p", "expected_answer": "1"}\n{"problem": "q"}', ["without expected_answer; it has problem;"]),
+    ("squad_v2", "a.jsonl", "", ["no rows"]), ("squad_v2", "a.jsonl", "[1]", ["cannot be read", "no JSON object"]),
+])
+def test_data_of_another_task_is_one_line(tmp_path, task, name, content, words):
+    (tmp_path / name).write_text(content)
+    options = argparse.Namespace(**{f"{task}_data": str(tmp_path / name)}, limit=None, data_root=None)
+    with pytest.raises(UserError) as error:
+        task_rows(task, options, demo=True)
+    assert "\n" not in str(error.value) and name in str(error.value)
+    for word in words:
+        assert word in str(error.value)
 
 
 def squad(text, golds):

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, WORDS, build_tiny, tiny_tokenizer
+from conftest import ROOT, WORDS, assert_user_error, build_tiny, run_script, tiny_tokenizer
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
@@ -201,6 +201,55 @@ def test_the_demos_tokenizer(demo_model, tmp_path):
     assert chat.template_date(tokenizer) is None
 
 
+def in_form(form: str, conversation: list[dict]) -> dict:
+    """A row that holds the conversation in another form."""
+    names = {"user": "human", "assistant": "gpt"}
+    if form == "sharegpt":
+        return {"conversations": [{"from": names[m["role"]], "value": m["content"]}
+                                  for m in conversation]}
+    halves = [(m["role"], m["content"].partition(" ")) for m in conversation]
+    return {"messages": [{"role": role, "content": [
+        {"type": "text", "text": first + space}, {"type": "image", "text": None},
+        {"type": "text", "text": rest}]} for role, (first, space, rest) in halves]}
+
+
+@pytest.mark.parametrize("form", ["sharegpt", "parts"])
+@pytest.mark.parametrize("template", [True, False])
+def test_other_forms_of_conversations_give_the_same_windows(tmp_path, form, template):
+    tokenizer, rows = llama_like(), conversations(60)
+    if not template:
+        tokenizer.chat_template = None
+    usual = calibration_windows(chat_file(tmp_path, rows), tokenizer, 8, 100, 0)
+    (tmp_path / "other.jsonl").write_text("\n".join(json.dumps(in_form(form, row)) for row in rows))
+    other = calibration_windows(str(tmp_path / "other.jsonl"), tokenizer, 8, 100, 0)
+    assert torch.equal(usual.tokens, other.tokens)
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"text": ["one", "two"]}, "text is a list of str"),
+    ({"text": 5}, "text is of type int"),
+    ({"messages": [{"role": "user", "content": None}]}, "{role: str, content: NoneType}"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "{role: str, content: list}"),
+    ({"messages": [{"speaker": "a", "text": "b"}]}, "{speaker: str, text: str}"),
+    ({"conversations": [{"from": "narrator", "value": "b"}]}, "a message from 'narrator'"),
+    ({"conversations": [{"from": ["human"], "value": "b"}]}, "{from: list, value: str}"),
+])
+def test_rows_of_another_form_are_refused_in_one_line(tmp_path, row, words):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    for windows in (lambda data: calibration_windows(data, tiny_tokenizer(), 1, 8, 0),
+                    lambda data: evaluation_windows(data, tiny_tokenizer(), 1, 8)):
+        with pytest.raises(UserError, match="convert it, or give other data") as error:
+            windows(str(tmp_path / "a.jsonl"))
+        assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_template_that_writes_nothing_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['words'] }}{% endfor %}"
+    with pytest.raises(UserError, match="writes nothing of a conversation"):
+        calibration_windows(chat_file(tmp_path, conversations(3)), tokenizer, 1, 8, 0)
+
+
 @pytest.fixture(scope="module", params=["llama3", "llama3_2"])
 def llama_tokenizer(request):
     """Llama 3's tokenizer as first published (no BOS before plain text) and Llama 3.2's.
@@ -309,6 +358,26 @@ def test_the_whole_text_is_evaluated_on_a_gpu():
     assert default_windows(False, card) is None
     assert default_windows(False, cpu) == CPU_WINDOWS
     assert default_windows(True, card) == default_windows(True, cpu) == DEMO_WINDOWS
+
+
+def test_windows_are_cut_to_the_models_context(tiny, calibration_text, tmp_path):
+    """256 tokens of a tiny model, whether the length is the default or asked for."""
+    for folder, length in (("default", []), ("asked", ["--window-length", 300])):
+        result = run_script(ROOT / "common/evaluation.py", "--model-path", tiny, "--results-dir",
+                            tmp_path / folder, "--perplexity-data", calibration_text, "--tasks",
+                            "perplexity", "--windows", 2, "--device", "cpu", *length)
+        assert result.returncode == 0, result.stderr
+        assert "to 256 tokens, the model's context" in result.stdout
+        document = json.loads((tmp_path / folder / tiny.name / "baseline.json").read_text())
+        assert document["tasks"]["perplexity"]["length"] == 256
+        assert document["tasks"]["perplexity"]["windows"] == 2
+
+
+def test_a_window_of_one_token_is_refused(tiny, tmp_path):
+    """Its only token is context, so nothing is left to be evaluated."""
+    result = run_script(ROOT / "common/evaluation.py", "--model-path", tiny, "--results-dir", tmp_path,
+                        "--tasks", "perplexity", "--window-length", 1, "--device", "cpu")
+    assert_user_error(result, "--window-length", "1 is less than 2")
 
 
 def test_nothing_of_wikitext_is_left_out(llama_tokenizer, shared_data):

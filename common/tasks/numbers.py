@@ -2,12 +2,14 @@ r"""Numbers in text: what an expected answer is worth, and which number a model'
 
 A plain number stands for itself: `-7`, `1,234.50`, `3/4`, `\frac{3}{4}`, `3\frac{1}{2}` (3.5), `1e3`,
 with a unit or without. Expressions (`2^{10}`, `5x`, `12!`, `\sqrt{2}`), ratios, lists and ranges are
-none, and no part of them is.
+none, and no part of them is. Nor are recurring decimals (`0.(3)`, `0.\overline{3}`) and digits in
+groups with a space between (`12 000`), which may be one number or two.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 
 import numpy as np
 
@@ -23,10 +25,14 @@ _NUMBER = rf"""(?P<sign>[-+]?)[€£]?(?:
   | (?P<value>{_DECIMAL}) )"""
 
 # Words that make another number of the one before them.
-_SCALES = "(?:hundred|thousand|million|billion|trillion|dozen)s?|pi|squared|cubed|factorial"
-_FACTORS = (rf"{_SCALES}|(?:halve|half|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|"
-            r"hundredth|thousandth)s?|plus|minus|times|over|by|or|and|to|mod|sqrt|log|ln|sin|cos|tan|"
-            r"less|more|base")
+_SCALES = ("(?:hundred|thousand|million|billion|trillion|quadrillion|dozen|lakh|crore)s?|"
+           "bn|mn|tn|mil|mln|grand|googol|pi|squared|cubed|factorial")
+_FRACTIONS = ("halve|half|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|"
+              "twelfth|(?:thir|four|fif|six|seven|eigh|nine)teenth|"
+              "(?:twent|thirt|fort|fift|sixt|sevent|eight|ninet)ieth|"
+              "(?:hundred|thousand|million|billion|trillion)th")
+_FACTORS = (rf"{_SCALES}|(?:{_FRACTIONS})s?|plus|minus|times|over|by|or|and|to|mod|modulo|sqrt|"
+            r"log|ln|sin|cos|tan|less|more|base")
 _WORD = rf"(?!(?:{_FACTORS})\b)[A-Za-z]+"
 _POWER = r"(?:\^\{?[23]\}?)?"
 # Of units written right behind the digits only the well-known ones: `5xy` is a product.
@@ -35,23 +41,31 @@ _UNIT = rf"""(?:
     \s*\\?%
   | \s*(?:\^\s*\{{?\s*\\circ\s*\}}?|\\degree|°) \s*(?:\\(?:text|mathrm)\s*\{{\s*)?[CFK]?\}}?
   | {_GLUED}\b{_POWER}
-  | \s*\\(?:text|mathrm|mbox)\s*\{{\s*{_WORD}(?:[ /.-]+{_WORD})*\.?\s*\}}{_POWER}
-  | \s+(?=[A-Za-z]{{2}}){_WORD}(?:[ /-]{_WORD})*{_POWER} )"""
+  | \s*\\(?:text|mathrm|mbox)\s*\{{\s*{_WORD}(?:[ /.-]+{_WORD})*(?<!\bper)\.?\s*\}}{_POWER}
+  | \s+(?=[A-Za-z]{{2}}){_WORD}(?:[ /-]{_WORD})*(?<!\bper){_POWER} )"""
 _PLAIN_NUMBER = re.compile(rf"{_NUMBER}{_UNIT}?\s*\.?", re.VERBOSE)
 _NUMBER_IN_TEXT = re.compile(_NUMBER, re.VERBOSE)
+# As one character: all of Unicode's but zero thirds.
+_FRACTION_CHARACTER = re.compile(r"(\d?)\s*([\u00bc-\u00be\u2150-\u215e])")
+_SPACED_GROUPS = re.compile(r"(?<![\d.,/])\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+(?![\d/])")
 
 # What makes the number beside it part of an expression. Left: an operand and its operator, a ratio, a
 # power, an index or an argument; right: an operator, a letter, a command or a word that changes it.
+# Quarters may be coins.
 _OPERATORS = "times|cdot|div|pm|mp|log|ln|sin|cos|tan|pi"
 _COMMANDS = rf"{_OPERATORS}|sqrt|[dt]?frac|binom|[pb]?mod"
 _PART_OF_LEFT = re.compile(
     rf"""(?: [-+\w.^_/!√×÷·] | [\w)\]}}!%]\s*[-+*/×÷·]\s* | \d: | \d\s+:\s+ | [\^_]\s*\{{?
       | \\(?!boxed|text|math|mbox)[a-zA-Z]+\s*(?:\[[^\]]*\])?\{{ | \}}\{{
-      | (?:sqrt|log|ln|sin|cos|tan)\s*\(? | \\(?:{_OPERATORS})\s*\{{? )$""", re.VERBOSE)
+      | (?:sqrt|log|ln|sin|cos|tan|\bmod|\bmodulo)\s*\(? | \\(?:{_OPERATORS})\s*\{{?
+      | [\d)\]}}]\s+[xX]\s* | [\w.]\([^()\n]* )$""", re.VERBOSE)
 _PART_OF_RIGHT = re.compile(
-    rf"""(?!{_GLUED}\b)\w | \.\d | \s*(?:_|\^(?!\s*\{{?\s*\\circ)) | !(?=\w|\s*[-+*/^=(]) | :\d | \s+:\s+\d
+    rf"""(?!{_GLUED}\b)\w | \.\(?\d | \.?\\(?:overline|bar|dot)\b | \s*(?:_|\^(?!\s*\{{?\s*\\circ))
+      | !(?=\w|\s*[-+*/^=(]) | :\d | \s+:\s+\d
       | \s*[-+*/×÷·]\s*(?:[\d(\\.]|[b-zB-HJ-Z]\b) | \s*\\(?:{_COMMANDS})(?![a-zA-Z]) | \s*√ | \(
-      | \s+(?:{_SCALES})\b""", re.VERBOSE)
+      | \s+[xX]\b | \s*\(?\s*mod(?:ulo)?\b
+      | \s+(?:[a-z]+-)?(?: (?:{_SCALES})\b | quarters?\s+of\b
+          | (?!quarter)(?:{_FRACTIONS})(?: s\b | \s+of\b | \W*$ ) )""", re.VERBOSE)
 
 _ANSWER = re.compile(r"\banswer\b(?:\s+is)?\s*[:=]?", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?![-+*/=])|\n")
@@ -87,11 +101,19 @@ def _plain(text: str) -> str:
     text = re.sub(r"(?<=\d)\s*\*\*\s*(?=\d)", "^", text)
     # At the end of a formula an exclamation mark is a factorial, at the end of a sentence it is none.
     text = re.sub(r"(?<!\\)!(?=\s*(?:\$|\}|\\\)|\\\]))", "^", text)
+    text = _FRACTION_CHARACTER.sub(_written_out, text)
     text = text.replace("{,}", ",").replace("\u2212", "-").replace("\u2013", "-")
     for mark in ("**", "\\$", "$", "\\!", "\\,", "\\(", "\\)", "\\[", "\\]", "\\left", "\\right",
                  "\\displaystyle"):
         text = text.replace(mark, "")
-    return text
+    # One word, so that no part of it is a number.
+    return _SPACED_GROUPS.sub(lambda found: re.sub(r"\s", "_", found[0]), text)
+
+
+def _written_out(found: re.Match) -> str:
+    """`2½` as `2 1/2`."""
+    fraction = unicodedata.normalize("NFKC", found[2]).replace("\u2044", "/")
+    return f"{found[1]} {fraction}" if found[1] else fraction
 
 
 def _last_boxed(text: str) -> str | None:
