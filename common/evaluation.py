@@ -419,7 +419,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
                         help="at most this many perplexity windows, from the text's beginning (default: the whole "
                              f"text on a GPU, {CPU_WINDOWS} on a CPU; demo {DEMO_WINDOWS})")
     parser.add_argument("--window-length", type=two_or_more, metavar="N",
-                        help=f"tokens per window, at least 2, cut to the model's context (default: "
+                        help="tokens per window, at least 2, cut to the model's context (default: "
                              f"{WINDOW_LENGTH}; demo {DEMO_WINDOW_LENGTH})")
     parser.add_argument("--results-dir", type=Path, default=RESULTS_FOLDER, metavar="DIR",
                         help="where results go (default: %(default)s)")
