@@ -19,13 +19,16 @@ from common.progress import say
 from common.report import in_table_order, page, replace_between_markers, section, write_csv
 from common.results import DOCUMENTED_FOLDER, RESULTS_FOLDER, load_all
 
+README = Path("README.md")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results-dir", type=Path, default=RESULTS_FOLDER, help="local runs (default: %(default)s)")
-    parser.add_argument("--documented-dir", type=Path, help=f"the documented run (default: {DOCUMENTED_FOLDER}; none with another "
-                                                            "--results-dir)")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="default: %(default)s")
+    parser.add_argument("--documented-dir", type=Path,
+                        help=f"the documented run (default: {DOCUMENTED_FOLDER}; none where both "
+                             "--results-dir and --readme are others)")
+    parser.add_argument("--readme", type=Path, default=README, help="default: %(default)s")
     parser.add_argument("--figures-dir", type=Path, default=Path("docs/figures"), help="default: %(default)s")
     parser.add_argument("--report", type=Path, help="HTML page with everything in it (default: report.html beside the figures' "
                                                     "folder)")
@@ -34,8 +37,12 @@ def main() -> None:
     report = options.report or options.figures_dir.parent / "report.html"
     tables = options.tables_dir or options.figures_dir.parent / "tables"
     folders = {False: options.results_dir, True: options.documented_dir}
-    if options.documented_dir is None and options.results_dir == RESULTS_FOLDER:
+    # The project's README shows the documented run, whichever local one is beside it.
+    shown = options.results_dir == RESULTS_FOLDER or options.readme.resolve() == README.resolve()
+    if options.documented_dir is None and shown:
         folders[True] = DOCUMENTED_FOLDER
+        if options.results_dir.resolve() == DOCUMENTED_FOLDER.resolve():
+            folders[False] = None
     models = in_table_order([results for documented, folder in folders.items() if folder
                              for results in load_all(folder, documented)])
     if not models:

@@ -43,9 +43,12 @@ def main() -> None:
         quantized = subject_of(options.quantized, options.baseline, options.results_dir)
         baseline = baseline_of(quantized.source, resolve_folder(quantized.source), options.results_dir)
         documents = [evaluate_model(one, options, reuse=not options.overwrite) for one in (baseline, quantized)]
-    reasons = incomparable(*documents)
+    reasons = incomparable(*documents, options.tasks)
     if reasons:
-        raise UserError(f"the two models cannot be compared: {'; '.join(reasons)}")
+        # Both were evaluated with the same flags, so that to do it again changes nothing.
+        raise UserError(f"the two models cannot be compared: {'; '.join(reasons)}; leave a task that "
+                        "read other data out of --tasks, or quantize this 16-bit model again with "
+                        "--overwrite")
     samples = [samples_by_task(options.results_dir, one.name, one.configuration) for one in (baseline, quantized)]
     name, configuration = quantized.name, quantized.configuration
     comparisons = compare(*[{task: rows for task, rows in one.items() if task in options.tasks} for one in samples])

@@ -119,7 +119,7 @@ def _set_weights(layer: Layer, group: LinearGroup, stacked: torch.Tensor) -> Non
         linear.weight = weight.to(dtype)
 
 
-def main() -> None:
+def argument_parser() -> argparse.ArgumentParser:
     parser = cli.quantization_parser(__doc__, bits=4)
     parser.add_argument("--iterations", type=cli.positive, metavar="N",
                         help=f"gradient steps per layer (default: {ITERATIONS}; {DEMO_ITERATIONS} with demo text)")
@@ -129,7 +129,11 @@ def main() -> None:
     parser.add_argument("--equalize", action=argparse.BooleanOptionalAction, default=True,
                         help="even out input channels before learning (default: %(default)s)")
     cli.add_catch_up(parser)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = argument_parser().parse_args()
     cli.resolve_sizes(options)
     options.iterations = options.iterations or (DEMO_ITERATIONS if options.calib_data == "demo" else ITERATIONS)
     block = options.reconstruction == "block"

@@ -11,6 +11,8 @@ with the smallest output error tr((Q - W) G (Q - W)ᵀ), which the Gram matrix G
 without keeping an activation. The clipping of each group's range is then chosen by the same error.
 """
 
+import argparse
+
 from common import cli
 from common.grid import QuantizedLinear, quantize
 from common.layerwise import Layer, Method
@@ -31,10 +33,14 @@ def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
     return codes
 
 
-def main() -> None:
+def argument_parser() -> argparse.ArgumentParser:
     parser = cli.quantization_parser(__doc__, bits=4)
     cli.add_catch_up(parser)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = argument_parser().parse_args()
     run(options, Method("awq", quantize_layer, prepare_layer=equalize, catch_up=options.catch_up))
 
 

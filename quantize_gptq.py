@@ -11,6 +11,8 @@ same tensor are solved together. The order of channels is that of descending Gáµ
 common/rounding.py, the walk of one layer in common/gptq.py, as QuaRot uses them too.
 """
 
+import argparse
+
 from common import cli
 from common.gptq import SWEEPS, gptq_layer
 from common.layerwise import Method
@@ -18,7 +20,7 @@ from common.quantization import run
 from common.rounding import DAMPING
 
 
-def main() -> None:
+def argument_parser() -> argparse.ArgumentParser:
     parser = cli.quantization_parser(__doc__, bits=4)
     parser.add_argument("--damping", type=float, default=DAMPING,
                         help="added to G's diagonal, as a share of its mean (default: %(default)s)")
@@ -26,7 +28,11 @@ def main() -> None:
                         help="refinements of the rounded weights: scales refitted, then codes one by one (default: "
                              "%(default)s)")
     cli.add_catch_up(parser)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = argument_parser().parse_args()
     run(options, Method("gptq", lambda layer: gptq_layer(layer, options.damping, options.sweeps),
                         catch_up=options.catch_up))
 

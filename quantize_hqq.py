@@ -11,6 +11,8 @@ zero-point have a closed form; fixed scale and zero-point turn it into rounding.
 The zero-point is an integer, as the checkpoint format stores it; the authors' is a float.
 """
 
+import argparse
+
 import torch
 from torch import Tensor
 
@@ -63,10 +65,14 @@ def quantize_weight(weight: Tensor, grid: Grid, lp_norm: float, scale_dtype: tor
     return QuantizedLinear(codes, restore_gain(weight, codes, scale, zero_point, None, grid, scale_dtype), zero_point, grid)
 
 
-def main() -> None:
+def argument_parser() -> argparse.ArgumentParser:
     parser = cli.quantization_parser(__doc__, bits=4)
     parser.add_argument("--lp-norm", type=float, default=LP_NORM, help="p of the l_p error (default: %(default)s)")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = argument_parser().parse_args()
 
     def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
         return {name: quantize_weight(layer.own_weight(name), layer.grid, options.lp_norm, layer.scale_dtype)

@@ -16,6 +16,8 @@ paper's online rotations R3 of queries and keys and R4 of down_proj's input. Suc
 intent; verify_model.py and common/evaluation.py run it.
 """
 
+import argparse
+
 import torch
 from torch import Tensor, nn
 
@@ -122,7 +124,7 @@ def rotate_online(module: nn.Module, transforms: OnlineTransforms) -> None:
     attach(module, transforms)
 
 
-def main() -> None:
+def argument_parser() -> argparse.ArgumentParser:
     parser = cli.quantization_parser(__doc__, bits=4)
     parser.add_argument("--damping", type=float, default=DAMPING,
                         help="added to the Gram matrix's diagonal, as a share of its mean (default: %(default)s)")
@@ -132,7 +134,11 @@ def main() -> None:
         parser.add_argument(flag, type=int, choices=(4, 8), help=f"round the {what} to so many bits as the model runs; the "
                             "checkpoint then loads through this project only (default: 16-bit)")
     cli.add_catch_up(parser)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = argument_parser().parse_args()
     transforms = None
     if options.act_bits or options.kv_bits:
         transforms = OnlineTransforms(options.act_bits, options.kv_bits, ACTIVATION_CLIPS, KV_CLIP)

@@ -10,6 +10,7 @@ multiplied by it. Weights are then rounded per output channel, activations per t
 --alpha auto every linear group gets the α, or no smoothing, with the smallest output error over a sample of its inputs.
 """
 
+import argparse
 from functools import partial
 
 import torch
@@ -76,12 +77,16 @@ def _alpha(text: str) -> float | None:
     return None if text == "auto" else cli.share(text)
 
 
-def main() -> None:
+def argument_parser() -> argparse.ArgumentParser:
     parser = cli.quantization_parser(__doc__, bits=8)
     parser.add_argument("--alpha", type=_alpha, default=ALPHA, metavar="X|auto",
                         help="migration strength between 0 and 1, or auto: the best for each group (default: %(default)s)")
     parser.set_defaults(group_size="channel", symmetric=True)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = argument_parser().parse_args()
     if options.group_size != "channel":
         raise UserError("smoothquant has one scale per output channel, as int8 kernels need it; use --group-size channel")
     run(options, Method("smoothquant", quantize_layer, prepare_layer=lambda layer: prepare_layer(layer, options.alpha),

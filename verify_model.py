@@ -3,7 +3,8 @@
 
     python verify_model.py --model-path models/Llama-3.2-1B-Instruct/gptq-4bit
 
-Exit code 0 when every check passes, 1 when one fails, 2 when the folder is no checkpoint of the quantize scripts.
+Exit code 0 when no check fails, 1 when one does, 2 when the folder is no checkpoint of the quantize
+scripts. Checks that need metadata are skipped for a checkpoint without; the last line says so.
 """
 
 import argparse
@@ -23,11 +24,14 @@ def main() -> int:
     options = parser.parse_args()
     device = cli.resolve_device(options.device, options.device_memory)
     cli.configure_torch(seed=0)
-    failed = False
+    failed, skipped = False, []
     for check in verify(options.model_path, device, cli.resolve_dtype(options.dtype, device)):
         say(f"{MARKS[check.passed]}  {check.name}: {check.detail}")
         failed |= check.passed is False
-    say(f"{options.model_path}: {'verification failed' if failed else 'verified'}")
+        skipped += [check.name] if check.passed is None else []
+    passed = f"not fully verified, skipped without metadata: {', '.join(skipped)}" if skipped \
+        else "verified"
+    say(f"{options.model_path}: {'verification failed' if failed else passed}")
     return int(failed)
 
 

@@ -8,6 +8,7 @@ where it was made with the same options, and results where they are of the same 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import queue
 import subprocess
@@ -24,7 +25,8 @@ from pathlib import Path
 import torch
 
 from common import check
-from common.cli import gibibytes, positive, run
+from common.checkpoint import METADATA_FILE
+from common.cli import DTYPES, gibibytes, positive, run
 from common.errors import UserError
 from common.identity import checkpoint_hash
 from common.models import DEFAULT_MODEL, MODELS_FOLDER
@@ -44,6 +46,7 @@ class Batch:
     results: Path
     overwrite: bool
     device: list[str]
+    dtype: str
     evaluation: list[str]
     passed_on: list[str]
     status: dict[str, dict] = field(default_factory=dict)
@@ -63,12 +66,22 @@ class Batch:
         finally:
             self.free.put(gpu)
 
-    def note(self, configuration: str, state: str, reason: str = "", **more: str) -> None:
-        """Record the state of a configuration, where analyze_results.py finds it, and whose it is."""
+    def note(self, configuration: str, state: str, reason: str = "", **more) -> None:
+        """Record the state of a configuration, where analyze_results.py finds it, and whose it is.
+        How its checkpoint was made is kept.
+        """
         with self.lock:
+            before = self.status.get(configuration, {})
+            kept = {"made": before["made"]} if "made" in before else {}
             self.status[configuration] = {"state": state, **({"reason": reason} if reason else {}),
-                                          "source": source_of(self.model), **more}
+                                          "source": source_of(self.model), **kept, **more}
             write_json(self.results / self.name / STATUS_FILE, self.status)
+
+    def quantization_options(self) -> list[str]:
+        """What the method scripts are told that decides a checkpoint's weights."""
+        without_effect = ("--save-metadata", "--no-save-metadata")
+        words = [word for word in self.passed_on if word not in without_effect]
+        return [*words, *(["--dtype", self.dtype] if self.dtype != "auto" else [])]
 
 
 class StepFailed(Exception):
@@ -139,14 +152,19 @@ def _run_steps(batch: Batch, configuration: str, folder: Path, log: Path, gpu: d
         step("evaluate", [sys.executable, "common/baseline.py", "--model", batch.model, *evaluate], log, gpu)
         return None
     method, bits = wanted
-    # What is there is not made again: --resume ends at once, or refuses it for its options.
-    extra = ["--overwrite"] if batch.overwrite else ["--resume"] if folder.is_dir() else []
-    step("quantize", [sys.executable, f"quantize_{method}.py", "--model", batch.model, "--bits", str(bits), "--output",
-                      str(folder), *batch.device, *batch.passed_on, *extra], log, gpu)
-    try:
-        found = checkpoint_hash(folder, batch.results)
-    except UserError:
-        found = None                                                            # which the verification will say
+    found = None if batch.overwrite or (folder / METADATA_FILE).is_file() else _hash(batch, folder)
+    if found:
+        _check_made(batch, configuration, folder, found)
+        say(f"{folder} is finished, with the same options; there is nothing to resume")
+    else:
+        # What is there is not made again: --resume ends at once, or refuses it for its options.
+        extra = ["--overwrite"] if batch.overwrite else ["--resume"] if folder.is_dir() else []
+        step("quantize", [sys.executable, f"quantize_{method}.py", "--model", batch.model,
+                          "--bits", str(bits), "--output", str(folder), *batch.device,
+                          *batch.passed_on, *extra], log, gpu)
+        found = _hash(batch, folder)
+        made = {"checkpoint": found, "options": batch.quantization_options()}
+        batch.note(configuration, "running", made=made)
     if found is None or found != verified or batch.overwrite:
         step("verify", [sys.executable, "verify_model.py", "--model-path", str(folder), *batch.device], log, gpu)
     else:
@@ -154,6 +172,35 @@ def _run_steps(batch: Batch, configuration: str, folder: Path, log: Path, gpu: d
     step("evaluate", [sys.executable, "common/evaluation.py", "--model-path", str(folder), "--baseline", batch.model,
                       *evaluate], log, gpu)
     return found
+
+
+def _hash(batch: Batch, folder: Path) -> str | None:
+    """The hash of a checkpoint; None where there is none, or a broken one, as a later step says."""
+    try:
+        return checkpoint_hash(folder, batch.results) if folder.is_dir() else None
+    except UserError:
+        return None
+
+
+def _check_made(batch: Batch, configuration: str, folder: Path, found: str) -> None:
+    """Refuse a checkpoint without metadata unless it is known to be made with the same options.
+
+    Args:
+        found: the checkpoint's hash.
+    Raises:
+        StepFailed: naming the way out.
+    """
+    made, asked = batch.status.get(configuration, {}).get("made", {}), batch.quantization_options()
+    if made.get("checkpoint") != found:
+        reason = "it is not known what it was made with"
+    elif made.get("options") != asked:
+        both = made.get("options", []), asked
+        then, now = (" ".join(words) or "the defaults" for words in both)
+        reason = f"it was made with {then}, not {now}"
+    else:
+        return
+    raise StepFailed(f"{folder} has no metadata and {reason}; --overwrite makes it again; to keep it, "
+                     "move it away first")
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -166,11 +213,11 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="hub id, folder, or demo (default: %(default)s)")
     parser.add_argument("--only", metavar="A,B", help=f"configurations to run, of {', '.join(CONFIGURATIONS)}")
     parser.add_argument("--overwrite", action="store_true", help="run finished configurations again")
-    parser.add_argument("--limit", metavar="N", help="samples per evaluation task")
+    parser.add_argument("--limit", type=positive, metavar="N", help="samples per evaluation task")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), help="default: auto")
     parser.add_argument("--device-memory", type=gibibytes, metavar="GIB",
                         help="GPU memory that a process may take (default: what is free)")
-    parser.add_argument("--dtype", help="type to compute in")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), help="type to compute in")
     parser.add_argument("--data-root", help="where data sets are looked up before the hub")
     parser.add_argument("--gpus", type=positive, metavar="N", help="run N configurations at once, each on a GPU of its own")
     parser.add_argument("--results-dir", type=Path, default=RESULTS_FOLDER, help="default: %(default)s")
@@ -182,6 +229,32 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     if unknown:
         parser.error(f"unknown configuration {', '.join(sorted(unknown))}; known are {', '.join(CONFIGURATIONS)}")
     return options, passed_on
+
+
+def _methods(configurations: list[str]) -> set[str]:
+    return {CONFIGURATIONS[name][0] for name in configurations if CONFIGURATIONS[name]}
+
+
+def _check_passed_on(words: list[str], methods: set[str]) -> None:
+    """Refuse, before anything runs, options that no method script knows, and values that one of
+    them does not take.
+
+    Raises:
+        UserError: naming the option.
+    """
+    unknown = []
+    for method in sorted(methods):
+        parser = importlib.import_module(f"quantize_{method}").argument_parser()
+
+        def refuse(message: str, script: str = f"quantize_{method}.py"):
+            raise UserError(f"{message} (it is passed to {script}, whose --help lists its options)")
+
+        parser.error = refuse
+        unknown.append(parser.parse_known_args(words)[1])
+    nowhere = [word for word in words if all(word in rest for rest in unknown)]
+    if nowhere:
+        raise UserError(f"unknown option {' '.join(nowhere)}: neither the batch nor a method script "
+                        "that it runs has it; see --help of run_all_quantization.sh and of those")
 
 
 def _gpus(count: int) -> queue.Queue[str]:
@@ -203,19 +276,21 @@ def main() -> int:
     asked = options.model, options.device or "auto", Path(options.data_root) if options.data_root else None
     if options.check:
         return check.report(*asked)
+    # Without a script it is shown as "Not started".
+    chosen = [name for name in (options.only.split(",") if options.only else CONFIGURATIONS)
+              if CONFIGURATIONS[name] is None or Path(f"quantize_{CONFIGURATIONS[name][0]}.py").is_file()]
+    if passed_on:
+        _check_passed_on(passed_on, _methods(chosen) or _methods(list(CONFIGURATIONS)))
     check.show_problems(*asked)
     device = [part for name in ("device", "device_memory", "dtype", "data_root") if getattr(options, name)
               for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
     name = filed_as(options.model, options.results_dir)
     status_file = options.results_dir / name / STATUS_FILE
-    batch = Batch(options.model, name, options.results_dir, options.overwrite, device,
-                  ["--limit", options.limit] if options.limit else [], passed_on,
+    batch = Batch(options.model, name, options.results_dir, options.overwrite, device, options.dtype or "auto",
+                  ["--limit", str(options.limit)] if options.limit else [], passed_on,
                   read_json(status_file) if status_file.is_file() else {})
     if options.gpus:
         batch.free = _gpus(options.gpus)
-    # Without a script it is shown as "Not started".
-    chosen = [name for name in (options.only.split(",") if options.only else CONFIGURATIONS)
-              if CONFIGURATIONS[name] is None or Path(f"quantize_{CONFIGURATIONS[name][0]}.py").is_file()]
     start = time.monotonic()
     failed = []
     if "baseline" in chosen and not run_configuration(batch, "baseline"):

@@ -230,6 +230,7 @@ def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, t
                                      options.windows or default_windows(demo, device),
                                      _window_length(folder, options.window_length, demo),
                                      options.data_root)
+    facts = _quantization_facts(folder)  # early: damaged metadata should not cost an evaluation
     _check_overlap(folder, tokenizer, rows, windows)
     shared = {"source": subject.source, "checkpoint": identity.checkpoint_hash(folder, options.results_dir),
               "code": identity.code_hash(), "demo_data": demo, "versions": metadata.versions(),
@@ -264,7 +265,7 @@ def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, t
         tasks["perplexity"], samples["perplexity"] = perplexity(model, windows, original, references)
     document = {
         "format_version": 2, "model": name, "configuration": configuration, **shared, "date": time.strftime("%Y-%m-%d"),
-        "load_seconds": round(loading, 2), "quantization": _quantization_facts(folder),
+        "load_seconds": round(loading, 2), "quantization": facts,
         "tasks": {task: {**summary, **conditions[task]} for task, summary in tasks.items()},
     }
     if noise:
@@ -335,13 +336,27 @@ def _strings(value) -> Iterator[str]:
 
 
 def _quantization_facts(folder: Path) -> dict:
-    """What the README's tables say about how the checkpoint came about; sizes alone for a baseline."""
+    """What the README's tables say about how the checkpoint came about; sizes alone
+    where there is no metadata.
+
+    Raises:
+        UserError: metadata that lacks something.
+    """
     document = metadata.read(folder)
     if document is None:
         from common.checkpoint import folder_bytes
         from common.models import TensorReader
 
         return {"weights_bytes": TensorReader(folder).total_bytes(), "folder_bytes": folder_bytes(folder)}
+    try:
+        return _recorded_facts(document)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / metadata.METADATA_FILE} is damaged ({type(error).__name__}: "
+                        f"{error}); quantize again with --overwrite, or delete it and name the "
+                        "16-bit model with --baseline") from None
+
+
+def _recorded_facts(document: dict) -> dict:
     errors = {name: round(record["relative_output_error"], 6) for name, record in document["linears"].items()}
     return {"weights_bytes": document["bytes"]["quantized_weights"],
             "folder_bytes": document["bytes"]["quantized_folder"], "compression_ratio": document["compression_ratio"],

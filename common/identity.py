@@ -248,11 +248,19 @@ def _task_change(task: str, document: dict, wanted: dict) -> str:
     return ""
 
 
-def incomparable(baseline: dict, quantized: dict) -> list[str]:
-    """Why two documents must not be compared, in words; empty if their conditions are the same."""
+def incomparable(
+    baseline: dict, quantized: dict, asked: tuple[str, ...] | None = None
+) -> list[str]:
+    """Why two documents must not be compared, in words; empty if their conditions are the same.
+
+    Args:
+        asked: the tasks to compare; None is all that both documents hold.
+    """
     shared = {key: quantized.get(key) for key in SHARED if key not in _OWN}
     found = [f"another {change}" for change in shared_changes(baseline, shared)]
     for task in sorted({*baseline["tasks"]} & {*quantized["tasks"]}):
+        if asked is not None and task not in asked:
+            continue
         before, after = baseline["tasks"][task], quantized["tasks"][task]
         found += [
             f"other data of {task}"

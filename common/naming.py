@@ -117,9 +117,10 @@ def subject_of(
 
     Args:
         made_from: the 16-bit model of a quantized folder, where the folder does not say it or
-            another is meant.
+            names a folder that is no longer there.
     Raises:
-        UserError: no model, or a quantized one that does not say what it was made from.
+        UserError: no model, a quantized one that does not say what it was made from, or one that
+            says it was made from another model than `made_from`.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the --output of a quantize script")
@@ -130,13 +131,7 @@ def subject_of(
                 f"{folder} is not quantized, so it is a baseline itself; leave --baseline out"
             )
         return baseline_of(str(folder), folder, results_dir)
-    try:
-        source = made_from or (record and record["model"]["source"])
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{folder / METADATA_FILE} is damaged; quantize again with --overwrite, or name the "
-            "model it was made from with --baseline"
-        ) from None
+    source = made_from if record is None else _recorded_source(folder, record, made_from)
     if source is None:
         raise UserError(
             f"{folder} is quantized but does not say what it was made from; name its 16-bit model "
@@ -149,6 +144,28 @@ def subject_of(
             "rename the folder"
         )
     return Subject(folder, source_of(source), filed_as(source, results_dir), configuration)
+
+
+def _recorded_source(folder: Path, record: dict, made_from: str | None) -> str:
+    """The 16-bit model that a checkpoint's metadata names, or where that is now."""
+    try:
+        recorded = record["model"]["source"]
+        if not isinstance(recorded, str):
+            raise TypeError
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{folder / METADATA_FILE} is damaged; quantize again with --overwrite, or delete it "
+            "and name the model that the checkpoint was made from with --baseline"
+        ) from None
+    if made_from is None or source_of(made_from) == source_of(recorded):
+        return recorded
+    if Path(recorded).is_absolute() and not Path(recorded).is_dir():
+        say(f"{folder} was made from {recorded}, which is not there; {made_from} is taken for it")
+        return made_from
+    raise UserError(
+        f"{folder} was made from {recorded}, not from {made_from}; leave --baseline out, or "
+        f"quantize {made_from}"
+    )
 
 
 def baseline_of(model: str, folder: Path, results_dir: Path = RESULTS_FOLDER) -> Subject:

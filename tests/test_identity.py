@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_tokenizer
 
 from common import identity
+from common.checkpoint import METADATA_FILE
 from common.naming import Subject
 from common.results import load_model_results, write_samples
 
@@ -256,6 +257,17 @@ def test_a_stale_baseline_is_not_compared_with(made, tiny, tmp_path, capsys):
         assert "no comparison" in capsys.readouterr().out
 
 
+def test_tasks_that_were_not_asked_for_do_not_stop_a_comparison(place, tiny):
+    """ARC of the baseline alone was evaluated again on fewer rows since."""
+    checkpoint, results = place
+    words = [ROOT / "common/evaluation.py", "--model-path", tiny, "--results-dir", results]
+    found = run_script(*words, "--data", "demo", "--tasks", "arc", "--limit", 2, "--reuse")
+    assert found.returncode == 0, found.stderr
+    tasks = [document_of(results, tiny, name)["tasks"] for name in ("baseline", "hqq-4bit")]
+    assert [found["arc"]["samples"] for found in tasks] == [2, 3]
+    perplexities(compare(checkpoint, results, "--tasks", "perplexity"))
+
+
 @pytest.fixture(scope="module")
 def own_tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("other") / "tiny"
@@ -267,7 +279,14 @@ def own_tokenizer(tmp_path_factory):
     return folder
 
 
-def test_a_baseline_that_reads_other_tokens(made, own_tokenizer, tmp_path):
+def test_a_baseline_that_reads_other_tokens(place, own_tokenizer, tmp_path):
     """Perplexities per token of two tokenizers are no pair, though both have two windows."""
-    result = compare(made[0], tmp_path / "results", "--baseline", own_tokenizer)
-    assert_user_error(result, "cannot be compared", "other data of perplexity")
+    (place[0] / METADATA_FILE).unlink()
+    result = compare(place[0], tmp_path / "fresh", "--baseline", own_tokenizer)
+    assert_user_error(
+        result, "cannot be compared", "other data of perplexity", "leave", "out of --tasks"
+    )
+    found = compare(
+        place[0], tmp_path / "fresh", "--baseline", own_tokenizer, "--tasks", "arc"
+    )
+    assert found.returncode == 0, found.stderr

@@ -113,6 +113,67 @@ def test_a_quantized_model_given_as_baseline(bare, tmp_path):
     assert_user_error(result, "is no baseline", "--baseline")
 
 
+@pytest.fixture(scope="module")
+def described(tiny, tmp_path_factory):
+    """A checkpoint with metadata."""
+    output = tmp_path_factory.mktemp("described") / "hqq-4bit"
+    result = run_script(ROOT / "quantize_hqq.py", "--model", tiny, "--output", output)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def with_metadata(described, target, change):
+    """A copy of a checkpoint with changed metadata: what `change` makes of the document."""
+    shutil.copytree(described, target)
+    document = change(json.loads((described / METADATA_FILE).read_text()))
+    (target / METADATA_FILE).write_text(json.dumps(document))
+    return target
+
+
+def test_a_baseline_that_contradicts_the_metadata(described, tiny, tiny_models, tmp_path, capsys):
+    from common.errors import UserError
+    from common.naming import subject_of
+
+    other = str(tiny_models["llama", False])
+    with pytest.raises(UserError, match=f"was made from {tiny}, not from {other}; leave"):
+        subject_of(described, other, tmp_path)
+    for same in (None, str(tiny), f"{tiny}/"):
+        assert subject_of(described, same, tmp_path).source == str(tiny)
+    moved = with_metadata(
+        described, tmp_path / "x" / "hqq-4bit", lambda d: {**d, "model": {"source": "/no/longer"}}
+    )
+    assert subject_of(moved, str(tiny), tmp_path).source == str(tiny)
+    assert "made from /no/longer, which is not there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [{}, {"model": None}, {"model": {"source": 3}}])
+def test_damaged_metadata_is_one_line(described, tiny, tmp_path, content):
+    folder = with_metadata(described, tmp_path / "hqq-4bit", lambda _: content)
+    compare = [ROOT / "compare_to_baseline.py", "--quantized", folder, "--results-dir", tmp_path]
+    for more in ([], ["--baseline", tiny]):
+        result = run_script(*compare, *more, *SMALL)
+        assert_user_error(result, METADATA_FILE, "damaged", "--baseline")
+
+
+@pytest.mark.parametrize("key", ["bytes", "linears", "probe", "calibration"])
+def test_metadata_that_lacks_something_stops_the_evaluation_before_its_tasks(
+    described, tmp_path, monkeypatch, key
+):
+    from common import runtime
+
+    def no_model(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(runtime, "load_for_running", no_model)
+    folder = with_metadata(
+        described,
+        tmp_path / "hqq-4bit",
+        lambda d: {name: value for name, value in d.items() if name != key},
+    )
+    assert_user_error(evaluate(folder, tmp_path / "results"), METADATA_FILE, "damaged", key)
+    assert not (tmp_path / "results").exists()
+
+
 def test_names_that_are_taken_and_flags_that_do_not_fit(bare, tiny, tmp_path):
     shutil.copytree(bare, tmp_path / "baseline")
     assert_user_error(
@@ -137,6 +198,15 @@ def test_verify_claims_nothing_about_an_unknown_baseline(bare):
     assert result.returncode == 0
     line = next(line for line in result.stdout.splitlines() if "perplexity" in line)
     assert line.startswith("SKIP") and "no baseline known" in line and "--baseline" in line
+    last = result.stdout.splitlines()[-1]
+    assert "not fully verified" in last and last.endswith(
+        "files unchanged, output errors, recorded logits, perplexity"
+    )
+
+
+def test_verify_is_full_with_metadata(described):
+    result = run_script(ROOT / "verify_model.py", "--model-path", described)
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == f"{described}: verified"
 
 
 @pytest.fixture(scope="module")

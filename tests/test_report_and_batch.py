@@ -212,6 +212,74 @@ def test_a_batch_run_again(real_batch):
     assert json.loads(result.read_text())["quantization"]["grid"]["group_size"] == 32
 
 
+def test_a_batch_without_metadata_run_again(real_batch):
+    """It is finished where the batch knows what it was made with; else it is refused and kept."""
+    folder, base = real_batch.folder, ["--limit", "2", "--no-save-metadata", "--only", "hqq-4bit"]
+    checkpoint = folder / "models" / real_batch.name / "hqq-4bit"
+    code, status = real_batch(*base)
+    assert code == 0 and not (checkpoint / "quantization_metadata.json").exists()
+    for again in (base, ["--limit", "2", "--only", "hqq-4bit"]):  # the flag decides no weights
+        code, status = real_batch(*again)
+        assert code == 0 and real_batch.titles == ["evaluate evaluation"]
+        assert "used again" in real_batch.output
+    code, status = real_batch(*base, "--group-size", "32")
+    assert code == 1 and status["hqq-4bit"]["state"] == "warning" and real_batch.titles == []
+    reason = status["hqq-4bit"]["reason"]
+    assert "made with the defaults, not --group-size 32; --overwrite makes it again" in reason
+    code, status = real_batch(*base)  # the refusal has forgotten nothing
+    assert code == 0 and status["hqq-4bit"]["state"] == "done"
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "_name_or_path": "somebody's"}))
+    code, status = real_batch(*base)
+    reason = status["hqq-4bit"]["reason"]
+    assert code == 1 and "not known what it was made with; --overwrite" in reason
+    code, status = real_batch(*base, "--group-size", "32", "--overwrite")
+    assert code == 0 and status["hqq-4bit"]["made"]["options"] == ["--group-size", "32"]
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--calib-samples", "abc"], "--calib-samples: invalid positive value: 'abc'"),
+    (["--grup-size", "64"], "unknown option --grup-size 64"),
+    (["--only", "baseline", "--limt", "5"], "unknown option --limt 5"),
+    (["--only", "smoothquant-8bit", "--damping", "0.1"], "unknown option --damping 0.1"),
+    (["--alpha", "1.5"], "1.5 is not between 0 and 1"),
+])
+def test_options_passed_on_are_checked_before_anything_starts(batch, words, said):
+    from common.errors import UserError
+
+    (batch.folder / "quantize_smoothquant.py").write_text(STAND_INS["quantize_hqq.py"])
+    with pytest.raises(UserError) as error:
+        batch(*words)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert not (batch.folder / "calls").exists() and not (batch.folder / "results").exists()
+
+
+def test_options_that_one_method_knows_are_passed_on(batch):
+    # The stand-in of gptq fails always.
+    assert batch("--only", "hqq-4bit,gptq-4bit", "--lp-norm", "2") == 1
+    assert "--lp-norm 2" in (batch.folder / "calls").read_text()
+
+
+@pytest.mark.parametrize("words", [["--limit", "abc"], ["--limit", "0"], ["--dtype", "float8"]])
+def test_options_of_the_batch_are_checked_before_anything_starts(batch, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        batch(*words)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and f"argument {words[0]}: " in last
+    assert not (batch.folder / "calls").exists()
+
+
+def test_another_results_folder_leaves_the_documented_run_in_the_readme(results):
+    shutil.copytree(results / "results", results / "docs/results")
+    (results / "results").rename(results / "mine")
+    for folder, titles in (("mine", {"local", "documented"}), ("docs/results", {"documented"})):
+        found = run_script(ROOT / "analyze_results.py", "--results-dir", folder, cwd=results)
+        assert found.returncode == 0, found.stderr
+        text = (results / "README.md").read_text()
+        shown = {kind for kind in ("local", "documented") if f"### tiny ({kind} run)" in text}
+        assert shown == titles
+
+
 def test_documented_and_local_results_are_told_apart(results):
     """The documented run never passes as one of this machine; both are shown, each as what it is."""
     shutil.copytree(results / "results", results / "documented")
