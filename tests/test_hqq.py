@@ -30,11 +30,13 @@ def by_us(weight, grid, **options):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_error_is_not_above_the_packages(bits, generator):
-    """The package has a float zero-point. Ours is an integer, as the format stores it, and may cost a few per cent."""
+    """The package has a float zero-point. Ours is an integer, as the format stores it, and may cost a few per cent;
+    the gain that is restored at the end another one or two.
+    """
     weight = heavy_tailed(64, 256, generator)
     theirs = (by_the_package(weight, bits, 64) - weight).square().mean()
     ours = (by_us(weight, Grid(bits, 64), lp_norm=2.0) - weight).square().mean()
-    assert ours <= theirs * 1.06
+    assert ours <= theirs * 1.07
 
 
 @pytest.mark.parametrize("lp_norm", [0.7, 2.0, 4.0])
