@@ -145,7 +145,7 @@ def test_accuracy_table(evaluated):
                     close = {"rel": 2e-3, "abs": 6e-4}
                 assert cell[2:] == [pytest.approx(low, **close), pytest.approx(high, **close)], column
                 changed += difference != 0
-    assert changed >= 4                                                         # there was something to recompute
+    assert changed >= 3                                                         # there was something to recompute
 
 
 def test_verdict_table(evaluated):
