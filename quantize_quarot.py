@@ -8,8 +8,9 @@
 Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", https://arxiv.org/abs/2404.00456. The gain of
 every RMSNorm is multiplied into the linears that read it; then a random Hadamard rotation R1 of the hidden state is
 multiplied into all that reads or writes it, and a Hadamard rotation R2 of each value head into v_proj and o_proj. What is
-left free, the scales between v_proj and o_proj and between up_proj and down_proj, is balanced first. All of this folds into the weights, in float64: the rotated model is a plain model with the same function. Its embedding and head are no
-longer the same matrix, so a tied head is stored on its own. Weights are quantized to W4A16.
+left free, the scales between v_proj and o_proj and between up_proj and down_proj, is balanced first. All of this folds into
+the weights, in float64: the rotated model is a plain model with the same function. Its embedding and head are no longer the
+same matrix, so a tied head is stored on its own. Weights are quantized to W4A16.
 
 With --act-bits or --kv-bits the inputs of the linears and the key-value cache are rounded as the model runs, after the
 paper's online rotations R3 of queries and keys and R4 of down_proj's input. Such a checkpoint does not load plainly, by
@@ -80,8 +81,7 @@ def balance(feeder: nn.Linear, reader: nn.Linear, heads: tuple[int, int, int]) -
             that share each, size]; (1, 1, n) where it reads them as they are.
     """
     rows = feeder.weight.float().norm(dim=1)
-    shape = reader.weight.shape[0], *heads
-    columns = reader.weight.float().view(shape).norm(dim=(0, 2)).flatten()
+    columns = reader.weight.float().unflatten(1, heads).norm(dim=(0, 2)).flatten()
     scale = (rows / columns).sqrt().double()
     # A channel that nothing feeds, or nothing reads, has no scale.
     scale[~(torch.isfinite(scale) & (scale > 0))] = 1.0
@@ -89,8 +89,7 @@ def balance(feeder: nn.Linear, reader: nn.Linear, heads: tuple[int, int, int]) -
     if feeder.bias is not None:
         feeder.bias.data = (feeder.bias / scale).to(feeder.bias.dtype)
     by_head = scale.view(heads[0], 1, heads[2]).expand(heads).reshape(-1)
-    reader.weight.data = torch.cat([(part * by_head).to(part.dtype)
-                                    for part in reader.weight.data.split(ROWS)])
+    reader.weight.data = (reader.weight * by_head).to(reader.weight.dtype)
 
 
 def rotate_layer(module: nn.Module, hidden: Tensor, value: Tensor) -> None:

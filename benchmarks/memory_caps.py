@@ -96,6 +96,16 @@ WORK = (
     "baseline-choices",
     "baseline-answers",
 )
+# Options that are numbers: default and what they count.
+NUMBERS = (
+    ("--layers", 2, "that the methods quantize"),
+    ("--samples", 128, "calibration windows"),
+    ("--length", 2048, "tokens of a window"),
+    ("--iterations", 20, "of AdaRound"),
+    ("--windows", 4, "of perplexity"),
+    ("--limit", 400, "questions of ARC"),
+    ("--answers", 24, "of SQuAD and of OpenMath"),
+)
 
 
 def write(folder: Path, shape: dict, tokenizer: str) -> None:
@@ -251,27 +261,8 @@ def main() -> None:
         help=f"of {', '.join(WORK)}; verify, choices and answers need hqq-whole "
         "(default: %(default)s)",
     )
-    parser.add_argument(
-        "--layers", type=int, default=2, help="that the methods quantize (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--samples", type=int, default=128, help="calibration windows (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--length", type=int, default=2048, help="tokens of a window (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--iterations", type=int, default=20, help="of AdaRound (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--windows", type=int, default=4, help="of perplexity (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--limit", type=int, default=400, help="questions of ARC (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--answers", type=int, default=24, help="of SQuAD and of OpenMath (default: %(default)s)"
-    )
+    for flag, default, what in NUMBERS:
+        parser.add_argument(flag, type=int, default=default, help=f"{what} (default: %(default)s)")
     parser.add_argument("--data-root", type=Path, help="real data sets")
     parser.add_argument(
         "--tokenizer", default="demo", metavar="MODEL", help="whose it is (default: %(default)s)"

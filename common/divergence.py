@@ -62,9 +62,9 @@ def place_head(source: SourceModel, model: nn.Module) -> None:
     serves both.
     """
     head, own = source.model.lm_head, getattr(model.lm_head, "weight", None)
-    if own is None or (own.shape, own.dtype) != (head.weight.shape, head.weight.dtype):
-        head.to(source.device)
-    elif all(torch.equal(one.to(own.device), other) for one, other in zip(head.weight.split(4096), own.split(4096), strict=True)):
+    alike = own is not None and (own.shape, own.dtype) == (head.weight.shape, head.weight.dtype)
+    if alike and all(torch.equal(one.to(own.device), other)
+                     for one, other in zip(head.weight.split(4096), own.split(4096), strict=True)):
         head.weight = nn.Parameter(own, requires_grad=False)
     else:
         head.to(source.device)

@@ -104,21 +104,15 @@ def test_the_code_includes_scoring_and_kernels():
 def test_options_that_change_a_checkpoint(tiny, tmp_path):
     """--resume keeps a finished output that was made with the same options and refuses another."""
     output = quantize(tiny, tmp_path / "out", "--group-size", 32)
-    for same in ([], ["--calib-samples", 7], ["--data-root", tmp_path]):  # hqq takes no calibration
-        assert (
-            "nothing to resume"
-            in run_script(
-                ROOT / "quantize_hqq.py",
-                "--model",
-                tiny,
-                "--output",
-                output,
-                "--group-size",
-                32,
-                *same,
-                "--resume",
-            ).stdout
+
+    def resume(*options, model=tiny, output=output, method="hqq"):
+        return run_script(
+            ROOT / f"quantize_{method}.py",
+            *("--model", model, "--output", output, *options, "--resume"),
         )
+
+    for same in ([], ["--calib-samples", 7], ["--data-root", tmp_path]):  # hqq takes no calibration
+        assert "nothing to resume" in resume("--group-size", 32, *same).stdout
     before = {file.name: file.read_bytes() for file in output.iterdir()}
     for other, words in (
         (["--group-size", 64], "--group-size 32, not 64"),
@@ -127,31 +121,11 @@ def test_options_that_change_a_checkpoint(tiny, tmp_path):
         (["--group-size", 32, "--lp-norm", 0.9], "--lp-norm"),
         (["--group-size", 32, "--dtype", "bfloat16"], "--dtype float32, not bfloat16"),
     ):
-        result = run_script(
-            ROOT / "quantize_hqq.py", "--model", tiny, "--output", output, *other, "--resume"
-        )
-        assert_user_error(result, words, "--overwrite")
-    result = run_script(ROOT / "quantize_gptq.py", "--model", tiny, "--output", output, "--resume")
-    assert_user_error(result, "method hqq, not gptq")
+        assert_user_error(resume(*other), words, "--overwrite")
+    assert_user_error(resume(method="gptq"), "method hqq, not gptq")
     assert before == {file.name: file.read_bytes() for file in output.iterdir()}
     auto = quantize(tiny, tmp_path / "auto")
-    assert (
-        "nothing to resume"
-        in run_script(
-            ROOT / "quantize_hqq.py",
-            "--model",
-            tiny,
-            "--output",
-            auto,
-            "--group-size",
-            64,
-            "--resume",
-        ).stdout
-    )  # what auto came to
+    # What auto came to.
+    assert "nothing to resume" in resume("--group-size", 64, output=auto).stdout
     shutil.copytree(tiny, tmp_path / "other")
-    assert_user_error(
-        run_script(
-            ROOT / "quantize_hqq.py", "--model", tmp_path / "other", "--output", auto, "--resume"
-        ),
-        "--model",
-    )
+    assert_user_error(resume(model=tmp_path / "other", output=auto), "--model")
