@@ -6,7 +6,7 @@ import torch
 from conftest import oracle
 
 from common.grid import Grid, dequantize, grouped, min_max, quantize, search_range
-from quantize_hqq import half_quadratic, quantize_weight
+from quantize_hqq import STEPS, half_quadratic, quantize_weight
 
 hqq = oracle("hqq.core.quantize")
 
@@ -31,12 +31,15 @@ def by_us(weight, grid, **options):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_error_is_not_above_the_packages(bits, generator):
     """The package has a float zero-point. Ours is an integer, as the format stores it, and may cost a few per cent;
-    the gain that is restored at the end another one or two.
+    the gain that is restored at the end another one.
     """
     weight = heavy_tailed(64, 256, generator)
     theirs = (by_the_package(weight, bits, 64) - weight).square().mean()
     ours = (by_us(weight, Grid(bits, 64), lp_norm=2.0) - weight).square().mean()
-    assert ours <= theirs * 1.07
+    grid = Grid(bits, 64)
+    solved = half_quadratic(grouped(weight, grid), *search_range(weight, grid), grid, 2.0, STEPS, torch.bfloat16)
+    without_gain = (dequantize(quantize(weight, *solved, grid), *solved, grid) - weight).square().mean()
+    assert without_gain <= theirs * 1.06 and ours <= theirs * 1.07
 
 
 @pytest.mark.parametrize("lp_norm", [0.7, 2.0, 4.0])
