@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from common import metadata, probe
 from common.checkpoint import INTEGER, decompress, file_hashes, grid_of, open_checkpoint, stored_parts, unpack
+from common.device_memory import logits_at_once
 from common.errors import UserError
 from common.forms import unknown_form
 from common.grid import Grid
@@ -62,9 +63,8 @@ def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[C
     loaded = f"{type(model).__name__}, {parameters / 1e6:.1f} M parameters on {device}"
     yield _refused(folder, loaded) if CONFIG_KEY in config else Check("plain load", True, loaded)
     tokens = probe.probe_tokens(tokenizer)
-    with torch.inference_mode():
-        logits = model(tokens.to(device), use_cache=False).logits[0].float()
-    finite = bool(torch.isfinite(logits).all()) and all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    logits = _logits(model, tokens.to(device))
+    finite = bool(torch.isfinite(logits).all()) and all(_is_finite(parameter) for parameter in model.parameters())
     yield Check("no NaN or Inf", finite, "weights and logits are finite" if finite else "NaN or Inf found")
     try:
         yield _output_errors(record)
@@ -72,6 +72,19 @@ def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[C
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError):
         yield Check("recorded logits", False, f"{metadata.METADATA_FILE} is damaged; quantize again")
     yield _generation(model, tokenizer, device)
+
+
+@torch.inference_mode()
+def _logits(model, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [length, vocabulary] of tokens [1, length], on the host: beside unpacked weights a card may lack the room."""
+    hidden = model.model(tokens, use_cache=False).last_hidden_state[0]
+    positions = logits_at_once(256, model.config.vocab_size, hidden.device)
+    return torch.cat([model.lm_head(part).float().cpu() for part in hidden.split(positions)])
+
+
+def _is_finite(parameter: torch.Tensor) -> bool:
+    """Whether all values are, without a copy of them."""
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(parameter.detach()))
 
 
 def _refused(folder: Path, loaded: str) -> Check:

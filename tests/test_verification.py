@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT, run_script
 from safetensors.torch import load_file, save_file
 
+from common import verification
 from common.checkpoint import METADATA_FILE
 
 
@@ -94,6 +95,22 @@ def test_a_wrecked_linear_is_named_by_both_scripts(tiny, tmp_path, monkeypatch):
     verified = run(tmp_path / "out")
     assert verified.returncode == 1
     assert "FAIL  output errors: 2 linears" in verified.stdout and LINEAR in verified.stdout
+
+
+def test_no_more_logits_at_once_than_the_device_has_room_for(checkpoint, monkeypatch):
+    """Beside the unpacked weights of a 3B shape 8 GiB hold no logits of a whole text: verify ended in an error there."""
+    rows, forward = [], torch.nn.Linear.forward
+
+    def watched(self, inputs):
+        if self.out_features > 300:                                             # the head
+            rows.append(inputs.shape[-2])
+        return forward(self, inputs)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched)
+    monkeypatch.setattr(verification, "logits_at_once", lambda *_: 7)
+    checks = list(verification.verify(checkpoint, torch.device("cpu"), torch.float32))
+    assert len(checks) == 11 and all(check.passed for check in checks)
+    assert max(rows) <= 7 and sum(rows) > 100
 
 
 def test_truncated_shard(checkpoint, tmp_path):
