@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from common import cli
-from common.grid import Grid, QuantizedLinear, grouped, power_, quantize, round_scale, rounding_error, search_range
+from common.grid import (Grid, QuantizedLinear, grouped, power_, quantize, reciprocal_size, round_scale, rounding_error,
+                         search_range)
 from common.layerwise import NOTHING, Layer, Method
 from common.models import LINEARS
 from common.quantization import run
 from common.rounding import restore_gain
 
-LP_NORM = 4.0
+# Chosen on four models (docs/quantization_methods_deep_dive.md). A small p gives up the few large weights of a group.
+LP_NORM = 8.0
 STEPS = 4
 
 
@@ -31,17 +33,19 @@ def half_quadratic(groups: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid
                    scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Improve scale and zero-point [out, groups] of weights [out, groups, group]; the l_p error never rises."""
     best_scale, best_zero, best_loss = scale, zero_point, torch.full_like(scale, torch.inf)
+    # High powers of small weights would be nothing in float32.
+    unit = reciprocal_size(groups)
     for step in range(steps + 1):
         error = rounding_error(groups, scale, zero_point, grid)
-        magnitude = error.abs()
-        loss = power_(error.clone(), lp_norm).sum(-1)
+        magnitude = error.abs().mul_(unit)
+        loss = power_(magnitude.clone(), lp_norm).sum(-1)
         better = loss < best_loss
         best_loss = torch.where(better, loss, best_loss)
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero_point, best_zero)
         if step < steps:
             # Errors near zero would get unbounded weight at p < 2.
-            share = magnitude.clamp_(min=1e-3 * scale.unsqueeze(-1)).pow_(lp_norm - 2)
+            share = torch.maximum(magnitude, 1e-3 * scale.unsqueeze(-1) * unit).pow_(lp_norm - 2)
             share = share / share.sum(-1, keepdim=True)
             # What the codes without their zero-point stand for: (w + error) / scale.
             codes = (groups + error) / scale.unsqueeze(-1) + zero_point.unsqueeze(-1)

@@ -185,7 +185,7 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor | None = None, n
     """
     first, last, steps = SEARCH.get(grid.bits, SEARCH[4])
     candidates = [1.0, *torch.linspace(first, last, steps).tolist()]
-    if use_triton(weight) and norm in (2.0, 4.0):
+    if use_triton(weight) and norm in (2.0, 4.0, 8.0):
         from common.kernels import rounding_triton
 
         return rounding_triton.search_range(weight, grid, importance, norm, scale_dtype, candidates)
@@ -194,13 +194,15 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor | None = None, n
     scales, zeros = [], []
     for part in groups.split(max(1, TILE_ELEMENTS[weight.device.type] // weight.shape[1])):
         part = part.float()
+        # High powers of small weights would be nothing in float32.
+        unit = reciprocal_size(part)
         best_error = torch.full(part.shape[:-1], torch.inf, device=part.device)
         best_scale = torch.ones_like(best_error)
         best_zero = torch.zeros_like(best_error)
         for shrink in candidates:
             scale, zero = min_max(part, grid, shrink, scale_dtype)
             error = rounding_error(part, scale, zero, grid)
-            error = power_(error, norm)
+            error = power_(error if norm == 2.0 else error.mul_(unit), norm)
             total = error.sum(-1) if factor is None else error.mul_(factor).sum(-1)
             better = total < best_error
             best_error = torch.where(better, total, best_error)
@@ -211,13 +213,19 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor | None = None, n
     return torch.cat(scales), torch.cat(zeros)
 
 
+def reciprocal_size(groups: Tensor) -> Tensor:
+    """One over the largest magnitude of each group [..., group]: [..., 1]; 1 for a group of zeros."""
+    largest = groups.abs().amax(-1, keepdim=True)
+    return 1.0 / torch.where(largest > 0, largest, 1.0)
+
+
 def power_(error: Tensor, norm: float) -> Tensor:
-    """|error|^norm in place; the usual norms without the far slower general power."""
-    if norm == 2.0:
-        return error.square_()
-    if norm == 4.0:
-        return error.square_().square_()
-    return error.abs_().pow_(norm)
+    """|error|^norm in place; powers of two without the far slower general power."""
+    if norm not in (2.0, 4.0, 8.0):
+        return error.abs_().pow_(norm)
+    while norm > 1.0:
+        error, norm = error.square_(), norm / 2
+    return error
 
 
 def rounding_error(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:

@@ -158,7 +158,7 @@ def rounding_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Calla
             tensor(128, hidden, dtype=torch.int8),
             block,
         )
-        for importance, norm in ((tensor(inner), 2.0), (None, 4.0)):
+        for importance, norm in ((tensor(inner), 2.0), (None, 8.0)):
             yield partial(
                 rounding_triton.search_range, weight, grid, importance, norm, dtype, [1.0, 0.9]
             )

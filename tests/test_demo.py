@@ -7,6 +7,7 @@ import torch
 from conftest import ARCHITECTURES, ROOT, build_tiny, oracle, run_script
 
 from common.data import demo_rows, demo_text
+from common.demo import model as demo
 from common.demo.model import take_off_grid
 
 
@@ -23,6 +24,51 @@ def test_off_grid_scaling_leaves_logits_unchanged(architecture, tied):
     assert (before - after).abs().max() < 1e-6 * before.abs().max()
     changed = [name for name in state if not torch.equal(state[name], original[name])]
     assert len(changed) == 2 * 9                                                # seven linears and two norms of each layer
+
+
+def on_file_grid(weight: torch.Tensor) -> torch.Tensor:
+    """A weight [out, in] rounded as the demo model's file is: groups of 32, 16 levels from the least to the largest value."""
+    groups = weight.unflatten(1, (-1, 32))
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    return (((groups - low) / (high - low) * 15).round() / 15 * (high - low) + low).flatten(1)
+
+
+def squared_steps(weight: torch.Tensor) -> float:
+    """Mean squared error of rounding to the file's grid, in units of that of weights that lie anywhere: a step²/12. What the grid holds by
+    construction, each group's ends, is left out."""
+    groups = weight.unflatten(1, (-1, 32))
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    error = (on_file_grid(weight).unflatten(1, (-1, 32)) - groups) / ((high - low) / 15)
+    return (12 * error.square()[(groups != low) & (groups != high)].mean()).item()
+
+
+def test_no_weight_is_left_on_the_files_grid():
+    """Nearest rounding in the file's own form would else be free, for whoever has that form."""
+    model = build_tiny("llama", False).float()
+    state = {name: on_file_grid(tensor) if tensor.dim() == 2 else tensor.clone() for name, tensor in model.state_dict().items()}
+    names = [name for name in state if "_proj" in name]
+    assert max(squared_steps(state[name]) for name in names) < 1e-6
+    mild, chosen = ({name: tensor.clone() for name, tensor in state.items()} for _ in range(2))
+    take_off_grid(mild, model.config, spread=0.02)
+    take_off_grid(chosen, model.config)
+    mild, chosen = (sum(squared_steps(scaled[name]) for name in names) / len(names) for scaled in (mild, chosen))
+    assert mild < 0.5 and chosen > 0.9
+
+
+def test_a_demo_model_of_an_earlier_version_is_made_anew(tmp_path, monkeypatch, capsys):
+    """Its weights were others: figures of both would stand beside each other."""
+    folder = tmp_path / "baseline"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("old")
+    monkeypatch.setattr(demo, "_fetch_gguf", lambda scratch: scratch)
+    monkeypatch.setattr(demo, "_convert", lambda _, new: [(new / name).write_text("new")
+                                                          for name in ("config.json", "model.safetensors")])
+    assert demo.prepare_demo_model(folder) == folder
+    assert (folder / "config.json").read_text() == "new" and "earlier version" in "".join(capsys.readouterr())
+    (folder / "config.json").write_text("kept")
+    demo.prepare_demo_model(folder)
+    assert (folder / "config.json").read_text() == "kept"
 
 
 def test_demo_tasks_have_the_hubs_columns():

@@ -60,7 +60,7 @@ def _round_block(target, shifted, factor, scale, zero_point, codes, error, rows,
 
 def search_range(weight: Tensor, grid: Grid, importance: Tensor | None, norm: float, scale_dtype: torch.dtype,
                  candidates: list[float]) -> tuple[Tensor, Tensor]:
-    """`grid.search_range` for the norms 2 and 4; a program keeps some groups in registers and tries all candidates."""
+    """`grid.search_range` for the norms 2, 4 and 8; a program keeps some groups in registers and tries all candidates."""
     rows, channels = weight.shape
     # Kernels read memory as it lies, and the importance is often a diagonal.
     weight, importance = weight.contiguous(), None if importance is None else importance.contiguous()
@@ -73,14 +73,14 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor | None, norm: fl
     _search_range[(triton.cdiv(rows * groups, block_groups),)](
         weight, importance, torch.tensor(candidates, device=weight.device), scale, zero_point, rows * groups, groups, size,
         len(candidates), smallest_scale(scale_dtype), STORED=_STORED[scale_dtype], HAS_IMPORTANCE=importance is not None,
-        FOURTH=norm == 4.0, SYMMETRIC=grid.symmetric, BITS=grid.bits, BLOCK_GROUPS=block_groups, BLOCK_SIZE=block_size,
+        NORM=int(norm), SYMMETRIC=grid.symmetric, BITS=grid.bits, BLOCK_GROUPS=block_groups, BLOCK_SIZE=block_size,
         num_warps=4)
     return scale, zero_point
 
 
 @triton.jit
 def _search_range(weight, importance, candidates, scale, zero_point, total, groups, size, count, smallest, STORED: tl.constexpr,
-                  HAS_IMPORTANCE: tl.constexpr, FOURTH: tl.constexpr, SYMMETRIC: tl.constexpr, BITS: tl.constexpr,
+                  HAS_IMPORTANCE: tl.constexpr, NORM: tl.constexpr, SYMMETRIC: tl.constexpr, BITS: tl.constexpr,
                   BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     LEVELS: tl.constexpr = (1 << BITS) - 1
     CODE_MIN: tl.constexpr = -(1 << (BITS - 1))
@@ -94,6 +94,8 @@ def _search_range(weight, importance, candidates, scale, zero_point, total, grou
     lowest = tl.minimum(tl.min(values, 1), 0.0)
     highest = tl.maximum(tl.max(values, 1), 0.0)
     largest = tl.max(tl.abs(values), 1)
+    # High powers of small weights would be nothing in float32.
+    unit = 1.0 / tl.where(largest > 0, largest, 1.0)
     best_error = tl.full((BLOCK_GROUPS,), float("inf"), tl.float32)
     best_scale = tl.full((BLOCK_GROUPS,), 1.0, tl.float32)
     best_zero = tl.zeros((BLOCK_GROUPS,), tl.float32)
@@ -118,8 +120,12 @@ def _search_range(weight, importance, candidates, scale, zero_point, total, grou
         code = nearest(values * (1.0 / step)[:, None]) + zero[:, None]
         code = tl.minimum(tl.maximum(code, CODE_MIN), CODE_MAX)
         error = (code - zero[:, None]) * step[:, None] - values
+        if NORM > 2:
+            error *= unit[:, None]
         error *= error
-        if FOURTH:
+        if NORM >= 4:
+            error *= error
+        if NORM == 8:
             error *= error
         if HAS_IMPORTANCE:
             error *= factor
