@@ -340,7 +340,7 @@ def _quantization_facts(folder: Path) -> dict:
     where there is no metadata.
 
     Raises:
-        UserError: metadata that lacks something.
+        UserError: metadata with values of another kind.
     """
     document = metadata.read(folder)
     if document is None:
