@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from common import cli
-from common.errors import UserError
 from common.grid import Grid, QuantizedLinear, min_max, quantize, round_per_token, rounding_error, search_range
 from common.layerwise import RANGES, Layer, Method
 from common.models import LINEAR_GROUPS
@@ -81,14 +80,14 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = cli.quantization_parser(__doc__, bits=8)
     parser.add_argument("--alpha", type=_alpha, default=ALPHA, metavar="X|auto",
                         help="migration strength between 0 and 1, or auto: the best for each group (default: %(default)s)")
-    parser.set_defaults(group_size="channel", symmetric=True)
+    parser.add_argument("--group-size", choices=("channel",), default="channel",
+                        help="one scale per output channel, as int8 kernels need it")
+    parser.set_defaults(symmetric=True)
     return parser
 
 
 def main() -> None:
     options = argument_parser().parse_args()
-    if options.group_size != "channel":
-        raise UserError("smoothquant has one scale per output channel, as int8 kernels need it; use --group-size channel")
     run(options, Method("smoothquant", quantize_layer, prepare_layer=lambda layer: prepare_layer(layer, options.alpha),
                         activation_bits=ACTIVATION_BITS, round_inputs=partial(round_per_token, bits=ACTIVATION_BITS),
                         needs=RANGES), bits=(8,))

@@ -48,7 +48,8 @@ class Batch:
     device: list[str]
     dtype: str
     evaluation: list[str]
-    passed_on: list[str]
+    # By method, the options that its script is told.
+    passed_on: dict[str, list[str]]
     status: dict[str, dict] = field(default_factory=dict)
     # GPUs that no configuration is using; None without --gpus, when nothing is said about which to use.
     free: queue.Queue[str] | None = None
@@ -77,10 +78,10 @@ class Batch:
                                           "source": source_of(self.model), **kept, **more}
             write_json(self.results / self.name / STATUS_FILE, self.status)
 
-    def quantization_options(self) -> list[str]:
-        """What the method scripts are told that decides a checkpoint's weights."""
+    def quantization_options(self, method: str) -> list[str]:
+        """What a method's script is told that decides a checkpoint's weights."""
         without_effect = ("--save-metadata", "--no-save-metadata")
-        words = [word for word in self.passed_on if word not in without_effect]
+        words = [word for word in self.passed_on.get(method, []) if word not in without_effect]
         return [*words, *(["--dtype", self.dtype] if self.dtype != "auto" else [])]
 
 
@@ -154,16 +155,16 @@ def _run_steps(batch: Batch, configuration: str, folder: Path, log: Path, gpu: d
     method, bits = wanted
     found = None if batch.overwrite or (folder / METADATA_FILE).is_file() else _hash(batch, folder)
     if found:
-        _check_made(batch, configuration, folder, found)
+        _check_made(batch, configuration, method, folder, found)
         say(f"{folder} is finished, with the same options; there is nothing to resume")
     else:
         # What is there is not made again: --resume ends at once, or refuses it for its options.
         extra = ["--overwrite"] if batch.overwrite else ["--resume"] if folder.is_dir() else []
         step("quantize", [sys.executable, f"quantize_{method}.py", "--model", batch.model,
                           "--bits", str(bits), "--output", str(folder), *batch.device,
-                          *batch.passed_on, *extra], log, gpu)
+                          *batch.passed_on.get(method, []), *extra], log, gpu)
         found = _hash(batch, folder)
-        made = {"checkpoint": found, "options": batch.quantization_options()}
+        made = {"checkpoint": found, "options": batch.quantization_options(method)}
         batch.note(configuration, "running", made=made)
     if found is None or found != verified or batch.overwrite:
         step("verify", [sys.executable, "verify_model.py", "--model-path", str(folder), *batch.device], log, gpu)
@@ -182,7 +183,7 @@ def _hash(batch: Batch, folder: Path) -> str | None:
         return None
 
 
-def _check_made(batch: Batch, configuration: str, folder: Path, found: str) -> None:
+def _check_made(batch: Batch, configuration: str, method: str, folder: Path, found: str) -> None:
     """Refuse a checkpoint without metadata unless it is known to be made with the same options.
 
     Args:
@@ -190,7 +191,7 @@ def _check_made(batch: Batch, configuration: str, folder: Path, found: str) -> N
     Raises:
         StepFailed: naming the way out.
     """
-    made, asked = batch.status.get(configuration, {}).get("made", {}), batch.quantization_options()
+    made, asked = batch.status.get(configuration, {}).get("made", {}), batch.quantization_options(method)
     if made.get("checkpoint") != found:
         reason = "it is not known what it was made with"
     elif made.get("options") != asked:
@@ -207,7 +208,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="run_all_quantization.sh", allow_abbrev=False,
         description="Baseline and all quantization methods: quantized, verified, evaluated, README regenerated. "
-                    "Arguments that are not listed here are passed to the method scripts, such as --group-size 64.")
+                    "Arguments that are not listed here are passed to the method scripts that take them, such as "
+                    "--group-size 64.")
     parser.add_argument("--demo", action="store_true", help="the demo model with the demo's data: 15 to 30 minutes on 2 "
                                                             "cores (calibration 16 x 512 tokens)")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="hub id, folder, or demo (default: %(default)s)")
@@ -235,26 +237,51 @@ def _methods(configurations: list[str]) -> set[str]:
     return {CONFIGURATIONS[name][0] for name in configurations if CONFIGURATIONS[name]}
 
 
-def _check_passed_on(words: list[str], methods: set[str]) -> None:
-    """Refuse, before anything runs, options that no method script knows, and values that one of
-    them does not take.
+def _share_out(words: list[str], methods: set[str]) -> dict[str, list[str]]:
+    """What is passed on to each method: the options that its script takes. A line says which are left out for which.
 
     Raises:
-        UserError: naming the option.
+        UserError: an option that no script takes.
     """
-    unknown = []
-    for method in sorted(methods):
-        parser = importlib.import_module(f"quantize_{method}").argument_parser()
+    shared: dict[str, list[str]] = {method: [] for method in sorted(methods)}
+    left_out = []
+    for option in _options(words):
+        refusals = {method: refusal for method in shared if (refusal := _refusal(method, option)) is not None}
+        if len(refusals) == len(shared):
+            unknown = (f"unknown option {' '.join(option)}: neither the batch nor a method script that it runs has it; see "
+                       "--help of run_all_quantization.sh and of those")
+            raise UserError(next(filter(None, refusals.values()), unknown))
+        for method in shared.keys() - refusals.keys():
+            shared[method] += option
+        if refusals:
+            left_out.append(f"{' '.join(option)} for {', '.join(refusals)}")
+    if left_out:
+        say(f"options left out where a script does not take them: {'; '.join(left_out)}")
+    return shared
 
-        def refuse(message: str, script: str = f"quantize_{method}.py"):
-            raise UserError(f"{message} (it is passed to {script}, whose --help lists its options)")
 
-        parser.error = refuse
-        unknown.append(parser.parse_known_args(words)[1])
-    nowhere = [word for word in words if all(word in rest for rest in unknown)]
-    if nowhere:
-        raise UserError(f"unknown option {' '.join(nowhere)}: neither the batch nor a method script "
-                        "that it runs has it; see --help of run_all_quantization.sh and of those")
+def _options(words: list[str]) -> list[list[str]]:
+    """Words parted into options, each with its value where that is a word of its own."""
+    parted: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") or not parted:
+            parted.append([])
+        parted[-1].append(word)
+    return parted
+
+
+def _refusal(method: str, option: list[str]) -> str | None:
+    """Why a method's script does not take an option's value, empty where it has no such option; None if it takes it."""
+    parser = importlib.import_module(f"quantize_{method}").argument_parser()
+
+    def refuse(message: str):
+        raise UserError(f"{message} (it is passed to quantize_{method}.py, whose --help lists its options)")
+
+    parser.error = refuse
+    try:
+        return "" if parser.parse_known_args(option)[1] else None
+    except UserError as error:
+        return str(error)
 
 
 def _gpus(count: int) -> queue.Queue[str]:
@@ -279,15 +306,14 @@ def main() -> int:
     # Without a script it is shown as "Not started".
     chosen = [name for name in (options.only.split(",") if options.only else CONFIGURATIONS)
               if CONFIGURATIONS[name] is None or Path(f"quantize_{CONFIGURATIONS[name][0]}.py").is_file()]
-    if passed_on:
-        _check_passed_on(passed_on, _methods(chosen) or _methods(list(CONFIGURATIONS)))
+    shared = _share_out(passed_on, _methods(chosen) or _methods(list(CONFIGURATIONS))) if passed_on else {}
     check.show_problems(*asked)
     device = [part for name in ("device", "device_memory", "dtype", "data_root") if getattr(options, name)
               for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
     name = filed_as(options.model, options.results_dir)
     status_file = options.results_dir / name / STATUS_FILE
     batch = Batch(options.model, name, options.results_dir, options.overwrite, device, options.dtype or "auto",
-                  ["--limit", str(options.limit)] if options.limit else [], passed_on,
+                  ["--limit", str(options.limit)] if options.limit else [], shared,
                   read_json(status_file) if status_file.is_file() else {})
     if options.gpus:
         batch.free = _gpus(options.gpus)

@@ -97,7 +97,9 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 def quantization_parser(description: str, bits: int) -> argparse.ArgumentParser:
     """A parser with the arguments of every quantize script; `bits` is the method's default width."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # A method may say anew, after these, what it takes of an option.
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     conflict_handler="resolve")
     add_model_arguments(parser)
     parser.add_argument("--bits", type=int, default=bits, help="bits per weight (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="checkpoint folder (default: models/<model>/<method>-<bits>bit)")

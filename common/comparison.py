@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common import significance
 from common.errors import UserError
-from common.identity import incomparable
+from common.identity import incomparable, other_data
 from common.progress import say
 from common.results import ModelResults, has_samples, load_samples
 from common.significance import Difference, Flips, Metric
@@ -123,20 +123,25 @@ def compare(baseline: dict[str, list[dict]], quantized: dict[str, list[dict]]) -
     Raises:
         UserError: the models were evaluated on different samples.
     """
+    if apart := other_samples(baseline, quantized):
+        raise UserError(f"the two models were evaluated on different samples of {', '.join(apart)}; evaluate both again with "
+                        "--overwrite")
     found = []
     for kind in METRICS:
         if kind.task not in baseline or kind.task not in quantized:
             continue
         pair = baseline[kind.task], quantized[kind.task]
-        ids = [[sample["id"] for sample in samples] for samples in pair]
-        if ids[0] != ids[1]:
-            raise UserError(f"the two models were evaluated on different samples of {kind.task}; evaluate both again with "
-                            "--overwrite")
         if kind.needs:
             both = [all(sample[kind.needs] is not None for sample in samples) for samples in zip(*pair, strict=True)]
             pair = tuple(list(compress(samples, both)) for samples in pair)
         found.append(_compare_metric(kind, *pair))
     return found
+
+
+def other_samples(baseline: dict[str, list[dict]], quantized: dict[str, list[dict]]) -> list[str]:
+    """The tasks of which two models' records are not of the same samples."""
+    ids = [{task: [sample["id"] for sample in samples] for task, samples in one.items()} for one in (baseline, quantized)]
+    return [task for task in ids[0] if ids[0][task] != ids[1].get(task, ids[0][task])]
 
 
 def _compare_metric(kind: MetricKind, baseline: list[dict], quantized: list[dict]) -> Comparison:
@@ -168,8 +173,8 @@ def samples_by_task(results_dir: Path, model: str, configuration: str) -> dict[s
 
 
 def compare_all(results_dir: Path, results: ModelResults) -> dict[str, list[Comparison]]:
-    """Every evaluated configuration of a model against its baseline; none for those that were evaluated under other
-    conditions.
+    """Every evaluated configuration of a model against its baseline; without those that were evaluated under other conditions,
+    and without the tasks of a configuration that were evaluated on other data.
     """
     if "baseline" not in results.documents or not has_samples(results_dir, results.name, "baseline"):
         return {}
@@ -177,13 +182,19 @@ def compare_all(results_dir: Path, results: ModelResults) -> dict[str, list[Comp
     found = {}
     for name in results.configurations():
         if name != "baseline" and name in results.documents and has_samples(results_dir, results.name, name):
+            documents = results.documents["baseline"], results.documents[name]
             try:
-                reasons = incomparable(results.documents["baseline"], results.documents[name])
-                if reasons:
+                if reasons := incomparable(*documents):
                     raise UserError(f"measured with {'; '.join(reasons)} than the baseline: evaluate both again")
-                found[name] = compare(baseline, samples_by_task(results_dir, results.name, name))
+                samples = samples_by_task(results_dir, results.name, name)
             except UserError as error:
                 say(f"{results.name} {name}: no comparison ({error})")
+                continue
+            if stale := sorted({*other_data(*documents), *other_samples(baseline, samples)}):
+                say(f"{results.name} {name}: no comparison of {', '.join(stale)} (of other data than the baseline's: evaluate "
+                    "both again)")
+            if compared := compare(baseline, {task: rows for task, rows in samples.items() if task not in stale}):
+                found[name] = compared
     return found
 
 

@@ -119,10 +119,14 @@ def check_columns(loaded: Rows, needs: tuple[str, ...], purpose: str) -> None:
     if not loaded.rows:
         raise UserError(f"{loaded.source} has no rows")
     for row in loaded.rows:
-        missing = [name for name in needs if not _has(row, name.split("."))]
-        if missing:
+        if missing := lacking(row, needs):
             raise UserError(f"{loaded.source} has a row without {', '.join(missing)}; it has "
                             f"{', '.join(row) or 'nothing'}; give other data for {purpose}")
+
+
+def lacking(document: dict, needs: tuple[str, ...]) -> list[str]:
+    """What a document lacks of the names it needs; with a dot what is inside one."""
+    return [name for name in needs if not _has(document, name.split("."))]
 
 
 def _has(row: dict, path: list[str]) -> bool:

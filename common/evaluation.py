@@ -103,6 +103,8 @@ def task_rows(task: str, options: argparse.Namespace, demo: bool) -> Rows:
     loaded = load_rows(address or data.address, options.data_root, wanted, SAMPLE_SEED,
                        data.columns, TRAFFIC)
     check_columns(loaded, data.needs, f"{task}, whose data are like {data.address}")
+    if task == "arc":
+        _check_answer_keys(loaded)
     if data.fetch is None:
         return Rows(loaded.rows[:limit], loaded.source)
     # A problem whose answer is an expression has no distance from a number.
@@ -110,6 +112,16 @@ def task_rows(task: str, options: argparse.Namespace, demo: bool) -> Rows:
     if not numeric:
         raise UserError(f"{loaded.source} has no row with a numeric expected_answer")
     return Rows(numeric[:limit], loaded.source)
+
+
+def _check_answer_keys(loaded: Rows) -> None:
+    """Refuse questions of ARC whose right answer is none of their choices. Raises UserError, naming the first."""
+    for row in loaded.rows:
+        key, labels = row["answerKey"], row["choices"]["label"] or []
+        if key not in labels:
+            name = row.get("id") or row["question"]
+            raise UserError(f"{loaded.source}: the answerKey {key!r} of {name} is none of its labels {labels}; correct it, "
+                            "give other data with --arc-data, or leave arc out of --tasks")
 
 
 def run_task(task: str, model, tokenizer, rows: Rows, demo: bool, batch_share: float = 1.0) -> tuple[dict, list[dict]]:
@@ -340,7 +352,7 @@ def _quantization_facts(folder: Path) -> dict:
     where there is no metadata.
 
     Raises:
-        UserError: metadata that lacks something.
+        UserError: metadata with values of another kind.
     """
     document = metadata.read(folder)
     if document is None:

@@ -248,29 +248,26 @@ def _task_change(task: str, document: dict, wanted: dict) -> str:
     return ""
 
 
-def incomparable(
-    baseline: dict, quantized: dict, asked: tuple[str, ...] | None = None
-) -> list[str]:
-    """Why two documents must not be compared, in words; empty if their conditions are the same.
-
-    Args:
-        asked: the tasks to compare; None is all that both documents hold.
-    """
+def incomparable(baseline: dict, quantized: dict) -> list[str]:
+    """Why nothing of two documents may be compared, in words; empty if what all tasks share agrees."""
     shared = {key: quantized.get(key) for key in SHARED if key not in _OWN}
     found = [f"another {change}" for change in shared_changes(baseline, shared)]
-    for task in sorted({*baseline["tasks"]} & {*quantized["tasks"]}):
-        if asked is not None and task not in asked:
-            continue
-        before, after = baseline["tasks"][task], quantized["tasks"][task]
-        found += [
-            f"other data of {task}"
-            for key in ("data", "fingerprint")
-            if before.get(key) != after.get(key)
-        ][:1]
     original = quantized["tasks"].get("perplexity", {}).get("original")
     if original and baseline.get("checkpoint") and original != baseline["checkpoint"]:
         found.append("another 16-bit model")
     return found
+
+
+def other_data(baseline: dict, quantized: dict) -> list[str]:
+    """The tasks of two documents that were evaluated on different data."""
+    return [
+        task
+        for task in sorted({*baseline["tasks"]} & {*quantized["tasks"]})
+        if any(
+            baseline["tasks"][task].get(key) != quantized["tasks"][task].get(key)
+            for key in ("data", "fingerprint")
+        )
+    ]
 
 
 def changed_options(record: dict, options: argparse.Namespace, method: str) -> list[str]:

@@ -10,9 +10,16 @@ from pathlib import Path
 import torch
 
 from common.checkpoint import METADATA_FILE
+from common.data import lacking
+from common.errors import UserError
 from common.results import read_json
 
 VERSION = 1
+# What verification, evaluation with its tables and the batch rely on, and what README says that metadata holds.
+NEEDS = ("method", "bits", "grid.bits", "grid.group_size", "model.source", "options", "calibration", "versions", "device",
+         "compute_dtype", "seconds.total", "memory", "probe.tokens", "probe.baseline_perplexity", "probe.perplexity",
+         "probe.divergence", "linears", "bytes.quantized_weights", "bytes.quantized_folder", "compression_ratio")
+_REMEDY = "quantize again with --overwrite, or delete it and name the 16-bit model with --baseline"
 _PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "lm-eval", "datasets", "numpy", "gemlite")
 
 
@@ -55,6 +62,11 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def read(folder: Path) -> dict | None:
-    """A checkpoint's metadata, or None when it was saved without. Raises UserError when the file is damaged."""
+    """A checkpoint's metadata, or None when it was saved without. Raises UserError for a file that is damaged or lacks some."""
     file = folder / METADATA_FILE
-    return read_json(file, "quantize again with --overwrite") if file.is_file() else None
+    if not file.is_file():
+        return None
+    record = read_json(file, _REMEDY)
+    if missing := lacking(record, NEEDS):
+        raise UserError(f"{file} is damaged (it lacks {', '.join(missing)}); {_REMEDY}")
+    return record

@@ -148,15 +148,12 @@ def subject_of(
 
 def _recorded_source(folder: Path, record: dict, made_from: str | None) -> str:
     """The 16-bit model that a checkpoint's metadata names, or where that is now."""
-    try:
-        recorded = record["model"]["source"]
-        if not isinstance(recorded, str):
-            raise TypeError
-    except (KeyError, TypeError):
+    recorded = record["model"]["source"]
+    if not isinstance(recorded, str):
         raise UserError(
             f"{folder / METADATA_FILE} is damaged; quantize again with --overwrite, or delete it "
             "and name the model that the checkpoint was made from with --baseline"
-        ) from None
+        )
     if made_from is None or source_of(made_from) == source_of(recorded):
         return recorded
     if Path(recorded).is_absolute() and not Path(recorded).is_dir():

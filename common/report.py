@@ -245,19 +245,21 @@ def conditions(results: ModelResults) -> str:
     if noise:
         changes = "; ".join(f"{task} {found['changed']} of {found['samples']}" for task, found in noise.items())
         sentences.append(f"Noise floor: the baseline evaluated twice, in other batches, scored differently on {changes} samples.")
-    odd = [name for name, document in evaluated if not _comparable(document, first)]
+    odd = [f"{name}{apart}" for name, document in evaluated if (apart := _apart(document, first)) is not None]
     if odd:
         sentences.append(f"⚠️ Measured on another device, type, version or data than {evaluated[0][0]}, so not to be "
                          f"compared with it: {', '.join(odd)}.")
     return " ".join(sentences)
 
 
-def _comparable(document: dict, other: dict) -> bool:
-    same = all(document[key] == other[key] for key in ("device", "versions", "compute_dtype"))
-    shared = set(document["tasks"]) & set(other["tasks"])
+def _apart(document: dict, other: dict) -> str | None:
+    """What of a document is not to be compared with another: in brackets the tasks, empty for all of it; None for nothing."""
+    if any(document[key] != other[key] for key in ("device", "versions", "compute_dtype")):
+        return ""
     fields = ("data", "samples", "windows", "length", "fingerprint")
-    return same and all(document["tasks"][task].get(name) == other["tasks"][task].get(name)
-                        for task in shared for name in fields)
+    tasks = [task for task, found in document["tasks"].items()
+             if task in other["tasks"] and any(found.get(name) != other["tasks"][task].get(name) for name in fields)]
+    return f" ({', '.join(tasks)})" if tasks else None
 
 
 def tables(results: ModelResults, comparisons: Comparisons) -> list[Table]:

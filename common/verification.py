@@ -46,10 +46,14 @@ def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[C
     config, tensors = open_checkpoint(folder)
     if reason := unknown_form(config):
         raise UserError(f"{folder} is not a checkpoint of the quantize scripts, but of a form that they do not write: {reason}")
-    record = metadata.read(folder)
     complete = _complete(folder, config, tensors)
     yield complete
     if not complete.passed:
+        return
+    try:
+        record = metadata.read(folder)
+    except UserError as error:
+        yield Check("metadata", False, str(error))
         return
     yield _unchanged(folder, record)
     yield from _codes(config, tensors)

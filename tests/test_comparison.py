@@ -1,13 +1,16 @@
-"""compare_to_baseline.py on results that are there already."""
+"""Models side by side, by compare_to_baseline.py and in the tables, on results that are there already."""
 
 import json
 
+import pytest
 from conftest import ROOT, assert_user_error, run_script
-from test_report_and_batch import document
+from test_report_and_batch import README, analyze, document
+from test_tables import tables
 
 from common.identity import SHARED
 from common.results import write_samples
 
+HEADINGS = {"arc": "ARC accuracy", "perplexity": "Perplexity"}
 CONDITIONS = ("data", "samples", "windows", "length", "fingerprint", "original")
 
 
@@ -43,3 +46,35 @@ def test_two_models_side_by_side(tiny, tmp_path):
     assert (tmp_path / "results" / tiny.name / "hqq-4bit-against-baseline.png").stat().st_size > 5000
     write_samples(tmp_path / "results", tiny.name, "hqq-4bit", records([0, 1, 1], [2.2, 3.2, 2.7]))
     assert_user_error(run_script(*arguments), "different samples of arc", "--overwrite")
+
+
+@pytest.mark.parametrize("sign, stale", [("fingerprint", ["arc"]), ("fingerprint", ["arc", "perplexity"]),
+                                         ("samples", ["perplexity"])])
+def test_a_stale_task_costs_a_configuration_its_own_cells_alone(tmp_path, sign, stale):
+    """Its results are of other data, or its records of other samples than the baseline's."""
+    (tmp_path / "results/tiny").mkdir(parents=True)
+    (tmp_path / "README.md").write_text(README)
+    for name, accuracy, right in (("baseline", 0.75, [1, 1, 1, 0]), ("gptq-4bit", 0.5, [0, 1, 1, 0]),
+                                  ("hqq-4bit", 0.5, [0, 1, 1, 0])):
+        content, samples = document(name, accuracy), records(right * 10, [2.0 / accuracy, 3.0, 2.5])
+        for task in stale if name == "gptq-4bit" else ():
+            if sign == "fingerprint":
+                content["tasks"][task]["fingerprint"] = "0" * 64
+            else:
+                samples[task].pop()
+        (tmp_path / f"results/tiny/{name}.json").write_text(json.dumps(content))
+        write_samples(tmp_path / "results", "tiny", name, samples)
+    result = analyze(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"tiny gptq-4bit: no comparison of {', '.join(stale)} (" in result.stdout
+    assert "tiny hqq-4bit" not in result.stdout
+    text = (tmp_path / "README.md").read_text()
+    assert (f"not to be compared with it: gptq-4bit ({', '.join(stale)})." in text) is (sign == "fingerprint")
+    found = tables(text)
+    for name in ("gptq-4bit", "hqq-4bit"):
+        kept = {"arc", "perplexity"} - {*(stale if name == "gptq-4bit" else ())}
+        shares, ratios = found["Accuracy"][name], found["Perplexity and divergence from the baseline"][name]
+        assert shares["ARC accuracy"].startswith("0.500") and ratios["Perplexity ± standard error"] == "20.00"
+        assert ("[" in shares["ARC accuracy"], "[" in ratios["Ratio [95%]"]) == ("arc" in kept, "perplexity" in kept)
+        verdicts = found["What the differences mean"].get(name, {})
+        assert {heading for heading, cell in verdicts.items() if cell != "–"} == {HEADINGS[task] for task in kept}

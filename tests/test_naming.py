@@ -146,9 +146,16 @@ def test_a_baseline_that_contradicts_the_metadata(described, tiny, tiny_models, 
     assert "made from /no/longer, which is not there" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [{}, {"model": None}, {"model": {"source": 3}}])
-def test_damaged_metadata_is_one_line(described, tiny, tmp_path, content):
-    folder = with_metadata(described, tmp_path / "hqq-4bit", lambda _: content)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda _: {},
+        lambda document: {**document, "model": None},
+        lambda document: {**document, "model": {"source": 3}},
+    ],
+)
+def test_damaged_metadata_is_one_line(described, tiny, tmp_path, change):
+    folder = with_metadata(described, tmp_path / "hqq-4bit", change)
     compare = [ROOT / "compare_to_baseline.py", "--quantized", folder, "--results-dir", tmp_path]
     for more in ([], ["--baseline", tiny]):
         result = run_script(*compare, *more, *SMALL)

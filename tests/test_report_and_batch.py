@@ -243,6 +243,8 @@ def test_a_batch_without_metadata_run_again(real_batch):
     (["--only", "baseline", "--limt", "5"], "unknown option --limt 5"),
     (["--only", "smoothquant-8bit", "--damping", "0.1"], "unknown option --damping 0.1"),
     (["--alpha", "1.5"], "1.5 is not between 0 and 1"),
+    (["--only", "smoothquant-8bit", "--group-size", "64"], "--group-size: invalid choice: '64'"),
+    (["64"], "unknown option 64"),
 ])
 def test_options_passed_on_are_checked_before_anything_starts(batch, words, said):
     from common.errors import UserError
@@ -254,10 +256,24 @@ def test_options_passed_on_are_checked_before_anything_starts(batch, words, said
     assert not (batch.folder / "calls").exists() and not (batch.folder / "results").exists()
 
 
-def test_options_that_one_method_knows_are_passed_on(batch):
-    # The stand-in of gptq fails always.
-    assert batch("--only", "hqq-4bit,gptq-4bit", "--lp-norm", "2") == 1
-    assert "--lp-norm 2" in (batch.folder / "calls").read_text()
+def test_each_method_is_passed_the_options_that_its_script_takes(batch, capfd):
+    """The others are left out, which one line says: a script that is passed one of them ends with an error."""
+    for method in ("gptq", "smoothquant"):
+        (batch.folder / f"quantize_{method}.py").write_text(STAND_INS["quantize_hqq.py"])
+    assert batch("--only", "gptq-4bit,hqq-4bit,smoothquant-8bit", "--group-size", "64", "--seed=3", "--damping", "0.1") == 0
+    calls = [line.split() for line in (batch.folder / "calls").read_text().splitlines() if line.startswith("quantize_")]
+    passed_on = {"gptq": ["--group-size", "64", "--seed=3", "--damping", "0.1"], "hqq": ["--group-size", "64", "--seed=3"],
+                 "smoothquant": ["--seed=3"]}
+    assert {name.removeprefix("quantize_").removesuffix(".py"): words[6:] for name, *words in calls} == passed_on
+    said = [line for line in capfd.readouterr().out.splitlines() if "left out" in line]
+    assert len(said) == 1 and said[0].endswith(": --group-size 64 for smoothquant; --damping 0.1 for hqq, smoothquant")
+    status = json.loads((batch.folder / "results/tiny/status.json").read_text())
+    assert status["smoothquant-8bit"]["made"]["options"] == ["--seed=3"]
+    # What is left out is refused by the script itself.
+    import quantize_smoothquant
+
+    with pytest.raises(SystemExit):
+        quantize_smoothquant.argument_parser().parse_args(["--group-size", "64"])
 
 
 @pytest.mark.parametrize("words", [["--limit", "abc"], ["--limit", "0"], ["--dtype", "float8"]])

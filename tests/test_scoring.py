@@ -114,6 +114,11 @@ ARC_LINES = "".join((DEMO_FOLDER / "arc.jsonl").read_text().splitlines(keepends=
 @pytest.mark.parametrize("task, name, content, words", [
     ("arc", "a.txt", "some words", ["question, choices.text, choices.label, answerKey", "it has text"]),
     ("arc", "a.jsonl", '{"question": "q", "choices": ["a", "b"], "answerKey": "A"}', ["without choices.text, choices.label; it"]),
+    ("arc", "a.jsonl", ARC_LINES.replace('"answerKey": "B"', '"answerKey": "E"'),
+     ["the answerKey 'E' of demo_001 is none of its labels ['A', 'B', 'C', 'D']", "--arc-data", "leave arc out of --tasks"]),
+    ("arc", "a.jsonl", '{"question": "Why?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": 1}',
+     ["the answerKey 1 of Why? is none of its labels ['1', '2']"]),
+    ("arc", "a.jsonl", '{"question": "Why?", "choices": {"text": [], "label": null}, "answerKey": "A"}', ["of its labels []"]),
     ("squad_v2", "a.jsonl", ARC_LINES, ["without context, answers.text; it has id, question, choices, answerKey"]),
     ("openmath", "a.jsonl", ARC_LINES, ["without problem, expected_answer; it has id, question"]),
     ("openmath", "a.jsonl", '{"problem": "p", "expected_answer": "1"}\n{"problem": "q"}', ["without expected_answer; it has problem;"]),

@@ -44,6 +44,16 @@ def change_error(folder):
     (folder / METADATA_FILE).write_text(json.dumps(record))
 
 
+def without(entry):
+    def apply(folder):
+        record = json.loads((folder / METADATA_FILE).read_text())
+        *way, last = entry.split(".")
+        owner = record[way[0]] if way else record
+        del owner[last]
+        (folder / METADATA_FILE).write_text(json.dumps(record))
+    return apply
+
+
 def run(folder):
     result = run_script(ROOT / "verify_model.py", "--model-path", folder)
     assert "Traceback" not in result.stderr, result.stderr
@@ -74,6 +84,22 @@ def test_tampered(checkpoint, tmp_path, change, failing):
     result = run(folder)
     assert result.returncode == 1
     assert f"FAIL  {failing}" in result.stdout, result.stdout
+
+
+@pytest.mark.parametrize("change, words", [
+    *[(without(entry), f"it lacks {entry}") for entry in
+      ("options", "versions", "seconds.total", "bytes.quantized_weights", "compression_ratio", "linears", "method")],
+    (without("bytes"), "it lacks bytes.quantized_weights, bytes.quantized_folder"),
+    (lambda folder: (folder / METADATA_FILE).write_text("{"), "Expecting property name"),
+], ids=["options", "versions", "time", "size", "ratio", "linears", "method", "sizes", "unreadable"])
+def test_damaged_metadata(checkpoint, tmp_path, change, words):
+    """Also where it lacks what only the evaluation and the tables need."""
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    change(folder)
+    result = run(folder)
+    assert result.returncode == 1
+    assert f"FAIL  metadata: {folder / METADATA_FILE} is damaged ({words}" in result.stdout, result.stdout
 
 
 def test_a_wrecked_linear_is_named_by_both_scripts(tiny, tmp_path, monkeypatch):
