@@ -13,8 +13,10 @@ the weights, in float64: the rotated model is a plain model with the same functi
 same matrix, so a tied head is stored on its own. Weights are quantized to W4A16.
 
 With --act-bits or --kv-bits the inputs of the linears and the key-value cache are rounded as the model runs, after the
-paper's online rotations R3 of queries and keys and R4 of down_proj's input. Such a checkpoint does not load plainly, by
-intent; verify_model.py and common/evaluation.py run it.
+paper's online rotations R3 of queries and keys and R4 of down_proj's input. With --act-bits R1 is not folded: what the norms
+put out is rotated as it comes, and before that each channel is scaled, in the norm's gain or in up_proj, by what does the
+least harm (`align`). A tied head stays tied then. Such a checkpoint does not load plainly, by intent; verify_model.py and
+common/evaluation.py run it.
 """
 
 import argparse
@@ -22,14 +24,16 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from common import cli
+from common import cli, parallel
 from common.gptq import SWEEPS, gptq_layer
 from common.hadamard import factors, rotate, rotation
-from common.layerwise import Method
-from common.models import MODELS_FOLDER, SourceModel
+from common.layerwise import Layer, Method
+from common.models import LINEAR_GROUPS, MODELS_FOLDER, SourceModel
 from common.naming import filed_as
 from common.online import OnlineTransforms, attach, enable_attention
 from common.quantization import run
+from common.scaling import fold_scale
+from common.statistics import group_inputs
 
 # Rotated inputs are even, and need no more damping than the GPTQ paper's.
 DAMPING = 0.01
@@ -38,9 +42,12 @@ READS_HIDDEN = {"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "sel
 # Shares of their range that activations and cache keep. The paper's is 0.9 for all activations; the best for each token loses
 # a sixth less (docs/quantization_methods_deep_dive.md).
 ACTIVATION_CLIPS, KV_CLIP = (1.0, 0.9, 0.8, 0.7, 0.6), 0.95
+# Of the calibration text, for the scales of `align`.
+ALIGN_TOKENS = 16384
 # Rows that are rotated at once.
 ROWS = 16384
-WRITES_HIDDEN = ("self_attn.o_proj", "mlp.down_proj")
+WRITES_HIDDEN, V_PROJ = ("self_attn.o_proj", "mlp.down_proj"), "self_attn.v_proj"
+DOWN = next(index for index, group in enumerate(LINEAR_GROUPS) if "mlp.down_proj" in group.linears)
 
 
 def times(weight: Tensor, matrix: Tensor) -> Tensor:
@@ -94,32 +101,77 @@ def balance(feeder: nn.Linear, reader: nn.Linear, heads: tuple[int, int, int]) -
 
 def rotate_layer(module: nn.Module, hidden: Tensor, value: Tensor) -> None:
     """Rotate a decoder layer. hidden: R1 [hidden, hidden]; value: R2 [head size, head size]."""
-    attention, mlp = module.self_attn, module.mlp
+    mlp = module.mlp
     for norm, names in READS_HIDDEN.items():
         linears = [module.get_submodule(name) for name in names]
         fuse_norm(module.get_submodule(norm), linears)
         for linear in linears:
             linear.weight.data = times(linear.weight, hidden)
-    heads = (attention.v_proj.out_features // attention.head_dim, attention.num_key_value_groups, attention.head_dim)
-    balance(attention.v_proj, attention.o_proj, heads)
     balance(mlp.up_proj, mlp.down_proj, (1, 1, mlp.up_proj.out_features))
     for name in WRITES_HIDDEN:
         linear = module.get_submodule(name)
         linear.weight.data = times(linear.weight.T, hidden).T.contiguous()
         if linear.bias is not None:
             linear.bias.data = times(linear.bias, hidden)
-    v_proj, o_proj = attention.v_proj, attention.o_proj
+    rotate_values(module, value)
+
+
+def rotate_values(module: nn.Module, value: Tensor) -> None:
+    """Balance and rotate, head by head, what v_proj hands to o_proj. value: R2 [head size, head size]."""
+    v_proj, o_proj = module.self_attn.v_proj, module.self_attn.o_proj
     size = len(value)
+    balance(v_proj, o_proj, (v_proj.out_features // size, module.self_attn.num_key_value_groups, size))
     v_proj.weight.data = times(v_proj.weight.T.unflatten(1, (-1, size)), value).flatten(1).T.contiguous()
     if v_proj.bias is not None:
         v_proj.bias.data = times(v_proj.bias.view(-1, size), value).flatten()
     o_proj.weight.data = times(o_proj.weight.unflatten(1, (-1, size)), value).flatten(1)
 
 
+def align(layer: Layer) -> None:
+    """Scale the input channels of q/k/v, gate/up and down_proj so that rounding rotated inputs to few bits does the least harm.
+
+    A rotated token is rounded in steps that follow its length, and an error reaches the output through all weights alike, so the
+    expected error is E‖Dx‖² ‖W D⁻¹‖² up to a factor. Of all diagonal D the one with d² = ‖column of W‖ / root mean square of x
+    has the smallest, (Σ ‖column‖ rms)². (Full matrices in place of D are the subject of arXiv 2603.04359.)
+    """
+    squares = input_squares(layer)
+    for index, group in enumerate(LINEAR_GROUPS):
+        if group.fed_by != V_PROJ:
+            columns = sum(layer.weight(name).square().sum(0) for name in group.linears)
+            scale = (squares[index] / columns).pow(0.25)
+            # A channel that is always zero, or that nothing reads, has no scale.
+            scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
+            fold_scale(layer, index, parallel.from_first(scale))
+
+
+def input_squares(layer: Layer) -> list[Tensor]:
+    """For each linear group the sum of squares [in] of its inputs' channels. Of down_proj's, among which a few tokens are hundreds of
+    times as large as the others, every token counts as one of length one.
+    """
+    device = layer.module.mlp.down_proj.weight.device
+    sums = [torch.zeros(layer.module.get_submodule(group.linears[0]).in_features, device=device) for group in LINEAR_GROUPS]
+
+    def receive(index: int, inputs: Tensor) -> None:
+        tokens = inputs.float().flatten(0, -2).square()
+        if index == DOWN:
+            tokens /= tokens.sum(1, keepdim=True).clamp(min=1e-20)
+        sums[index] += tokens.sum(0)
+
+    seen = 0
+    with group_inputs(layer.module, receive):
+        for chunk in layer.inputs:
+            if seen < ALIGN_TOKENS:
+                layer.forward(chunk.to(device))
+                seen += chunk.shape[0] * chunk.shape[1]
+    return [parallel.add(total) for total in sums]
+
+
 def rotate_online(module: nn.Module, transforms: OnlineTransforms) -> None:
-    """Let a decoder layer apply R3 and R4 as it runs, and undo R4 in down_proj's weights."""
-    weight = module.mlp.down_proj.weight
-    weight.data = rotate(weight.double(), *factors(weight.shape[1])).to(weight.dtype)
+    """Let a decoder layer apply its online rotations as it runs, and undo them in the weights that read what they turn."""
+    turned = [*WRITES_HIDDEN[1:], *(name for names in READS_HIDDEN.values() for name in names if transforms.hidden)]
+    for name in turned:
+        weight = module.get_submodule(name).weight
+        weight.data = rotate(weight.double(), *factors(weight.shape[1])).to(weight.dtype)
     attach(module, transforms)
 
 
@@ -140,27 +192,33 @@ def main() -> None:
     options = argument_parser().parse_args()
     transforms = None
     if options.act_bits or options.kv_bits:
-        transforms = OnlineTransforms(options.act_bits, options.kv_bits, ACTIVATION_CLIPS, KV_CLIP)
+        transforms = OnlineTransforms(options.act_bits, options.kv_bits, ACTIVATION_CLIPS, KV_CLIP, hidden=bool(options.act_bits))
         name = f"quarot-w{options.bits}a{options.act_bits or 16}kv{options.kv_bits or 16}"
         options.output = options.output or MODELS_FOLDER / filed_as(options.model) / name
+    # R1, folded into the weights, unless the inputs are rotated as they come.
+    folded = not options.act_bits
     rotations: dict[str, Tensor] = {}
 
     def rewrite_model(source: SourceModel) -> None:
         attention = source.model.model.layers[0].self_attn
         rotations["hidden"] = rotation(source.config.hidden_size, options.seed)
         rotations["value"] = rotation(attention.head_dim, options.seed + 1)
-        rotate_ends(source, rotations["hidden"])
+        if folded:
+            rotate_ends(source, rotations["hidden"])
         if transforms:
             enable_attention(source.model)
 
-    def rewrite_layer(_, module: nn.Module) -> None:
-        rotate_layer(module, **rotations)
+    def rewrite_layer(layer: Layer) -> None:
+        if folded:
+            rotate_layer(layer.module, **rotations)
+        else:
+            align(layer)
+            rotate_values(layer.module, rotations["value"])
         if transforms:
-            rotate_online(module, transforms)
+            rotate_online(layer.module, transforms)
 
     run(options, Method("quarot", lambda layer: gptq_layer(layer, options.damping, options.sweeps), online=transforms,
-                        catch_up=options.catch_up,
-                        rewrite_model=rewrite_model, unties=True, rewrite_layer=rewrite_layer))
+                        catch_up=options.catch_up, rewrite_model=rewrite_model, unties=folded, rewrite_layer=rewrite_layer))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def limit(device: torch.device, gib: float | None = None) -> None:
         return
     free, total = torch.cuda.mem_get_info(device)
     room = allocation(free + torch.cuda.memory_reserved(device), gib)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, room / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, room / total), _index(device))
     _limits[_index(device)] = room
 
 

@@ -91,7 +91,7 @@ class Method:
     needs: GRAM, statistics of the quantized layers' output; RANGES, statistics without Gram matrices in one pass through
         the original layers, for 8-bit methods whose errors are small; or NOTHING.
     rewrite_model, rewrite_layer: change the model without changing its function before anything is measured, the small
-        parts once and each layer when it is loaded (a rotation).
+        parts once and each layer when it is loaded, its inputs known and its statistics not (a rotation).
     prepare_layer: the same for a layer whose statistics are known, magnitudes too (a scaling); has to keep them true.
     catch_up: share of the residual stream's lag behind the original model that o_proj and down_proj are made to recover
         before they are rounded (`rounding.catch_up`); needs GRAM, and a second pass through the original layers.
@@ -104,7 +104,7 @@ class Method:
     quantize_layer: Callable[[Layer], dict[str, QuantizedLinear]]
     needs: str = GRAM
     rewrite_model: Callable[[SourceModel], None] | None = None
-    rewrite_layer: Callable[[int, nn.Module], None] | None = None
+    rewrite_layer: Callable[[Layer], None] | None = None
     prepare_layer: Callable[[Layer], None] | None = None
     catch_up: float = 0.0
     activation_bits: int | None = None
@@ -213,13 +213,13 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
             layer = Layer(index, module, grid, source.storage_dtype)
         with watch("record"):
             streams.reference = run_layer(module, streams.reference, streams.probe_arguments[index])
-        if method.rewrite_layer:
-            with watch("statistics"):
-                method.rewrite_layer(index, module)
-                round_to_storage(module, source.storage_dtype)
         if windows is not None:
             layer.inputs = streams.hidden
             layer.forward = partial(run_layer, module, arguments=streams.arguments[index])
+        if method.rewrite_layer:
+            with watch("statistics"):
+                method.rewrite_layer(layer)
+                round_to_storage(module, source.storage_dtype)
         if index < resumed:
             with watch("resume"):
                 _replay(layer, method, streams, source.device, resumption.restore)

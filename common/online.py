@@ -1,7 +1,8 @@
 """What QuaRot does while the model runs: rotations that do not fold into weights, and rounding of activations and cache.
 
 R3 turns queries and keys after the rotary embedding, R4 turns down_proj's input (Ashkboos et al. 2024, arXiv 2404.00456,
-figure 3). Inputs of the linears are rounded per token, keys and values per token and head: as every vector of the cache is
+figure 3), and where inputs are rounded what the norms put out is turned too: their gains can then even out the channels
+before, which a rotation folded into the weights does not let them. Inputs of the linears are rounded per token, keys and values per token and head: as every vector of the cache is
 rounded by itself, rounding what attention reads is the same as storing it rounded.
 
 A model whose weights expect this is wrong without it, so such a checkpoint has a model type that transformers does not
@@ -33,12 +34,14 @@ class OnlineTransforms:
     """Bits of activations and of the key-value cache, None: left as they are.
 
     activation_clips: shares of its range among which each token's best is taken; kv_clip: the share of a cached vector's.
+    hidden: whether the inputs of q/k/v and of gate and up are rotated as well.
     """
 
     activation_bits: int | None
     kv_bits: int | None
     activation_clips: tuple[float, ...]
     kv_clip: float
+    hidden: bool = False
     _active = True                                                              # not a field: nothing that is stored
 
     @contextmanager
@@ -69,11 +72,17 @@ def enable_attention(model: nn.Module) -> None:
 
 
 def attach(layer: nn.Module, transforms: OnlineTransforms) -> None:
-    """Rotate a decoder layer's queries and keys (R3) and down_proj's input (R4) as they come; round inputs and cache."""
+    """Rotate a decoder layer's queries and keys (R3), down_proj's input (R4) and, if asked for, what its norms put out, as they
+    come; round inputs and cache.
+    """
     attention, weight = layer.self_attn, layer.mlp.down_proj.weight
     attention.online = transforms, [factor.to(weight) for factor in factors(attention.head_dim)]
     left, right = [factor.to(weight) for factor in factors(weight.shape[1])]
     layer.mlp.down_proj.register_forward_pre_hook(lambda _, arguments: rotate(arguments[0], left, right))
+    if transforms.hidden:
+        sides = [factor.to(weight) for factor in factors(attention.q_proj.in_features)]
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.register_forward_hook(lambda *call: rotate(call[-1], *sides))
     for name in LINEARS:
         layer.get_submodule(name).register_forward_pre_hook(lambda _, arguments: transforms.round_inputs(arguments[0]))
 

@@ -9,12 +9,13 @@ from conftest import ARCHITECTURES, ROOT, run_script
 from test_rotation_and_scaling import BOUNDS, all_logits
 
 from common.checkpoint import METADATA_FILE
-from common.grid import round_clipped, round_per_token, round_per_vector
+from common.grid import Grid, round_clipped, round_per_token, round_per_vector
 from common.hadamard import factors, hadamard, rotate, rotation
+from common.layerwise import Layer
 from common.models import SourceModel
 from common.online import OnlineTransforms, enable_attention
 from common.runtime import load_model
-from quantize_quarot import rotate_ends, rotate_layer, rotate_online
+from quantize_quarot import align, input_squares, rotate_ends, rotate_layer, rotate_online, rotate_values
 
 
 @pytest.mark.parametrize("order", [16, 64, 96, 128, 1536, 4864, 5632, 8192])
@@ -71,6 +72,61 @@ def test_online_rotations_leave_logits_unchanged(tiny_models, architecture, tied
 
     after = all_logits(source, tokens, change)
     assert (before - after).abs().max() < bound * before.abs().max()
+
+
+def layer_with_inputs(module: torch.nn.Module) -> Layer:
+    """A layer of a tiny model that is given hidden states whose channels differ much in size."""
+    generator = torch.Generator().manual_seed(3)
+    chunks = [torch.randn(2, 20, 64, generator=generator) * torch.rand(64, generator=generator) ** 2 for _ in range(2)]
+    return Layer(0, module, Grid(4, None), torch.float32, inputs=[chunk.to(module.mlp.down_proj.weight.dtype) for chunk in chunks],
+                 forward=lambda hidden: module.mlp(module.post_attention_layernorm(
+                     module.self_attn.q_proj(module.input_layernorm(hidden)))))
+
+
+@pytest.mark.parametrize("dtype, bound", BOUNDS)
+@pytest.mark.parametrize("architecture, tied", ARCHITECTURES)
+@torch.no_grad()
+def test_aligned_channels_and_online_rotations_leave_logits_unchanged(tiny_models, architecture, tied, dtype, bound):
+    folder = str(tiny_models[architecture, tied])
+    tokens = torch.randint(0, 320, (2, 50), generator=torch.Generator().manual_seed(2))
+    before = all_logits(SourceModel(folder, torch.device("cpu"), dtype), tokens)
+    source = SourceModel(folder, torch.device("cpu"), dtype)
+    enable_attention(source.model)
+    changed = []
+
+    def change(_, module):
+        gain = module.input_layernorm.weight.clone()
+        align(layer_with_inputs(module))
+        changed.append((module.input_layernorm.weight / gain).std())
+        rotate_values(module, rotation(16, seed=1))
+        rotate_online(module, OnlineTransforms(None, None, (1.0,), 1.0, hidden=True))
+
+    after = all_logits(source, tokens, change)
+    assert min(changed) > 0.05 and (before - after).abs().max() < bound * before.abs().max()
+
+
+@torch.no_grad()
+def test_alignment_reaches_the_least_expected_error_whatever_the_channels_scales(tiny_models):
+    """E|Dx|² |W D⁻¹|² of q/k/v: Cauchy and Schwarz say what the least is, and no other scales of the same weights have less."""
+    module = SourceModel(str(tiny_models["llama", True]), torch.device("cpu"), torch.float32).load_layer(0)
+    layer, generator = layer_with_inputs(module), torch.Generator().manual_seed(5)
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+    def error():
+        squares, columns = input_squares(layer)[0].double(), sum(layer.weight(name).double().square().sum(0) for name in names)
+        return (squares.sum() * columns.sum()).item(), (squares * columns).sqrt().sum().square().item()
+
+    unscaled, least = error()
+    align(layer)
+    assert error()[0] < 0.98 * unscaled and error()[0] == pytest.approx(least, rel=0.02)
+    aligned = [layer.weight(name) for name in names]
+    scale = torch.exp(0.7 * torch.randn(64, generator=generator))
+    module.input_layernorm.weight.data /= scale
+    for name in names:
+        module.get_submodule(name).weight.data *= scale
+    align(layer)
+    for name, weight in zip(names, aligned, strict=True):
+        assert torch.allclose(layer.weight(name), weight, rtol=0.02, atol=1e-4)
 
 
 FULL = ("--act-bits", 4, "--kv-bits", 4)
