@@ -24,8 +24,9 @@ from common.models import LINEARS
 from common.quantization import run
 from common.rounding import restore_gain
 
-# Chosen on four models (docs/quantization_methods_deep_dive.md). A small p gives up the few large weights of a group.
-LP_NORM = 8.0
+# p from 4 bits on, and below; chosen on several models (docs/quantization_methods_deep_dive.md). A small one gives up the few large
+# weights of a group, a large one serves them alone, which coarse steps do not allow.
+LP_NORM, COARSE_LP_NORM = 8.0, 4.0
 STEPS = 4
 
 
@@ -71,12 +72,15 @@ def quantize_weight(weight: Tensor, grid: Grid, lp_norm: float, scale_dtype: tor
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = cli.quantization_parser(__doc__, bits=4)
-    parser.add_argument("--lp-norm", type=float, default=LP_NORM, help="p of the l_p error (default: %(default)s)")
+    parser.add_argument("--lp-norm", type=float, metavar="P",
+                        help=f"p of the l_p error (default: {LP_NORM:g}; with 2 and 3 bits {COARSE_LP_NORM:g})")
     return parser
 
 
 def main() -> None:
     options = argument_parser().parse_args()
+    if options.lp_norm is None:
+        options.lp_norm = LP_NORM if options.bits > 3 else COARSE_LP_NORM
 
     def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
         return {name: quantize_weight(layer.own_weight(name), layer.grid, options.lp_norm, layer.scale_dtype)
