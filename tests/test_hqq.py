@@ -1,10 +1,12 @@
 """Our half-quadratic solver against the authors' package."""
 
+import json
+
 import pytest
 import torch
+from conftest import ROOT, oracle, run_script
 
-from conftest import oracle
-
+from common.checkpoint import METADATA_FILE
 from common.grid import Grid, dequantize, grouped, min_max, quantize, search_range
 from quantize_hqq import STEPS, half_quadratic, quantize_weight
 
@@ -59,3 +61,10 @@ def test_the_objective_never_rises(lp_norm, grid, size, generator):
     assert (loss(*searched) <= loss(*start) * (1 + 1e-5)).all()
     assert (loss(*solved) <= loss(*searched) * (1 + 1e-5)).all()
     assert loss(*solved).sum() < 0.999 * loss(*start).sum()
+
+
+@pytest.mark.parametrize("bits, norm", [(8, 8.0), (4, 8.0), (3, 4.0), (2, 4.0)])
+def test_its_norm_goes_by_the_bits_and_is_recorded(tiny, tmp_path, bits, norm):
+    result = run_script(ROOT / "quantize_hqq.py", "--model", tiny, "--output", tmp_path / "out", "--bits", bits)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "out" / METADATA_FILE).read_text())["options"]["lp_norm"] == norm
