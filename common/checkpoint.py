@@ -22,12 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from common.device import dtype_name
 from common.errors import UserError
+from common.files import load_json, replace_folder
 from common.grid import Grid, QuantizedLinear
 from common.layerwise import Resumption
-from common.models import INDEX_FILE, LINEARS, MODEL_FILES, SourceModel, TensorReader
+from common.models import INDEX_FILE, LINEARS, MODEL_FILES, SourceModel, TensorReader, read_config
 from common.online import OnlineTransforms, mark_config
-from common.results import read_json
 from common.unfinished import UnfinishedFolder
 
 METADATA_FILE = "quantization_metadata.json"
@@ -244,7 +245,7 @@ class CheckpointWriter:
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
         (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
         config = source.config.to_diff_dict()
-        config.update(architectures=[type(source.model).__name__], dtype=str(self.load_dtype).removeprefix("torch."),
+        config.update(architectures=[type(source.model).__name__], dtype=dtype_name(self.load_dtype),
                       quantization_config=self._quantization_config(ends), **_old_rope(config))
         if self.online:
             mark_config(config, self.online)
@@ -276,14 +277,7 @@ class CheckpointWriter:
         for file in self.folder.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        if self.output.exists():
-            old = self.output.with_name(self.output.name + ".replaced")
-            shutil.rmtree(old, ignore_errors=True)
-            self.output.rename(old)
-            self.folder.rename(self.output)
-            shutil.rmtree(old)
-        else:
-            self.folder.rename(self.output)
+        replace_folder(self.folder, self.output)
         self.unfinished.clean(self.output)
 
 
@@ -298,7 +292,7 @@ def _old_rope(config: dict) -> dict:
 
 def _name_tokenizer_as_before(file: Path) -> None:
     """Give the class and the special tokens in a tokenizer_config.json the names that transformers 4 and 5 both know."""
-    config = json.loads(file.read_text())
+    config = load_json(file)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
@@ -325,7 +319,7 @@ def open_checkpoint(folder: Path) -> tuple[dict, TensorReader]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the --output of a quantize script")
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = load_json(folder / "config.json")
     except OSError:
         raise UserError(f"{folder} is not a model: it has no config.json") from None
     except ValueError:
@@ -353,9 +347,7 @@ def is_quantized(folder: Path) -> bool:
     Raises:
         UserError: no model there, or an unreadable config.json.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a model: it has no config.json")
-    config = read_json(folder / "config.json", "quantize or download it again")
+    config = read_config(folder)
     return any(config.get(key) for key in ("quantization_config", "compression_config"))
 
 

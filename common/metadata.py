@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from common.checkpoint import METADATA_FILE
-from common.results import read_json
+from common.files import read_json
 
 VERSION = 1
 _PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "lm-eval", "datasets", "numpy", "gemlite")

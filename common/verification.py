@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from common import metadata, probe
 from common.checkpoint import INTEGER, decompress, file_hashes, grid_of, open_checkpoint, stored_parts, unpack
+from common.device import dtype_name
 from common.device_memory import logits_at_once
 from common.errors import UserError
 from common.forms import unknown_form
@@ -190,7 +191,7 @@ def _recorded(record: dict | None, logits: torch.Tensor, tokens: torch.Tensor, d
                                         "compare_to_baseline.py takes it as --baseline")
         return
     expected = record["probe"]
-    exact = record["compute_dtype"] == "float32" == str(dtype).removeprefix("torch.")
+    exact = record["compute_dtype"] == "float32" == dtype_name(dtype)
     tolerance = LOGITS_TOLERANCE["float32" if exact else "other"]
     same_text = expected["tokens"] == tokens.shape[1]
     difference = probe.sample_difference(logits, expected) if same_text else float("inf")

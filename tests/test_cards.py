@@ -8,7 +8,7 @@ from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_token
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common import fused, kernels, rounding
-from common.cli import resolve_dtype
+from common.device import resolve_dtype
 from common.errors import UserError
 from common.grid import Grid, codes_per_token
 from common.kernels import inference

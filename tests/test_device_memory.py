@@ -99,16 +99,16 @@ def test_next_to_nothing_is_refused(card):
 
 
 def test_resolve_device_sets_the_limit(card, monkeypatch):
-    from common import cli
+    from common import device
 
     facts = {"is_available": True, "device_count": 1, "get_arch_list": ["sm_80", "sm_90"],
              "get_device_name": "a card", "get_device_capability": (8, 9)}
     for name, value in facts.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    assert cli.resolve_device("cuda", 6) == CARD and card.fraction * 8 == pytest.approx(5)
+    assert device.resolve_device("cuda", 6) == CARD and card.fraction * 8 == pytest.approx(5)
     card.fraction = None
     assert (
-        cli.resolve_device("cpu", 6) == CPU
+        device.resolve_device("cpu", 6) == CPU
         and card.fraction is None
         and device_memory.available(CPU) == float("inf")
     )
