@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.checkpoint import compress, decompress, unpack
+from common.checkpoint_format import compress, decompress, unpack
 from common.errors import UserError
 from common.grid import Grid, QuantizedLinear, dequantize, min_max, grouped, quantize, resolve_group_size, search_range
 
