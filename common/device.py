@@ -8,7 +8,7 @@ import torch
 
 from common import device_memory, machine, parallel
 from common.errors import UserError
-from common.kernels import BFLOAT16, supports
+from common.kernels.gpu import BFLOAT16, supports
 from common.progress import say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -14,7 +14,8 @@ from common.checkpoint_format import open_checkpoint, stored_parts, unknown_form
 from common.checkpoint_format import unpack as stored_codes
 from common.errors import UserError
 from common.grid import Grid
-from common.kernels.inference import PackedWeight, Rounded, integer_matmul, pack, packed_matmul, round_rows, unpack
+from common.kernels.forms import PackedWeight, Rounded, pack
+from common.kernels.inference import integer_matmul, packed_matmul, round_rows, unpack
 from common.models import LINEARS
 from common.online import CONFIG_KEY
 

@@ -18,7 +18,8 @@ from common.checkpoint import METADATA_FILE, CheckpointWriter, check_output, fol
 from common.cli import configure_torch, resolve_sizes
 from common.device import device_and_dtype, dtype_name
 from common.errors import UserError
-from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve_group_size, scale_type, search_range
+from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve_group_size, scale_type
+from common.kernels.rounding import search_range
 from common.layerwise import NOTHING, Method, Resumption, Stopwatch, WalkResult, quantize_model
 from common.models import MODELS_FOLDER, SourceModel
 from common.naming import filed_as

@@ -23,7 +23,7 @@ from common.device_memory import available, working_bytes
 from common.errors import UserError
 from common.fused import fuse_layers
 from common.grid import float16_holds
-from common.kernels import triton_works
+from common.kernels.dispatch import triton_works
 from common.models import SUPPORTED_ARCHITECTURES, SourceModel, TensorReader, load_tokenizer, read_config
 from common.online import attach_all, take_from_config
 from common.packed import PackedLinear, can_be_packed, load_packed

@@ -5,7 +5,8 @@ import torch
 
 from conftest import oracle
 
-from common.grid import Grid, dequantize, grouped, min_max, quantize, search_range
+from common.grid import Grid, dequantize, grouped, min_max, quantize
+from common.kernels.rounding import search_range
 from quantize_hqq import STEPS, half_quadratic, quantize_weight
 
 hqq = oracle("hqq.core.quantize")

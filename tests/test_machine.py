@@ -243,18 +243,18 @@ def test_what_triton_lacks_is_named_with_its_packages():
 
 
 def test_triton_that_cannot_build_names_both_packages(monkeypatch, capsys):
-    from common import kernels
+    from common.kernels import dispatch
 
     def no_header(*_, **__):
         raise RuntimeError("fatal error: Python.h: No such file or directory")
 
-    monkeypatch.setattr(kernels.torch, "zeros", no_header)
-    monkeypatch.setattr(kernels, "look_for_compiler", lambda: (None, False))
-    kernels.triton_works.cache_clear()
+    monkeypatch.setattr(dispatch.torch, "zeros", no_header)
+    monkeypatch.setattr(dispatch, "look_for_compiler", lambda: (None, False))
+    dispatch.triton_works.cache_clear()
     try:
-        assert not kernels.triton_works()
+        assert not dispatch.triton_works()
     finally:
-        kernels.triton_works.cache_clear()
+        dispatch.triton_works.cache_clear()
     printed = capsys.readouterr().out
     assert (
         "sudo apt install gcc python3." in printed
