@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from common import cli
-from common.grid import (Grid, QuantizedLinear, grouped, power_, quantize, reciprocal_size, round_scale, rounding_error,
-                         search_range)
+from common.grid import Grid, QuantizedLinear, grouped, power_, quantize, reciprocal_size, round_scale, rounding_error
+from common.kernels.rounding import search_range
 from common.layerwise import NOTHING, Layer, Method
 from common.models import LINEARS
 from common.quantization import run

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from common import cli
-from common.grid import Grid, QuantizedLinear, min_max, quantize, round_per_token, rounding_error, search_range
+from common.grid import Grid, QuantizedLinear, min_max, quantize, round_per_token, rounding_error
+from common.kernels.rounding import search_range
 from common.layerwise import RANGES, Layer, Method
 from common.models import LINEAR_GROUPS
 from common.quantization import run

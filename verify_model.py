@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from common import cli
+from common.device import device_and_dtype
 from common.progress import say
 from common.verification import verify
 
@@ -22,10 +23,10 @@ def main() -> int:
     parser.add_argument("--model-path", type=Path, required=True, help="checkpoint folder")
     cli.add_device_arguments(parser)
     options = parser.parse_args()
-    device = cli.resolve_device(options.device, options.device_memory)
+    device, dtype = device_and_dtype(options)
     cli.configure_torch(seed=0)
     failed, skipped = False, []
-    for check in verify(options.model_path, device, cli.resolve_dtype(options.dtype, device)):
+    for check in verify(options.model_path, device, dtype):
         say(f"{MARKS[check.passed]}  {check.name}: {check.detail}")
         failed |= check.passed is False
         skipped += [check.name] if check.passed is None else []

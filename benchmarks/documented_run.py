@@ -26,8 +26,9 @@ from scripts import processes  # noqa: E402
 from transformers import LlamaForCausalLM, pipelines  # noqa: E402, F401
 
 from common import language_model, packed  # noqa: E402, F401
+from common.files import write_json  # noqa: E402
 from common.models import DEMO_NAME, MODELS_FOLDER, resolve_folder  # noqa: E402
-from common.results import CONFIGURATIONS, DOCUMENTED_FOLDER, STATUS_FILE, write_json  # noqa: E402
+from common.results import CONFIGURATIONS, DOCUMENTED_FOLDER, STATUS_FILE  # noqa: E402
 
 CALIBRATION = ["--calib-data", "calib/pile_style_mix", "--calib-samples", "64", "--calib-length", "2048"]
 

@@ -18,8 +18,9 @@ import torch  # noqa: E402
 from shape import SHAPE, random_model  # noqa: E402
 
 from common import metadata  # noqa: E402
-from common.cli import configure_torch, quiet_libraries, resolve_device, resolve_dtype  # noqa: E402
+from common.cli import configure_torch, quiet_libraries  # noqa: E402
 from common.data import load_rows  # noqa: E402
+from common.device import resolve_device, resolve_dtype  # noqa: E402
 from common.evaluation import SAMPLE_SEED, TASK_DATA, run_task  # noqa: E402
 from common.fused import fuse_layers  # noqa: E402
 from common.models import load_tokenizer, resolve_folder  # noqa: E402

@@ -24,7 +24,8 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 
 from common.kernels import products_triton as kernels  # noqa: E402
-from common.kernels.inference import integer_matmul, pack, packed_matmul, round_rows  # noqa: E402
+from common.kernels.forms import pack  # noqa: E402
+from common.kernels.inference import integer_matmul, packed_matmul, round_rows  # noqa: E402
 
 SHAPES = {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}
 GROUP, COPIES = 128, 48

@@ -27,7 +27,8 @@ from peers import PEERS  # noqa: E402
 from scripts import quantize  # noqa: E402
 
 from common.calibration import calibration_windows, evaluation_windows  # noqa: E402
-from common.cli import DTYPES, configure_torch, positive, quiet_libraries, resolve_device, two_or_more  # noqa: E402
+from common.cli import configure_torch, positive, quiet_libraries, two_or_more  # noqa: E402
+from common.device import DTYPES, resolve_device  # noqa: E402
 from common.divergence import last_hidden_states  # noqa: E402
 from common.evaluation import PERPLEXITY_DATA, perplexity  # noqa: E402
 from common.models import SourceModel, resolve_folder  # noqa: E402

@@ -29,7 +29,8 @@ from shape import random_model, write_random_model  # noqa: E402
 from common import metadata, quantization  # noqa: E402
 from common.calibration import Windows  # noqa: E402
 from common.checkpoint import METADATA_FILE  # noqa: E402
-from common.cli import quiet_libraries, resolve_device  # noqa: E402
+from common.cli import quiet_libraries  # noqa: E402
+from common.device import resolve_device  # noqa: E402
 from common.models import load_tokenizer, resolve_folder  # noqa: E402
 
 SAMPLES, LENGTH = 128, 2048

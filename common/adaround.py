@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common import parallel
 from common.grid import Grid, grouped
-from common.kernels import use_triton
+from common.kernels.dispatch import triton_kernels, use_triton
 
 STRETCH, OFFSET = 1.2, -0.1
 BETA_START, BETA_END = 20.0, 2.0
@@ -112,11 +112,9 @@ class Learning:
     def step(self, strength: float, beta: float | None, rate: float) -> None:
         """One step; `rate` holds the learning rate and Adam's corrections for its start from zero."""
         soft, product = self.soft, self.difference @ self.gram
-        if use_triton(soft.v):
-            from common.kernels import rounding_triton
-
-            rounding_triton.learning_step(soft.v, soft.low, soft.scale, soft.zero_point, self.target, product, self.unit,
-                                          self.moment, self.variance, self.difference, soft.grid, strength, beta, rate)
+        if kernels := triton_kernels(soft.v):
+            kernels.rounding.learning_step(soft.v, soft.low, soft.scale, soft.zero_point, self.target, product, self.unit,
+                                           self.moment, self.variance, self.difference, soft.grid, strength, beta, rate)
             return
         gradient = self._by_v(product, strength, beta)
         self.moment.lerp_(gradient, 0.1)

@@ -26,13 +26,15 @@ import torch
 
 from common import check
 from common.checkpoint import METADATA_FILE
-from common.cli import DTYPES, gibibytes, positive, run
+from common.cli import gibibytes, positive, run
+from common.device import DTYPES
 from common.errors import UserError
+from common.files import write_json
 from common.identity import checkpoint_hash
 from common.models import DEFAULT_MODEL, MODELS_FOLDER
 from common.naming import filed_as, source_of
 from common.progress import say
-from common.results import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE, read_json, write_json
+from common.results import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE, read_document
 
 _REASON_LENGTH = 200
 
@@ -314,7 +316,7 @@ def main() -> int:
     status_file = options.results_dir / name / STATUS_FILE
     batch = Batch(options.model, name, options.results_dir, options.overwrite, device, options.dtype or "auto",
                   ["--limit", str(options.limit)] if options.limit else [], shared,
-                  read_json(status_file) if status_file.is_file() else {})
+                  read_document(status_file) if status_file.is_file() else {})
     if options.gpus:
         batch.free = _gpus(options.gpus)
     start = time.monotonic()

@@ -22,6 +22,7 @@ from common.calibration import DEFAULT_DATA
 from common.check_lines import DEMO_BYTES, FAIL, PASS, WARN, Line, ModelFacts
 from common.demo.model import DEMO_NAME
 from common.errors import UserError
+from common.kernels.dispatch import triton_problem
 from common.machine import Driver
 from common.models import MODELS_FOLDER, TensorReader, hub_errors, load_config
 from common.progress import say
@@ -119,8 +120,6 @@ def lines(model: str, device: str, data_root: Path | None, thorough: bool) -> It
         compiler = judge.compiler_line(machine.missing_for_triton(*machine.look_for_compiler()))
         yield compiler
         if thorough and compiler.state == PASS:
-            from common.kernels import triton_problem
-
             yield judge.triton_line(triton_problem())
     yield judge.model_line(facts)
     yield judge.data_line(

@@ -1,4 +1,4 @@
-"""Checkpoints in the compressed-tensors format, out and in. Nothing else in the project knows the format.
+"""Writing a checkpoint (`checkpoint_format` knows the format), and what is asked of a folder that may be one.
 
 A checkpoint is written into `<output>.unfinished`, a shard for each decoder layer as it is finished, and gets its real
 name in one step when it is whole: a folder at the output's name is complete.
@@ -10,99 +10,25 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Container
 from pathlib import Path
 
 import torch
-from compressed_tensors import __version__ as compressed_tensors_version
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.compressors.pack_quantized import unpack_from_int32
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from common.checkpoint_format import (ENDS, compress, compress_rows, decompress, form_of_end, form_of_linears,
+                                      quantization_config, stored_parts)
+from common.device import dtype_name
 from common.errors import UserError
+from common.files import load_json, replace_folder
 from common.grid import Grid, QuantizedLinear
 from common.layerwise import Resumption
-from common.models import INDEX_FILE, LINEARS, MODEL_FILES, SourceModel, TensorReader
+from common.models import INDEX_FILE, LINEARS, MODEL_FILES, SourceModel, TensorReader, read_config
 from common.online import OnlineTransforms, mark_config
-from common.results import read_json
 from common.unfinished import UnfinishedFolder
 
 METADATA_FILE = "quantization_metadata.json"
-# Weights alone are packed; 8-bit weights with 8-bit activations stay int8, as the integer kernels want them.
-PACKED, INTEGER = "pack-quantized", "int-quantized"
-_ENDS = ("model.embed_tokens", "lm_head")
-# Rows of an embedding or head that are compressed at once.
-_ROWS_AT_ONCE = 16384
-_PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-
-
-def scheme_of(grid: Grid, activation_bits: int | None = None) -> QuantizationScheme:
-    """The library's description of a grid for weights and, if given, of activations rounded per token as they come."""
-    strategy = {"strategy": "channel"} if grid.group_size is None else {"strategy": "group",
-                                                                       "group_size": grid.group_size}
-    weights = QuantizationArgs(num_bits=grid.bits, type="int", symmetric=grid.symmetric, **strategy)
-    activations = None
-    if activation_bits:
-        activations = QuantizationArgs(num_bits=activation_bits, type="int", symmetric=True, strategy="token", dynamic=True)
-    return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations)
-
-
-def grid_of(scheme: dict) -> Grid:
-    """The grid that a config group of a checkpoint's config.json describes."""
-    weights = scheme["weights"]
-    group_size = weights.get("group_size") if weights["strategy"] == "group" else None
-    return Grid(weights["num_bits"], group_size, weights["symmetric"])
-
-
-def compress(quantized: QuantizedLinear, scale_dtype: torch.dtype, form: str = PACKED) -> dict[str, Tensor]:
-    """The tensors that stand for one linear in the file, made by the library's own compressor; form PACKED or INTEGER.
-
-    Scales are stored in `scale_dtype`, or in bfloat16 where that does not hold them as they are (`grid.scale_type`).
-    """
-    scale = quantized.scale.to(scale_dtype)
-    if not torch.equal(scale.float(), quantized.scale.float()):
-        scale = quantized.scale.to(torch.bfloat16)
-    state = {"weight": quantized.dequantize(), "weight_scale": scale}
-    if not quantized.grid.symmetric:
-        state["weight_zero_point"] = quantized.zero_point.to(torch.int8)
-    return BaseCompressor.load_from_registry(form).compress(state, scheme_of(quantized.grid))
-
-
-def _compress_rows(quantized: QuantizedLinear, scale_dtype: torch.dtype, form: str) -> dict[str, Tensor]:
-    """`compress` for a vocabulary's many rows, some at a time: the library works on copies of them in float32."""
-    tensors = (quantized.codes, quantized.scale, quantized.zero_point)
-    parts = [compress(QuantizedLinear(*rows, quantized.grid), scale_dtype, form)
-             for rows in zip(*(tensor.split(_ROWS_AT_ONCE) for tensor in tensors), strict=True)]
-    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "weight_shape"}
-    if "weight_shape" in parts[0]:
-        whole["weight_shape"] = parts[0]["weight_shape"].new_tensor(quantized.codes.shape)
-    return whole
-
-
-def decompress(state: dict[str, Tensor], grid: Grid) -> Tensor:
-    """The float32 weights [out, in] of one linear's stored tensors, by the library's own decompressor."""
-    state = {**state, "weight_scale": state["weight_scale"].float()}
-    form = PACKED if "weight_packed" in state else INTEGER
-    return BaseCompressor.load_from_registry(form).decompress(state, scheme_of(grid))["weight"]
-
-
-def stored_parts(read: Callable[[str], Tensor], names: Container[str], linear: str) -> dict[str, Tensor]:
-    """The tensors of one linear (by full name) among `names`, keyed as `compress` made them."""
-    return {part: read(f"{linear}.{part}") for part in _PARTS if f"{linear}.{part}" in names}
-
-
-def unpack(state: dict[str, Tensor], grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """Codes [out, in] and zero-points [out, groups] (None if symmetric) of one linear's stored tensors, both int8."""
-    if "weight" in state:
-        return state["weight"], None
-    shape = torch.Size(state["weight_shape"].tolist())
-    codes = unpack_from_int32(state["weight_packed"], grid.bits, shape)
-    if grid.symmetric:
-        return codes, None
-    return codes, unpack_from_int32(state["weight_zero_point"], grid.bits, state["weight_scale"].shape, packed_dim=0)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -135,7 +61,7 @@ class CheckpointWriter:
                  online: OnlineTransforms | None = None, fingerprint: dict | None = None, resume: bool = False):
         self.output, self.source, self.grid, self.activation_bits = output, source, grid, activation_bits
         self.online = online
-        self.form = INTEGER if activation_bits else PACKED
+        self.form = form_of_linears(activation_bits)
         self.unfinished = UnfinishedFolder(output, fingerprint or {}, resume)
         self.folder = self.unfinished.path
         self._weight_map: dict[str, str] = {}
@@ -231,9 +157,9 @@ class CheckpointWriter:
         """
         source = self.source
         rest = {"model.norm.weight": source.model.model.norm.weight.to(source.storage_dtype)}
-        for name in _ENDS[:1] if source.tied else _ENDS:
+        for name in ENDS[:1] if source.tied else ENDS:
             if name in ends:
-                parts = _compress_rows(ends[name], source.storage_dtype, _form_of_end(ends[name]))
+                parts = compress_rows(ends[name], source.storage_dtype, form_of_end(ends[name].grid))
                 rest.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
             else:
                 rest[f"{name}.weight"] = source.model.get_submodule(name).weight.to(source.storage_dtype)
@@ -244,8 +170,10 @@ class CheckpointWriter:
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
         (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
         config = source.config.to_diff_dict()
-        config.update(architectures=[type(source.model).__name__], dtype=str(self.load_dtype).removeprefix("torch."),
-                      quantization_config=self._quantization_config(ends), **_old_rope(config))
+        quantization = quantization_config(self.grid, self.activation_bits, {name: end.grid for name, end in ends.items()},
+                                           source.tied)
+        config.update(architectures=[type(source.model).__name__], dtype=dtype_name(self.load_dtype),
+                      quantization_config=quantization, **_old_rope(config))
         if self.online:
             mark_config(config, self.online)
         (self.folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -256,18 +184,6 @@ class CheckpointWriter:
             shutil.copy(generation, self.folder)
         return self._bytes
 
-    def _quantization_config(self, ends: dict[str, QuantizedLinear]) -> dict:
-        groups = {"group_0": _config_group(["re:.*_proj$"], scheme_of(self.grid, self.activation_bits), self.form)}
-        for name, end in ends.items():
-            rounded = _ENDS if self.source.tied else [name]
-            groups[f"group_{len(groups)}"] = _config_group([f"re:.*{module.split('.')[-1]}$" for module in rounded],
-                                                           scheme_of(end.grid), _form_of_end(end))
-        forms = {group["format"] for group in groups.values()}
-        quantized_head = "lm_head" in ends or (self.source.tied and ends)
-        return {"quant_method": "compressed-tensors", "version": compressed_tensors_version,
-                "format": self.form if len(forms) == 1 else "mixed-precision", "quantization_status": "compressed",
-                "config_groups": groups, "ignore": [] if quantized_head else ["lm_head"]}
-
     def finish(self, metadata: dict | None) -> None:
         """Give the checkpoint its metadata and its real name. An older checkpoint there is replaced only now."""
         if metadata is not None:
@@ -276,14 +192,7 @@ class CheckpointWriter:
         for file in self.folder.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        if self.output.exists():
-            old = self.output.with_name(self.output.name + ".replaced")
-            shutil.rmtree(old, ignore_errors=True)
-            self.output.rename(old)
-            self.folder.rename(self.output)
-            shutil.rmtree(old)
-        else:
-            self.folder.rename(self.output)
+        replace_folder(self.folder, self.output)
         self.unfinished.clean(self.output)
 
 
@@ -298,53 +207,12 @@ def _old_rope(config: dict) -> dict:
 
 def _name_tokenizer_as_before(file: Path) -> None:
     """Give the class and the special tokens in a tokenizer_config.json the names that transformers 4 and 5 both know."""
-    config = json.loads(file.read_text())
+    config = load_json(file)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False))
-
-
-def _form_of_end(end: QuantizedLinear) -> str:
-    """How embedding and head are stored: 8 bits as int8, which transformers also takes for an embedding."""
-    return INTEGER if end.grid.bits == 8 else PACKED
-
-
-def _config_group(targets: list[str], scheme: QuantizationScheme, form: str) -> dict:
-    scheme.targets, scheme.format = targets, form
-    return scheme.model_dump(mode="json", exclude_none=True)
-
-
-def open_checkpoint(folder: Path) -> tuple[dict, TensorReader]:
-    """A checkpoint's configuration (config.json as a dict) and its tensors, for looking into the codes.
-
-    Raises:
-        UserError: not a folder with a readable checkpoint of this format.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give the --output of a quantize script")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except OSError:
-        raise UserError(f"{folder} is not a model: it has no config.json") from None
-    except ValueError:
-        raise UserError(f"{folder}: config.json is damaged") from None
-    try:
-        quantization = config["quantization_config"]
-        ours = quantization["quant_method"] == "compressed-tensors" and "group_0" in quantization["config_groups"]
-    except (KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise UserError(f"{folder} is not a checkpoint of the quantize scripts (no compressed-tensors configuration)")
-    try:
-        grids = [grid_of(group) for group in quantization["config_groups"].values()]
-        whole = all(isinstance(grid.bits, int) and isinstance(grid.symmetric, bool) for grid in grids)
-        if not whole or not 0 < config["num_hidden_layers"] < 10_000:
-            raise ValueError
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{folder}: config.json is damaged") from None
-    return config, TensorReader(folder)
 
 
 def is_quantized(folder: Path) -> bool:
@@ -353,9 +221,7 @@ def is_quantized(folder: Path) -> bool:
     Raises:
         UserError: no model there, or an unreadable config.json.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a model: it has no config.json")
-    config = read_json(folder / "config.json", "quantize or download it again")
+    config = read_config(folder)
     return any(config.get(key) for key in ("quantization_config", "compression_config"))
 
 

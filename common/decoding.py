@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from common.device_memory import TOKENS_SHARE, available, cache_bytes, halved_to_fit, token_bytes
-from common.kernels.inference import Rotary, add_rms_norm, attend, largest_index, row_matmul, silu_mul
+from common.kernels.forms import Rotary
+from common.kernels.inference import add_rms_norm, attend, largest_index, row_matmul, silu_mul
 from common.models import SUPPORTED_ARCHITECTURES
 from common.packed import PackedLinear, stack
 

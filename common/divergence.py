@@ -9,7 +9,6 @@ token is the same.
 from __future__ import annotations
 
 import hashlib
-import os
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.calibration import Windows
+from common.files import replacing
 from common.models import SourceModel
 from common.progress import track
 from common.streams import advance, cut, embed_chunks, hidden_bytes, home_of, run_layer
@@ -50,10 +50,8 @@ def hidden_states(source: SourceModel, windows: Windows, folder: Path) -> Tensor
     except (OSError, SafetensorError, KeyError):
         states = last_hidden_states(source, windows.tokens)
     if states.nbytes < 2**31:
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        save_file({"states": states}, unfinished)
-        unfinished.rename(path)
+        with replacing(path) as unfinished:
+            save_file({"states": states}, unfinished)
     return states
 
 

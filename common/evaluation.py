@@ -30,16 +30,18 @@ from torch import Tensor
 from common import identity, metadata, overlap
 from common.calibration import Windows, evaluation_windows
 from common.chat import template_date
-from common.cli import add_device_arguments, configure_torch, positive, resolve_device, resolve_dtype, run, two_or_more
+from common.cli import add_device_arguments, configure_torch, positive, run, two_or_more
 from common.data import Rows, check_columns, demo_rows, load_rows
+from common.device import device_and_dtype, dtype_name
 from common.device_memory import logits_at_once
 from common.divergence import compare, hidden_states, place_head, summarise
 from common.errors import UserError
-from common.models import SourceModel, load_tokenizer
+from common.files import write_json
+from common.models import SourceModel, load_tokenizer, read_config
 from common.naming import Subject, subject_of
 from common.probe import check_finite
 from common.progress import say, track
-from common.results import RESULTS_FOLDER, has_samples, load_samples, read_json, write_json, write_samples
+from common.results import RESULTS_FOLDER, has_samples, load_samples, read_document, write_samples
 from common.runtime import load_for_running, measure_memory, measure_speed, weight_bytes
 from common.tasks import scoring
 from common.tasks.numbers import parse_number
@@ -229,8 +231,7 @@ def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, t
         UserError: no data, or evaluation data that the model was calibrated on.
     """
     folder, name, configuration = subject.folder, subject.name, subject.configuration
-    device = resolve_device(options.device, options.device_memory)
-    dtype = resolve_dtype(options.dtype, device)
+    device, dtype = device_and_dtype(options)
     configure_torch(0)
     demo = options.data == "demo" or (options.data == "auto" and subject.source == "demo" and options.data_root is None)
     chosen = options.tasks
@@ -246,12 +247,12 @@ def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, t
     _check_overlap(folder, tokenizer, rows, windows)
     shared = {"source": subject.source, "checkpoint": identity.checkpoint_hash(folder, options.results_dir),
               "code": identity.code_hash(), "demo_data": demo, "versions": metadata.versions(),
-              "device": metadata.describe_device(device), "compute_dtype": str(dtype).removeprefix("torch.")}
+              "device": metadata.describe_device(device), "compute_dtype": dtype_name(dtype)}
     conditions = _conditions(subject, options.results_dir, chosen, rows, windows)
     if reuse:
         chosen = identity.left_to_do(subject, options.results_dir, shared, conditions, twice)
         if not chosen:
-            return read_json(options.results_dir / name / f"{configuration}.json")
+            return read_document(options.results_dir / name / f"{configuration}.json")
         rows, windows = {task: rows[task] for task in rows if task in chosen}, windows if "perplexity" in chosen else None
     # Before the model takes its room: the original passes through the device layer by layer.
     original = _original(subject, device, dtype) if windows is not None else None
@@ -302,8 +303,7 @@ def default_windows(demo: bool, device: torch.device) -> int | None:
 def _window_length(folder: Path, asked: int | None, demo: bool) -> int:
     """Tokens of a perplexity window: as asked for or the default, cut to the model's context."""
     length = asked or (DEMO_WINDOW_LENGTH if demo else WINDOW_LENGTH)
-    config = read_json(folder / "config.json", "quantize or download it again")
-    context = config.get("max_position_embeddings")
+    context = read_config(folder).get("max_position_embeddings")
     if not isinstance(context, int) or length <= context:
         return length
     say(f"perplexity windows are cut from {length:,} to {context:,} tokens, the model's context")
@@ -389,7 +389,7 @@ def write_results(results_dir: Path, document: dict, samples: dict[str, list[dic
     """
     path = results_dir / document["model"] / f"{document['configuration']}.json"
     if path.is_file() and has_samples(results_dir, document["model"], document["configuration"]):
-        earlier = read_json(path)
+        earlier = read_document(path)
         if not identity.shared_changes(earlier, document):
             old = load_samples(results_dir, document["model"], document["configuration"])
             missing = {task for task in earlier["tasks"] if task not in document["tasks"]}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.kernels import FLASH_ATTENTION, supports
+from common.kernels.gpu import FLASH_ATTENTION, supports
 from common.kernels.inference import add_rms_norm, rotate_heads, silu_mul
 
 

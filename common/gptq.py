@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from common.grid import QuantizedLinear, search_range
+from common.grid import QuantizedLinear
+from common.kernels.rounding import search_range
 from common.layerwise import Layer
 from common.rounding import damped, refine, restore_gain, solve
 

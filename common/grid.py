@@ -1,4 +1,4 @@
-"""Integer grids: scale, zero-point, quantize, dequantize, range search.
+"""Integer grids: scale, zero-point, quantize, dequantize.
 
 A grid of b bits has the signed codes q in [-2^(b-1), 2^(b-1) - 1]. A weight is represented as (q - zero_point) * scale
 with one scale and one integer zero_point for each group of `group_size` consecutive input channels of one output row
@@ -14,18 +14,9 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.kernels import use_triton
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 AUTO_GROUP_SIZES = (128, 64, 32)
-
-# Candidates of the range search by bits: first and last share of the full range, and how many. They begin above 1, as a
-# zero-point rounded to an integer shifts the range by up to half a step, and a scale rounded to 16 bits changes it; at
-# 8 bits that is all there is to find (Gaussian weights with heavy tails: error 1.12 -> 1.02 of a float zero-point's).
-SEARCH = {4: (1.04, 0.4, 60), 8: (1.02, 0.94, 40)}
-
-# Elements of one working tile of the range search: small enough that its temporaries stay in a CPU's cache.
-TILE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 25}
 
 
 @dataclass(frozen=True)
@@ -168,49 +159,6 @@ def scale_type(weights: Iterable[Tensor], grid: Grid, storage_dtype: torch.dtype
         return storage_dtype
     held = all(float16_holds(_full_range(grouped(weight, grid), grid)[0].to(torch.bfloat16)) for weight in weights)
     return torch.float16 if held else torch.bfloat16
-
-
-def search_range(weight: Tensor, grid: Grid, importance: Tensor | None = None, norm: float = 2.0,
-                 scale_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
-    """Shrink each group's range step by step and keep the scale and zero-point with the smallest weighted error.
-
-    The error of a candidate is sum_i importance_i * |w_i - q_i|^norm over the group. With `importance` the diagonal of
-    the Gram matrix this is the layer's output error, cross terms left out.
-
-    Args:
-        weight: [out, in].
-        importance: [in], positive, or None for all ones.
-    Returns:
-        scale and zero_point, each [out, groups] float32.
-    """
-    first, last, steps = SEARCH.get(grid.bits, SEARCH[4])
-    candidates = [1.0, *torch.linspace(first, last, steps).tolist()]
-    if use_triton(weight) and norm in (2.0, 4.0, 8.0):
-        from common.kernels import rounding_triton
-
-        return rounding_triton.search_range(weight, grid, importance, norm, scale_dtype, candidates)
-    groups = grouped(weight, grid)                                              # [out, groups, group]
-    factor = None if importance is None else grouped(importance.float().unsqueeze(0), grid)
-    scales, zeros = [], []
-    for part in groups.split(max(1, TILE_ELEMENTS[weight.device.type] // weight.shape[1])):
-        part = part.float()
-        # High powers of small weights would be nothing in float32.
-        unit = reciprocal_size(part)
-        best_error = torch.full(part.shape[:-1], torch.inf, device=part.device)
-        best_scale = torch.ones_like(best_error)
-        best_zero = torch.zeros_like(best_error)
-        for shrink in candidates:
-            scale, zero = min_max(part, grid, shrink, scale_dtype)
-            error = rounding_error(part, scale, zero, grid)
-            error = power_(error if norm == 2.0 else error.mul_(unit), norm)
-            total = error.sum(-1) if factor is None else error.mul_(factor).sum(-1)
-            better = total < best_error
-            best_error = torch.where(better, total, best_error)
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero, best_zero)
-        scales.append(best_scale)
-        zeros.append(best_zero)
-    return torch.cat(scales), torch.cat(zeros)
 
 
 def reciprocal_size(groups: Tensor) -> Tensor:

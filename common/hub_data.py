@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from common.files import replacing
 from common.progress import say
 from common.sampling import SMALL, RowGroup, draw_rows, read_sample
 
@@ -80,7 +80,8 @@ def hub_rows(name: DataName, sample: Sample) -> tuple[list[dict], str]:
     try:
         _write(_file(folder, revision, name, sample), table)
         if not pinned:
-            _write_text(folder / "revision", revision)
+            with replacing(folder / "revision") as unfinished:
+                unfinished.write_text(revision + "\n")
     except OSError as error:
         reason = error.strerror or error
         say(f"the rows of {name} cannot be kept for later runs ({reason}: {folder})")
@@ -116,19 +117,10 @@ def _read(file: Path) -> pyarrow.Table | None:
 
 
 def _write(file: Path, table: pyarrow.Table) -> None:
-    """Write in one step, as several processes may be at it."""
     import pyarrow.parquet
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-    pyarrow.parquet.write_table(table, unfinished, compression="zstd")
-    unfinished.rename(file)
-
-
-def _write_text(file: Path, text: str) -> None:
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-    unfinished.write_text(text + "\n")
-    unfinished.rename(file)
+    with replacing(file) as unfinished:
+        pyarrow.parquet.write_table(table, unfinished, compression="zstd")
 
 
 def _fetch(name: DataName, revision: str, sample: Sample) -> pyarrow.Table:

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from common.checkpoint import METADATA_FILE
 from common.errors import UserError
+from common.files import json_or_none, write_json
 from common.models import TensorReader, resolve_folder
 from common.naming import Subject, source_of
 from common.progress import say
-from common.results import has_samples, read_json, write_json
+from common.results import has_samples, read_document
 
 # What all tasks of a document share, and how a difference is called.
 SHARED = {
@@ -73,7 +74,7 @@ def checkpoint_hash(folder: Path, results_dir: Path) -> str:
         if file.suffix in _SMALL_FILES and file.name != METADATA_FILE and file.is_file()
     ]
     memory = results_dir / HASHES_FILE
-    known = _remembered(memory)
+    known = json_or_none(memory) or {}  # only ever saves time
     found = {name: _file_hash(folder / name, known) for name in sorted({*weights, *small})}
     fresh = {
         entry[0]: entry[1]
@@ -81,16 +82,8 @@ def checkpoint_hash(folder: Path, results_dir: Path) -> str:
         if entry[1] is not None and known.get(entry[0]) != entry[1]
     }
     if fresh:
-        write_json(memory, {**_remembered(memory), **fresh})
+        write_json(memory, {**(json_or_none(memory) or {}), **fresh})
     return _digest({name: entry[2] for name, entry in found.items()})
-
-
-def _remembered(memory: Path) -> dict:
-    try:
-        content = json.loads(memory.read_text())
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
-        return {}  # only ever saves time
 
 
 def _file_hash(file: Path, known: dict) -> tuple[str, list | None, str]:
@@ -186,7 +179,7 @@ def left_to_do(
     file = results_dir / subject.name / f"{subject.configuration}.json"
     if not file.is_file() or not has_samples(results_dir, subject.name, subject.configuration):
         return tuple(tasks)
-    document = read_json(file)
+    document = read_document(file)
     changes = shared_changes(document, shared)
     if changes:
         say(f"{title}: evaluated again, as its results are of another {'; '.join(changes)}")

@@ -12,7 +12,7 @@ import torch
 from common.checkpoint import METADATA_FILE
 from common.data import lacking
 from common.errors import UserError
-from common.results import read_json
+from common.files import read_json
 
 VERSION = 1
 # What verification, evaluation with its tables and the batch rely on, and what README says that metadata holds.

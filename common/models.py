@@ -7,7 +7,6 @@ so that a model larger than the card can be walked through. Weights come from sa
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.demo.model import DEMO_NAME, prepare_demo_model
 from common.errors import UserError
+from common.files import load_json, read_json
 from common.fused import fuse_layers
 from common.machine import command
 
@@ -71,8 +71,7 @@ def resolve_folder(model: str) -> Path:
         return prepare_demo_model(MODELS_FOLDER / DEMO_NAME / "baseline")
     folder = Path(model)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} is not a model: it has no config.json")
+        _check_config(folder)
         return folder
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UserError(f"model folder {model} does not exist; give a folder, a hub id such as {DEFAULT_MODEL}, or demo")
@@ -106,6 +105,17 @@ def hub_errors(model: str) -> Iterator[None]:
     except (LocalEntryNotFoundError, OSError, HTTPError) as error:
         raise UserError(f"cannot download {model}: no network, or the hub does not answer ({type(error).__name__}); run the "
                         "same again, which goes on where it broke off, give a local folder, or use --model demo") from None
+
+
+def _check_config(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a model: it has no config.json")
+
+
+def read_config(folder: Path) -> dict:
+    """The content of a model's config.json. Raises UserError when it is not there, or damaged."""
+    _check_config(folder)
+    return read_json(folder / "config.json", "quantize or download it again")
 
 
 def load_config(folder: Path):
@@ -146,7 +156,7 @@ class TensorReader:
         index = folder / INDEX_FILE
         try:
             if index.is_file():
-                weight_map = json.loads(index.read_text())["weight_map"]
+                weight_map = load_json(index)["weight_map"]
                 if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
                     raise ValueError(f"{INDEX_FILE} is damaged")
             elif (folder / single).is_file():

@@ -7,7 +7,6 @@ never a baseline.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from common import metadata
 from common.checkpoint import METADATA_FILE, is_quantized
 from common.demo.model import DEMO_NAME
 from common.errors import UserError
+from common.files import json_or_none
 from common.models import MODELS_FOLDER
 from common.progress import say
 from common.results import RESULTS_FOLDER, STATUS_FILE
@@ -93,12 +93,9 @@ def _sources(folder: Path) -> set[str]:
     """The models that the checkpoints or results in a folder say they come from."""
     found = set()
     for file in [*folder.glob(f"*/{METADATA_FILE}"), *folder.glob("*.json")]:
-        try:
-            content = json.loads(file.read_text())
-        except (OSError, ValueError):
+        content = json_or_none(file)
+        if content is None:
             continue  # whoever reads it for more will say so
-        if not isinstance(content, dict):
-            continue
         known = {METADATA_FILE: [content.get("model")], STATUS_FILE: content.values()}.get(
             file.name, [content]
         )

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from common.checkpoint import grid_of, open_checkpoint, stored_parts
-from common.checkpoint import unpack as stored_codes
+from common.checkpoint_format import open_checkpoint, stored_parts, unknown_form, weight_format
+from common.checkpoint_format import unpack as stored_codes
 from common.errors import UserError
-from common.forms import unknown_form
 from common.grid import Grid
-from common.kernels.inference import PackedWeight, Rounded, integer_matmul, pack, packed_matmul, round_rows, unpack
+from common.kernels.forms import PackedWeight, Rounded, pack
+from common.kernels.inference import integer_matmul, packed_matmul, round_rows, unpack
 from common.models import LINEARS
 from common.online import CONFIG_KEY
 
@@ -95,8 +95,8 @@ def can_be_packed(config: dict, names: Iterable[str]) -> bool:
     """
     if CONFIG_KEY in config or unknown_form(config, names):
         return False
-    groups = config["quantization_config"]["config_groups"].values()
-    return all(group["weights"]["num_bits"] in PACKED_BITS for group in groups)
+    stored = weight_format(config)
+    return all(grid.bits in PACKED_BITS for grid in (stored.grid, *stored.ends.values()))
 
 
 def load_packed(folder: Path, device: torch.device, dtype: torch.dtype):
@@ -106,9 +106,8 @@ def load_packed(folder: Path, device: torch.device, dtype: torch.dtype):
         UserError: tensors are missing, damaged or do not fit the configuration.
     """
     content, tensors = open_checkpoint(folder)
-    schemes = list(content["quantization_config"]["config_groups"].values())
-    grid, activations = grid_of(schemes[0]), schemes[0].get("input_activations")
-    ends = {"lm_head" if "lm_head" in group["targets"][0] else "model.embed_tokens": grid_of(group) for group in schemes[1:]}
+    stored = weight_format(content)
+    ends = stored.ends
     config = AutoConfig.for_model(**{key: value for key, value in content.items() if key != "quantization_config"})
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
@@ -126,7 +125,7 @@ def load_packed(folder: Path, device: torch.device, dtype: torch.dtype):
     decoder = model.model
     for index, layer in enumerate(decoder.layers):
         for name in LINEARS:
-            layer.set_submodule(name, linear(f"model.layers.{index}.{name}", grid, activations and activations["num_bits"]))
+            layer.set_submodule(name, linear(f"model.layers.{index}.{name}", stored.grid, stored.activation_bits))
     if ends:
         if "model.embed_tokens" in ends or config.tie_word_embeddings:
             rows = linear("model.embed_tokens", next(iter(ends.values())))

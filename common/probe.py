@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from common.device import dtype_name
 from common.errors import UserError
 
 # How many positions, and entries of the vocabulary, have their logits recorded.
@@ -48,7 +49,7 @@ def overflow(where: str, dtype: torch.dtype) -> UserError:
     """The error of activations that a type does not hold: some models have single values hundreds of
     times the usual.
     """
-    kind = str(dtype).removeprefix("torch.")
+    kind = dtype_name(dtype)
     return UserError(f"{where}: its inputs or outputs overflow in {kind}; use --dtype float32")
 
 

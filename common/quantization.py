@@ -15,9 +15,11 @@ from torch import nn
 from common import identity, metadata, overlap, parallel, probe
 from common.calibration import calibration_windows
 from common.checkpoint import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
-from common.cli import configure_torch, resolve_device, resolve_dtype, resolve_sizes
+from common.cli import configure_torch, resolve_sizes
+from common.device import device_and_dtype, dtype_name
 from common.errors import UserError
-from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve_group_size, scale_type, search_range
+from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve_group_size, scale_type
+from common.kernels.rounding import search_range
 from common.layerwise import NOTHING, Method, Resumption, Stopwatch, WalkResult, quantize_model
 from common.models import MODELS_FOLDER, SourceModel
 from common.naming import filed_as
@@ -42,8 +44,7 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     started = time.perf_counter()
     if options.bits not in bits:
         raise UserError(f"{method.name} does not support {options.bits} bits; use --bits {' or '.join(map(str, bits))}")
-    device = resolve_device(options.device, options.device_memory)
-    dtype = resolve_dtype(options.dtype, device)
+    device, dtype = device_and_dtype(options)
     configure_torch(options.seed)
     parallel.start(device)
     resolve_sizes(options)
@@ -132,7 +133,7 @@ def _fingerprint(options, method: Method, source: SourceModel, windows, device, 
             "calibration": windows and windows.fingerprint[:16],
             **{f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in _WITHOUT_EFFECT},
             "device": metadata.describe_device(device)["name"], "processes": parallel.size(),
-            "type": str(dtype).removeprefix("torch."),
+            "type": dtype_name(dtype),
             **{f"version of {package}": version for package, version in metadata.versions().items()}}
 
 
@@ -173,7 +174,7 @@ def _document(options, method, grid, source, windows, result: WalkResult, tokens
         "activation_bits": method.activation_bits,
         "online_transforms": asdict(method.online) if method.online else None,
         "model": {"name": source.name, "source": options.model, "architecture": source.config.model_type,
-                  "storage_dtype": str(source.storage_dtype).removeprefix("torch.")},
+                  "storage_dtype": dtype_name(source.storage_dtype)},
         "options": given,
         "seed": options.seed,
         "calibration": None if windows is None else
@@ -181,7 +182,7 @@ def _document(options, method, grid, source, windows, result: WalkResult, tokens
         "versions": metadata.versions(),
         "device": metadata.describe_device(device),
         "processes": parallel.size(),
-        "compute_dtype": str(dtype).removeprefix("torch."),
+        "compute_dtype": dtype_name(dtype),
         "seconds": {phase: round(seconds, 3) for phase, seconds in watch.seconds.items()},
         "memory": metadata.peak_memory(device),
         "probe": {

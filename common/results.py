@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import read_json, replacing
 
 # Those of this machine, and those of the documented run, which come with the project.
 RESULTS_FOLDER, DOCUMENTED_FOLDER = Path("results"), Path("docs/results")
@@ -44,15 +43,9 @@ class ModelResults:
         return [*CONFIGURATIONS, *sorted(set(self.documents) - set(CONFIGURATIONS))]
 
 
-def read_json(path: Path, remedy: str = "delete it and evaluate again") -> dict:
-    """A JSON object from a file. Raises UserError, which ends with the remedy, when it is damaged."""
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-        return content
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); {remedy}") from None
+def read_document(path: Path) -> dict:
+    """A result or status, from its file. Raises UserError when it is damaged."""
+    return read_json(path, "delete it and evaluate again")
 
 
 def load_model_results(folder: Path, documented: bool = False) -> ModelResults:
@@ -60,11 +53,11 @@ def load_model_results(folder: Path, documented: bool = False) -> ModelResults:
     documents = {}
     for path in sorted(folder.glob("*.json")):
         if path.name != STATUS_FILE:
-            document = read_json(path)
+            document = read_document(path)
             if "tasks" not in document or "model" not in document:
                 raise UserError(f"{path} is not a result of the evaluation; move it elsewhere")
             documents[path.stem] = document
-    status = read_json(folder / STATUS_FILE) if (folder / STATUS_FILE).is_file() else {}
+    status = read_document(folder / STATUS_FILE) if (folder / STATUS_FILE).is_file() else {}
     return ModelResults(folder.name, documents, status, documented)
 
 
@@ -75,9 +68,13 @@ def load_all(results_dir: Path, documented: bool = False) -> list[ModelResults]:
     return [results for results in found if results.documents or results.status]
 
 
+def _samples_file(results_dir: Path, model: str, configuration: str) -> Path:
+    return results_dir / model / "samples" / f"{configuration}.jsonl.gz"
+
+
 def load_samples(results_dir: Path, model: str, configuration: str) -> list[dict]:
     """The record of every evaluated sample of a configuration; each names its task."""
-    path = results_dir / model / "samples" / f"{configuration}.jsonl.gz"
+    path = _samples_file(results_dir, model, configuration)
     try:
         with gzip.open(path, "rt") as lines:
             return [json.loads(line) for line in lines]
@@ -87,22 +84,11 @@ def load_samples(results_dir: Path, model: str, configuration: str) -> list[dict
 
 def has_samples(results_dir: Path, model: str, configuration: str) -> bool:
     """Whether the records of a configuration's samples are there."""
-    return (results_dir / model / "samples" / f"{configuration}.jsonl.gz").is_file()
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file in one step: readers see the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    unfinished.rename(path)
+    return _samples_file(results_dir, model, configuration).is_file()
 
 
 def write_samples(results_dir: Path, model: str, configuration: str, samples: dict[str, list[dict]]) -> None:
     """Write per-sample records as compressed JSON lines, byte for byte reproducible."""
-    folder = results_dir / model / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"task": task, **sample}) for task, rows in samples.items() for sample in rows]
-    unfinished = folder / f"{configuration}.{os.getpid()}"
-    unfinished.write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))
-    unfinished.rename(folder / f"{configuration}.jsonl.gz")
+    with replacing(_samples_file(results_dir, model, configuration)) as unfinished:
+        unfinished.write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.grid import TILE_ELEMENTS, Grid, dequantize, grouped, min_max, quantize, round_scale, rounding_error, search_range
-from common.kernels import use_triton
+from common.grid import Grid, dequantize, grouped, min_max, quantize, round_scale, rounding_error
+from common.kernels.rounding import TILE_ELEMENTS, round_block, search_range
 
 BLOCK = 128
 # As a share of the mean diagonal. More than the paper's 0.01: errors then avoid the directions that the calibration text
@@ -90,28 +90,6 @@ def solve(weight: Tensor, gram: Tensor, scale: Tensor, zero_point: Tensor, grid:
     back = torch.empty_like(codes)
     back[order] = codes
     return back.T.contiguous(), damping
-
-
-def round_block(target: Tensor, shifted: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid,
-                codes: Tensor, error: Tensor) -> None:
-    """Round a block of channels in turn, each to the code nearest to shifted_j + sum over k < j of factor_jk error_k.
-
-    All are [block, out] but factor [block, block], of which the part below the diagonal counts.
-
-    Args:
-        codes, error: filled with the codes and with target minus what they stand for.
-    """
-    if use_triton(target):
-        from common.kernels import rounding_triton
-
-        rounding_triton.round_block(target, shifted, factor, scale, zero_point, grid, codes, error)
-        return
-    inverse = 1.0 / scale
-    for j in range(len(target)):
-        value = torch.addmv(shifted[j], error[:j].T, factor[j, :j]) if j else shifted[j]
-        code = torch.mul(value, inverse[j]).round_().add_(zero_point[j]).clamp_(grid.code_min, grid.code_max)
-        codes[j] = code
-        torch.sub(target[j], code.sub_(zero_point[j]).mul_(scale[j]), out=error[j])
 
 
 def catch_up(weight: Tensor, gram: Tensor, lag: Tensor, share: float) -> Tensor:

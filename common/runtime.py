@@ -23,13 +23,12 @@ from common.device_memory import available, working_bytes
 from common.errors import UserError
 from common.fused import fuse_layers
 from common.grid import float16_holds
-from common.kernels import triton_works
-from common.models import SUPPORTED_ARCHITECTURES, SourceModel, TensorReader, load_tokenizer
+from common.kernels.dispatch import triton_works
+from common.models import SUPPORTED_ARCHITECTURES, SourceModel, TensorReader, load_tokenizer, read_config
 from common.online import attach_all, take_from_config
 from common.packed import PackedLinear, can_be_packed, load_packed
 from common.probe import check_finite, probe_tokens
 from common.progress import say, track
-from common.results import read_json
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
 REPEATS = {"cpu": 3, "cuda": 10}
@@ -56,9 +55,9 @@ def load_for_running(folder: Path, device: torch.device, dtype: torch.dtype):
 
 
 def _load_packed_or_dense(folder: Path, device: torch.device, dtype: torch.dtype):
-    if device.type != "cuda" or not (folder / "config.json").is_file():
+    if device.type != "cuda":
         return load_model(folder, device, dtype)
-    content = read_json(folder / "config.json", "quantize or download it again")
+    content = read_config(folder)
     quantized = "quantization_config" in content
     if content.get("model_type") in SUPPORTED_ARCHITECTURES and not quantized and (
             dense_bytes(folder, dtype, working=True) > available(device)):
@@ -76,7 +75,7 @@ def dense_bytes(folder: Path, dtype: torch.dtype, working: bool = False) -> int:
     """Bytes of a checkpoint's or model's weights, unpacked, in `dtype`; with `working` and of what it takes to run it well. 0
     where its configuration is not understood: loading it says what is wrong.
     """
-    content = read_json(folder / "config.json", "quantize or download it again")
+    content = read_config(folder)
     try:
         take_from_config(content)
         content.pop("quantization_config", None)
@@ -137,9 +136,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
     Raises:
         UserError: the folder holds no model that can be loaded.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a model: it has no config.json")
-    content = read_json(folder / "config.json", "quantize or download it again")
+    content = read_config(folder)
     tokenizer = load_tokenizer(folder)
     device = _with_room(folder, device, dtype)
     if dtype == torch.float16:

@@ -13,8 +13,8 @@ import shutil
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import read_json, replacing
 from common.progress import say
-from common.results import read_json
 
 PROGRESS_FILE, LOCK_FILE = "progress.json", "lock"
 
@@ -89,15 +89,14 @@ class UnfinishedFolder:
         self._write_progress()
 
     def _write_progress(self) -> None:
-        unfinished = self.path / f"{PROGRESS_FILE}.new"
-        unfinished.write_text(json.dumps({"fingerprint": self.fingerprint, "layers": self.records}))
-        unfinished.rename(self.path / PROGRESS_FILE)
+        with replacing(self.path / PROGRESS_FILE) as unfinished:
+            unfinished.write_text(json.dumps({"fingerprint": self.fingerprint, "layers": self.records}))
 
     @staticmethod
     def clean(output: Path) -> None:
         """Take away what belongs to the making alone, once the folder has its real name: a run killed before can go on."""
-        for name in (PROGRESS_FILE, LOCK_FILE):
-            (output / name).unlink(missing_ok=True)
+        for file in (*output.glob(f"{PROGRESS_FILE}*"), output / LOCK_FILE):
+            file.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let go of the folder. With no layer finished there is nothing to go on with, and it is removed."""

@@ -10,10 +10,12 @@ import torch
 from transformers import AutoConfig
 
 from common import metadata, probe
-from common.checkpoint import INTEGER, decompress, file_hashes, grid_of, open_checkpoint, stored_parts, unpack
+from common.checkpoint import file_hashes
+from common.checkpoint_format import (REQUIRED_PARTS, decompress, open_checkpoint, stored_parts, unknown_form, unpack,
+                                      weight_format)
+from common.device import dtype_name
 from common.device_memory import logits_at_once
 from common.errors import UserError
-from common.forms import unknown_form
 from common.grid import Grid
 from common.models import LINEARS, TensorReader
 from common.online import CONFIG_KEY
@@ -103,9 +105,7 @@ def _refused(folder: Path, loaded: str) -> Check:
 def _complete(folder: Path, config: dict, tensors: TensorReader) -> Check:
     wanted = [file for file in ("tokenizer.json", "tokenizer_config.json") if not (folder / file).is_file()]
     layers = config["num_hidden_layers"]
-    scheme = config["quantization_config"]["config_groups"]["group_0"]
-    integer = (scheme.get("format") or config["quantization_config"].get("format")) == INTEGER
-    parts = ("weight", "weight_scale") if integer else ("weight_packed", "weight_scale", "weight_shape")
+    parts = REQUIRED_PARTS[weight_format(config).form]
     names = [f"model.layers.{i}.{linear}.{part}" for i in range(layers) for linear in LINEARS for part in parts]
     names += [f"model.layers.{i}.{norm}.weight" for i in range(layers)
               for norm in ("input_layernorm", "post_attention_layernorm")]
@@ -129,7 +129,7 @@ def _unchanged(folder: Path, record: dict | None) -> Check:
 
 
 def _codes(config: dict, tensors: TensorReader) -> Iterator[Check]:
-    grid = grid_of(config["quantization_config"]["config_groups"]["group_0"])
+    grid = weight_format(config).grid
     bad_codes, bad_scales, damaged = [], [], []
     for layer in range(config["num_hidden_layers"]):
         for linear in LINEARS:
@@ -194,7 +194,7 @@ def _recorded(record: dict | None, logits: torch.Tensor, tokens: torch.Tensor, d
                                         "compare_to_baseline.py takes it as --baseline")
         return
     expected = record["probe"]
-    exact = record["compute_dtype"] == "float32" == str(dtype).removeprefix("torch.")
+    exact = record["compute_dtype"] == "float32" == dtype_name(dtype)
     tolerance = LOGITS_TOLERANCE["float32" if exact else "other"]
     same_text = expected["tokens"] == tokens.shape[1]
     difference = probe.sample_difference(logits, expected) if same_text else float("inf")

@@ -29,10 +29,9 @@ from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from common import kernels  # noqa: E402
 from common.grid import Grid  # noqa: E402
-from common.kernels import inference, inference_triton, products_triton, rounding_triton  # noqa: E402
-from common.kernels.inference import PackedWeight, Rotary, Rounded  # noqa: E402
+from common.kernels import dispatch, gpu, inference, rounding_triton  # noqa: E402
+from common.kernels.forms import PackedWeight, Rotary, Rounded  # noqa: E402
 
 # Compute capabilities of RTX 20, A100, RTX 30, RTX 40, H100, B200, RTX 50, and the KiB of shared
 # memory that a program may take there.
@@ -199,8 +198,8 @@ def launches(
     capability: tuple[int, int], dtypes: tuple[torch.dtype, ...]
 ) -> dict[tuple, Callable[[], CompiledKernel]]:
     """The launches for a card, by kernel, types and constants; called, one is compiled."""
-    kernels.card = lambda: kernels.Card(capability, CARDS[capability] << 10)
-    kernels.triton_works = lambda: True
+    gpu.card = lambda: gpu.Card(capability, CARDS[capability] << 10)
+    dispatch.triton_works = lambda: True
     # A torch without CUDA cannot take slices of such tensors.
     PackedWeight.__getitem__ = lambda weight, rows: weight
     triton.runtime.driver.set_active(_Driver(capability))
@@ -312,7 +311,7 @@ def main() -> int:
     for capability in CARDS:
         dtypes = (torch.bfloat16, torch.float16)
         if not everything:
-            dtypes = dtypes[:1] if kernels.supports(kernels.BFLOAT16, capability) else dtypes[1:]
+            dtypes = dtypes[:1] if gpu.supports(gpu.BFLOAT16, capability) else dtypes[1:]
         found, most = launches(capability, dtypes), 0
         keys = list(found) if everything else chosen(found, seen, 7)
         for key in keys:

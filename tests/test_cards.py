@@ -7,12 +7,12 @@ import torch
 from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_tokenizer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common import fused, kernels, rounding
-from common.cli import resolve_dtype
+from common import fused
+from common.device import resolve_dtype
 from common.errors import UserError
 from common.grid import Grid, codes_per_token
-from common.kernels import inference
-from common.kernels.inference import PackedWeight, Rotary, Rounded
+from common.kernels import dispatch, gpu, inference, rounding
+from common.kernels.forms import PackedWeight, Rotary, Rounded
 from common.language_model import HarnessModel
 from common.runtime import load_for_running, load_model
 from common.statistics import root_weights
@@ -70,10 +70,10 @@ def launched(monkeypatch):
     )
     # A torch without CUDA cannot take slices of tensors that claim to be there.
     monkeypatch.setattr(PackedWeight, "__getitem__", lambda weight, rows: weight)
-    monkeypatch.setattr(kernels, "triton_works", lambda: True)
+    monkeypatch.setattr(dispatch, "triton_works", lambda: True)
 
     def start(*capability: int) -> list[str]:
-        monkeypatch.setattr(kernels, "card", lambda: kernels.Card(capability, 64 << 10))
+        monkeypatch.setattr(gpu, "card", lambda: gpu.Card(capability, 64 << 10))
         called.clear()
         return called
 
@@ -162,7 +162,7 @@ def test_other_kernels_by_card(launched, capability, kernel):
             called.clear()
             step()
             assert called == ([name] if kernel else []), name
-        assert kernels.use_triton(hidden) is kernel
+        assert dispatch.use_triton(hidden) is kernel
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_attention_without_flash_attention(tiny_models, monkeypatch):
         ((8, 0), torch.float32),
     ):
         monkeypatch.setattr(
-            kernels, "card", lambda capability=capability: kernels.Card(capability, 64 << 10)
+            gpu, "card", lambda capability=capability: gpu.Card(capability, 64 << 10)
         )
         model, _ = load_model(tiny_models["llama", True], CPU, dtype)
         fused.fuse_layers(model)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, ROOT, assert_user_error, run_script
 
-from common.checkpoint import METADATA_FILE, decompress, grid_of, open_checkpoint, stored_parts
+from common.checkpoint import METADATA_FILE
+from common.checkpoint_format import decompress, open_checkpoint, stored_parts, weight_format
 from common.models import LINEARS
 
 PLAIN_LOAD = """
@@ -63,7 +64,7 @@ def test_plain_load_equals_what_was_quantized(tiny_models, calibration_text, tmp
     assert result.returncode == 0, result.stderr
 
     config, tensors = open_checkpoint(output)
-    grid = grid_of(config["quantization_config"]["config_groups"]["group_0"])
+    grid = weight_format(config).grid
     assert (grid.bits, grid.symmetric) == (bits, symmetric)
     from common import probe
     from common.models import load_tokenizer

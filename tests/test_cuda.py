@@ -9,12 +9,14 @@ import pytest
 import torch
 from conftest import run_script
 
-from common import adaround, grid, kernels, rounding, runtime
+from common import adaround, grid, rounding, runtime
 from common.decoding import Decoder
 from common.fused import fuse_layers
 from common.grid import Grid
-from common.kernels import inference, triton_works
-from common.kernels.inference import PackedWeight
+from common.kernels import forms, gpu, inference
+from common.kernels.dispatch import triton_works
+from common.kernels.forms import PackedWeight
+from common.kernels.rounding import search_range
 from common.runtime import load_for_running, load_model, measure_memory, weight_bytes
 from common.statistics import InputStatistics
 
@@ -46,7 +48,7 @@ def test_packed_matmul(generator, rows, bits, group, asymmetric, dtype):
     groups = 1 if group is None else channels // group
     codes = torch.randint(-half, half, (out, channels), generator=generator).to(torch.int8)
     zero = torch.randint(-half, half, (out, groups), generator=generator).to(torch.int8) if asymmetric else None
-    weight = inference.pack(codes, torch.rand(out, groups, generator=generator).to(dtype), zero, bits)
+    weight = forms.pack(codes, torch.rand(out, groups, generator=generator).to(dtype), zero, bits)
     inputs = torch.randn(rows, channels, generator=generator).to(dtype)
     exact = inputs.double() @ inference.unpack(weight, torch.float64).T
     assert relative(inference.packed_matmul(inputs.cuda(), moved(weight)), exact) < 6e-3
@@ -61,7 +63,7 @@ def test_row_matmul(generator, out, bits, groups, asymmetric, dtype):
     codes = torch.randint(-half, half, (out, 1152), generator=generator).to(torch.int8)
     zero = torch.randint(-half, half, (out, groups), generator=generator).to(torch.int8) if asymmetric else None
     scale = (0.01 * torch.rand(out, groups, generator=generator)).to(dtype)
-    weight = inference.pack(codes, scale, zero, bits)
+    weight = forms.pack(codes, scale, zero, bits)
     exact, on_card = inference.unpack(weight, torch.float64), moved(weight)
     inputs, gain = torch.randn(1, 1152, generator=generator).to(dtype), torch.rand(1152, generator=generator).to(dtype)
     hidden = torch.randn(1, out, generator=generator).to(dtype)
@@ -81,7 +83,7 @@ def test_row_matmul(generator, out, bits, groups, asymmetric, dtype):
 def test_row_matmul_with_rounded_inputs(generator, out):
     """Rounded as the kernels for several rows do it."""
     codes = torch.randint(-128, 128, (out, 1152), generator=generator).to(torch.int8)
-    weight = moved(inference.pack(codes, (0.01 * torch.rand(out, 1, generator=generator)).bfloat16(), None, 8))
+    weight = moved(forms.pack(codes, (0.01 * torch.rand(out, 1, generator=generator)).bfloat16(), None, 8))
     inputs = torch.randn(1, 1152, generator=generator).bfloat16().cuda()
     norm = torch.rand(1152, generator=generator).bfloat16().cuda(), 1e-5
     exact = inference.unpack(weight, torch.float64)
@@ -94,7 +96,7 @@ def test_row_matmul_with_rounded_inputs(generator, out):
 @pytest.mark.parametrize("rows", [1, 8, 33, 64, 200])
 def test_integer_matmul(generator, rows):
     codes = torch.randint(-128, 128, (192, 1152), generator=generator).to(torch.int8)
-    weight = inference.pack(codes, torch.rand(192, 1, generator=generator).bfloat16(), None, 8)
+    weight = forms.pack(codes, torch.rand(192, 1, generator=generator).bfloat16(), None, 8)
     rounded = inference.round_rows(torch.randn(rows, 1152, generator=generator).bfloat16().cuda(), 8)
     exact = rounded.codes.cpu().double() * rounded.scale.cpu().double() @ inference.unpack(weight, torch.float64).T
     assert relative(inference.integer_matmul(rounded, moved(weight)), exact) < 6e-3
@@ -103,12 +105,12 @@ def test_integer_matmul(generator, rows):
 @pytest.mark.parametrize("rows", [1, 2, 64, 200])
 def test_products_as_on_an_rtx_20(generator, monkeypatch, rows):
     """In float16, by what is left without tensor cores in Triton, bfloat16 units and overlapping launches."""
-    monkeypatch.setattr(kernels, "card", lambda: kernels.Card((7, 5), 64 << 10))
+    monkeypatch.setattr(gpu, "card", lambda: gpu.Card((7, 5), 64 << 10))
     inputs = torch.randn(rows, 1152, generator=generator).half().cuda()
     for bits, groups in ((4, 9), (8, 1)):
         half = 1 << bits - 1
         codes = torch.randint(-half, half, (192, 1152), generator=generator).to(torch.int8)
-        weight = inference.pack(codes, (0.01 * torch.rand(192, groups, generator=generator)).half(), None, bits)
+        weight = forms.pack(codes, (0.01 * torch.rand(192, groups, generator=generator)).half(), None, bits)
         exact, weight = inference.unpack(weight, torch.float64), moved(weight)
         assert relative(inference.packed_matmul(inputs, weight), inputs.cpu().double() @ exact.T) < 2e-3
     rounded = inference.round_rows(inputs, 8)
@@ -149,8 +151,8 @@ def test_rounding_kernels(generator, form):
     """The same ranges, codes and learned roundings as on the CPU, but for ties."""
     inputs = torch.randn(4000, 256, generator=generator) * torch.rand(256, generator=generator)
     gram, weight = inputs.T @ inputs / 4000, torch.randn(300, 256, generator=generator)
-    scale, zero = grid.search_range(weight, form, gram.diagonal())
-    on_card = grid.search_range(weight.cuda(), form, gram.cuda().diagonal())
+    scale, zero = search_range(weight, form, gram.diagonal())
+    on_card = search_range(weight.cuda(), form, gram.cuda().diagonal())
     assert (on_card[0].cpu() == scale).float().mean() > 0.99
     for function in (lambda *tensors: rounding.solve(*tensors, form)[0],
                      lambda weight, gram, scale, zero: rounding.refine(

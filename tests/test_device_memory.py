@@ -8,7 +8,7 @@ from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_token
 from transformers import LlamaConfig
 
 from common import (
-    checkpoint,
+    checkpoint_format,
     decoding,
     device_memory,
     evaluation,
@@ -19,12 +19,11 @@ from common import (
     streams,
 )
 from common.calibration import Windows
-from common.checkpoint import TensorReader
 from common.decoding import Decoder, can_decode
 from common.divergence import last_hidden_states, place_head
 from common.errors import UserError
 from common.language_model import HarnessModel
-from common.models import SourceModel
+from common.models import SourceModel, TensorReader
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 GIB = 2**30
@@ -99,16 +98,16 @@ def test_next_to_nothing_is_refused(card):
 
 
 def test_resolve_device_sets_the_limit(card, monkeypatch):
-    from common import cli
+    from common import device
 
     facts = {"is_available": True, "device_count": 1, "get_arch_list": ["sm_80", "sm_90"],
              "get_device_name": "a card", "get_device_capability": (8, 9)}
     for name, value in facts.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    assert cli.resolve_device("cuda", 6) == CARD and card.fraction * 8 == pytest.approx(5)
+    assert device.resolve_device("cuda", 6) == CARD and card.fraction * 8 == pytest.approx(5)
     card.fraction = None
     assert (
-        cli.resolve_device("cpu", 6) == CPU
+        device.resolve_device("cpu", 6) == CPU
         and card.fraction is None
         and device_memory.available(CPU) == float("inf")
     )
@@ -260,7 +259,7 @@ def test_rows_of_the_cache_fit(monkeypatch):
 def test_embedding_in_parts(tiny, tmp_path, monkeypatch):
     for rows in (10**6, 100):
         monkeypatch.setattr(quantization, "ROWS_AT_ONCE", rows)
-        monkeypatch.setattr(checkpoint, "_ROWS_AT_ONCE", rows)
+        monkeypatch.setattr(checkpoint_format, "_ROWS_AT_ONCE", rows)
         result = run_script(
             ROOT / "quantize_hqq.py",
             "--model",

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from quantize_hqq import quantize_weight
 
 from common import rounding
-from common.checkpoint import METADATA_FILE, compress, decompress, open_checkpoint, scheme_of, stored_parts
+from common.checkpoint import METADATA_FILE
+from common.checkpoint_format import compress, decompress, open_checkpoint, scheme_of, stored_parts
 from common.errors import UserError
-from common.grid import Grid, QuantizedLinear, quantize, round_clipped, round_per_token, scale_type, search_range
+from common.grid import Grid, QuantizedLinear, quantize, round_clipped, round_per_token, scale_type
+from common.kernels.rounding import search_range
 from common.models import LINEARS
 from common.packed import load_packed
 from common.runtime import load_model

@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.checkpoint import compress, decompress, unpack
+from common.checkpoint_format import compress, decompress, unpack
 from common.errors import UserError
-from common.grid import Grid, QuantizedLinear, dequantize, min_max, grouped, quantize, resolve_group_size, search_range
+from common.grid import Grid, QuantizedLinear, dequantize, min_max, grouped, quantize, resolve_group_size
+from common.kernels.rounding import search_range
 
 GRIDS = [Grid(bits, size, symmetric) for bits in (2, 3, 4, 8) for size in (32, None) for symmetric in (False, True)]
 

@@ -7,7 +7,8 @@ import torch
 from conftest import ROOT, oracle, run_script
 
 from common.checkpoint import METADATA_FILE
-from common.grid import Grid, dequantize, grouped, min_max, quantize, search_range
+from common.grid import Grid, dequantize, grouped, min_max, quantize
+from common.kernels.rounding import search_range
 from quantize_hqq import STEPS, half_quadratic, quantize_weight
 
 hqq = oracle("hqq.core.quantize")

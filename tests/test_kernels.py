@@ -14,10 +14,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("there is a card: test_cuda.py runs the kernels themselves", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed: its kernels are tested where it is")
 
-from common import adaround, grid, rounding  # noqa: E402
-from common.grid import Grid, search_range  # noqa: E402
-from common.kernels import inference, products_triton, rounding_triton  # noqa: E402
+from common import adaround, grid  # noqa: E402
+from common.grid import Grid  # noqa: E402
+from common.kernels import forms, inference, products_triton, rounding, rounding_triton  # noqa: E402
 from common.kernels import inference_triton as kernels  # noqa: E402
+from common.kernels.rounding import search_range  # noqa: E402
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
@@ -32,7 +33,7 @@ def packed_weights(generator, out: int, channels: int, groups: int, bits: int, a
     scale = (torch.rand(out, groups, generator=generator) + 0.5).to(torch.bfloat16)
     zero = torch.randint(-half, half, (out, groups), generator=generator).to(torch.int8) if asymmetric else None
     exact = codes.double().unflatten(1, (groups, -1)) - (0 if zero is None else zero.double().unsqueeze(2))
-    return inference.pack(codes, scale, zero, bits), (exact * scale.double().unsqueeze(2)).flatten(1)
+    return forms.pack(codes, scale, zero, bits), (exact * scale.double().unsqueeze(2)).flatten(1)
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])
@@ -250,9 +251,9 @@ def test_search_range(generator, form, weighted, norm, stored, size):
     weight[3] = 0
     # As it comes: a diagonal, which is not contiguous.
     importance = torch.rand(96, 96, generator=generator).diagonal() if weighted else None
-    first, last, steps = grid.SEARCH.get(form.bits, grid.SEARCH[4])
+    first, last, steps = rounding.SEARCH.get(form.bits, rounding.SEARCH[4])
     candidates = [1.0, *torch.linspace(first, last, steps).tolist()]
-    expected = grid.search_range(weight, form, importance, norm, stored)
+    expected = search_range(weight, form, importance, norm, stored)
     found = rounding_triton.search_range(weight, form, importance, norm, stored, candidates)
     assert ((found[0] == 1) == (grid.grouped(weight, form).abs().amax(-1) == 0)).all()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import cli, machine
+from common import device, machine
 from common.errors import UserError
 from common.machine import Driver, Machine
 
@@ -60,7 +60,7 @@ def played(tmp_path, monkeypatch):
 
 def refused(choice: str) -> str:
     with pytest.raises(UserError) as error:
-        cli.resolve_device(choice)
+        device.resolve_device(choice)
     return str(error.value)
 
 
@@ -76,7 +76,7 @@ def test_an_old_driver_is_not_taken_for_no_card(played, choice):
     ):
         assert words in message
     assert "Windows" not in message
-    assert cli.resolve_device("cpu") == torch.device("cpu")
+    assert device.resolve_device("cpu") == torch.device("cpu")
 
 
 def test_an_old_driver_under_wsl_is_mended_on_windows(played):
@@ -117,7 +117,7 @@ def test_cards_hidden_on_purpose_mean_the_cpu(played, monkeypatch, capsys):
     root = played("dev/nvidia0", smi=HEADER.format(driver="580.65.06", cuda="13.0"))
     for value in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
-        assert cli.resolve_device("auto") == torch.device("cpu")
+        assert device.resolve_device("auto") == torch.device("cpu")
         assert (
             "CUDA_VISIBLE_DEVICES hides the card; going on on the CPU (unset it)"
             in capsys.readouterr().out
@@ -153,15 +153,15 @@ def test_torch_without_cuda_beside_a_card(played, monkeypatch):
 def test_machines_without_a_card_are_left_alone(played, capsys):
     """An empty one; the driver without a card; WSL on another maker's graphics, with /dev/dxg."""
     played()
-    assert cli.resolve_device("auto") == torch.device("cpu")
+    assert device.resolve_device("auto") == torch.device("cpu")
     played(
         smi="NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", code=9
     )
-    assert cli.resolve_device("auto") == torch.device("cpu")
+    assert device.resolve_device("auto") == torch.device("cpu")
     assert capsys.readouterr().out == ""
     (Path(played()) / "path/nvidia-smi").unlink()
     played("dev/dxg", proc__version="Linux 5.15-microsoft-standard-WSL2")
-    assert cli.resolve_device("auto") == torch.device("cpu")
+    assert device.resolve_device("auto") == torch.device("cpu")
     assert (
         "no NVIDIA driver; going on on the CPU (if it is NVIDIA's, install NVIDIA driver 580"
         in capsys.readouterr().out
@@ -174,7 +174,7 @@ def test_a_card_without_any_driver_is_said(played, capsys):
         sys__bus__pci__devices__1__vendor="0x10de\n",
         sys__bus__pci__devices__1__class="0x030000\n",
     )
-    assert cli.resolve_device("auto") == torch.device("cpu")
+    assert device.resolve_device("auto") == torch.device("cpu")
     line = " ".join(capsys.readouterr().out.split())
     assert "an NVIDIA card is in this machine, but not its driver" in line
     assert "install NVIDIA driver 580 or newer" in line
@@ -217,8 +217,8 @@ def test_a_card_that_torch_has_no_code_for(monkeypatch):
             in refused(choice)
         )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
-    monkeypatch.setattr(cli.device_memory, "limit", lambda *_: None)
-    assert cli.resolve_device("auto") == torch.device("cuda", 0)
+    monkeypatch.setattr(device.device_memory, "limit", lambda *_: None)
+    assert device.resolve_device("auto") == torch.device("cuda", 0)
 
 
 def test_minor_versions_of_cuda_do_not_matter():
@@ -243,18 +243,18 @@ def test_what_triton_lacks_is_named_with_its_packages():
 
 
 def test_triton_that_cannot_build_names_both_packages(monkeypatch, capsys):
-    from common import kernels
+    from common.kernels import dispatch
 
     def no_header(*_, **__):
         raise RuntimeError("fatal error: Python.h: No such file or directory")
 
-    monkeypatch.setattr(kernels.torch, "zeros", no_header)
-    monkeypatch.setattr(kernels, "look_for_compiler", lambda: (None, False))
-    kernels.triton_works.cache_clear()
+    monkeypatch.setattr(dispatch.torch, "zeros", no_header)
+    monkeypatch.setattr(dispatch, "look_for_compiler", lambda: (None, False))
+    dispatch.triton_works.cache_clear()
     try:
-        assert not kernels.triton_works()
+        assert not dispatch.triton_works()
     finally:
-        kernels.triton_works.cache_clear()
+        dispatch.triton_works.cache_clear()
     printed = capsys.readouterr().out
     assert (
         "sudo apt install gcc python3." in printed

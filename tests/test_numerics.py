@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from common.adaround import learn_rounding
 from common.checkpoint import METADATA_FILE
-from common.grid import Grid, dequantize, min_max, grouped, quantize, search_range
+from common.grid import Grid, dequantize, min_max, grouped, quantize
+from common.kernels.rounding import search_range
 from common.rounding import choose_ranges, damped, output_error, refine, solve
 from common.scaling import power_ratio
 

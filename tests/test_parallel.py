@@ -17,7 +17,7 @@ from conftest import ROOT, run_script
 from safetensors.torch import load_file
 
 from common import parallel
-from common.checkpoint import grid_of, open_checkpoint, stored_parts, unpack
+from common.checkpoint_format import open_checkpoint, stored_parts, unpack, weight_format
 from common.errors import UserError
 
 COMMON = ["--calib-data", "demo", "--calib-samples", "5", "--calib-length", "64", "--device", "cpu"]
@@ -36,7 +36,7 @@ def torchrun(processes: int, *words) -> subprocess.CompletedProcess:
 
 def codes_of(folder) -> torch.Tensor:
     content, _ = open_checkpoint(folder)
-    grid = grid_of(next(iter(content["quantization_config"]["config_groups"].values())))
+    grid = weight_format(content).grid
     found = []
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)

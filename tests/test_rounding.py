@@ -6,7 +6,8 @@ import torch
 from conftest import ROOT, run_script
 
 from common.errors import UserError
-from common.grid import Grid, dequantize, grouped, min_max, quantize, search_range
+from common.grid import Grid, dequantize, grouped, min_max, quantize
+from common.kernels.rounding import search_range
 from common.models import LINEARS
 from common.rounding import (
     BLOCK,

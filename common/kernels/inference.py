@@ -2,71 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from common.grid import codes_per_token
-from common.kernels import TENSOR_CORES, supports, use_triton
+from common.kernels.dispatch import triton_kernels
+from common.kernels.forms import OFFSET, PackedWeight, Rotary, Rounded
+from common.kernels.gpu import TENSOR_CORES, supports
 
 # Rows of activations up to which weights are unpacked inside the product; for more they are unpacked once, in a tile.
 FUSED_ROWS = 64
 UNPACKED_ELEMENTS = 1 << 26
-# Of 4-bit codes, which are stored unsigned.
-OFFSET = 8
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """Weights [out, in] as integer codes: (code - zero-point) * scale. Made by `pack`.
-
-    packed: 8 bits [out, in] int8. 4 bits [out, in / 2] uint8, in blocks of `block` channels: byte j of a block holds channel j
-        in its low half and channel j + block / 2 in the high one, so that a block is unpacked into two pieces as they are.
-    scale: [out, groups] floating; zero_point: [out, groups] int8, None for zero.
-    """
-
-    packed: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    bits: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.packed), self.packed.shape[1] * (8 // self.bits)
-
-    @property
-    def block(self) -> int:
-        """Channels that a product takes at once: a power of two of them, all in one group."""
-        size = self.shape[1] // self.scale.shape[1]
-        return max(2, min(128, size & -size))
-
-    def __getitem__(self, rows: slice | Tensor) -> PackedWeight:
-        """The same for some of the rows."""
-        zero_point = None if self.zero_point is None else self.zero_point[rows]
-        return replace(self, packed=self.packed[rows], scale=self.scale[rows], zero_point=zero_point)
-
-
-def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> PackedWeight:
-    """Codes [out, in] int8 of 4 or 8 bits with their scale and zero-point [out, groups]."""
-    zero_point = None if zero_point is None else zero_point.to(torch.int8).contiguous()
-    whole = PackedWeight(codes.contiguous(), scale.contiguous(), zero_point, 8)
-    if bits == 8:
-        return whole
-    low, high = (codes + OFFSET).to(torch.uint8).unflatten(1, (-1, 2, whole.block // 2)).unbind(2)
-    return replace(whole, packed=(low | high << 4).flatten(1), bits=4)
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """Activations rounded per token (`grid.round_per_token`): codes [rows, in] int8 and scale [rows, 1]."""
-
-    codes: Tensor
-    scale: Tensor
-
-    def values(self) -> Tensor:
-        return self.codes.to(self.scale.dtype) * self.scale
 
 
 def _fused(rows: int) -> bool:
@@ -77,10 +24,9 @@ def _fused(rows: int) -> bool:
 def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     """inputs [..., in] times the transposed weight: [..., out]."""
     rows = inputs.reshape(-1, inputs.shape[-1])
-    if use_triton(inputs) and (len(rows) == 1 or _fused(len(rows))):
-        from common.kernels import products_triton
-
-        result = products_triton.packed_matmul(rows, weight)
+    kernels = triton_kernels(inputs)
+    if kernels and (len(rows) == 1 or _fused(len(rows))):
+        result = kernels.products.packed_matmul(rows, weight)
     else:
         out, channels = weight.shape
         tile = max(1, UNPACKED_ELEMENTS // channels)
@@ -102,11 +48,9 @@ def row_matmul(inputs: Tensor, weight: PackedWeight, norm: tuple[Tensor, float] 
         added_to: [1, out], to which the product is added in place.
         bits: at most 8, if the inputs, normed, are rounded per token to so many.
     """
-    if use_triton(inputs):
-        from common.kernels import products_triton
-
-        if products_triton.fits_one_row(inputs, weight):
-            return products_triton.row_matmul(inputs, weight, norm, gated, added_to, bits)
+    kernels = triton_kernels(inputs)
+    if kernels and kernels.products.fits_one_row(inputs, weight):
+        return kernels.products.row_matmul(inputs, weight, norm, gated, added_to, bits)
     normed = inputs if norm is None else add_rms_norm(inputs, None, *norm)
     output = packed_matmul(normed, weight) if bits is None else integer_matmul(round_rows(normed, bits), weight)
     if gated:
@@ -119,10 +63,9 @@ def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
     compute capability 8.0 on products of integers with integer sums.
     """
     rows, channels = inputs.codes.shape
-    if use_triton(inputs.codes) and _fused(rows):
-        from common.kernels import products_triton
-
-        return products_triton.integer_matmul(inputs, weight)
+    kernels = triton_kernels(inputs.codes)
+    if kernels and _fused(rows):
+        return kernels.products.integer_matmul(inputs, weight)
     whole = supports(TENSOR_CORES) and rows > FUSED_ROWS
     if inputs.codes.is_cuda and whole and len(weight.packed) % 8 == channels % 8 == 0:
         sums = torch._int_mm(inputs.codes, weight.packed.T)
@@ -132,10 +75,8 @@ def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
 
 def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The weights [out, in] that the codes stand for."""
-    if use_triton(weight.packed):
-        from common.kernels import products_triton
-
-        return products_triton.unpack(weight, dtype)
+    if kernels := triton_kernels(weight.packed):
+        return kernels.products.unpack(weight, dtype)
     codes = weight.packed
     if weight.bits == 4:
         halves = codes.unflatten(1, (-1, 1, weight.block // 2))
@@ -148,10 +89,8 @@ def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 def round_rows(inputs: Tensor, bits: int) -> Rounded:
     """Inputs [rows, in] rounded per token."""
-    if use_triton(inputs):
-        from common.kernels import inference_triton
-
-        return inference_triton.round_rows(inputs, bits)
+    if kernels := triton_kernels(inputs):
+        return kernels.inference.round_rows(inputs, bits)
     codes, scale = codes_per_token(inputs, bits)
     return Rounded(codes.to(torch.int8), scale)
 
@@ -159,28 +98,14 @@ def round_rows(inputs: Tensor, bits: int) -> Rounded:
 def add_rms_norm(hidden: Tensor, update: Tensor | None, gain: Tensor, epsilon: float, bits: int | None = None,
                  ) -> Tensor | Rounded:
     """RMSNorm of hidden [rows, size] after `update`, if any, has been added to it in place; rounded to `bits`, if given."""
-    if use_triton(hidden):
-        from common.kernels import inference_triton
-
-        return inference_triton.add_rms_norm(hidden, update, gain, epsilon, bits)
+    if kernels := triton_kernels(hidden):
+        return kernels.inference.add_rms_norm(hidden, update, gain, epsilon, bits)
     if update is not None:
         hidden += update
     values = hidden.float()
     values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)
     normed = gain * values.to(hidden.dtype)
     return normed if bits is None else round_rows(normed, bits)
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """The rotary embedding of a model: cosine and sine [length, size], and the norms of queries and keys where it has them.
-
-    norms: gains [size] of queries and keys, and their epsilon.
-    """
-
-    cosine: Tensor
-    sine: Tensor
-    norms: tuple[Tensor, Tensor, float] | None = None
 
 
 def attend(projected: Tensor, rotary: Rotary, positions: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
@@ -191,10 +116,8 @@ def attend(projected: Tensor, rotary: Rotary, positions: Tensor, keys: Tensor, v
         positions: [rows], how many tokens each row has in the cache.
         keys, values: the cache, [rows, key-value heads, length, size].
     """
-    if use_triton(projected):
-        from common.kernels import inference_triton
-
-        return inference_triton.attend(projected, rotary, positions, keys, values, scaling)
+    if kernels := triton_kernels(projected):
+        return kernels.inference.attend(projected, rotary, positions, keys, values, scaling)
     key_heads, length, size = keys.shape[1:]
     heads = projected.view(len(projected), -1, size)
     query, key, value = heads.split([heads.shape[1] - 2 * key_heads, key_heads, key_heads], dim=1)
@@ -212,28 +135,22 @@ def attend(projected: Tensor, rotary: Rotary, positions: Tensor, keys: Tensor, v
 
 def rotate_heads(heads: Tensor, cosine: Tensor, sine: Tensor) -> None:
     """Turn heads [batch, length, heads, size] in place by the rotary embedding; cosine and sine [1 or batch, length, size]."""
-    if use_triton(heads):
-        from common.kernels import inference_triton
-
-        return inference_triton.rotate_heads(heads, cosine, sine)
+    if kernels := triton_kernels(heads):
+        return kernels.inference.rotate_heads(heads, cosine, sine)
     turned = torch.cat([-heads[..., heads.shape[-1] // 2:], heads[..., :heads.shape[-1] // 2]], -1)
     heads.copy_(heads * cosine.unsqueeze(2) + turned * sine.unsqueeze(2))
 
 
 def silu_mul(gate: Tensor, up: Tensor, bits: int | None = None) -> Tensor | Rounded:
     """silu(gate) * up of two tensors [rows, size], which may be halves of a wider one; rounded to `bits`, if given."""
-    if use_triton(gate):
-        from common.kernels import inference_triton
-
-        return inference_triton.silu_mul(gate, up, bits)
+    if kernels := triton_kernels(gate):
+        return kernels.inference.silu_mul(gate, up, bits)
     product = functional.silu(gate) * up
     return product if bits is None else round_rows(product, bits)
 
 
 def largest_index(values: Tensor) -> Tensor:
     """The index of the largest of each row of values [rows, size], the first of equal ones: [rows]."""
-    if use_triton(values):
-        from common.kernels import inference_triton
-
-        return inference_triton.largest_index(values)
+    if kernels := triton_kernels(values):
+        return kernels.inference.largest_index(values)
     return values.argmax(-1)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.kernels.inference import Rotary, Rounded
+from common.kernels.forms import Rotary, Rounded
 from common.kernels.launch_triton import begin, counters, launch, round_to_step, step_of_token
 
 # Attention over longer contexts is split between programs; the last of them to finish joins their results.

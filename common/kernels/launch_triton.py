@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common import kernels
+from common.kernels import gpu
 
 # Added and subtracted, it leaves no room for a fraction: rounding to the nearest integer, half to even. The sum alone has the
 # integer as its last bits.
@@ -18,7 +18,7 @@ MAGIC = tl.constexpr(12582912.0)
 
 def launch() -> dict:
     """How kernels are launched: on Hopper and later while the kernel before still runs (programmatic dependent launch)."""
-    overlap = kernels.supports(kernels.DEPENDENT_LAUNCH)
+    overlap = gpu.supports(gpu.DEPENDENT_LAUNCH)
     return {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}
 
 
@@ -26,7 +26,7 @@ def stages(most: int, size: int) -> int:
     """How many loads of `size` bytes may be on their way: at most `most`, and what a program's shared
     memory has room for, which is less than half of a Hopper's on a desktop card.
     """
-    return max(1, min(most, (kernels.card().shared_memory - (1 << 14)) // size))
+    return max(1, min(most, (gpu.card().shared_memory - (1 << 14)) // size))
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.kernels.inference import PackedWeight, Rounded
+from common.kernels.forms import PackedWeight, Rounded
 from common.kernels.launch_triton import MAGIC, begin, counters, launch, round_to_step, stages, step_of_token
 
 # Of a product: output channels of a program, for few and for many of them, and warps; then programs it should have at least, so

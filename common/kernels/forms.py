@@ -1,0 +1,74 @@
+"""What the kernels of a decode step take besides plain tensors: packed weights, rounded activations, a rotary embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# Of 4-bit codes, which are stored unsigned.
+OFFSET = 8
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Weights [out, in] as integer codes: (code - zero-point) * scale. Made by `pack`.
+
+    packed: 8 bits [out, in] int8. 4 bits [out, in / 2] uint8, in blocks of `block` channels: byte j of a block holds channel j
+        in its low half and channel j + block / 2 in the high one, so that a block is unpacked into two pieces as they are.
+    scale: [out, groups] floating; zero_point: [out, groups] int8, None for zero.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bits: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.packed), self.packed.shape[1] * (8 // self.bits)
+
+    @property
+    def block(self) -> int:
+        """Channels that a product takes at once: a power of two of them, all in one group."""
+        size = self.shape[1] // self.scale.shape[1]
+        return max(2, min(128, size & -size))
+
+    def __getitem__(self, rows: slice | Tensor) -> PackedWeight:
+        """The same for some of the rows."""
+        zero_point = None if self.zero_point is None else self.zero_point[rows]
+        return replace(self, packed=self.packed[rows], scale=self.scale[rows], zero_point=zero_point)
+
+
+def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> PackedWeight:
+    """Codes [out, in] int8 of 4 or 8 bits with their scale and zero-point [out, groups]."""
+    zero_point = None if zero_point is None else zero_point.to(torch.int8).contiguous()
+    whole = PackedWeight(codes.contiguous(), scale.contiguous(), zero_point, 8)
+    if bits == 8:
+        return whole
+    low, high = (codes + OFFSET).to(torch.uint8).unflatten(1, (-1, 2, whole.block // 2)).unbind(2)
+    return replace(whole, packed=(low | high << 4).flatten(1), bits=4)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Activations rounded per token (`grid.round_per_token`): codes [rows, in] int8 and scale [rows, 1]."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def values(self) -> Tensor:
+        return self.codes.to(self.scale.dtype) * self.scale
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The rotary embedding of a model: cosine and sine [length, size], and the norms of queries and keys where it has them.
+
+    norms: gains [size] of queries and keys, and their epsilon.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+    norms: tuple[Tensor, Tensor, float] | None = None

@@ -1,0 +1,45 @@
+"""What stands where: no circles of imports, and each piece of knowledge in one module."""
+
+import ast
+from graphlib import TopologicalSorter
+
+from conftest import ROOT
+
+FILES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+         for file in (ROOT / "common").rglob("*.py")}
+
+
+def imports(name: str) -> set[str]:
+    """The project's modules that a module imports, anywhere in it but for the type checker alone."""
+    found = set()
+    waiting = [ast.parse(FILES[name].read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {part if part in FILES else node.module for part in parts}
+        waiting += ast.iter_child_nodes(node)
+    return found & set(FILES)
+
+
+def test_no_circle_of_imports():
+    """Those inside functions included."""
+    TopologicalSorter({name: imports(name) for name in FILES}).prepare()        # raises CycleError, which names it
+
+
+def test_the_grid_calls_no_kernel():
+    assert imports("common.grid") == {"common.errors"}
+
+
+def test_one_module_knows_the_checkpoint_format():
+    assert [name for name, file in FILES.items() if "config_groups" in file.read_text()] == ["common.checkpoint_format"]
+
+
+def test_triton_is_imported_in_one_place():
+    """Elsewhere only by the kernels themselves."""
+    importing = {name for name in FILES if any(part.endswith("_triton") for part in imports(name))}
+    assert {name for name in importing if not name.endswith("_triton")} == {"common.kernels.dispatch"}
