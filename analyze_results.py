@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.plots import draw_all
 from common.progress import say
 from common.report import in_table_order, page, replace_between_markers, section, write_csv
-from common.results import DOCUMENTED_FOLDER, RESULTS_FOLDER, load_all
+from common.results import DOCUMENTED_FOLDER, RESULTS_FOLDER, load_all, of_one_size
 
 README = Path("README.md")
 
@@ -44,7 +44,7 @@ def main() -> None:
         if options.results_dir.resolve() == DOCUMENTED_FOLDER.resolve():
             folders[False] = None
     models = in_table_order([results for documented, folder in folders.items() if folder
-                             for results in load_all(folder, documented)])
+                             for results in map(of_one_size, load_all(folder, documented))])
     if not models:
         raise UserError(f"{options.results_dir} holds no results; run common/evaluation.py or run_all_quantization.sh first")
     drawn = []

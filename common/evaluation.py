@@ -219,12 +219,14 @@ def _noise(samples: dict[str, list[dict]], model, tokenizer, rows: dict, demo: b
     return found
 
 
-def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, twice: bool = False) -> dict:
+def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, twice: bool = False,
+                   compared: str | None = None) -> dict:
     """Evaluate a model and write its results. Returns the document that was written, or found.
 
     Args:
         reuse: leave out tasks whose results are there, if they were made from the same (`identity`).
         twice: run the tasks a second time in other batches, for the noise floor of every comparison.
+        compared: the configuration that a baseline is evaluated for; with `reuse`, refused where others would lose theirs.
     Raises:
         UserError: no data, or evaluation data that the model was calibrated on.
     """
@@ -252,6 +254,8 @@ def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, t
         chosen = identity.left_to_do(subject, options.results_dir, shared, conditions, twice)
         if not chosen:
             return read_json(options.results_dir / name / f"{configuration}.json")
+        if compared:
+            identity.spare(subject, options.results_dir, {task: conditions[task] for task in chosen}, compared)
         rows, windows = {task: rows[task] for task in rows if task in chosen}, windows if "perplexity" in chosen else None
     # Before the model takes its room: the original passes through the device layer by layer.
     original = _original(subject, device, dtype) if windows is not None else None

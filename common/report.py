@@ -249,6 +249,9 @@ def conditions(results: ModelResults) -> str:
     if odd:
         sentences.append(f"⚠️ Measured on another device, type, version or data than {evaluated[0][0]}, so not to be "
                          f"compared with it: {', '.join(odd)}.")
+    if results.left_out:
+        tasks = ", ".join(f"{name} ({', '.join(tasks)})" for name, tasks in results.left_out.items())
+        sentences.append(f"⚠️ Left out, as evaluated on more or fewer samples than these: {tasks}.")
     return " ".join(sentences)
 
 
@@ -256,9 +259,8 @@ def _apart(document: dict, other: dict) -> str | None:
     """What of a document is not to be compared with another: in brackets the tasks, empty for all of it; None for nothing."""
     if any(document[key] != other[key] for key in ("device", "versions", "compute_dtype")):
         return ""
-    fields = ("data", "samples", "windows", "length", "fingerprint")
-    tasks = [task for task, found in document["tasks"].items()
-             if task in other["tasks"] and any(found.get(name) != other["tasks"][task].get(name) for name in fields)]
+    tasks = [task for task, found in document["tasks"].items() if task in other["tasks"] and any(
+                 found.get(name) != other["tasks"][task].get(name) for name in ("data", "fingerprint"))]
     return f" ({', '.join(tasks)})" if tasks else None
 
 

@@ -84,6 +84,19 @@ def test_other_conditions_are_named(results):
     assert "not to be compared with it: hqq-8bit" in (results / "README.md").read_text()
 
 
+def test_what_was_evaluated_on_fewer_samples_is_left_out(results):
+    """A configuration that a later batch with another --limit refused: its figures are not those of the header's samples."""
+    stale = document("gptq-4bit", 0.5)
+    stale["tasks"]["arc"]["samples"] = 9
+    stale["tasks"]["perplexity"]["windows"] = 9
+    (results / "results/tiny/gptq-4bit.json").write_text(json.dumps(stale))
+    assert analyze(results).returncode == 0
+    text = (results / "README.md").read_text()
+    assert "Left out, as evaluated on more or fewer samples than these: gptq-4bit (arc, perplexity)." in text
+    assert "| gptq-4bit | – | – | – | – | 0.250 | 1.23e+06 | 2 | 0.250 |" in text and "| gptq-4bit | – | –" in text
+    assert "0.500" not in text and "| gptq-4bit | 4 | 64 | 0.5 |" in text
+
+
 def test_damaged_results_and_readme(results):
     (results / "results/tiny/gptq-4bit.json").write_text("{")
     before = (results / "README.md").read_text()
