@@ -86,6 +86,15 @@ CPU_WINDOWS, WINDOW_LENGTH = 40, 2048
 DEMO_WINDOWS, DEMO_WINDOW_LENGTH = 16, 512
 
 
+def task_sample(task: str, limit: int | None) -> tuple:
+    """Which rows of a task's data set `data.load_rows` is asked for, at a --limit: limit, seed, columns, budget."""
+    data = TASK_DATA[task]
+    limit = limit or data.limit
+    # At least the usual number is drawn, so that a smaller --limit finds them in the cache.
+    wanted = max(data.limit, limit) if data.fetch is None else max(data.fetch, 4 * limit)
+    return wanted, SAMPLE_SEED, data.columns, TRAFFIC
+
+
 def task_rows(task: str, options: argparse.Namespace, demo: bool) -> Rows:
     """The rows a task is evaluated on: the same for every model.
 
@@ -98,10 +107,7 @@ def task_rows(task: str, options: argparse.Namespace, demo: bool) -> Rows:
     if demo and not address:
         loaded = demo_rows(data.demo)
         return Rows(loaded.rows[:options.limit], loaded.source)
-    # At least the usual number is drawn, so that a smaller --limit finds them in the cache.
-    wanted = max(data.limit, limit) if data.fetch is None else max(data.fetch, 4 * limit)
-    loaded = load_rows(address or data.address, options.data_root, wanted, SAMPLE_SEED,
-                       data.columns, TRAFFIC)
+    loaded = load_rows(address or data.address, options.data_root, *task_sample(task, options.limit))
     check_columns(loaded, data.needs, f"{task}, whose data are like {data.address}")
     if task == "arc":
         _check_answer_keys(loaded)
