@@ -45,13 +45,17 @@ def model_facts(model: str, timeout: float = 10) -> ModelFacts:
         if folder.is_dir():
             load_config(folder)
             return ModelFacts(str(folder), TensorReader(folder).total_bytes())
-        if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        if _names_a_folder(model):
             return ModelFacts(
                 "", problem=f"model folder {model} does not exist; give a folder, a hub id, or demo"
             )
         return _hub_facts(model, timeout)
     except UserError as error:
         return ModelFacts("", problem=str(error))
+
+
+def _names_a_folder(model: str) -> bool:
+    return Path(model).is_dir() or model.startswith((".", "/", "~")) or model.count("/") != 1
 
 
 def _hub_facts(model: str, timeout: float) -> ModelFacts:
@@ -147,16 +151,18 @@ def show_problems(model: str, device: str, data_root: Path | None) -> None:
     """Show what would stop or slow a batch, if anything.
 
     Raises:
-        UserError: the device cannot be used.
+        UserError: the device, the model's folder or --data-root cannot be used. What a hub says now
+            it may say otherwise when it is asked for files.
     """
+    certain = {"Card", "Data", *(["Model"] if _names_a_folder(model) else [])}
     found = [
         line
         for line in lines(model, device, data_root, thorough=False)
         if line.state in (WARN, FAIL)
     ]
     for line in found:
-        if line.name == "Card" and line.state == FAIL:
-            raise UserError(f"{line.found}; {line.mend}")
+        if line.name in certain and line.state == FAIL:
+            raise UserError("; ".join(filter(None, (line.found, line.mend))))
     for line in found:
         say(line.text())
     if found:

@@ -309,8 +309,24 @@ def test_the_batch_shows_what_is_wrong_and_no_more(tiny, monkeypatch, capsys):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 1e12})())
     check.show_problems(str(tiny), "cpu", None)
     assert capsys.readouterr().out == ""
-    check.show_problems(str(tiny), "cpu", Path("/nowhere"))
-    assert "FAIL  Data" in (printed := capsys.readouterr().out) and "PASS" not in printed
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 1})())
+    check.show_problems(str(tiny), "cpu", None)
+    assert "WARN  Disk" in (printed := capsys.readouterr().out) and "PASS" not in printed
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--model", "./nowhere"], ["model folder ./nowhere does not exist"]),
+        (["--model", "MODEL", "--data-root", "nowhere"], ["--data-root nowhere is not a folder"]),
+        (["--model", "."], ["config.json cannot be read"]),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_is_written(tiny, tmp_path, words, said):
+    words = [str(tiny) if word == "MODEL" else word for word in words]
+    result = run_script(ROOT / "common/batch.py", "--device", "cpu", *words, cwd=tmp_path)
+    assert_user_error(result, *said)
+    assert not result.stdout and not list(tmp_path.iterdir())
 
 
 def test_the_batch_does_not_start_beside_a_card_that_cannot_be_used(tmp_path, monkeypatch):
