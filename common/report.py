@@ -325,7 +325,8 @@ def page(sections: list[tuple[ModelResults, Comparisons, list[tuple[str, Path]]]
 
 
 def write_csv(results: ModelResults, comparisons: Comparisons, folder: Path) -> None:
-    """Everything as CSV: measurements.csv, a line for each configuration and number; comparisons.csv, for each difference."""
+    """Everything as CSV: measurements.csv, a line for each configuration and number; comparisons.csv, for each difference, to
+    eight significant digits, as machines differ in the last ones of sums."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [{"configuration": name, "quantity": quantity, "value": value} for name, document in _evaluated(results)
              for quantity, value in _numbers(document) if not quantity.startswith("quantization.relative_output_error")]
@@ -341,7 +342,7 @@ def write_csv(results: ModelResults, comparisons: Comparisons, folder: Path) -> 
             p_loss, p_gain = adjusted[name, one.kind.task, one.kind.key]
             rows.append({"configuration": name, **one.as_dict(), "p_value_holm": p_loss, "p_value_gain_holm": p_gain,
                          "verdict": one.verdict(p_loss, p_gain)})
-    pd.DataFrame(rows).to_csv(folder / "comparisons.csv", index=False)
+    pd.DataFrame(rows).to_csv(folder / "comparisons.csv", index=False, float_format="%.8g")
 
 
 def _numbers(value, prefix: str = "") -> Iterator[tuple[str, float]]:
