@@ -33,7 +33,8 @@ DEMO_SAMPLES, DEMO_LENGTH = 16, 512
 _TEXT_COLUMNS = ("text", "content", "messages", "conversations")
 # Rows fetched from a hub data set for each window that is asked for: enough for short documents.
 _ROWS_PER_WINDOW = 24
-# Bytes to fetch for calibration text, apart from the ends of the files, which say where what is.
+# Bytes to fetch for calibration text, apart from the ends of the files, which say where what is, and unless one row group is
+# larger.
 _TRAFFIC = 120_000_000
 # Windows that are cut for each one that is used.
 _CHOICE = 2

@@ -78,7 +78,7 @@ TASK_DATA = {
                          ("problem", "expected_answer"), fetch=1024,
                          columns=("problem", "expected_answer")),
 }
-# Bytes to fetch for one task's sample of a split too large to be fetched whole.
+# Bytes to fetch for one task's sample of a split too large to be fetched whole, unless one row group is larger.
 TRAFFIC = 40_000_000
 PERPLEXITY_DATA = "Salesforce/wikitext/wikitext-2-raw-v1:test"
 # On a CPU; on a GPU the whole text is evaluated, as in published tables.
