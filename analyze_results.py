@@ -8,18 +8,32 @@ results/ holds this machine's runs, docs/results/ the documented run, which come
 """
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 
 from common import cli
 from common.comparison import compare_all
 from common.errors import UserError
+from common.identity import checkpoint_hash
+from common.models import MODELS_FOLDER
 from common.plots import draw_all
 from common.progress import say
 from common.report import in_table_order, page, replace_between_markers, section, write_csv
-from common.results import DOCUMENTED_FOLDER, RESULTS_FOLDER, load_all
+from common.results import DOCUMENTED_FOLDER, RESULTS_FOLDER, ModelResults, load_all, of_one_size
 
 README = Path("README.md")
+
+
+def say_what_is_stale(results: ModelResults, results_dir: Path) -> None:
+    """Name the configurations whose checkpoint is another by now than the one that was evaluated."""
+    for name, document in results.documents.items():
+        folder = MODELS_FOLDER / results.name / name
+        if "checkpoint" in document and (folder / "config.json").is_file():
+            with contextlib.suppress(UserError):                                # verify_model.py says what is broken
+                if checkpoint_hash(folder, results_dir) != document["checkpoint"]:
+                    say(f"{results.name} {name}: the figures are of another checkpoint than {folder} holds now; evaluate it "
+                        "again")
 
 
 def main() -> None:
@@ -44,11 +58,13 @@ def main() -> None:
         if options.results_dir.resolve() == DOCUMENTED_FOLDER.resolve():
             folders[False] = None
     models = in_table_order([results for documented, folder in folders.items() if folder
-                             for results in load_all(folder, documented)])
+                             for results in map(of_one_size, load_all(folder, documented))])
     if not models:
         raise UserError(f"{options.results_dir} holds no results; run common/evaluation.py or run_all_quantization.sh first")
     drawn = []
     for results in models:
+        if not results.documented:
+            say_what_is_stale(results, options.results_dir)
         comparisons = compare_all(folders[results.documented], results)
         place = Path("documented" if results.documented else "", results.name)
         drawn.append((results, comparisons, draw_all(results, comparisons, options.figures_dir / place)))

@@ -42,7 +42,8 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         quantized = subject_of(options.quantized, options.baseline, options.results_dir)
         baseline = baseline_of(quantized.source, resolve_folder(quantized.source), options.results_dir)
-        documents = [evaluate_model(one, options, reuse=not options.overwrite) for one in (baseline, quantized)]
+        documents = [evaluate_model(baseline, options, not options.overwrite, compared=quantized.configuration),
+                     evaluate_model(quantized, options, not options.overwrite)]
     reasons = incomparable(*documents) + [f"other data of {task}" for task in other_data(*documents) if task in options.tasks]
     if reasons:
         # Both were evaluated with the same flags, so that to do it again changes nothing.

@@ -49,6 +49,22 @@ def made_up_answers(rng: np.random.Generator, sizes: list[int], flips: float, wi
     return before, before + change, article
 
 
+def lost_articles(rng: np.random.Generator, sizes: list[int], chance: float, loss: float, flips: float,
+                  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `made_up_answers`, with a true effect of -chance * loss that few articles carry, or none that is there.
+
+    Args:
+        chance: of an article to be one that loses answers. loss: share of its answers that it loses. flips: share of all
+            answers that change besides, to right and to wrong alike.
+    """
+    article = np.repeat(np.arange(len(sizes)), sizes)
+    change = rng.choice([-1.0, 1.0], len(article)) * (rng.random(len(article)) < flips)
+    lost = (rng.random(len(sizes)) < chance)[article] & (rng.random(len(article)) < loss)
+    change = np.where(lost, -1.0, change)
+    before = np.where(change < 0, 1.0, np.where(change > 0, 0.0, rng.integers(0, 2, len(article)) * 1.0))
+    return before, before + change, article
+
+
 def paired(before: np.ndarray, after: np.ndarray, article: np.ndarray | None) -> significance.Pair:
     """The mean of scores [samples] of two models."""
     return significance.pair(significance.mean(np.concatenate([before, after])), article)

@@ -25,8 +25,9 @@ from pathlib import Path
 import torch
 
 from common import check
+from common.calibration import text_sample
 from common.checkpoint import METADATA_FILE
-from common.cli import gibibytes, positive, run
+from common.cli import gibibytes, positive, resolve_sizes, run
 from common.device import DTYPES
 from common.errors import UserError
 from common.files import write_json
@@ -286,6 +287,22 @@ def _refusal(method: str, option: list[str]) -> str | None:
         return str(error)
 
 
+def _samples(options: argparse.Namespace, configurations: list[str], shared: dict[str, list[str]]) -> list[tuple]:
+    """The rows that a run reads, as `check.lines` takes them.
+
+    Args:
+        shared: by method, the options that its script is told.
+    """
+    found = [] if source_of(options.model) == "demo" and not options.data_root else check.evaluation_samples(options.limit)
+    for method in sorted(_methods(configurations) - {"hqq"}):                   # which reads no calibration data
+        words = ["--model", options.model, *shared.get(method, [])]
+        told = importlib.import_module(f"quantize_{method}").argument_parser().parse_args(words)
+        resolve_sizes(told)
+        if told.calib_data != "demo":
+            found.append((told.calib_data, *text_sample(told.calib_samples, told.seed)))
+    return list(dict.fromkeys(found))
+
+
 def _gpus(count: int) -> queue.Queue[str]:
     """The first `count` GPUs, as CUDA_VISIBLE_DEVICES names them. Raises UserError when there are fewer."""
     present = torch.cuda.device_count()
@@ -303,12 +320,12 @@ def _gpus(count: int) -> queue.Queue[str]:
 def main() -> int:
     options, passed_on = parse()
     asked = options.model, options.device or "auto", Path(options.data_root) if options.data_root else None
-    if options.check:
-        return check.report(*asked)
     # Without a script it is shown as "Not started".
     chosen = [name for name in (options.only.split(",") if options.only else CONFIGURATIONS)
               if CONFIGURATIONS[name] is None or Path(f"quantize_{CONFIGURATIONS[name][0]}.py").is_file()]
     shared = _share_out(passed_on, _methods(chosen) or _methods(list(CONFIGURATIONS))) if passed_on else {}
+    if options.check:
+        return check.report(*asked, _samples(options, chosen, shared))
     check.show_problems(*asked)
     device = [part for name in ("device", "device_memory", "dtype", "data_root") if getattr(options, name)
               for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]

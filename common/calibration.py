@@ -33,7 +33,8 @@ DEMO_SAMPLES, DEMO_LENGTH = 16, 512
 _TEXT_COLUMNS = ("text", "content", "messages", "conversations")
 # Rows fetched from a hub data set for each window that is asked for: enough for short documents.
 _ROWS_PER_WINDOW = 24
-# Bytes to fetch for calibration text, apart from the ends of the files, which say where what is.
+# Bytes to fetch for calibration text, apart from the ends of the files, which say where what is, and unless one row group is
+# larger.
 _TRAFFIC = 120_000_000
 # Windows that are cut for each one that is used.
 _CHOICE = 2
@@ -63,7 +64,12 @@ class Windows:
                 "template_date": self.template_date, "fingerprint": self.fingerprint}
 
 
-def load_texts(data: str, part: str, data_root: Path | None = None, limit: int | None = None,
+def text_sample(windows: int | None = None, seed: int | None = None) -> tuple:
+    """Which rows `data.load_rows` is asked for: for so many windows of calibration, or all: limit, seed, columns, budget."""
+    return None if windows is None else _ROWS_PER_WINDOW * windows, seed, _TEXT_COLUMNS, _TRAFFIC
+
+
+def load_texts(data: str, part: str, data_root: Path | None = None, windows: int | None = None,
                seed: int | None = None) -> tuple[list[str | list[dict]], str]:
     """Documents of a data set and the name of their source.
 
@@ -77,7 +83,7 @@ def load_texts(data: str, part: str, data_root: Path | None = None, limit: int |
     """
     if data == "demo":
         return demo_text(part), "demo"
-    loaded = load_rows(data, data_root, limit, seed, _TEXT_COLUMNS, _TRAFFIC)
+    loaded = load_rows(data, data_root, *text_sample(windows, seed))
     if not loaded.rows:
         raise UserError(f"{data} has no rows")
     column = next((name for name in _TEXT_COLUMNS if name in loaded.rows[0]), None)
@@ -143,7 +149,7 @@ def calibration_windows(data: str, tokenizer, samples: int, length: int, seed: i
     Raises:
         UserError: the text does not suffice; says how much there is.
     """
-    texts, source = load_texts(data, "calibration", data_root, _ROWS_PER_WINDOW * samples, seed)
+    texts, source = load_texts(data, "calibration", data_root, samples, seed)
     rng = random.Random(seed)
     rng.shuffle(texts)
     start = start_tokens(tokenizer)

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -18,8 +18,9 @@ import torch
 
 from common import check_lines as judge
 from common import machine
-from common.calibration import DEFAULT_DATA
+from common.calibration import text_sample
 from common.check_lines import DEMO_BYTES, FAIL, PASS, WARN, Line, ModelFacts
+from common.data import locate_rows
 from common.demo.model import DEMO_NAME
 from common.errors import UserError
 from common.kernels.dispatch import triton_problem
@@ -45,13 +46,17 @@ def model_facts(model: str, timeout: float = 10) -> ModelFacts:
         if folder.is_dir():
             load_config(folder)
             return ModelFacts(str(folder), TensorReader(folder).total_bytes())
-        if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        if _names_a_folder(model):
             return ModelFacts(
                 "", problem=f"model folder {model} does not exist; give a folder, a hub id, or demo"
             )
         return _hub_facts(model, timeout)
     except UserError as error:
         return ModelFacts("", problem=str(error))
+
+
+def _names_a_folder(model: str) -> bool:
+    return Path(model).is_dir() or model.startswith((".", "/", "~")) or model.count("/") != 1
 
 
 def _hub_facts(model: str, timeout: float) -> ModelFacts:
@@ -86,16 +91,21 @@ def _hub_facts(model: str, timeout: float) -> ModelFacts:
     return ModelFacts(f"{model}, on the hub, access granted", size or None, size)
 
 
-def lines(model: str, device: str, data_root: Path | None, thorough: bool) -> Iterator[Line]:
+def lines(
+    model: str,
+    device: str,
+    data_root: Path | None,
+    thorough: bool,
+    samples: Iterable[tuple] = (),
+) -> Iterator[Line]:
     """Look at this machine.
 
     Args:
         model, device, data_root: the batch's options.
-        thorough: also what takes seconds: ask the driver, compile a kernel, look for the data
-            sets, wait longer for the hub.
+        thorough: also what takes seconds: ask the driver, compile a kernel, wait longer for the
+            hub.
+        samples: rows to look for, as `data.locate_rows` takes them, the data set's address first.
     """
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
     facts = model_facts(model, timeout=10 if thorough else 3)
     usable = device != "cpu" and torch.cuda.is_available()
     yield judge.python_line(sys.version_info, sys.executable)
@@ -122,18 +132,14 @@ def lines(model: str, device: str, data_root: Path | None, thorough: bool) -> It
         if thorough and compiler.state == PASS:
             yield judge.triton_line(triton_problem())
     yield judge.model_line(facts)
-    yield judge.data_line(
-        model == "demo" and data_root is None,
-        data_root,
-        _data_sets() if thorough else [],
-        HF_HUB_OFFLINE,
-    )
+    places, problems = _look_for(samples, data_root)
+    yield judge.data_line(model == "demo" and data_root is None, data_root, places, problems)
 
 
-def report(model: str, device: str, data_root: Path | None) -> int:
+def report(model: str, device: str, data_root: Path | None, samples: Iterable[tuple]) -> int:
     """Show everything that was looked at. Returns the exit code: 1 if something stops the batch."""
     blocked = 0
-    for line in lines(model, device, data_root, thorough=True):
+    for line in lines(model, device, data_root, thorough=True, samples=samples):
         say(line.text())
         blocked += line.state == FAIL
     say("This would stop a run: see FAIL above." if blocked else "Nothing here stops a run.")
@@ -144,26 +150,43 @@ def show_problems(model: str, device: str, data_root: Path | None) -> None:
     """Show what would stop or slow a batch, if anything.
 
     Raises:
-        UserError: the device cannot be used.
+        UserError: the device, the model's folder or --data-root cannot be used. What a hub says now
+            it may say otherwise when it is asked for files.
     """
+    certain = {"Card", "Data", *(["Model"] if _names_a_folder(model) else [])}
     found = [
         line
         for line in lines(model, device, data_root, thorough=False)
         if line.state in (WARN, FAIL)
     ]
     for line in found:
-        if line.name == "Card" and line.state == FAIL:
-            raise UserError(f"{line.found}; {line.mend}")
+        if line.name in certain and line.state == FAIL:
+            raise UserError("; ".join(filter(None, (line.found, line.mend))))
     for line in found:
         say(line.text())
     if found:
         say("(--check shows all that was looked at)")
 
 
-def _data_sets() -> list[str]:
-    from common.evaluation import PERPLEXITY_DATA, TASK_DATA
+def evaluation_samples(limit: int | None) -> list[tuple]:
+    """The rows that an evaluation of a model other than the demo's reads, as `lines` takes them."""
+    from common.evaluation import PERPLEXITY_DATA, TASK_DATA, task_sample
 
-    return [DEFAULT_DATA, *(data.address for data in TASK_DATA.values()), PERPLEXITY_DATA]
+    tasks = [(data.address, *task_sample(task, limit)) for task, data in TASK_DATA.items()]
+    return [*tasks, (PERPLEXITY_DATA, *text_sample())]
+
+
+def _look_for(
+    samples: Iterable[tuple], data_root: Path | None
+) -> tuple[dict[str, str], list[str]]:
+    """Where rows are, by data set, and what is said of those that are nowhere."""
+    places, problems = {}, []
+    for address, *sample in samples if data_root is None or data_root.is_dir() else ():
+        try:
+            places[address] = locate_rows(address, data_root, *sample)
+        except UserError as error:
+            problems.append(str(error))
+    return places, problems
 
 
 def _first_visible() -> str:

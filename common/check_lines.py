@@ -262,8 +262,10 @@ def model_line(model: ModelFacts) -> Line:
     )
 
 
-def data_line(demo: bool, data_root: Path | None, addresses: list[str], offline: bool) -> Line:
-    """addresses: data sets that the batch reads, as `data.DataName` has them."""
+def data_line(
+    demo: bool, data_root: Path | None, places: dict[str, str], problems: list[str]
+) -> Line:
+    """places: where rows are, by the data set's address; problems: of those that are nowhere."""
     if data_root is not None and not data_root.is_dir():
         return Line(
             "Data",
@@ -271,21 +273,13 @@ def data_line(demo: bool, data_root: Path | None, addresses: list[str], offline:
             f"--data-root {data_root} is not a folder",
             "give the folder that holds <owner>/<name>",
         )
-    if data_root is None and demo:
-        return Line("Data", PASS, "the demo's own")
-    names = ["/".join(address.split(":")[0].split("/")[:2]) for address in addresses]
-    absent = [name for name in names if data_root is None or not (data_root / name).is_dir()]
-    if absent and offline:
-        return Line(
-            "Data",
-            WARN,
-            f"HF_HUB_OFFLINE is set: read only if fetched before: {', '.join(absent)}",
-            "unset it, or give --data-root",
-        )
-    if data_root is None:
-        return Line("Data", PASS, "from the hub, as it is needed")
-    return Line(
-        "Data",
-        PASS,
-        f"from {data_root}" + (f"; from the hub {', '.join(absent)}" if absent else ""),
-    )
+    if problems:
+        found, mends = zip(*(problem.partition("; ")[::2] for problem in problems), strict=True)
+        return Line("Data", FAIL, "; ".join(found), mends[0])
+    if not places:
+        return Line("Data", PASS, "the demo's own" if demo else "as it is needed")
+    names = {
+        place: ", ".join(address.split(":")[0] for address in places if places[address] == place)
+        for place in dict.fromkeys(places.values())
+    }
+    return Line("Data", PASS, "; ".join(f"{place} {found}" for place, found in names.items()))

@@ -74,6 +74,28 @@ def load_rows(address: str, data_root: Path | None = None, limit: int | None = N
     return Rows(rows, f"{name}@{revision}")
 
 
+def locate_rows(address: str, data_root: Path | None, limit: int | None, seed: int | None, columns: tuple[str, ...] | None,
+                budget: int | None, timeout: float = 10) -> str:
+    """Where `load_rows` would read these rows, in words; nothing is read or fetched.
+
+    Args:
+        timeout: seconds that the hub has to say that it has the data set.
+    Raises:
+        UserError: they are nowhere.
+    """
+    path = Path(address)
+    if path.suffix in LOCAL_SUFFIXES:
+        if not path.is_file():
+            raise UserError(f"data file {address} does not exist")
+        return "in a file"
+    name = DataName.parse(address)
+    if data_root and _find_under(data_root, name):
+        return f"in {data_root}"
+    from common.hub_data import Sample, locate
+
+    return locate(name, Sample(limit, seed, columns, budget), timeout)
+
+
 def _find_under(data_root: Path, name: DataName) -> Path | None:
     """The parquet file of a split under `data_root`; a file <split>_sample.parquet serves where the split is not whole."""
     if not data_root.is_dir():

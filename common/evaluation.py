@@ -80,12 +80,21 @@ TASK_DATA = {
                          ("problem", "expected_answer"), fetch=1024,
                          columns=("problem", "expected_answer")),
 }
-# Bytes to fetch for one task's sample of a split too large to be fetched whole.
+# Bytes to fetch for one task's sample of a split too large to be fetched whole, unless one row group is larger.
 TRAFFIC = 40_000_000
 PERPLEXITY_DATA = "Salesforce/wikitext/wikitext-2-raw-v1:test"
 # On a CPU; on a GPU the whole text is evaluated, as in published tables.
 CPU_WINDOWS, WINDOW_LENGTH = 40, 2048
 DEMO_WINDOWS, DEMO_WINDOW_LENGTH = 16, 512
+
+
+def task_sample(task: str, limit: int | None) -> tuple:
+    """Which rows of a task's data set `data.load_rows` is asked for, at a --limit: limit, seed, columns, budget."""
+    data = TASK_DATA[task]
+    limit = limit or data.limit
+    # At least the usual number is drawn, so that a smaller --limit finds them in the cache.
+    wanted = max(data.limit, limit) if data.fetch is None else max(data.fetch, 4 * limit)
+    return wanted, SAMPLE_SEED, data.columns, TRAFFIC
 
 
 def task_rows(task: str, options: argparse.Namespace, demo: bool) -> Rows:
@@ -100,10 +109,7 @@ def task_rows(task: str, options: argparse.Namespace, demo: bool) -> Rows:
     if demo and not address:
         loaded = demo_rows(data.demo)
         return Rows(loaded.rows[:options.limit], loaded.source)
-    # At least the usual number is drawn, so that a smaller --limit finds them in the cache.
-    wanted = max(data.limit, limit) if data.fetch is None else max(data.fetch, 4 * limit)
-    loaded = load_rows(address or data.address, options.data_root, wanted, SAMPLE_SEED,
-                       data.columns, TRAFFIC)
+    loaded = load_rows(address or data.address, options.data_root, *task_sample(task, options.limit))
     check_columns(loaded, data.needs, f"{task}, whose data are like {data.address}")
     if task == "arc":
         _check_answer_keys(loaded)
@@ -221,12 +227,14 @@ def _noise(samples: dict[str, list[dict]], model, tokenizer, rows: dict, demo: b
     return found
 
 
-def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, twice: bool = False) -> dict:
+def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, twice: bool = False,
+                   compared: str | None = None) -> dict:
     """Evaluate a model and write its results. Returns the document that was written, or found.
 
     Args:
         reuse: leave out tasks whose results are there, if they were made from the same (`identity`).
         twice: run the tasks a second time in other batches, for the noise floor of every comparison.
+        compared: the configuration that a baseline is evaluated for; with `reuse`, refused where others would lose theirs.
     Raises:
         UserError: no data, or evaluation data that the model was calibrated on.
     """
@@ -253,6 +261,8 @@ def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, t
         chosen = identity.left_to_do(subject, options.results_dir, shared, conditions, twice)
         if not chosen:
             return read_document(options.results_dir / name / f"{configuration}.json")
+        if compared:
+            identity.spare(subject, options.results_dir, {task: conditions[task] for task in chosen}, compared)
         rows, windows = {task: rows[task] for task in rows if task in chosen}, windows if "perplexity" in chosen else None
     # Before the model takes its room: the original passes through the device layer by layer.
     original = _original(subject, device, dtype) if windows is not None else None

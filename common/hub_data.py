@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,18 +53,51 @@ def hub_rows(name: DataName, sample: Sample) -> tuple[list[dict], str]:
     Raises:
         UserError: no such data set, config or split; no network and not in the cache.
     """
-    from huggingface_hub.constants import HF_HOME, HF_HUB_OFFLINE
-
-    folder = Path(HF_HOME, _FOLDER, name.repository)
+    folder = _kept_in(name)
     pinned = _pinned(folder)
     if pinned:
         table = _read(_file(folder, pinned, name, sample))
         if table is not None:
             return table.to_pylist(), pinned
     say(f"Fetching rows of {name}; they are kept in {folder}")
-    try:
+    with _fetching(name):
         revision = pinned or _latest(name.repository)
         table = _fetch(name, revision, sample)
+    try:
+        _write(_file(folder, revision, name, sample), table)
+        if not pinned:
+            with replacing(folder / "revision") as unfinished:
+                unfinished.write_text(revision + "\n")
+    except OSError as error:
+        reason = error.strerror or error
+        say(f"the rows of {name} cannot be kept for later runs ({reason}: {folder})")
+    return table.to_pylist(), revision
+
+
+def locate(name: DataName, sample: Sample, timeout: float) -> str:
+    """Where `hub_rows` would have rows from, in words; of the hub only whether it has the data set.
+
+    Args:
+        timeout: seconds that the hub has to answer.
+    Raises:
+        UserError: as `hub_rows`.
+    """
+    folder = _kept_in(name)
+    pinned = _pinned(folder)
+    if pinned and _file(folder, pinned, name, sample).is_file():
+        return "in the cache"
+    with _fetching(name):
+        _latest(name.repository, timeout)
+    return "on the hub"
+
+
+@contextmanager
+def _fetching(name: DataName) -> Iterator[None]:
+    """While open, what the libraries raise about a data set becomes a UserError."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    try:
+        yield
     except UserError:
         raise
     except ValueError as error:  # what `datasets` raises for an unknown config or split
@@ -77,15 +112,12 @@ def hub_rows(name: DataName, sample: Sample) -> tuple[list[dict], str]:
             f"data set {name} cannot be fetched ({type(error).__name__}): no network, or no such "
             "data set; give a local file, --data-root, or demo"
         ) from None
-    try:
-        _write(_file(folder, revision, name, sample), table)
-        if not pinned:
-            with replacing(folder / "revision") as unfinished:
-                unfinished.write_text(revision + "\n")
-    except OSError as error:
-        reason = error.strerror or error
-        say(f"the rows of {name} cannot be kept for later runs ({reason}: {folder})")
-    return table.to_pylist(), revision
+
+
+def _kept_in(name: DataName) -> Path:
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME, _FOLDER, name.repository)
 
 
 def _pinned(folder: Path) -> str | None:
@@ -96,10 +128,10 @@ def _pinned(folder: Path) -> str | None:
     return revision if len(revision) == 40 and set(revision) <= _HEX else None
 
 
-def _latest(repository: str) -> str:
+def _latest(repository: str, timeout: float | None = None) -> str:
     from huggingface_hub import HfApi
 
-    return HfApi().dataset_info(repository).sha
+    return HfApi().dataset_info(repository, timeout=timeout).sha
 
 
 def _file(folder: Path, revision: str, name: DataName, sample: Sample) -> Path:

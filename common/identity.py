@@ -20,9 +20,9 @@ from common.checkpoint import METADATA_FILE
 from common.errors import UserError
 from common.files import json_or_none, write_json
 from common.models import TensorReader, resolve_folder
-from common.naming import Subject, source_of
+from common.naming import BASELINE, Subject, source_of
 from common.progress import say
-from common.results import has_samples, read_document
+from common.results import has_samples, load_model_results, read_document
 
 # What all tasks of a document share, and how a difference is called.
 SHARED = {
@@ -261,6 +261,35 @@ def other_data(baseline: dict, quantized: dict) -> list[str]:
             for key in ("data", "fingerprint")
         )
     ]
+
+
+def spare(subject: Subject, results_dir: Path, tasks: dict[str, dict], compared: str) -> None:
+    """Refuse to evaluate a baseline on other data while other configurations are compared with it.
+
+    Args:
+        tasks: by task to be evaluated, what its results have to agree with.
+        compared: the configuration that it is evaluated for.
+    """
+    results = load_model_results(results_dir / subject.name)
+    known = results.documents.get(BASELINE, {"tasks": {}})
+    changes = {
+        task: change
+        for task, wanted in tasks.items()
+        if task in known["tasks"] and (change := _task_change(task, known, wanted))
+    }
+    resting = [
+        name
+        for name, one in results.documents.items()
+        if name not in (BASELINE, compared)
+        and not incomparable(known, one)
+        and {*changes} & {*one["tasks"]} - {*other_data(known, one)}
+    ]
+    if resting:
+        raise UserError(
+            f"{', '.join(resting)} would have no baseline any more: there "
+            f"{'; '.join(f'{task} {change}' for task, change in changes.items())}; leave the "
+            "difference out, give a --results-dir of its own, or --overwrite both"
+        )
 
 
 def changed_options(record: dict, options: argparse.Namespace, method: str) -> list[str]:

@@ -249,6 +249,9 @@ def conditions(results: ModelResults) -> str:
     if odd:
         sentences.append(f"⚠️ Measured on another device, type, version or data than {evaluated[0][0]}, so not to be "
                          f"compared with it: {', '.join(odd)}.")
+    if results.left_out:
+        tasks = ", ".join(f"{name} ({', '.join(tasks)})" for name, tasks in results.left_out.items())
+        sentences.append(f"⚠️ Left out, as evaluated on more or fewer samples than these: {tasks}.")
     return " ".join(sentences)
 
 
@@ -256,9 +259,8 @@ def _apart(document: dict, other: dict) -> str | None:
     """What of a document is not to be compared with another: in brackets the tasks, empty for all of it; None for nothing."""
     if any(document[key] != other[key] for key in ("device", "versions", "compute_dtype")):
         return ""
-    fields = ("data", "samples", "windows", "length", "fingerprint")
-    tasks = [task for task, found in document["tasks"].items()
-             if task in other["tasks"] and any(found.get(name) != other["tasks"][task].get(name) for name in fields)]
+    tasks = [task for task, found in document["tasks"].items() if task in other["tasks"] and any(
+                 found.get(name) != other["tasks"][task].get(name) for name in ("data", "fingerprint"))]
     return f" ({', '.join(tasks)})" if tasks else None
 
 
@@ -323,7 +325,8 @@ def page(sections: list[tuple[ModelResults, Comparisons, list[tuple[str, Path]]]
 
 
 def write_csv(results: ModelResults, comparisons: Comparisons, folder: Path) -> None:
-    """Everything as CSV: measurements.csv, a line for each configuration and number; comparisons.csv, for each difference."""
+    """Everything as CSV: measurements.csv, a line for each configuration and number; comparisons.csv, for each difference, to
+    eight significant digits, as machines differ in the last ones of sums."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [{"configuration": name, "quantity": quantity, "value": value} for name, document in _evaluated(results)
              for quantity, value in _numbers(document) if not quantity.startswith("quantization.relative_output_error")]
@@ -339,7 +342,7 @@ def write_csv(results: ModelResults, comparisons: Comparisons, folder: Path) -> 
             p_loss, p_gain = adjusted[name, one.kind.task, one.kind.key]
             rows.append({"configuration": name, **one.as_dict(), "p_value_holm": p_loss, "p_value_gain_holm": p_gain,
                          "verdict": one.verdict(p_loss, p_gain)})
-    pd.DataFrame(rows).to_csv(folder / "comparisons.csv", index=False)
+    pd.DataFrame(rows).to_csv(folder / "comparisons.csv", index=False, float_format="%.8g")
 
 
 def _numbers(value, prefix: str = "") -> Iterator[tuple[str, float]]:

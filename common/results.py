@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common.errors import UserError
@@ -25,13 +25,14 @@ CONFIGURATIONS: dict[str, tuple[str, int] | None] = {
 @dataclass
 class ModelResults:
     """All results of one model. documents: by configuration; status: by configuration, {"state", "reason"}; documented: they
-    are not of this machine but come with the project.
+    are not of this machine but come with the project; left_out: by configuration, tasks that `of_one_size` took out.
     """
 
     name: str
     documents: dict[str, dict]
     status: dict[str, dict] = field(default_factory=dict)
     documented: bool = False
+    left_out: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -66,6 +67,19 @@ def load_all(results_dir: Path, documented: bool = False) -> list[ModelResults]:
     folders = sorted(path for path in results_dir.iterdir() if path.is_dir()) if results_dir.is_dir() else []
     found = [load_model_results(folder, documented) for folder in folders]
     return [results for results in found if results.documents or results.status]
+
+
+def of_one_size(results: ModelResults) -> ModelResults:
+    """Results without tasks that were evaluated on more or fewer samples than the baseline's (else the first configuration's),
+    for which tables say how many they are of."""
+    evaluated = {name: results.documents[name] for name in results.configurations() if name in results.documents}
+    first = next(iter(evaluated.values()), {"tasks": {}})["tasks"]
+    left_out = {name: [task for task, found in document["tasks"].items() if task in first and any(
+                    found.get(size) != first[task].get(size) for size in ("samples", "windows", "length"))]
+                for name, document in evaluated.items()}
+    documents = {name: {**document, "tasks": {task: found for task, found in document["tasks"].items()
+                                              if task not in left_out[name]}} for name, document in evaluated.items()}
+    return replace(results, documents=documents, left_out={name: tasks for name, tasks in left_out.items() if tasks})
 
 
 def _samples_file(results_dir: Path, model: str, configuration: str) -> Path:

@@ -81,13 +81,14 @@ def _ratio(top: np.ndarray, bottom: np.ndarray, otherwise: float) -> np.ndarray:
 @dataclass(frozen=True)
 class Pair:
     """Two models' sums by cluster: before, after [clusters, k], of the same samples of the same metric;
-    sizes: samples in each cluster [clusters]."""
+    sizes: samples in each cluster [clusters]; changed: whether a sample of it is another after [clusters]."""
 
     before: np.ndarray
     after: np.ndarray
     of_sums: Callable[[np.ndarray], np.ndarray]
     smooth: bool
     sizes: np.ndarray
+    changed: np.ndarray
 
     @property
     def values(self) -> tuple[float, float]:
@@ -117,11 +118,12 @@ def pair(metric: Metric, clusters: Sequence[str] | None = None) -> Pair:
     """
     samples = len(metric.features) // 2
     sums, sizes = [metric.features[:samples], metric.features[samples:]], np.ones(samples)
+    changed = (sums[0] != sums[1]).any(-1)
     if clusters is not None:
         names, labels = np.unique(np.asarray(clusters), return_inverse=True)
         members = (labels == np.arange(len(names))[:, None]).astype(float)
-        sums, sizes = [members @ one for one in sums], members.sum(1)
-    return Pair(*sums, metric.of_sums, metric.smooth, sizes)
+        sums, sizes, changed = [members @ one for one in sums], members.sum(1), members @ changed > 0
+    return Pair(*sums, metric.of_sums, metric.smooth, sizes, changed)
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,8 @@ class Difference:
     """quantized - baseline of a metric: its value, its 95% interval and its standard error.
 
     samples in `clusters` groups; without groups each is its own. degrees: degrees of freedom of the
-    standard error. unseen: how often a change can be and still have been missed by every one of the
-    samples, where the metric is a share (else 0).
+    standard error. unseen: how often a change can be and still have been missed by all that was
+    seen, where the metric is a share (else 0).
     """
 
     value: float
@@ -163,12 +165,15 @@ def difference(paired: Pair, share: bool = False) -> Difference:
     Args:
         share: the metric lies between 0 and 1. The interval then reaches at least as far as the
             share of changed answers that may be there though no sample shows one (the exact form of
-            the rule of three): no change in five samples says little.
+            the rule of three): no change in five samples says little. Clusters count as one sample
+            each where none shows a change, as all their samples where every one does, in between
+            as the geometric mean that the share of clusters with a change weighs: only changes
+            show whether it is samples or whole clusters that change.
     """
     groups, samples = len(paired.sizes), int(paired.sizes.sum())
     before, after = paired.values
     value = after - before
-    unseen = 1 - TAIL ** (1 / samples) if share and samples else 0.0
+    unseen = 1 - TAIL ** (1 / (groups * (samples / groups) ** paired.changed.mean())) if share and groups else 0.0
     if groups < 2:
         return Difference(value, np.nan, np.nan, np.nan, samples, groups, 1.0, unseen)
     degrees = max(float(samples**2 / np.square(paired.sizes).sum()) - 1, 1.0)

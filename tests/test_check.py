@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, assert_user_error, run_script
+from stub_data import build_datasets
+from stub_hub import StubHub
 
 from common import batch, check, check_lines, machine
 from common.check_lines import FAIL, GB, GIB, PASS, SKIP, WARN, Line, ModelFacts
@@ -133,18 +135,19 @@ def test_compiler_and_triton():
 
 
 def test_data(tmp_path):
-    addresses = ["owner/a:train", "owner/b/config:test"]
-    assert check_lines.data_line(True, None, addresses, False).state == PASS
-    assert check_lines.data_line(False, None, addresses, False).state == PASS
-    assert check_lines.data_line(False, None, addresses, True).state == WARN
-    assert check_lines.data_line(False, tmp_path / "none", addresses, False).state == FAIL
-    (tmp_path / "owner/a").mkdir(parents=True)
-    line = check_lines.data_line(False, tmp_path, addresses, False)
-    assert line.state == PASS and line.found.endswith("from the hub owner/b")
-    assert check_lines.data_line(False, tmp_path, addresses, True).state == WARN
-    (tmp_path / "owner/b").mkdir()
-    assert check_lines.data_line(False, tmp_path, addresses, True) == Line(
-        "Data", PASS, f"from {tmp_path}"
+    def line(*arguments):
+        return check_lines.data_line(*arguments)
+
+    assert line(True, None, {}, []) == Line("Data", PASS, "the demo's own")
+    assert line(False, tmp_path / "none", {}, []).state == FAIL
+    places = {"owner/a": "on the hub", "owner/b": "in the cache", "owner/c": "on the hub"}
+    assert line(False, None, places, []).found == "on the hub owner/a, owner/c; in the cache owner/b"
+    problems = ["data set owner/d cannot be fetched: x; give a file", "data file e does not exist"]
+    assert line(False, tmp_path, places, problems) == Line(
+        "Data",
+        FAIL,
+        "data set owner/d cannot be fetched: x; data file e does not exist",
+        "give a file",
     )
 
 
@@ -240,9 +243,47 @@ def test_a_model_in_a_folder(tiny, tmp_path):
     assert "does not exist" in check.model_facts("./nowhere").problem
 
 
-def test_the_command(tiny, tmp_path):
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    build_datasets(folder / "datasets", articles=2, math=300, chats=300)
+    return folder
+
+
+def test_data_that_a_run_would_not_get(tiny, served, tmp_path):
+    """It would stop at once. Those of the options that are given are looked up, and of those alone."""
+    words = ["-m", "common.batch", "--check", "--model", tiny, "--device", "cpu"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    found = run_script(*words, **offline)
+    said = " ".join(found.stdout.split())
+    assert found.returncode == 1 and "FAIL Data" in said and "-> unset it, or give" in said
+    for name in ("HuggingFaceH4/ultrachat_200k", "allenai/ai2_arc", "rajpurkar/squad_v2", "Salesforce/wikitext"):
+        assert f"data set {name}" in said
+    root = tmp_path / "data"
+    for name, part in (("allenai/ai2_arc", "ARC-Challenge/test"), ("rajpurkar/squad_v2", "squad_v2/validation"),
+                       ("nvidia/OpenMathInstruct-2", "train_sample"), ("Salesforce/wikitext", "wikitext-2-raw-v1/test")):
+        (root / name / part).parent.mkdir(parents=True)
+        (root / name / f"{part}.parquet").touch()
+    (tmp_path / "own.txt").write_text("some text")
+    for more, missing in (([], "HuggingFaceH4/ultrachat_200k"), (["--calib-data", "own.txt"], "own.txt"),
+                          (["--calib-data", tmp_path / "own.txt"], None), (["--only", "baseline,hqq-4bit"], None)):
+        found = run_script(*words, "--data-root", root, *more, **offline)
+        assert found.returncode == (1 if missing else 0), found.stdout
+        assert ("FAIL" in found.stdout) is (missing is not None) and (missing or "PASS") in found.stdout
+        assert "ai2_arc cannot" not in found.stdout
+
+
+def test_unknown_options_are_refused():
+    assert_user_error(run_script(ROOT / "common/batch.py", "--check", "--nonsense", "3"), "unknown option --nonsense 3")
+
+
+def test_the_command(tiny, served, tmp_path):
     """On this machine, as far as a command without a card goes; on a terminal of 80 columns."""
-    result = run_script(ROOT / "common/batch.py", "--check", "--model", tiny, "--device", "cpu")
+    words = ["-m", "common.batch", "--check", "--model", tiny, "--device", "cpu"]
+    with StubHub(served) as hub:
+        there = hub.environment(tmp_path / "home")
+        result = run_script(*words, **there)
+        assert hub.by_repository == {}  # nothing was fetched
     assert result.returncode == 0 and not result.stderr, result.stderr
     lines = result.stdout.splitlines()
     assert lines[-1] == "Nothing here stops a run." and all(
@@ -268,8 +309,24 @@ def test_the_batch_shows_what_is_wrong_and_no_more(tiny, monkeypatch, capsys):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 1e12})())
     check.show_problems(str(tiny), "cpu", None)
     assert capsys.readouterr().out == ""
-    check.show_problems(str(tiny), "cpu", Path("/nowhere"))
-    assert "FAIL  Data" in (printed := capsys.readouterr().out) and "PASS" not in printed
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 1})())
+    check.show_problems(str(tiny), "cpu", None)
+    assert "WARN  Disk" in (printed := capsys.readouterr().out) and "PASS" not in printed
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--model", "./nowhere"], ["model folder ./nowhere does not exist"]),
+        (["--model", "MODEL", "--data-root", "nowhere"], ["--data-root nowhere is not a folder"]),
+        (["--model", "."], ["config.json cannot be read"]),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_is_written(tiny, tmp_path, words, said):
+    words = [str(tiny) if word == "MODEL" else word for word in words]
+    result = run_script(ROOT / "common/batch.py", "--device", "cpu", *words, cwd=tmp_path)
+    assert_user_error(result, *said)
+    assert not result.stdout and not list(tmp_path.iterdir())
 
 
 def test_the_batch_does_not_start_beside_a_card_that_cannot_be_used(tmp_path, monkeypatch):

@@ -7,8 +7,11 @@ from conftest import ROOT, assert_user_error, run_script
 from test_report_and_batch import README, analyze, document
 from test_tables import tables
 
+from common.comparison import METRICS, Comparison
 from common.identity import SHARED
-from common.results import write_samples
+from common.report import write_csv
+from common.results import ModelResults, write_samples
+from common.significance import Difference
 
 HEADINGS = {"arc": "ARC accuracy", "perplexity": "Perplexity"}
 CONDITIONS = ("data", "samples", "windows", "length", "fingerprint", "original")
@@ -78,3 +81,15 @@ def test_a_stale_task_costs_a_configuration_its_own_cells_alone(tmp_path, sign, 
         assert ("[" in shares["ARC accuracy"], "[" in ratios["Ratio [95%]"]) == ("arc" in kept, "perplexity" in kept)
         verdicts = found["What the differences mean"].get(name, {})
         assert {heading for heading, cell in verdicts.items() if cell != "–"} == {HEADINGS[task] for task in kept}
+
+
+def test_csv_is_the_same_on_every_machine(tmp_path):
+    """Machines differ in the last digits of sums: eight are written."""
+    metric = next(kind for kind in METRICS if kind.key == "f1")
+    texts = []
+    for nudge in (0.0, 1e-15):
+        one = Comparison(metric, 0.3 + nudge, 0.2, Difference(-1 / 3 + nudge, -0.4, 2e-3 * (1 + nudge), 0.1, 9, 3, 2.0), None,
+                         1.23456789012e-27 * (1 + nudge), 1.0)
+        write_csv(ModelResults("tiny", {}), {"gptq-4bit": [one]}, tmp_path)
+        texts.append((tmp_path / "comparisons.csv").read_text())
+    assert texts[0] == texts[1] and ",-0.33333333," in texts[0] and ",1.2345679e-27," in texts[0]

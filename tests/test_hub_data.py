@@ -127,6 +127,25 @@ def test_rows_are_fetched_once_and_kept(hub, home, online):
         assert again == {address: online[address] for address, *_ in WANTED}
 
 
+def test_where_rows_are_without_fetching_them(hub, home, online, tmp_path):
+    """In the cache if this very sample was fetched, else on the hub, which has to answer for the data set."""
+    code = ASK.replace("load_rows(arguments[0], None, *arguments[1:])", "locate_rows(*arguments)").replace(
+        '{"rows": loaded.rows, "source": loaded.source}', "loaded").replace("load_rows", "locate_rows")
+    other, unknown = [MATH, None, 7, 1234, None, None], ["no/such-data:train", None, 3, 0, None, None]
+    wanted = [[address, None, *rest] for address, *rest in WANTED]
+
+    def where(home, **environment) -> list:
+        return [json.loads(line) for line in hub.python(code, json.dumps([*wanted, other, unknown]), home=home, **environment)]
+
+    before = hub.by_repository.copy()
+    *kept, more, wrong = where(home)
+    assert kept == ["in the cache"] * 4 and more == "on the hub" and "no/such-data:train cannot" in wrong["error"]
+    assert where(tmp_path)[:5] == ["on the hub"] * 5 and before == hub.by_repository
+    *kept, more, wrong = where(home, HF_HUB_OFFLINE="1")
+    assert kept == ["in the cache"] * 4 and "not fetched before; unset it" in more["error"]
+    assert not list(tmp_path.rglob("revision"))
+
+
 def test_few_bytes_are_fetched(hub, online):
     """Of large splits the columns and row groups that are needed; of small ones the files, once."""
 
@@ -201,7 +220,8 @@ def test_blocks_are_drawn_evenly():
 # OpenMathInstruct-2 has 14 million rows in 32 files. Row groups: small, large, one for each file.
 @pytest.mark.parametrize("rows_of_group", [1000, 50_000, 437_500])
 def test_the_budget_holds(rows_of_group):
-    """190 bytes a row in the two columns; only a single row group larger than that exceeds it."""
+    """190 bytes a row in the two columns. As README says, one row group larger than that is taken: with one for each file
+    83 MB instead of 40."""
     cost = 190 * rows_of_group
     groups = groups_of([rows_of_group] * (14_000_000 // rows_of_group), cost)
     budget = 40_000_000

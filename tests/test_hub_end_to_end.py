@@ -19,6 +19,15 @@ CONFIGURATIONS = ("baseline", "gptq-4bit", "hqq-4bit", "smoothquant-8bit")
 COMMAND = ["bash", "run_all_quantization.sh", "--only", ",".join(CONFIGURATIONS), "--limit", "8"]
 # What a comparison cannot give twice.
 MEASURED = {"seconds"}
+# Bytes of each data set that were sent when this was written, in MB; half as much again is allowed. The ends of files are
+# fetched in pieces of 64 KB at least.
+SENT = {
+    "HuggingFaceH4/ultrachat_200k": 4.48,
+    "nvidia/OpenMathInstruct-2": 0.33,
+    "rajpurkar/squad_v2": 0.52,
+    "allenai/ai2_arc": 0.053,
+    "Salesforce/wikitext": 0.171,
+}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +111,7 @@ def test_with_a_hub_and_then_without(project, tmp_path):
 
 
 def check_traffic(sent: dict[str, int], served: Path) -> None:
-    """The model once, without Meta's own form; data within the promise, large splits in part."""
+    """The model once, without Meta's own form; of the data no more than is needed, large splits in part."""
     stored = {
         path: sum(file.stat().st_size for file in (served / path).rglob("*") if file.is_file())
         for path in (
@@ -114,9 +123,7 @@ def check_traffic(sent: dict[str, int], served: Path) -> None:
     print("bytes sent:", sent, "stored:", stored)
     original = (served / "models" / MODEL / "original/consolidated.00.pth").stat().st_size
     assert sent.pop(MODEL) <= stored["models/" + MODEL] - original
-    calibration = sent.pop("HuggingFaceH4/ultrachat_200k")
-    assert (
-        calibration < 0.8 * stored["datasets/HuggingFaceH4/ultrachat_200k"] and calibration < 150e6
-    )
-    assert sent["nvidia/OpenMathInstruct-2"] < 0.5 * stored["datasets/nvidia/OpenMathInstruct-2"]
-    assert sum(sent.values()) < 60e6
+    for name, share in (("HuggingFaceH4/ultrachat_200k", 0.8), ("nvidia/OpenMathInstruct-2", 0.5)):
+        assert sent[name] < share * stored[f"datasets/{name}"]
+    assert sent.keys() == SENT.keys()
+    assert all(size < 1.5e6 * SENT[name] for name, size in sent.items()), sent

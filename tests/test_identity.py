@@ -141,6 +141,28 @@ def test_other_limits(place, tiny, flags, words, kept):
     )
 
 
+def test_a_quick_comparison_does_not_take_the_baseline_from_others(place, tiny, tmp_path):
+    """With other limits the baseline would be evaluated again, and another checkpoint left without a comparison."""
+    checkpoint, results = place
+    other = shutil.copytree(checkpoint, tmp_path / "hqq-8bit")
+    perplexities(compare(other, results))
+    before = {file: file.read_bytes() for file in results.rglob("*") if file.is_file()}
+    quick = ["--limit", 2, "--windows", 1]
+    assert_user_error(
+        compare(checkpoint, results, *quick),
+        "hqq-8bit",
+        "arc was evaluated with samples 3, not 2; perplexity was evaluated with windows 2, not 1",
+        "--results-dir",
+        "--overwrite",
+    )
+    assert before == {file: file.read_bytes() for file in before}
+    perplexities(compare(checkpoint, tmp_path / "quick", *quick))
+    perplexities(compare(checkpoint, results, *quick, "--overwrite"))
+    assert document_of(results, tiny, "baseline")["tasks"]["arc"]["samples"] == 2
+    # Nothing rests on the baseline any more, but what this comparison evaluates again.
+    perplexities(compare(checkpoint, results))
+
+
 def test_other_rows_under_the_same_name(made, tiny, tmp_path):
     """A data file that was edited: its name and number of rows are as before."""
     rows = [

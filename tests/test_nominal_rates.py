@@ -7,11 +7,11 @@ import pytest
 from conftest import ROOT
 
 from common import significance
-from common.significance import GAIN, LOSS
+from common.significance import GAIN, LOSS, NO_LOSS
 
 sys.path.append(str(ROOT / "benchmarks"))
 
-from nominal_rates import KINDS, SIZES, by_hand, made_up_answers, paired  # noqa: E402
+from nominal_rates import KINDS, SIZES, by_hand, lost_articles, made_up_answers, paired  # noqa: E402
 
 
 def rates(sizes, kind, runs, seed):
@@ -47,6 +47,19 @@ def test_nominal_rates_closely(name, kind):
     found = rates(SIZES[name], kind, 4000, 7)
     print(name, kind, found)
     assert_nominal(found, 4000)
+
+
+@pytest.mark.parametrize("sizes", [[50] * 6, *SIZES.values()])
+@pytest.mark.parametrize("flips", [0.0, 0.005])
+def test_whole_articles_lost(sizes, flips):
+    """A tenth of the articles lose 30% of their answers, and of the others few change or none: half of all samples of six
+    articles show no such article, whatever the number of their questions."""
+    rng, missed, unseen, runs = np.random.default_rng(3), 0, 0, 400
+    for _ in range(runs):
+        found = significance.difference(paired(*lost_articles(rng, sizes, 0.1, 0.3, flips)), share=True)
+        missed += not found.low <= -0.03 <= found.high
+        unseen += significance.verdict(found, True, 0.02, 1.0, 1.0) == NO_LOSS
+    assert missed <= 0.05 * runs and unseen <= 0.025 * runs, (missed, unseen)
 
 
 def test_the_simulation_shows_what_ignoring_articles_does():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, assert_user_error, run_script
 
+from common.identity import checkpoint_hash
 from common.results import CONFIGURATIONS, load_all
 
 README = "# Title\n\nbefore\n<!-- results:begin -->\n<!-- results:end -->\nafter\n"
@@ -82,6 +83,32 @@ def test_other_conditions_are_named(results):
     (results / "results/tiny/hqq-8bit.json").write_text(json.dumps(other))
     assert analyze(results).returncode == 0
     assert "not to be compared with it: hqq-8bit" in (results / "README.md").read_text()
+
+
+def test_what_was_evaluated_on_fewer_samples_is_left_out(results):
+    """A configuration that a later batch with another --limit refused: its figures are not those of the header's samples."""
+    stale = document("gptq-4bit", 0.5)
+    stale["tasks"]["arc"]["samples"] = 9
+    stale["tasks"]["perplexity"]["windows"] = 9
+    (results / "results/tiny/gptq-4bit.json").write_text(json.dumps(stale))
+    assert analyze(results).returncode == 0
+    text = (results / "README.md").read_text()
+    assert "Left out, as evaluated on more or fewer samples than these: gptq-4bit (arc, perplexity)." in text
+    assert "| gptq-4bit | – | – | – | – | 0.250 | 1.23e+06 | 2 | 0.250 |" in text and "| gptq-4bit | – | –" in text
+    assert "0.500" not in text and "| gptq-4bit | 4 | 64 | 0.5 |" in text
+
+
+def test_a_checkpoint_that_is_another_by_now_is_named(results, tiny):
+    """Quantized again by hand: the tables still show what was evaluated."""
+    folder = results / "models/tiny/gptq-4bit"
+    shutil.copytree(tiny, folder)
+    for found, named in ((checkpoint_hash(folder, results), False), ("0" * 64, True)):
+        content = document("gptq-4bit", 0.5, checkpoint=found)
+        (results / "results/tiny/gptq-4bit.json").write_text(json.dumps(content))
+        said = run_script(ROOT / "analyze_results.py", "--readme", results / "README.md", cwd=results)
+        assert said.returncode == 0, said.stderr
+        line = "tiny gptq-4bit: the figures are of another checkpoint than models/tiny/gptq-4bit holds now; evaluate it again"
+        assert (line in said.stdout.splitlines()) is named
 
 
 def test_damaged_results_and_readme(results):

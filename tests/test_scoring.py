@@ -47,6 +47,14 @@ from common.tasks.scoring import (arc_sample, extract_number, macro_f1, openmath
     ("1 \u00bd", 1.5), ("The answer is 2\u00bd cups", 2.5), ("-\u00be", -0.75), ("\u215e", 0.875), ("x\u00bd", None),
     ("12 000", None), ("The answer is 1\u00a0234\u202f567.", None), ("12\\,000", 12000), ("in 2020 there were 500", 500),
     ("Step 3 12 apples", 12),
+    # Products of letters, ordinals, either sign, operators in words, digits that commas group in another way.
+    ("The answer is 2 xy", None), ("The answer is 2 XYZ.", None), ("The answer is 3 i", None), ("it is 3 i.", None),
+    ("The answer is 3 I think", 3), ("The answer is 3 in total", 3), ("the 5 th", None), ("The answer is 5 y", None),
+    ("The answer is 1/3 of it", 1 / 3), ("The answer is \u00b15", None), ("x = \u00b1 5", None), ("\\pm 5", None),
+    ("The answer is 5 \u00b1 2", None), ("The answer is 2 times 3", None), ("2 times 3 is 6", 6), ("The answer is 3 times.", 3),
+    ("6 divided by 2", None), ("The answer is 2 plus 3 = 5", 5), ("it rose 3 times since 5 May", 5),
+    ("The answer is 12,34,567", None), ("The answer is 1,2345", None), ("12,34,567 and 8", 8), ("It is 0,125.", None),
+    ("The answer is 1,234,567.5", 1234567.5), ("The answer is 12,100,5.", None), ("The answer is 10,000, not 9", 10000),
     ("The answer is **5**.", 5), ("The answer is 5 - which is odd", 5), ("the answer is:\n\n 42", 42), ("\\boxed{x = 5}", 5),
 ])
 def test_number_in_an_answer(text, expected):
@@ -71,7 +79,10 @@ EXPECTED_ANSWERS = [
     ("0.\\overline{3}", None), ("0.(3)", None), ("5 x 10^3", None), ("10 mod 3", None), ("12 000", None), ("f(3) = 5", None),
     ("5 bn", None), ("5 mil", None), ("3 sixteenths", None), ("7 twelfths", None), ("3 millionths", None), ("2 per", None),
     ("2\\text{ per}", None), ("1 twentieth", None), ("5 or 6", None), ("1 234", None), ("12\\text{ and }5", None),
+    ("2 xy", None), ("2 xyz", None), ("5 th", None), ("3 i", None), ("1/3 of it", None), ("1/3 of the cake", None),
+    ("\u00b15", None), ("\\pm 5", None), ("2 times 3", None), ("12,34,567", None), ("1,2345", None), ("0,125", None),
     # Units.
+    ("5 km", 5), ("3 mi", 3), ("7 PM", 7), ("60 Hz", 60), ("12 cups of flour", 12), ("5 lbs", 5), ("2 sq ft", 2),
     ("$80", 80), ("$1,234.50", 1234.5), ("\\$5", 5), ("50%", 50), ("40\\%", 40), ("12 apples", 12), ("3 months", 3),
     ("5cm", 5), ("5 km/h", 5), ("5 cm^2", 5), ("5\\text{ cm}", 5), ("12\\text{ square units}", 12), ("90^\\circ", 90),
     ("25^\\circ\\text{C}", 25), ("5 miles per hour", 5), ("2 percent", 2), ("3 milliliters", 3), ("5 perches", 5),

@@ -132,6 +132,19 @@ def test_no_change_says_as_much_as_so_many_answers_can(count):
     assert {one.verdict() for one in compare({"arc": arc}, {"arc": arc})} == {word}
 
 
+def test_an_article_without_a_change_is_one_observation():
+    """Six articles of 50 questions: without one change they say as much as six answers; with a change in each, as 300."""
+    articles, before = np.repeat(np.arange(6), 50), np.ones(300)
+    for changed, counted in ((0, 6), (3, 6 * 50**0.5), (6, 300)):
+        after = np.where((articles < changed) & (np.arange(300) % 50 == 0), 0.0, 1.0)
+        found = difference(means(before, after, articles), share=True)
+        assert found.unseen == pytest.approx(1 - 0.025 ** (1 / counted))
+        assert found.value - found.low == pytest.approx(np.hypot(stats.t.ppf(0.975, 5) * found.standard_error, found.unseen))
+    # One answer lost and one won in each: the articles' sums are as before, and yet they changed.
+    before, after = np.where(np.arange(300) % 50 == 0, 0.0, 1.0), np.where(np.arange(300) % 50 == 1, 0.0, 1.0)
+    assert difference(means(before, after, articles), share=True).unseen == pytest.approx(1 - 0.025 ** (1 / 300))
+
+
 def openmath(differences):
     return {"openmath": [{"id": str(i), "correct": float(one == 0), "absolute_difference": one}
                          for i, one in enumerate(differences)]}

@@ -89,7 +89,11 @@ def interval(before: pd.DataFrame, after: pd.DataFrame, metric, cluster: str | N
     left_out = [metric(after[groups != name]) - metric(before[groups != name]) for name in groups.unique()]
     degrees = len(before) ** 2 / (groups.value_counts() ** 2).sum() - 1
     error = np.std(left_out) * math.sqrt(len(left_out) - 1)
-    unseen = 1 - 0.025 ** (1 / len(before)) if share else 0.0
+    rows = [slice(i, i + 1) for i in range(len(before))]
+    other = np.array([metric(after[row]) != metric(before[row]) for row in rows])
+    changed = np.mean([other[groups == name].any() for name in groups.unique()])
+    counted = len(left_out) ** (1 - changed) * len(before) ** changed
+    unseen = 1 - 0.025 ** (1 / counted) if share else 0.0
     half = math.hypot(stats.t.ppf(0.975, degrees) * error, unseen)
     value = metric(after) - metric(before)
     return value - half, value + half

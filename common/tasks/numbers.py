@@ -2,8 +2,9 @@ r"""Numbers in text: what an expected answer is worth, and which number a model'
 
 A plain number stands for itself: `-7`, `1,234.50`, `3/4`, `\frac{3}{4}`, `3\frac{1}{2}` (3.5), `1e3`,
 with a unit or without. Expressions (`2^{10}`, `5x`, `12!`, `\sqrt{2}`), ratios, lists and ranges are
-none, and no part of them is. Nor are recurring decimals (`0.(3)`, `0.\overline{3}`) and digits in
-groups with a space between (`12 000`), which may be one number or two.
+none, and no part of them is. Nor are recurring decimals (`0.(3)`, `0.\overline{3}`), digits in
+groups with a space between (`12 000`), which may be one number or two, and digits that commas group
+otherwise than by thousands (`1,2345`, `0,125`).
 """
 
 from __future__ import annotations
@@ -35,35 +36,42 @@ _FACTORS = (rf"{_SCALES}|(?:{_FRACTIONS})s?|plus|minus|times|over|by|or|and|to|m
             r"log|ln|sin|cos|tan|less|more|base")
 _WORD = rf"(?!(?:{_FACTORS})\b)[A-Za-z]+"
 _POWER = r"(?:\^\{?[23]\}?)?"
-# Of units written right behind the digits only the well-known ones: `5xy` is a product.
+# Of units written right behind the digits only the well-known ones: `5xy` is a product. So it is
+# with two letters after a space, where `2 xy` is one and `5 th` no number.
 _GLUED = r"(?:mm|cm|km|kg|mg|ml|mph|ft|in|lbs?|oz|min|hrs?|am|pm)"
+_SHORT = "(?i:[kcdm]?m|[km]?g|[mcdk]l|mph|ft|in|mi|yd|ha|sq|lb|oz|[hy]r|wk|mo|ms|pt|qt|cc|gm|am|pm|[kmg]?hz|[kmgt]b|[km]w)"
+_SPACED = rf"(?:{_SHORT}\b|(?![u-zU-Z]+\b)(?=[A-Za-z]{{3}}){_WORD})"
 _UNIT = rf"""(?:
     \s*\\?%
   | \s*(?:\^\s*\{{?\s*\\circ\s*\}}?|\\degree|°) \s*(?:\\(?:text|mathrm)\s*\{{\s*)?[CFK]?\}}?
   | {_GLUED}\b{_POWER}
   | \s*\\(?:text|mathrm|mbox)\s*\{{\s*{_WORD}(?:[ /.-]+{_WORD})*(?<!\bper)\.?\s*\}}{_POWER}
-  | \s+(?=[A-Za-z]{{2}}){_WORD}(?:[ /-]{_WORD})*(?<!\bper){_POWER} )"""
+  | \s+(?=[A-Za-z]{{2}}){_SPACED}(?:[ /-]{_WORD})*(?<!\bper){_POWER} )"""
 _PLAIN_NUMBER = re.compile(rf"{_NUMBER}{_UNIT}?\s*\.?", re.VERBOSE)
 _NUMBER_IN_TEXT = re.compile(_NUMBER, re.VERBOSE)
 # As one character: all of Unicode's but zero thirds.
 _FRACTION_CHARACTER = re.compile(r"(\d?)\s*([\u00bc-\u00be\u2150-\u215e])")
+_COMMAS = re.compile(r"(?<![\d.,])\d+(?:,\d+)+(?!\d)")
+_THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+")
 _SPACED_GROUPS = re.compile(r"(?<![\d.,/])\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+(?![\d/])")
 
 # What makes the number beside it part of an expression. Left: an operand and its operator, a ratio, a
 # power, an index or an argument; right: an operator, a letter, a command or a word that changes it.
 # Quarters may be coins.
 _OPERATORS = "times|cdot|div|pm|mp|log|ln|sin|cos|tan|pi"
+_IN_WORDS = r"(?:times|plus|minus|over|(?:divided|multiplied)\s+by)"
 _COMMANDS = rf"{_OPERATORS}|sqrt|[dt]?frac|binom|[pb]?mod"
 _PART_OF_LEFT = re.compile(
-    rf"""(?: [-+\w.^_/!√×÷·] | [\w)\]}}!%]\s*[-+*/×÷·]\s* | \d: | \d\s+:\s+ | [\^_]\s*\{{?
+    rf"""(?: [-+\w.^_/!√×÷·] | [\w)\]}}!%]\s*[-+*/×÷·]\s* | [±∓]\s* | \d: | \d\s+:\s+ | [\^_]\s*\{{?
       | \\(?!boxed|text|math|mbox)[a-zA-Z]+\s*(?:\[[^\]]*\])?\{{ | \}}\{{
       | (?:sqrt|log|ln|sin|cos|tan|\bmod|\bmodulo)\s*\(? | \\(?:{_OPERATORS})\s*\{{?
-      | [\d)\]}}]\s+[xX]\s* | [\w.]\([^()\n]* )$""", re.VERBOSE)
+      | [\d)\]}}]\s+(?:[xX]\s*|{_IN_WORDS}\s+) | [\w.]\([^()\n]* )$""", re.VERBOSE)
 _PART_OF_RIGHT = re.compile(
     rf"""(?!{_GLUED}\b)\w | \.\(?\d | \.?\\(?:overline|bar|dot)\b | \s*(?:_|\^(?!\s*\{{?\s*\\circ))
       | !(?=\w|\s*[-+*/^=(]) | :\d | \s+:\s+\d
-      | \s*[-+*/×÷·]\s*(?:[\d(\\.]|[b-zB-HJ-Z]\b) | \s*\\(?:{_COMMANDS})(?![a-zA-Z]) | \s*√ | \(
-      | \s+[xX]\b | \s*\(?\s*mod(?:ulo)?\b
+      | \s*[-+*/×÷·±∓]\s*(?:[\d(\\.]|[b-zB-HJ-Z]\b) | \s*\\(?:{_COMMANDS})(?![a-zA-Z]) | \s*√ | \(
+      | \s+(?:[xyzXYZ]|[u-zU-Z]{{2,}}|st|nd|rd|th)\b | \s+i(?=\s*(?:$|[^\w\s]))
+      | \s+{_IN_WORDS}\s+[\d(\\.] | \s*\(?\s*mod(?:ulo)?\b
       | \s+(?:[a-z]+-)?(?: (?:{_SCALES})\b | quarters?\s+of\b
           | (?!quarter)(?:{_FRACTIONS})(?: s\b | \s+of\b | \W*$ ) )""", re.VERBOSE)
 
@@ -106,8 +114,14 @@ def _plain(text: str) -> str:
     for mark in ("**", "\\$", "$", "\\!", "\\,", "\\(", "\\)", "\\[", "\\]", "\\left", "\\right",
                  "\\displaystyle"):
         text = text.replace(mark, "")
-    # One word, so that no part of it is a number.
+    # One word, so that no part of it is a number. Short digits alone between commas are a list.
+    text = _COMMAS.sub(_one_word_unless_grouped, text)
     return _SPACED_GROUPS.sub(lambda found: re.sub(r"\s", "_", found[0]), text)
+
+
+def _one_word_unless_grouped(found: re.Match) -> str:
+    listed = all(len(part) < 3 for part in found[0].split(",")[1:])
+    return found[0] if listed or _THOUSANDS.fullmatch(found[0]) else found[0].replace(",", "_")
 
 
 def _written_out(found: re.Match) -> str:
