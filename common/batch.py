@@ -35,6 +35,8 @@ from common.progress import say
 from common.results import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE, read_json, write_json
 
 _REASON_LENGTH = 200
+# Options that the batch itself gives every script; of two the last would count, for each configuration alike.
+_OWN_OPTIONS = ("model", "bits", "output", "overwrite", "device", "device_memory", "dtype", "data_root")
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Batch:
 
     def quantization_options(self, method: str) -> list[str]:
         """What a method's script is told that decides a checkpoint's weights."""
-        without_effect = ("--save-metadata", "--no-save-metadata")
+        without_effect = ("--save-metadata", "--no-save-metadata", "--resume")
         words = [word for word in self.passed_on.get(method, []) if word not in without_effect]
         return [*words, *(["--dtype", self.dtype] if self.dtype != "auto" else [])]
 
@@ -278,8 +280,14 @@ def _refusal(method: str, option: list[str]) -> str | None:
         raise UserError(f"{message} (it is passed to quantize_{method}.py, whose --help lists its options)")
 
     parser.error = refuse
+    # Only parsing knows --bits=3 and --bit 3 for what they are.
+    parser.set_defaults(**dict.fromkeys(_OWN_OPTIONS))
     try:
-        return "" if parser.parse_known_args(option)[1] else None
+        found, unknown = parser.parse_known_args(option)
+        if own := [name for name in _OWN_OPTIONS if getattr(found, name) is not None]:
+            return (f"{' '.join(option)} cannot be passed on: the batch itself tells each script its "
+                    f"--{own[0].replace('_', '-')}; see --help for what it takes, or run quantize_{method}.py on its own")
+        return "" if unknown else None
     except UserError as error:
         return str(error)
 
