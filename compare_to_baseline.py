@@ -20,7 +20,7 @@ from common.checkpoint import is_quantized
 from common.comparison import compare, facts, print_comparison, samples_by_task
 from common.errors import UserError
 from common.evaluation import add_evaluation_arguments, evaluate_model
-from common.identity import incomparable, other_data
+from common.identity import check_original, incomparable, other_data
 from common.models import resolve_folder
 from common.naming import baseline_of, subject_of
 from common.plots import comparison_chart, save
@@ -42,6 +42,7 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         quantized = subject_of(options.quantized, options.baseline, options.results_dir)
         baseline = baseline_of(quantized.source, resolve_folder(quantized.source), options.results_dir)
+        check_original(quantized, options.results_dir)
         documents = [evaluate_model(one, options, reuse=not options.overwrite) for one in (baseline, quantized)]
     reasons = incomparable(*documents) + [f"other data of {task}" for task in other_data(*documents) if task in options.tasks]
     if reasons:

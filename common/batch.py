@@ -28,7 +28,7 @@ from common import check
 from common.checkpoint import METADATA_FILE
 from common.cli import DTYPES, gibibytes, positive, run
 from common.errors import UserError
-from common.identity import checkpoint_hash
+from common.identity import changed_sources, checkpoint_hash, made_from
 from common.models import DEFAULT_MODEL, MODELS_FOLDER
 from common.naming import filed_as, source_of
 from common.progress import say
@@ -131,7 +131,7 @@ def run_configuration(batch: Batch, configuration: str) -> bool:
     try:
         with batch.gpu() as gpu:
             verified = _run_steps(batch, configuration, folder, log, gpu, verified)
-    except StepFailed as failure:
+    except (StepFailed, UserError) as failure:
         say(f"=== {configuration} failed: {failure}")
         batch.note(configuration, "warning" if folder.is_dir() and wanted else "failed", str(failure))
         return False
@@ -167,6 +167,8 @@ def _run_steps(batch: Batch, configuration: str, folder: Path, log: Path, gpu: d
                           *batch.passed_on.get(method, []), *extra], log, gpu)
         found = _hash(batch, folder)
         made = {"checkpoint": found, "options": batch.quantization_options(method)}
+        if found and not (folder / METADATA_FILE).is_file():
+            made["made_from"] = made_from(batch.model, batch.results)
         batch.note(configuration, "running", made=made)
     if found is None or found != verified or batch.overwrite:
         step("verify", [sys.executable, "verify_model.py", "--model-path", str(folder), *batch.device], log, gpu)
@@ -200,6 +202,8 @@ def _check_made(batch: Batch, configuration: str, method: str, folder: Path, fou
         both = made.get("options", []), asked
         then, now = (" ".join(words) or "the defaults" for words in both)
         reason = f"it was made with {then}, not {now}"
+    elif changes := changed_sources(made.get("made_from", {}), made_from(batch.model, batch.results)):
+        reason = f"it was made with {', '.join(changes)}"
     else:
         return
     raise StepFailed(f"{folder} has no metadata and {reason}; --overwrite makes it again; to keep it, "

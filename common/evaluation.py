@@ -247,6 +247,8 @@ def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, t
     shared = {"source": subject.source, "checkpoint": identity.checkpoint_hash(folder, options.results_dir),
               "code": identity.code_hash(), "demo_data": demo, "versions": metadata.versions(),
               "device": metadata.describe_device(device), "compute_dtype": str(dtype).removeprefix("torch.")}
+    if windows is not None:
+        identity.check_original(subject, options.results_dir)
     conditions = _conditions(subject, options.results_dir, chosen, rows, windows)
     if reuse:
         chosen = identity.left_to_do(subject, options.results_dir, shared, conditions, twice)

@@ -13,9 +13,11 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from common import metadata
 from common.checkpoint import METADATA_FILE
 from common.errors import UserError
 from common.models import TensorReader, resolve_folder
@@ -33,6 +35,8 @@ SHARED = {
     "device": "device",
     "versions": "version",
 }
+# What a checkpoint is made from besides options, and how it is called.
+MADE_FROM = {"model": "files of --model", "calibration": "text of --calib-data"}
 # What may differ between the documents of a checkpoint and its baseline.
 _OWN = ("source", "checkpoint")
 HASHES_FILE = "file_hashes.json"
@@ -56,6 +60,7 @@ _WITHOUT_EFFECT = (
     "model",
 )
 _OF_CALIBRATION = ("calib_data", "calib_samples", "calib_length", "seed")
+_DAMAGED = f"{METADATA_FILE} is damaged; quantize again with --overwrite"
 
 
 def checkpoint_hash(folder: Path, results_dir: Path) -> str:
@@ -72,16 +77,29 @@ def checkpoint_hash(folder: Path, results_dir: Path) -> str:
         for file in folder.iterdir()
         if file.suffix in _SMALL_FILES and file.name != METADATA_FILE and file.is_file()
     ]
+    return _hash_of_files(folder, {*weights, *small}, results_dir)
+
+
+def source_hash(folder: Path, results_dir: Path) -> str:
+    """SHA-256 over a 16-bit model's weights and config.json, which are the same in every copy of it.
+    Arguments and errors as of `checkpoint_hash`.
+    """
+    weights = [name for name, *_ in TensorReader(folder).describe()]
+    return _hash_of_files(folder, {*weights, "config.json"}, results_dir)
+
+
+def _hash_of_files(folder: Path, names: set[str], results_dir: Path) -> str:
     memory = results_dir / HASHES_FILE
     known = _remembered(memory)
-    found = {name: _file_hash(folder / name, known) for name in sorted({*weights, *small})}
+    found = {name: _file_hash(folder / name, known) for name in sorted(names)}
     fresh = {
         entry[0]: entry[1]
         for entry in found.values()
         if entry[1] is not None and known.get(entry[0]) != entry[1]
     }
     if fresh:
-        write_json(memory, {**_remembered(memory), **fresh})
+        with suppress(OSError):  # only ever saves time
+            write_json(memory, {**_remembered(memory), **fresh})
     return _digest({name: entry[2] for name, entry in found.items()})
 
 
@@ -170,6 +188,25 @@ def original_hash(subject: Subject, results_dir: Path) -> str | None:
         return None
 
 
+def check_original(subject: Subject, results_dir: Path) -> None:
+    """Refuse a 16-bit model with other files than the checkpoint's metadata says it was made from.
+
+    Raises:
+        UserError: naming both.
+    """
+    record = metadata.read(subject.folder)
+    then = record and recorded_sources(record).get("model")
+    try:
+        now = then and source_hash(resolve_folder(subject.original), results_dir)
+    except UserError:
+        return  # a model that cannot be had is not compared with either
+    if then != now:
+        raise UserError(
+            f"{subject.original} has changed since {subject.folder} was made from it, or is another "
+            "model; quantize again with --overwrite, or name the right one with --baseline"
+        )
+
+
 def left_to_do(
     subject: Subject, results_dir: Path, shared: dict, tasks: dict[str, dict], twice: bool
 ) -> tuple[str, ...]:
@@ -180,24 +217,26 @@ def left_to_do(
         tasks: by task, what its part of the results has to agree with.
         twice: tasks on rows have to have been run twice.
     Raises:
-        UserError: the 16-bit model is another than the one that this checkpoint was compared with.
+        UserError: the 16-bit model is another than the one that this same checkpoint was compared
+            with, on whatever device that was.
     """
     title = f"{subject.name} {subject.configuration}"
     file = results_dir / subject.name / f"{subject.configuration}.json"
     if not file.is_file() or not has_samples(results_dir, subject.name, subject.configuration):
         return tuple(tasks)
     document = read_json(file)
-    changes = shared_changes(document, shared)
-    if changes:
-        say(f"{title}: evaluated again, as its results are of another {'; '.join(changes)}")
-        return tuple(tasks)
     original = document.get("tasks", {}).get("perplexity", {}).get("original")
     now = tasks.get("perplexity", {}).get("original")
-    if original and now and original != now:
+    same = document.get("checkpoint") == shared["checkpoint"]
+    if same and original and now and original != now:
         raise UserError(
             f"{subject.original} has changed since {subject.folder} was compared with it; quantize "
             "again with --overwrite"
         )
+    changes = shared_changes(document, shared)
+    if changes:
+        say(f"{title}: evaluated again, as its results are of another {'; '.join(changes)}")
+        return tuple(tasks)
     left = []
     for task, wanted in tasks.items():
         reason = _task_change(task, document, wanted)
@@ -270,6 +309,33 @@ def other_data(baseline: dict, quantized: dict) -> list[str]:
     ]
 
 
+def made_from(model: str, results_dir: Path) -> dict[str, str]:
+    """The hashes of what a checkpoint of `model` is made from, as far as they are known before it is
+    opened. Raises UserError where the model cannot be had.
+    """
+    return {"model": source_hash(resolve_folder(model), results_dir)}
+
+
+def recorded_sources(record: dict) -> dict:
+    """The hashes of what metadata says a checkpoint was made from, by the keys of MADE_FROM; of an
+    earlier version it says less. Raises UserError for damaged metadata.
+    """
+    try:
+        calibration = (record["calibration"] or {}).get("fingerprint")
+        return {**record.get("made_from", {}), "calibration": calibration}
+    except (TypeError, AttributeError):
+        raise UserError(_DAMAGED) from None
+
+
+def changed_sources(then: dict, now: dict[str, str]) -> list[str]:
+    """In what a checkpoint was made from other things than those there now, in words."""
+    return [
+        f"{'other' if then.get(key) else 'unknown'} {MADE_FROM[key]}"
+        for key, found in now.items()
+        if then.get(key) != found
+    ]
+
+
 def changed_options(record: dict, options: argparse.Namespace, method: str) -> list[str]:
     """In what the options that a checkpoint was made with differ from those asked for, in words;
     only those that decide its weights count. Raises UserError for damaged metadata.
@@ -296,5 +362,5 @@ def changed_options(record: dict, options: argparse.Namespace, method: str) -> l
                     )
                 )
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{METADATA_FILE} is damaged; quantize again with --overwrite") from None
+        raise UserError(_DAMAGED) from None
     return [f"{name} {then}, not {now}" for name, then, now in found if then != now]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -13,15 +12,16 @@ import torch
 from torch import nn
 
 from common import identity, metadata, overlap, parallel, probe
-from common.calibration import calibration_windows
+from common.calibration import Windows, calibration_windows
 from common.checkpoint import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
 from common.cli import configure_torch, resolve_device, resolve_dtype, resolve_sizes
 from common.errors import UserError
 from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve_group_size, scale_type, search_range
 from common.layerwise import NOTHING, Method, Resumption, Stopwatch, WalkResult, quantize_model
-from common.models import MODELS_FOLDER, SourceModel
+from common.models import MODELS_FOLDER, SourceModel, load_config, load_tokenizer, resolve_folder
 from common.naming import filed_as
 from common.progress import say
+from common.results import RESULTS_FOLDER
 from common.verification import wrecked
 
 # Rows of an embedding or head that are rounded at once.
@@ -49,16 +49,13 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     resolve_sizes(options)
     output = options.output or MODELS_FOLDER / filed_as(options.model) / f"{method.name}-{options.bits}bit"
     if options.resume and (output / METADATA_FILE).is_file() and not options.overwrite:
-        changes = identity.changed_options(metadata.read(output), options, method.name)
-        if changes:
-            more = f" and {len(changes) - 2} more" if len(changes) > 2 else ""
-            raise UserError(f"{output} was made with {', '.join(changes[:2])}{more}; --overwrite makes it again; to "
-                            "keep it, move it away first")
+        _check_finished(output, options, method)
         say(f"{output} is finished, with the same options; there is nothing to resume")
         return output
     check_output(output, options.overwrite)
     watch = Stopwatch(device)
     with watch("load"):
+        made_from = identity.made_from(options.model, RESULTS_FOLDER)
         source = SourceModel(options.model, device, dtype)
         if options.head_bits and source.tied and not method.unties:
             raise UserError(f"{source.name} shares its head with the embedding, so --head-bits has nothing to act on; "
@@ -67,12 +64,10 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     windows = None
     if method.needs != NOTHING:
         with watch("calibration text"):
-            length = min(options.calib_length, source.config.max_position_embeddings)
-            windows = calibration_windows(options.calib_data, source.tokenizer, options.calib_samples, length,
-                                          options.seed, options.data_root)
+            windows = _windows(options, source.tokenizer, source.config)
     say(_headline(method, grid, source, windows, device, dtype))
     tokens = probe.probe_tokens(source.tokenizer)
-    fingerprint = _fingerprint(options, method, source, windows, device, dtype)
+    fingerprint = _fingerprint(options, method, source, made_from, windows, device, dtype)
     with _writer(CheckpointWriter(output, source, grid, method.activation_bits, method.online, fingerprint,
                                   options.resume)) as writer:
         ends: dict[str, QuantizedLinear] = {}
@@ -91,6 +86,7 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
         with watch("write"):
             weight_bytes = writer.write_rest(ends)
         document = _document(options, method, grid, source, windows, result, tokens, watch, device, dtype)
+        document["made_from"] = made_from
         document["bytes"] = _sizes(source, weight_bytes, writer.folder)
         document["compression_ratio"] = round(document["bytes"]["baseline_weights"] / weight_bytes, 4)
         document["seconds"]["total"] = round(time.perf_counter() - started, 3)
@@ -99,6 +95,32 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     for name, error in wrecked(result.linears):
         say(f"warning: {name} is wrecked, its output is off by {error:.2f} of its size; verify_model.py will fail")
     return output
+
+
+def _check_finished(output: Path, options: argparse.Namespace, method: Method) -> None:
+    """Refuse a finished checkpoint that was made with other options or from other things than are there now.
+
+    Raises:
+        UserError: naming them and the way out.
+    """
+    record = metadata.read(output)
+    changes = identity.changed_options(record, options, method.name)
+    then = identity.recorded_sources(record)
+    changes += identity.changed_sources(then, identity.made_from(options.model, RESULTS_FOLDER))
+    # To compare the text it has to be read and cut into tokens, by the tokenizer of the same model.
+    if not changes and record["calibration"] is not None:
+        folder = resolve_folder(options.model)
+        windows = _windows(options, load_tokenizer(folder), load_config(folder))
+        changes = identity.changed_sources(then, {"calibration": windows.fingerprint})
+    if changes:
+        more = f" and {len(changes) - 2} more" if len(changes) > 2 else ""
+        raise UserError(f"{output} was made with {', '.join(changes[:2])}{more}; --overwrite makes it again; to "
+                        "keep it, move it away first")
+
+
+def _windows(options: argparse.Namespace, tokenizer, config) -> Windows:
+    length = min(options.calib_length, config.max_position_embeddings)
+    return calibration_windows(options.calib_data, tokenizer, options.calib_samples, length, options.seed, options.data_root)
 
 
 def _writer(writer: CheckpointWriter) -> AbstractContextManager[CheckpointWriter | None]:
@@ -125,10 +147,10 @@ _WITHOUT_EFFECT = ("output", "overwrite", "resume", "save_metadata", "data_root"
                    "model")
 
 
-def _fingerprint(options, method: Method, source: SourceModel, windows, device, dtype) -> dict:
+def _fingerprint(options, method: Method, source: SourceModel, made_from: dict[str, str], windows, device, dtype) -> dict:
     """All that decides a checkpoint's codes, for a run that goes on with another's layers."""
-    weights = hashlib.sha256(repr(source.tensors.describe()).encode()).hexdigest()[:16]
-    return {"method": method.name, "model": source.name, "weights": weights,
+    return {"method": method.name, "model": source.name,
+            **{identity.MADE_FROM[key]: found[:16] for key, found in made_from.items()},
             "calibration": windows and windows.fingerprint[:16],
             **{f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in _WITHOUT_EFFECT},
             "device": metadata.describe_device(device)["name"], "processes": parallel.size(),

@@ -1,0 +1,119 @@
+"""A finished checkpoint answers for the weights, the text, the type and the code that it was made from, and no others."""
+
+import json
+import os
+import shutil
+
+import pytest
+from conftest import ROOT, assert_user_error, build_tiny, run_script
+from test_identity import TASKS, compare, perplexities, quantize
+from test_report_and_batch import real_batch  # noqa: F401
+
+from common import identity
+from common.checkpoint import METADATA_FILE
+from common.errors import UserError
+from common.naming import Subject
+from common.results import write_json, write_samples
+
+ALL_AGREES = "nothing to resume"
+
+
+@pytest.fixture
+def model(tiny, tmp_path):
+    """A copy of the tiny model, to be changed."""
+    return shutil.copytree(tiny, tmp_path / "source" / tiny.name)
+
+
+def other_weights(model):
+    """Of the same shape, as after more training."""
+    build_tiny("llama", True, seed=7).save_pretrained(model)
+
+
+def resume(model, output, *more, method="hqq"):
+    return run_script(ROOT / f"quantize_{method}.py", "--model", model, "--output", output, *more, "--resume")
+
+
+def edit(folder, change):
+    file = folder / METADATA_FILE
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record))
+
+
+def test_other_weights_in_the_same_folder(model, tmp_path):
+    output = quantize(model, tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in output.iterdir()}
+    os.utime(model / "model.safetensors")                                       # written again, the same
+    (model / "LICENSE.txt").write_text("what another download brings along")
+    assert ALL_AGREES in resume(model, output).stdout
+    other_weights(model)
+    assert_user_error(resume(model, output), "was made with other files of --model; --overwrite makes it again")
+    assert before == {file.name: file.read_bytes() for file in output.iterdir()}
+    edit(output, lambda record: record["made_from"].pop("model"))                    # of an earlier version
+    assert_user_error(resume(model, output), "was made with unknown files of --model; --overwrite")
+
+
+def test_another_text_in_the_same_file(tiny, calibration_text, tmp_path):
+    text = tmp_path / "text.txt"
+    shutil.copy(calibration_text, text)
+    words = ("--calib-data", text, "--calib-samples", 2, "--calib-length", 64)
+    output = tmp_path / "out"
+    assert resume(tiny, output, *words, method="gptq").returncode == 0
+    assert ALL_AGREES in resume(tiny, output, *words, method="gptq").stdout
+    text.write_text(calibration_text.read_text()[::-1])
+    changed = resume(tiny, output, *words, method="gptq")
+    assert_user_error(changed, "was made with other text of --calib-data; --overwrite makes it again")
+
+
+def test_unchanged_weights_are_read_once(model, tmp_path, monkeypatch):
+    for file in model.iterdir():
+        os.utime(file, (1e9, 1e9))
+    monkeypatch.setattr(identity, "_SETTLED_SECONDS", -1.0)
+    output = quantize(model, tmp_path / "out")
+    read = []
+    original = identity.hashlib.file_digest
+    monkeypatch.setattr(identity.hashlib, "file_digest", lambda file, name: read.append(file.name) or original(file, name))
+    assert ALL_AGREES in resume(model, output).stdout and not read
+
+
+def test_a_baseline_that_the_checkpoint_was_not_made_from(model, tmp_path):
+    """The model was moved, and another of its shape is named: perplexities of two unrelated models are no comparison."""
+    output = quantize(model, tmp_path / "out")
+    moved, results = shutil.move(model, tmp_path / "moved"), tmp_path / "results"
+    perplexities(compare(output, results, "--baseline", moved))
+    other_weights(moved)
+    compared = compare(output, results, "--baseline", moved, "--tasks", "arc", "--overwrite")
+    assert_user_error(compared, "has changed since", "or is another model", "--baseline")
+    evaluated = run_script(ROOT / "common/evaluation.py", "--model-path", output, "--baseline", moved, "--results-dir",
+                           tmp_path / "fresh", "--data", "demo", "--limit", 2, *TASKS)
+    assert_user_error(evaluated, "has changed since", "or is another model", "--baseline")
+
+
+@pytest.mark.parametrize("key, value", [("device", {"type": "cuda"}), ("versions", {"torch": "1.0"})])
+def test_a_changed_original_is_refused_on_another_device_too(tmp_path, key, value):
+    """Unless the checkpoint has been made again since: then it is evaluated again."""
+    shared = {"source": "tiny", "checkpoint": "1" * 64, "device": {"type": "cpu"}, "versions": {"torch": "2.0"}}
+    subject = Subject(tmp_path / "hqq-4bit", "tiny", "tiny", "hqq-4bit")
+    document = {**shared, key: value, "tasks": {"perplexity": {"original": "2" * 64}}}
+    write_json(tmp_path / "tiny" / "hqq-4bit.json", document)
+    write_samples(tmp_path, "tiny", "hqq-4bit", {})
+    tasks = {"perplexity": {"original": "3" * 64}}
+    with pytest.raises(UserError, match="has changed since"):
+        identity.left_to_do(subject, tmp_path, shared, tasks, twice=False)
+    again = {**shared, "checkpoint": "4" * 64}
+    assert identity.left_to_do(subject, tmp_path, again, tasks, twice=False) == ("perplexity",)
+
+
+@pytest.mark.parametrize("metadata", [[], ["--no-save-metadata"]])
+def test_a_batch_on_other_weights(real_batch, model, metadata):  # noqa: F811
+    words = ["--model", str(model), "--limit", "2", *metadata]
+    code, status = real_batch(*words)
+    assert code == 0 and status["hqq-4bit"]["state"] == "done"
+    assert real_batch(*words)[0] == 0
+    other_weights(model)
+    code, status = real_batch(*words)
+    assert code == 1 and status["baseline"]["state"] == "done" and status["hqq-4bit"]["state"] == "warning"
+    assert "made with other files of --model" in status["hqq-4bit"]["reason"]
+    assert "--overwrite" in status["hqq-4bit"]["reason"] and "evaluate evaluation" not in real_batch.titles
+    code, status = real_batch(*words, "--overwrite")
+    assert code == 0 and status["hqq-4bit"]["state"] == "done"
