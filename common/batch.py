@@ -168,7 +168,7 @@ def _run_steps(batch: Batch, configuration: str, folder: Path, log: Path, gpu: d
         found = _hash(batch, folder)
         made = {"checkpoint": found, "options": batch.quantization_options(method)}
         if found and not (folder / METADATA_FILE).is_file():
-            made["made_from"] = made_from(batch.model, batch.results)
+            made["made_from"] = made_from(batch.model, method, batch.results)
         batch.note(configuration, "running", made=made)
     if found is None or found != verified or batch.overwrite:
         step("verify", [sys.executable, "verify_model.py", "--model-path", str(folder), *batch.device], log, gpu)
@@ -202,7 +202,7 @@ def _check_made(batch: Batch, configuration: str, method: str, folder: Path, fou
         both = made.get("options", []), asked
         then, now = (" ".join(words) or "the defaults" for words in both)
         reason = f"it was made with {then}, not {now}"
-    elif changes := changed_sources(made.get("made_from", {}), made_from(batch.model, batch.results)):
+    elif changes := changed_sources(made.get("made_from", {}), made_from(batch.model, method, batch.results)):
         reason = f"it was made with {', '.join(changes)}"
     else:
         return

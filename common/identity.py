@@ -36,7 +36,7 @@ SHARED = {
     "versions": "version",
 }
 # What a checkpoint is made from besides options, and how it is called.
-MADE_FROM = {"model": "files of --model", "calibration": "text of --calib-data"}
+MADE_FROM = {"model": "files of --model", "calibration": "text of --calib-data", "code": "quantization code"}
 # What may differ between the documents of a checkpoint and its baseline.
 _OWN = ("source", "checkpoint")
 HASHES_FILE = "file_hashes.json"
@@ -46,6 +46,18 @@ _SMALL_FILES = (".json", ".jinja", ".txt", ".model")
 _SETTLED_SECONDS = 2.0
 PROJECT = Path(__file__).resolve().parents[1]
 _ENTRY = "common.evaluation"
+# Modules that quantize scripts import to check, name or describe what they make.
+_BESIDE_CODES = (
+    "common.errors",
+    "common.identity",
+    "common.machine",
+    "common.metadata",
+    "common.naming",
+    "common.overlap",
+    "common.progress",
+    "common.results",
+    "common.verification",
+)
 # Options of a quantize script that change nothing in the checkpoint, and those that matter only
 # where there is calibration.
 _WITHOUT_EFFECT = (
@@ -134,14 +146,18 @@ def rows_fingerprint(rows: list[dict]) -> str:
 
 
 @cache
-def code_hash(root: Path = PROJECT, entry: str = _ENTRY) -> str:
+def code_hash(root: Path = PROJECT, entry: str = _ENTRY, beside: tuple[str, ...] = ()) -> str:
     """SHA-256 of the code that decides results: the modules that the evaluation imports, without
     comments and docstrings, and the task files. An edit of a README or a plot changes nothing.
+
+    Args:
+        entry: the module to begin with; the task files are the evaluation's alone.
+        beside: modules that are left out, with what only they import.
     """
     modules, waiting = {}, [entry]
     while waiting:
         name = waiting.pop()
-        file = _module_file(root, name)
+        file = None if name in beside else _module_file(root, name)
         if name in modules or file is None:
             continue
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -150,8 +166,14 @@ def code_hash(root: Path = PROJECT, entry: str = _ENTRY) -> str:
     tasks = {
         file.name: file.read_text(encoding="utf-8")
         for file in sorted((root / "common" / "tasks").glob("*.yaml"))
+        if entry == _ENTRY
     }
     return _digest([modules, tasks])
+
+
+def quantization_code_hash(method: str) -> str:
+    """SHA-256 of the code that decides the codes of a method's checkpoints, as `code_hash`."""
+    return code_hash(entry=f"quantize_{method}", beside=_BESIDE_CODES)
 
 
 def _module_file(root: Path, name: str) -> Path | None:
@@ -309,11 +331,12 @@ def other_data(baseline: dict, quantized: dict) -> list[str]:
     ]
 
 
-def made_from(model: str, results_dir: Path) -> dict[str, str]:
+def made_from(model: str, method: str, results_dir: Path) -> dict[str, str]:
     """The hashes of what a checkpoint of `model` is made from, as far as they are known before it is
     opened. Raises UserError where the model cannot be had.
     """
-    return {"model": source_hash(resolve_folder(model), results_dir)}
+    model_hash = source_hash(resolve_folder(model), results_dir)
+    return {"model": model_hash, "code": quantization_code_hash(method)}
 
 
 def recorded_sources(record: dict) -> dict:
@@ -336,21 +359,27 @@ def changed_sources(then: dict, now: dict[str, str]) -> list[str]:
     ]
 
 
-def changed_options(record: dict, options: argparse.Namespace, method: str) -> list[str]:
+def changed_options(
+    record: dict, options: argparse.Namespace, method: str, dtype: str
+) -> list[str]:
     """In what the options that a checkpoint was made with differ from those asked for, in words;
-    only those that decide its weights count. Raises UserError for damaged metadata.
+    only those that decide its weights count. One that is not recorded is unknown, not the same.
+
+    Args:
+        dtype: what --dtype comes to.
+    Raises:
+        UserError: damaged metadata.
     """
     try:
         made, grid = record["options"], record["grid"]
         found = [
             ("method", record["method"], method),
             ("--model", source_of(record["model"]["source"]), source_of(options.model)),
+            ("--dtype", record["compute_dtype"], dtype),
         ]
-        if options.dtype != "auto":
-            found.append(("--dtype", record["compute_dtype"], options.dtype))
         ignored = {*_WITHOUT_EFFECT, *(_OF_CALIBRATION if record["calibration"] is None else ())}
         for name, now in vars(options).items():
-            then = made.get(name, now)
+            then = made.get(name, "unknown")
             if name == "group_size" and now == str(grid["group_size"] or "channel"):
                 then = now  # what auto came to
             if name not in ignored:

@@ -49,13 +49,13 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     resolve_sizes(options)
     output = options.output or MODELS_FOLDER / filed_as(options.model) / f"{method.name}-{options.bits}bit"
     if options.resume and (output / METADATA_FILE).is_file() and not options.overwrite:
-        _check_finished(output, options, method)
+        _check_finished(output, options, method, dtype)
         say(f"{output} is finished, with the same options; there is nothing to resume")
         return output
     check_output(output, options.overwrite)
     watch = Stopwatch(device)
     with watch("load"):
-        made_from = identity.made_from(options.model, RESULTS_FOLDER)
+        made_from = identity.made_from(options.model, method.name, RESULTS_FOLDER)
         source = SourceModel(options.model, device, dtype)
         if options.head_bits and source.tied and not method.unties:
             raise UserError(f"{source.name} shares its head with the embedding, so --head-bits has nothing to act on; "
@@ -97,16 +97,16 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     return output
 
 
-def _check_finished(output: Path, options: argparse.Namespace, method: Method) -> None:
+def _check_finished(output: Path, options: argparse.Namespace, method: Method, dtype: torch.dtype) -> None:
     """Refuse a finished checkpoint that was made with other options or from other things than are there now.
 
     Raises:
         UserError: naming them and the way out.
     """
     record = metadata.read(output)
-    changes = identity.changed_options(record, options, method.name)
+    changes = identity.changed_options(record, options, method.name, str(dtype).removeprefix("torch."))
     then = identity.recorded_sources(record)
-    changes += identity.changed_sources(then, identity.made_from(options.model, RESULTS_FOLDER))
+    changes += identity.changed_sources(then, identity.made_from(options.model, method.name, RESULTS_FOLDER))
     # To compare the text it has to be read and cut into tokens, by the tokenizer of the same model.
     if not changes and record["calibration"] is not None:
         folder = resolve_folder(options.model)

@@ -18,6 +18,11 @@ from common.results import write_json, write_samples
 ALL_AGREES = "nothing to resume"
 
 
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):
+    return quantize(tiny, tmp_path_factory.mktemp("made") / "hqq-4bit")
+
+
 @pytest.fixture
 def model(tiny, tmp_path):
     """A copy of the tiny model, to be changed."""
@@ -63,6 +68,40 @@ def test_another_text_in_the_same_file(tiny, calibration_text, tmp_path):
     text.write_text(calibration_text.read_text()[::-1])
     changed = resume(tiny, output, *words, method="gptq")
     assert_user_error(changed, "was made with other text of --calib-data; --overwrite makes it again")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda record: record["made_from"].update(code="0" * 64), "was made with other quantization code; --overwrite makes it again"),
+    (lambda record: record["made_from"].pop("code"), "was made with unknown quantization code; --overwrite makes it again"),
+    (lambda record: record.pop("made_from"), "was made with unknown files of --model, unknown quantization code; --overwrite"),
+    (lambda record: record["options"].pop("lp_norm"), "was made with --lp-norm unknown, not 8.0; --overwrite makes it again"),
+    (lambda record: record["options"].pop("head_bits"), "was made with --head-bits unknown, not None; --overwrite"),
+    (lambda record: record.update(made_from=[]), "is damaged; quantize again with --overwrite"),
+], ids=["other code", "unknown code", "earlier version", "unknown option", "unknown option of None", "damaged"])
+def test_what_metadata_does_not_say_is_not_the_same(made, tiny, tmp_path, change, words):
+    output = shutil.copytree(made, tmp_path / "out")
+    assert ALL_AGREES in resume(tiny, output).stdout
+    edit(output, change)
+    assert_user_error(resume(tiny, output), words)
+
+
+def test_another_type_to_compute_in(tiny, tmp_path):
+    output = quantize(tiny, tmp_path / "out", "--dtype", "bfloat16")
+    assert_user_error(resume(tiny, output), "was made with --dtype bfloat16, not float32; --overwrite makes it again")
+    assert ALL_AGREES in resume(tiny, output, "--dtype", "bfloat16").stdout
+
+
+@pytest.mark.parametrize("method", ["gptq", "adaround", "hqq"])
+def test_the_code_that_decides_codes(method, monkeypatch):
+    """What rounds and what reads the text, not what checks or names the result, nor the other methods."""
+    seen, original = set(), identity._module_file
+    monkeypatch.setattr(identity, "_module_file", lambda root, name: seen.add(name) or original(root, name))
+    identity.code_hash.cache_clear()
+    found = identity.quantization_code_hash(method)
+    assert {f"quantize_{method}", "common.rounding", "common.layerwise", "common.calibration", "common.checkpoint"} <= seen
+    assert ("common.adaround" in seen) is (method == "adaround") and "quantize_awq" not in seen
+    assert not {"common.verification", "common.runtime", "common.naming", "common.machine", "common.evaluation"} & seen
+    assert found != identity.quantization_code_hash("awq") != identity.code_hash()
 
 
 def test_unchanged_weights_are_read_once(model, tmp_path, monkeypatch):
@@ -117,3 +156,13 @@ def test_a_batch_on_other_weights(real_batch, model, metadata):  # noqa: F811
     assert "--overwrite" in status["hqq-4bit"]["reason"] and "evaluate evaluation" not in real_batch.titles
     code, status = real_batch(*words, "--overwrite")
     assert code == 0 and status["hqq-4bit"]["state"] == "done"
+
+
+def test_a_batch_without_metadata_after_a_change_of_the_code(real_batch):  # noqa: F811
+    words = ["--limit", "2", "--no-save-metadata", "--only", "hqq-4bit"]
+    code, status = real_batch(*words)
+    assert code == 0
+    status["hqq-4bit"]["made"]["made_from"]["code"] = "0" * 64
+    (real_batch.folder / "results" / real_batch.name / "status.json").write_text(json.dumps(status))
+    code, status = real_batch(*words)
+    assert code == 1 and "was made with other quantization code; --overwrite" in status["hqq-4bit"]["reason"]
