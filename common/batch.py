@@ -91,8 +91,9 @@ class StepFailed(Exception):
     """A step of a configuration ended with an error; the message is its last line."""
 
 
-def step(title: str, command: list[str], log: Path, gpu: dict[str, str]) -> None:
+def step(title: str, command: list[str], log: Path, gpu: dict[str, str]) -> str:
     """Run one script, showing its output and keeping it in `log`. Raises StepFailed with its error line.
+    Returns its first warning of something wrecked, the worst.
 
     Args:
         gpu: environment that says which GPU to use; lines are shown with the configuration's name when it says so.
@@ -100,7 +101,7 @@ def step(title: str, command: list[str], log: Path, gpu: dict[str, str]) -> None
     prefix = f"[{log.stem}] " if gpu else ""
     say(f"{prefix}--- {title}")
     log.parent.mkdir(parents=True, exist_ok=True)
-    last, error = "", ""
+    last, error, wrecked = "", "", ""
     with log.open("a") as file:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                                    env={**os.environ, **gpu})
@@ -111,11 +112,14 @@ def step(title: str, command: list[str], log: Path, gpu: dict[str, str]) -> None
             last = line.strip() or last
             if line.startswith(("error: ", "FAIL")):
                 error = line.strip().removeprefix("error: ")
+            if line.startswith("warning: ") and " is wrecked" in line:
+                wrecked = wrecked or line.strip().removeprefix("warning: ")
         code = process.wait()
     if code:
         if code < 0:
             error = error or f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
         raise StepFailed((error or last or f"exit code {code}")[:_REASON_LENGTH])
+    return wrecked
 
 
 def run_configuration(batch: Batch, configuration: str) -> bool:
@@ -146,7 +150,7 @@ def _run_steps(batch: Batch, configuration: str, folder: Path, log: Path, gpu: d
     Args:
         verified: the hash of the one that an earlier run verified.
     Raises:
-        StepFailed: a step ended with an error, or what is there was made with other options.
+        StepFailed: a step ended with an error, what is there was made with other options, or a part of it is wrecked.
     """
     wanted = CONFIGURATIONS[configuration]
     evaluate = [*batch.device, *batch.evaluation, "--results-dir", str(batch.results)]
@@ -162,14 +166,17 @@ def _run_steps(batch: Batch, configuration: str, folder: Path, log: Path, gpu: d
     else:
         # What is there is not made again: --resume ends at once, or refuses it for its options.
         extra = ["--overwrite"] if batch.overwrite else ["--resume"] if folder.is_dir() else []
-        step("quantize", [sys.executable, f"quantize_{method}.py", "--model", batch.model,
-                          "--bits", str(bits), "--output", str(folder), *batch.device,
-                          *batch.passed_on.get(method, []), *extra], log, gpu)
+        wrecked = step("quantize", [sys.executable, f"quantize_{method}.py", "--model", batch.model,
+                                    "--bits", str(bits), "--output", str(folder), *batch.device,
+                                    *batch.passed_on.get(method, []), *extra], log, gpu)
         found = _hash(batch, folder)
         made = {"checkpoint": found, "options": batch.quantization_options(method)}
         if found and not (folder / METADATA_FILE).is_file():
-            made["made_from"] = made_from(batch.model, method, batch.results)
+            made.update(made_from=made_from(batch.model, method, batch.results), wrecked=wrecked)
         batch.note(configuration, "running", made=made)
+    # Noted where there is no metadata for verification to read it from.
+    if reason := batch.status[configuration].get("made", {}).get("wrecked"):
+        raise StepFailed(reason)
     if found is None or found != verified or batch.overwrite:
         step("verify", [sys.executable, "verify_model.py", "--model-path", str(folder), *batch.device], log, gpu)
     else:

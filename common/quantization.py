@@ -71,11 +71,13 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     with _writer(CheckpointWriter(output, source, grid, method.activation_bits, method.online, fingerprint,
                                   options.resume)) as writer:
         ends: dict[str, QuantizedLinear] = {}
+        end_records: dict[str, dict] = {}
 
         def round_ends() -> None:
             for name, width in (("model.embed_tokens", options.embedding_bits), ("lm_head", options.head_bits)):
                 if width:
-                    ends[name] = _quantize_rows(source, name, width)
+                    ends[name], error = _quantize_rows(source, name, width)
+                    end_records[name] = {"bits": width, "relative_output_error": error}
 
         own = None if windows is None else parallel.share(windows.tokens)
         result = quantize_model(source, method, grid, own, tokens, writer.write_layer if writer else lambda *_: None, watch,
@@ -87,13 +89,16 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
             weight_bytes = writer.write_rest(ends)
         document = _document(options, method, grid, source, windows, result, tokens, watch, device, dtype)
         document["made_from"] = made_from
+        if end_records:
+            document["ends"] = end_records
         document["bytes"] = _sizes(source, weight_bytes, writer.folder)
         document["compression_ratio"] = round(document["bytes"]["baseline_weights"] / weight_bytes, 4)
         document["seconds"]["total"] = round(time.perf_counter() - started, 3)
         writer.finish(document if options.save_metadata else None)
     say(_summary(output, document))
-    for name, error in wrecked(result.linears):
-        say(f"warning: {name} is wrecked, its output is off by {error:.2f} of its size; verify_model.py will fail")
+    verdict = "verify_model.py will fail" if options.save_metadata else "saved without metadata, so verify_model.py cannot know"
+    for name, error in wrecked({**result.linears, **end_records}):
+        say(f"warning: {name} is wrecked, its output is off by {error:.2f} of its size; {verdict}")
     return output
 
 
@@ -158,20 +163,24 @@ def _fingerprint(options, method: Method, source: SourceModel, made_from: dict[s
             **{f"version of {package}": version for package, version in metadata.versions().items()}}
 
 
-def _quantize_rows(source: SourceModel, name: str, bits: int) -> QuantizedLinear:
-    """Round the embedding or head to nearest, one symmetric scale per row of the vocabulary, and put the result in place."""
+def _quantize_rows(source: SourceModel, name: str, bits: int) -> tuple[QuantizedLinear, float]:
+    """Round the embedding or head to nearest, one symmetric scale per row of the vocabulary, and put the result in place.
+    Returns the codes and the relative error of the matrix.
+    """
     grid = Grid(bits, None, symmetric=True)
     parameter = source.model.get_submodule(name).weight
     # All of a large vocabulary at once would take gigabytes in float32.
     kind = scale_type((rows.float() for rows in parameter.data.split(ROWS_AT_ONCE)), grid, source.storage_dtype)
-    parts, values = [], []
+    parts, values, squares = [], [], []
     for rows in parameter.data.split(ROWS_AT_ONCE):
         scale, zero_point = search_range(rows.float(), grid, scale_dtype=kind)
         part = QuantizedLinear(quantize(rows, scale, zero_point, grid), scale, zero_point, grid)
         values.append(part.dequantize(parameter.dtype))
+        squares.append(torch.stack([(values[-1].float() - rows.float()).square().sum(), rows.float().square().sum()]))
         parts.append((part.codes.cpu(), scale.cpu(), zero_point.cpu()))
     parameter.data = torch.cat(values)
-    return QuantizedLinear(*(torch.cat(column) for column in zip(*parts, strict=True)), grid)
+    missed, whole = torch.stack(squares).sum(0).sqrt().tolist()
+    return QuantizedLinear(*(torch.cat(column) for column in zip(*parts, strict=True)), grid), missed / max(whole, 1e-30)
 
 
 def _headline(method: Method, grid: Grid, source: SourceModel, windows, device, dtype) -> str:

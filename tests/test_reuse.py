@@ -7,7 +7,7 @@ import shutil
 import pytest
 from conftest import ROOT, assert_user_error, build_tiny, run_script
 from test_identity import TASKS, compare, perplexities, quantize
-from test_report_and_batch import real_batch  # noqa: F401
+from test_report_and_batch import STAND_INS, batch, real_batch  # noqa: F401
 
 from common import identity
 from common.checkpoint import METADATA_FILE
@@ -166,3 +166,19 @@ def test_a_batch_without_metadata_after_a_change_of_the_code(real_batch):  # noq
     (real_batch.folder / "results" / real_batch.name / "status.json").write_text(json.dumps(status))
     code, status = real_batch(*words)
     assert code == 1 and "was made with other quantization code; --overwrite" in status["hqq-4bit"]["reason"]
+
+
+def test_a_batch_marks_a_wrecked_checkpoint_without_metadata(batch, monkeypatch):  # noqa: F811
+    """Its verification cannot know; the batch does, on a second run too."""
+    monkeypatch.setattr("common.batch.checkpoint_hash", lambda *_: "1" * 64)
+    monkeypatch.setattr("common.batch.made_from", lambda *_: {})
+    said = "lm_head is wrecked, its output is off by 0.98 of its size; saved without metadata, so verify_model.py cannot know"
+    (batch.folder / "quantize_hqq.py").write_text(f"{STAND_INS['quantize_hqq.py']}; print('warning: {said}'); print('more')")
+    for _ in range(2):
+        assert batch("--only", "hqq-4bit", "--no-save-metadata") == 1
+        status = json.loads((batch.folder / "results/tiny/status.json").read_text())["hqq-4bit"]
+        assert status["state"] == "warning" and status["reason"] == said
+    calls = [line.split()[0] for line in (batch.folder / "calls").read_text().splitlines()]
+    assert calls == ["quantize_hqq.py"]                                         # neither made again nor evaluated
+    (batch.folder / "quantize_hqq.py").write_text(STAND_INS["quantize_hqq.py"])
+    assert batch("--only", "hqq-4bit", "--no-save-metadata", "--overwrite") == 0
