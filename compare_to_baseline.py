@@ -20,11 +20,12 @@ from common.checkpoint import is_quantized
 from common.comparison import compare, facts, print_comparison, samples_by_task
 from common.errors import UserError
 from common.evaluation import add_evaluation_arguments, evaluate_model
-from common.identity import check_original, incomparable, other_data
+from common.identity import incomparable, other_data
 from common.models import resolve_folder
 from common.naming import baseline_of, subject_of
 from common.plots import comparison_chart, save
 from common.progress import say
+from common.reuse import check_original
 
 
 def main() -> None:

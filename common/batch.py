@@ -28,11 +28,12 @@ from common import check
 from common.checkpoint import METADATA_FILE
 from common.cli import DTYPES, gibibytes, positive, run
 from common.errors import UserError
-from common.identity import changed_sources, checkpoint_hash, made_from
+from common.identity import checkpoint_hash
 from common.models import DEFAULT_MODEL, MODELS_FOLDER
 from common.naming import filed_as, source_of
 from common.progress import say
 from common.results import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE, read_json, write_json
+from common.reuse import changed_sources, made_from
 
 _REASON_LENGTH = 200
 # Options that the batch itself gives every script; of two the last would count, for each configuration alike.

@@ -40,6 +40,7 @@ from common.naming import Subject, subject_of
 from common.probe import check_finite
 from common.progress import say, track
 from common.results import RESULTS_FOLDER, has_samples, load_samples, read_json, write_json, write_samples
+from common.reuse import check_original
 from common.runtime import load_for_running, measure_memory, measure_speed, weight_bytes
 from common.tasks import scoring
 from common.tasks.numbers import parse_number
@@ -248,7 +249,7 @@ def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, t
               "code": identity.code_hash(), "demo_data": demo, "versions": metadata.versions(),
               "device": metadata.describe_device(device), "compute_dtype": str(dtype).removeprefix("torch.")}
     if windows is not None:
-        identity.check_original(subject, options.results_dir)
+        check_original(subject, options.results_dir)
     conditions = _conditions(subject, options.results_dir, chosen, rows, windows)
     if reuse:
         chosen = identity.left_to_do(subject, options.results_dir, shared, conditions, twice)

@@ -1,4 +1,4 @@
-"""What results were made from, and whether they answer for what is asked now; also checkpoints.
+"""What results were made from, and whether they answer for what is asked now.
 
 Results are those of a checkpoint (the hash of its files), by this code (the hash of the modules
 that the evaluation uses), with these library versions, on this device, and each task's on these
@@ -7,7 +7,6 @@ rows. They are used again only when all of it agrees.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import json
@@ -17,11 +16,10 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from common import metadata
 from common.checkpoint import METADATA_FILE
 from common.errors import UserError
 from common.models import TensorReader, resolve_folder
-from common.naming import Subject, source_of
+from common.naming import Subject
 from common.progress import say
 from common.results import has_samples, read_json, write_json
 
@@ -35,8 +33,6 @@ SHARED = {
     "device": "device",
     "versions": "version",
 }
-# What a checkpoint is made from besides options, and how it is called.
-MADE_FROM = {"model": "files of --model", "calibration": "text of --calib-data", "code": "quantization code"}
 # What may differ between the documents of a checkpoint and its baseline.
 _OWN = ("source", "checkpoint")
 HASHES_FILE = "file_hashes.json"
@@ -46,33 +42,6 @@ _SMALL_FILES = (".json", ".jinja", ".txt", ".model")
 _SETTLED_SECONDS = 2.0
 PROJECT = Path(__file__).resolve().parents[1]
 _ENTRY = "common.evaluation"
-# Modules that quantize scripts import to check, name or describe what they make.
-_BESIDE_CODES = (
-    "common.errors",
-    "common.identity",
-    "common.machine",
-    "common.metadata",
-    "common.naming",
-    "common.overlap",
-    "common.progress",
-    "common.results",
-    "common.verification",
-)
-# Options of a quantize script that change nothing in the checkpoint, and those that matter only
-# where there is calibration.
-_WITHOUT_EFFECT = (
-    "output",
-    "overwrite",
-    "resume",
-    "save_metadata",
-    "data_root",
-    "device",
-    "device_memory",
-    "dtype",
-    "model",
-)
-_OF_CALIBRATION = ("calib_data", "calib_samples", "calib_length", "seed")
-_DAMAGED = f"{METADATA_FILE} is damaged; quantize again with --overwrite"
 
 
 def checkpoint_hash(folder: Path, results_dir: Path) -> str:
@@ -171,11 +140,6 @@ def code_hash(root: Path = PROJECT, entry: str = _ENTRY, beside: tuple[str, ...]
     return _digest([modules, tasks])
 
 
-def quantization_code_hash(method: str) -> str:
-    """SHA-256 of the code that decides the codes of a method's checkpoints, as `code_hash`."""
-    return code_hash(entry=f"quantize_{method}", beside=_BESIDE_CODES)
-
-
 def _module_file(root: Path, name: str) -> Path | None:
     base = root.joinpath(*name.split("."))
     return next(
@@ -208,25 +172,6 @@ def original_hash(subject: Subject, results_dir: Path) -> str | None:
         return checkpoint_hash(resolve_folder(subject.original), results_dir)
     except UserError:
         return None
-
-
-def check_original(subject: Subject, results_dir: Path) -> None:
-    """Refuse a 16-bit model with other files than the checkpoint's metadata says it was made from.
-
-    Raises:
-        UserError: naming both.
-    """
-    record = metadata.read(subject.folder)
-    then = record and recorded_sources(record).get("model")
-    try:
-        now = then and source_hash(resolve_folder(subject.original), results_dir)
-    except UserError:
-        return  # a model that cannot be had is not compared with either
-    if then != now:
-        raise UserError(
-            f"{subject.original} has changed since {subject.folder} was made from it, or is another "
-            "model; quantize again with --overwrite, or name the right one with --baseline"
-        )
 
 
 def left_to_do(
@@ -329,67 +274,3 @@ def other_data(baseline: dict, quantized: dict) -> list[str]:
             for key in ("data", "fingerprint")
         )
     ]
-
-
-def made_from(model: str, method: str, results_dir: Path) -> dict[str, str]:
-    """The hashes of what a checkpoint of `model` is made from, as far as they are known before it is
-    opened. Raises UserError where the model cannot be had.
-    """
-    model_hash = source_hash(resolve_folder(model), results_dir)
-    return {"model": model_hash, "code": quantization_code_hash(method)}
-
-
-def recorded_sources(record: dict) -> dict:
-    """The hashes of what metadata says a checkpoint was made from, by the keys of MADE_FROM; of an
-    earlier version it says less. Raises UserError for damaged metadata.
-    """
-    try:
-        calibration = (record["calibration"] or {}).get("fingerprint")
-        return {**record.get("made_from", {}), "calibration": calibration}
-    except (TypeError, AttributeError):
-        raise UserError(_DAMAGED) from None
-
-
-def changed_sources(then: dict, now: dict[str, str]) -> list[str]:
-    """In what a checkpoint was made from other things than those there now, in words."""
-    return [
-        f"{'other' if then.get(key) else 'unknown'} {MADE_FROM[key]}"
-        for key, found in now.items()
-        if then.get(key) != found
-    ]
-
-
-def changed_options(
-    record: dict, options: argparse.Namespace, method: str, dtype: str
-) -> list[str]:
-    """In what the options that a checkpoint was made with differ from those asked for, in words;
-    only those that decide its weights count. One that is not recorded is unknown, not the same.
-
-    Args:
-        dtype: what --dtype comes to.
-    Raises:
-        UserError: damaged metadata.
-    """
-    try:
-        made, grid = record["options"], record["grid"]
-        found = [
-            ("method", record["method"], method),
-            ("--model", source_of(record["model"]["source"]), source_of(options.model)),
-            ("--dtype", record["compute_dtype"], dtype),
-        ]
-        ignored = {*_WITHOUT_EFFECT, *(_OF_CALIBRATION if record["calibration"] is None else ())}
-        for name, now in vars(options).items():
-            then = made.get(name, "unknown")
-            if name == "group_size" and now == str(grid["group_size"] or "channel"):
-                then = now  # what auto came to
-            if name not in ignored:
-                found.append(
-                    (
-                        f"--{name.replace('_', '-')}",
-                        then,
-                        str(now) if isinstance(now, Path) else now,
-                    )
-                )
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(_DAMAGED) from None
-    return [f"{name} {then}, not {now}" for name, then, now in found if then != now]

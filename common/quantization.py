@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import identity, metadata, overlap, parallel, probe
+from common import metadata, overlap, parallel, probe, reuse
 from common.calibration import Windows, calibration_windows
 from common.checkpoint import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
 from common.cli import configure_torch, resolve_device, resolve_dtype, resolve_sizes
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     check_output(output, options.overwrite)
     watch = Stopwatch(device)
     with watch("load"):
-        made_from = identity.made_from(options.model, method.name, RESULTS_FOLDER)
+        made_from = reuse.made_from(options.model, method.name, RESULTS_FOLDER)
         source = SourceModel(options.model, device, dtype)
         if options.head_bits and source.tied and not method.unties:
             raise UserError(f"{source.name} shares its head with the embedding, so --head-bits has nothing to act on; "
@@ -109,14 +109,14 @@ def _check_finished(output: Path, options: argparse.Namespace, method: Method, d
         UserError: naming them and the way out.
     """
     record = metadata.read(output)
-    changes = identity.changed_options(record, options, method.name, str(dtype).removeprefix("torch."))
-    then = identity.recorded_sources(record)
-    changes += identity.changed_sources(then, identity.made_from(options.model, method.name, RESULTS_FOLDER))
+    changes = reuse.changed_options(record, options, method.name, str(dtype).removeprefix("torch."))
+    then = reuse.recorded_sources(record)
+    changes += reuse.changed_sources(then, reuse.made_from(options.model, method.name, RESULTS_FOLDER))
     # To compare the text it has to be read and cut into tokens, by the tokenizer of the same model.
     if not changes and record["calibration"] is not None:
         folder = resolve_folder(options.model)
         windows = _windows(options, load_tokenizer(folder), load_config(folder))
-        changes = identity.changed_sources(then, {"calibration": windows.fingerprint})
+        changes = reuse.changed_sources(then, {"calibration": windows.fingerprint})
     if changes:
         more = f" and {len(changes) - 2} more" if len(changes) > 2 else ""
         raise UserError(f"{output} was made with {', '.join(changes[:2])}{more}; --overwrite makes it again; to "
@@ -155,7 +155,7 @@ _WITHOUT_EFFECT = ("output", "overwrite", "resume", "save_metadata", "data_root"
 def _fingerprint(options, method: Method, source: SourceModel, made_from: dict[str, str], windows, device, dtype) -> dict:
     """All that decides a checkpoint's codes, for a run that goes on with another's layers."""
     return {"method": method.name, "model": source.name,
-            **{identity.MADE_FROM[key]: found[:16] for key, found in made_from.items()},
+            **{reuse.MADE_FROM[key]: found[:16] for key, found in made_from.items()},
             "calibration": windows and windows.fingerprint[:16],
             **{f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in _WITHOUT_EFFECT},
             "device": metadata.describe_device(device)["name"], "processes": parallel.size(),

@@ -9,7 +9,7 @@ from conftest import ROOT, assert_user_error, build_tiny, run_script
 from test_identity import TASKS, compare, perplexities, quantize
 from test_report_and_batch import STAND_INS, batch, real_batch  # noqa: F401
 
-from common import identity
+from common import identity, reuse
 from common.checkpoint import METADATA_FILE
 from common.errors import UserError
 from common.naming import Subject
@@ -97,11 +97,11 @@ def test_the_code_that_decides_codes(method, monkeypatch):
     seen, original = set(), identity._module_file
     monkeypatch.setattr(identity, "_module_file", lambda root, name: seen.add(name) or original(root, name))
     identity.code_hash.cache_clear()
-    found = identity.quantization_code_hash(method)
+    found = reuse.quantization_code_hash(method)
     assert {f"quantize_{method}", "common.rounding", "common.layerwise", "common.calibration", "common.checkpoint"} <= seen
     assert ("common.adaround" in seen) is (method == "adaround") and "quantize_awq" not in seen
     assert not {"common.verification", "common.runtime", "common.naming", "common.machine", "common.evaluation"} & seen
-    assert found != identity.quantization_code_hash("awq") != identity.code_hash()
+    assert found != reuse.quantization_code_hash("awq") != identity.code_hash()
 
 
 def test_unchanged_weights_are_read_once(model, tmp_path, monkeypatch):
