@@ -25,6 +25,7 @@ from common.models import resolve_folder
 from common.naming import baseline_of, subject_of
 from common.plots import comparison_chart, save
 from common.progress import say
+from common.reuse import check_original
 
 
 def main() -> None:
@@ -42,6 +43,7 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         quantized = subject_of(options.quantized, options.baseline, options.results_dir)
         baseline = baseline_of(quantized.source, resolve_folder(quantized.source), options.results_dir)
+        check_original(quantized, options.results_dir)
         documents = [evaluate_model(baseline, options, not options.overwrite, compared=quantized.configuration),
                      evaluate_model(quantized, options, not options.overwrite)]
     reasons = incomparable(*documents) + [f"other data of {task}" for task in other_data(*documents) if task in options.tasks]

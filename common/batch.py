@@ -36,8 +36,11 @@ from common.models import DEFAULT_MODEL, MODELS_FOLDER
 from common.naming import filed_as, source_of
 from common.progress import say
 from common.results import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE, read_document
+from common.reuse import changed_sources, made_from
 
 _REASON_LENGTH = 200
+# Options that the batch itself gives every script; of two the last would count, for each configuration alike.
+_OWN_OPTIONS = ("model", "bits", "output", "overwrite", "device", "device_memory", "dtype", "data_root")
 
 
 @dataclass
@@ -83,7 +86,7 @@ class Batch:
 
     def quantization_options(self, method: str) -> list[str]:
         """What a method's script is told that decides a checkpoint's weights."""
-        without_effect = ("--save-metadata", "--no-save-metadata")
+        without_effect = ("--save-metadata", "--no-save-metadata", "--resume")
         words = [word for word in self.passed_on.get(method, []) if word not in without_effect]
         return [*words, *(["--dtype", self.dtype] if self.dtype != "auto" else [])]
 
@@ -92,8 +95,9 @@ class StepFailed(Exception):
     """A step of a configuration ended with an error; the message is its last line."""
 
 
-def step(title: str, command: list[str], log: Path, gpu: dict[str, str]) -> None:
+def step(title: str, command: list[str], log: Path, gpu: dict[str, str]) -> str:
     """Run one script, showing its output and keeping it in `log`. Raises StepFailed with its error line.
+    Returns its first warning of something wrecked, the worst.
 
     Args:
         gpu: environment that says which GPU to use; lines are shown with the configuration's name when it says so.
@@ -101,7 +105,7 @@ def step(title: str, command: list[str], log: Path, gpu: dict[str, str]) -> None
     prefix = f"[{log.stem}] " if gpu else ""
     say(f"{prefix}--- {title}")
     log.parent.mkdir(parents=True, exist_ok=True)
-    last, error = "", ""
+    last, error, wrecked = "", "", ""
     with log.open("a") as file:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                                    env={**os.environ, **gpu})
@@ -112,11 +116,14 @@ def step(title: str, command: list[str], log: Path, gpu: dict[str, str]) -> None
             last = line.strip() or last
             if line.startswith(("error: ", "FAIL")):
                 error = line.strip().removeprefix("error: ")
+            if line.startswith("warning: ") and " is wrecked" in line:
+                wrecked = wrecked or line.strip().removeprefix("warning: ")
         code = process.wait()
     if code:
         if code < 0:
             error = error or f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
         raise StepFailed((error or last or f"exit code {code}")[:_REASON_LENGTH])
+    return wrecked
 
 
 def run_configuration(batch: Batch, configuration: str) -> bool:
@@ -132,7 +139,7 @@ def run_configuration(batch: Batch, configuration: str) -> bool:
     try:
         with batch.gpu() as gpu:
             verified = _run_steps(batch, configuration, folder, log, gpu, verified)
-    except StepFailed as failure:
+    except (StepFailed, UserError) as failure:
         say(f"=== {configuration} failed: {failure}")
         batch.note(configuration, "warning" if folder.is_dir() and wanted else "failed", str(failure))
         return False
@@ -147,7 +154,7 @@ def _run_steps(batch: Batch, configuration: str, folder: Path, log: Path, gpu: d
     Args:
         verified: the hash of the one that an earlier run verified.
     Raises:
-        StepFailed: a step ended with an error, or what is there was made with other options.
+        StepFailed: a step ended with an error, what is there was made with other options, or a part of it is wrecked.
     """
     wanted = CONFIGURATIONS[configuration]
     evaluate = [*batch.device, *batch.evaluation, "--results-dir", str(batch.results)]
@@ -163,12 +170,17 @@ def _run_steps(batch: Batch, configuration: str, folder: Path, log: Path, gpu: d
     else:
         # What is there is not made again: --resume ends at once, or refuses it for its options.
         extra = ["--overwrite"] if batch.overwrite else ["--resume"] if folder.is_dir() else []
-        step("quantize", [sys.executable, f"quantize_{method}.py", "--model", batch.model,
-                          "--bits", str(bits), "--output", str(folder), *batch.device,
-                          *batch.passed_on.get(method, []), *extra], log, gpu)
+        wrecked = step("quantize", [sys.executable, f"quantize_{method}.py", "--model", batch.model,
+                                    "--bits", str(bits), "--output", str(folder), *batch.device,
+                                    *batch.passed_on.get(method, []), *extra], log, gpu)
         found = _hash(batch, folder)
         made = {"checkpoint": found, "options": batch.quantization_options(method)}
+        if found and not (folder / METADATA_FILE).is_file():
+            made.update(made_from=made_from(batch.model, method, batch.results), wrecked=wrecked)
         batch.note(configuration, "running", made=made)
+    # Noted where there is no metadata for verification to read it from.
+    if reason := batch.status[configuration].get("made", {}).get("wrecked"):
+        raise StepFailed(reason)
     if found is None or found != verified or batch.overwrite:
         step("verify", [sys.executable, "verify_model.py", "--model-path", str(folder), *batch.device], log, gpu)
     else:
@@ -201,6 +213,8 @@ def _check_made(batch: Batch, configuration: str, method: str, folder: Path, fou
         both = made.get("options", []), asked
         then, now = (" ".join(words) or "the defaults" for words in both)
         reason = f"it was made with {then}, not {now}"
+    elif changes := changed_sources(made.get("made_from", {}), made_from(batch.model, method, batch.results)):
+        reason = f"it was made with {', '.join(changes)}"
     else:
         return
     raise StepFailed(f"{folder} has no metadata and {reason}; --overwrite makes it again; to keep it, "
@@ -281,8 +295,14 @@ def _refusal(method: str, option: list[str]) -> str | None:
         raise UserError(f"{message} (it is passed to quantize_{method}.py, whose --help lists its options)")
 
     parser.error = refuse
+    # Only parsing knows --bits=3 and --bit 3 for what they are.
+    parser.set_defaults(**dict.fromkeys(_OWN_OPTIONS))
     try:
-        return "" if parser.parse_known_args(option)[1] else None
+        found, unknown = parser.parse_known_args(option)
+        if own := [name for name in _OWN_OPTIONS if getattr(found, name) is not None]:
+            return (f"{' '.join(option)} cannot be passed on: the batch itself tells each script its "
+                    f"--{own[0].replace('_', '-')}; see --help for what it takes, or run quantize_{method}.py on its own")
+        return "" if unknown else None
     except UserError as error:
         return str(error)
 

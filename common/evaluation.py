@@ -42,6 +42,7 @@ from common.naming import Subject, subject_of
 from common.probe import check_finite
 from common.progress import say, track
 from common.results import RESULTS_FOLDER, has_samples, load_samples, read_document, write_samples
+from common.reuse import check_original
 from common.runtime import load_for_running, measure_memory, measure_speed, weight_bytes
 from common.tasks import scoring
 from common.tasks.numbers import parse_number
@@ -256,6 +257,8 @@ def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, t
     shared = {"source": subject.source, "checkpoint": identity.checkpoint_hash(folder, options.results_dir),
               "code": identity.code_hash(), "demo_data": demo, "versions": metadata.versions(),
               "device": metadata.describe_device(device), "compute_dtype": dtype_name(dtype)}
+    if windows is not None:
+        check_original(subject, options.results_dir)
     conditions = _conditions(subject, options.results_dir, chosen, rows, windows)
     if reuse:
         chosen = identity.left_to_do(subject, options.results_dir, shared, conditions, twice)
@@ -279,7 +282,7 @@ def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, t
     if "speed" in chosen:
         speed = measure_speed(model, model.config.vocab_size)
         speed["memory_bytes"] = measure_memory(model, model.config.vocab_size)
-    say(f"Evaluating {name} {configuration} on {device} in {str(dtype).removeprefix('torch.')}: {', '.join(chosen)}")
+    say(f"Evaluating {name} {configuration} on {device} in {dtype_name(dtype)}: {', '.join(chosen)}")
     tasks, samples = {}, {}
     for task in rows:
         tasks[task], samples[task] = run_task(task, model, tokenizer, rows[task], demo)

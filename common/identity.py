@@ -1,4 +1,4 @@
-"""What results were made from, and whether they answer for what is asked now; also checkpoints.
+"""What results were made from, and whether they answer for what is asked now.
 
 Results are those of a checkpoint (the hash of its files), by this code (the hash of the modules
 that the evaluation uses), with these library versions, on this device, and each task's on these
@@ -7,12 +7,12 @@ rows. They are used again only when all of it agrees.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from common.checkpoint import METADATA_FILE
 from common.errors import UserError
 from common.files import json_or_none, write_json
 from common.models import TensorReader, resolve_folder
-from common.naming import BASELINE, Subject, source_of
+from common.naming import BASELINE, Subject
 from common.progress import say
 from common.results import has_samples, load_model_results, read_document
 
@@ -43,20 +43,6 @@ _SMALL_FILES = (".json", ".jinja", ".txt", ".model")
 _SETTLED_SECONDS = 2.0
 PROJECT = Path(__file__).resolve().parents[1]
 _ENTRY = "common.evaluation"
-# Options of a quantize script that change nothing in the checkpoint, and those that matter only
-# where there is calibration.
-_WITHOUT_EFFECT = (
-    "output",
-    "overwrite",
-    "resume",
-    "save_metadata",
-    "data_root",
-    "device",
-    "device_memory",
-    "dtype",
-    "model",
-)
-_OF_CALIBRATION = ("calib_data", "calib_samples", "calib_length", "seed")
 
 
 def checkpoint_hash(folder: Path, results_dir: Path) -> str:
@@ -73,16 +59,29 @@ def checkpoint_hash(folder: Path, results_dir: Path) -> str:
         for file in folder.iterdir()
         if file.suffix in _SMALL_FILES and file.name != METADATA_FILE and file.is_file()
     ]
+    return _hash_of_files(folder, {*weights, *small}, results_dir)
+
+
+def source_hash(folder: Path, results_dir: Path) -> str:
+    """SHA-256 over a 16-bit model's weights and config.json, which are the same in every copy of it.
+    Arguments and errors as of `checkpoint_hash`.
+    """
+    weights = [name for name, *_ in TensorReader(folder).describe()]
+    return _hash_of_files(folder, {*weights, "config.json"}, results_dir)
+
+
+def _hash_of_files(folder: Path, names: set[str], results_dir: Path) -> str:
     memory = results_dir / HASHES_FILE
-    known = json_or_none(memory) or {}  # only ever saves time
-    found = {name: _file_hash(folder / name, known) for name in sorted({*weights, *small})}
+    known = json_or_none(memory) or {}
+    found = {name: _file_hash(folder / name, known) for name in sorted(names)}
     fresh = {
         entry[0]: entry[1]
         for entry in found.values()
         if entry[1] is not None and known.get(entry[0]) != entry[1]
     }
     if fresh:
-        write_json(memory, {**(json_or_none(memory) or {}), **fresh})
+        with suppress(OSError):  # only ever saves time
+            write_json(memory, {**(json_or_none(memory) or {}), **fresh})
     return _digest({name: entry[2] for name, entry in found.items()})
 
 
@@ -109,14 +108,18 @@ def rows_fingerprint(rows: list[dict]) -> str:
 
 
 @cache
-def code_hash(root: Path = PROJECT, entry: str = _ENTRY) -> str:
+def code_hash(root: Path = PROJECT, entry: str = _ENTRY, beside: tuple[str, ...] = ()) -> str:
     """SHA-256 of the code that decides results: the modules that the evaluation imports, without
     comments and docstrings, and the task files. An edit of a README or a plot changes nothing.
+
+    Args:
+        entry: the module to begin with; the task files are the evaluation's alone.
+        beside: modules that are left out, with what only they import.
     """
     modules, waiting = {}, [entry]
     while waiting:
         name = waiting.pop()
-        file = _module_file(root, name)
+        file = None if name in beside else _module_file(root, name)
         if name in modules or file is None:
             continue
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -125,6 +128,7 @@ def code_hash(root: Path = PROJECT, entry: str = _ENTRY) -> str:
     tasks = {
         file.name: file.read_text(encoding="utf-8")
         for file in sorted((root / "common" / "tasks").glob("*.yaml"))
+        if entry == _ENTRY
     }
     return _digest([modules, tasks])
 
@@ -173,24 +177,26 @@ def left_to_do(
         tasks: by task, what its part of the results has to agree with.
         twice: tasks on rows have to have been run twice.
     Raises:
-        UserError: the 16-bit model is another than the one that this checkpoint was compared with.
+        UserError: the 16-bit model is another than the one that this same checkpoint was compared
+            with, on whatever device that was.
     """
     title = f"{subject.name} {subject.configuration}"
     file = results_dir / subject.name / f"{subject.configuration}.json"
     if not file.is_file() or not has_samples(results_dir, subject.name, subject.configuration):
         return tuple(tasks)
     document = read_document(file)
-    changes = shared_changes(document, shared)
-    if changes:
-        say(f"{title}: evaluated again, as its results are of another {'; '.join(changes)}")
-        return tuple(tasks)
     original = document.get("tasks", {}).get("perplexity", {}).get("original")
     now = tasks.get("perplexity", {}).get("original")
-    if original and now and original != now:
+    same = document.get("checkpoint") == shared["checkpoint"]
+    if same and original and now and original != now:
         raise UserError(
             f"{subject.original} has changed since {subject.folder} was compared with it; quantize "
             "again with --overwrite"
         )
+    changes = shared_changes(document, shared)
+    if changes:
+        say(f"{title}: evaluated again, as its results are of another {'; '.join(changes)}")
+        return tuple(tasks)
     left = []
     for task, wanted in tasks.items():
         reason = _task_change(task, document, wanted)
@@ -290,33 +296,3 @@ def spare(subject: Subject, results_dir: Path, tasks: dict[str, dict], compared:
             f"{'; '.join(f'{task} {change}' for task, change in changes.items())}; leave the "
             "difference out, give a --results-dir of its own, or --overwrite both"
         )
-
-
-def changed_options(record: dict, options: argparse.Namespace, method: str) -> list[str]:
-    """In what the options that a checkpoint was made with differ from those asked for, in words;
-    only those that decide its weights count. Raises UserError for damaged metadata.
-    """
-    try:
-        made, grid = record["options"], record["grid"]
-        found = [
-            ("method", record["method"], method),
-            ("--model", source_of(record["model"]["source"]), source_of(options.model)),
-        ]
-        if options.dtype != "auto":
-            found.append(("--dtype", record["compute_dtype"], options.dtype))
-        ignored = {*_WITHOUT_EFFECT, *(_OF_CALIBRATION if record["calibration"] is None else ())}
-        for name, now in vars(options).items():
-            then = made.get(name, now)
-            if name == "group_size" and now == str(grid["group_size"] or "channel"):
-                then = now  # what auto came to
-            if name not in ignored:
-                found.append(
-                    (
-                        f"--{name.replace('_', '-')}",
-                        then,
-                        str(now) if isinstance(now, Path) else now,
-                    )
-                )
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{METADATA_FILE} is damaged; quantize again with --overwrite") from None
-    return [f"{name} {then}, not {now}" for name, then, now in found if then != now]

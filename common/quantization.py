@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -12,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import identity, metadata, overlap, parallel, probe
-from common.calibration import calibration_windows
+from common import metadata, overlap, parallel, probe, reuse
+from common.calibration import Windows, calibration_windows
 from common.checkpoint import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
 from common.cli import configure_torch, resolve_sizes
 from common.device import device_and_dtype, dtype_name
@@ -21,9 +20,10 @@ from common.errors import UserError
 from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve_group_size, scale_type
 from common.kernels.rounding import search_range
 from common.layerwise import NOTHING, Method, Resumption, Stopwatch, WalkResult, quantize_model
-from common.models import MODELS_FOLDER, SourceModel
+from common.models import MODELS_FOLDER, SourceModel, load_config, load_tokenizer, resolve_folder
 from common.naming import filed_as
 from common.progress import say
+from common.results import RESULTS_FOLDER
 from common.verification import wrecked
 
 # Rows of an embedding or head that are rounded at once.
@@ -50,16 +50,13 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     resolve_sizes(options)
     output = options.output or MODELS_FOLDER / filed_as(options.model) / f"{method.name}-{options.bits}bit"
     if options.resume and (output / METADATA_FILE).is_file() and not options.overwrite:
-        changes = identity.changed_options(metadata.read(output), options, method.name)
-        if changes:
-            more = f" and {len(changes) - 2} more" if len(changes) > 2 else ""
-            raise UserError(f"{output} was made with {', '.join(changes[:2])}{more}; --overwrite makes it again; to "
-                            "keep it, move it away first")
+        _check_finished(output, options, method, dtype)
         say(f"{output} is finished, with the same options; there is nothing to resume")
         return output
     check_output(output, options.overwrite)
     watch = Stopwatch(device)
     with watch("load"):
+        made_from = reuse.made_from(options.model, method.name, RESULTS_FOLDER)
         source = SourceModel(options.model, device, dtype)
         if options.head_bits and source.tied and not method.unties:
             raise UserError(f"{source.name} shares its head with the embedding, so --head-bits has nothing to act on; "
@@ -68,20 +65,20 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     windows = None
     if method.needs != NOTHING:
         with watch("calibration text"):
-            length = min(options.calib_length, source.config.max_position_embeddings)
-            windows = calibration_windows(options.calib_data, source.tokenizer, options.calib_samples, length,
-                                          options.seed, options.data_root)
+            windows = _windows(options, source.tokenizer, source.config)
     say(_headline(method, grid, source, windows, device, dtype))
     tokens = probe.probe_tokens(source.tokenizer)
-    fingerprint = _fingerprint(options, method, source, windows, device, dtype)
+    fingerprint = _fingerprint(options, method, source, made_from, windows, device, dtype)
     with _writer(CheckpointWriter(output, source, grid, method.activation_bits, method.online, fingerprint,
                                   options.resume)) as writer:
         ends: dict[str, QuantizedLinear] = {}
+        end_records: dict[str, dict] = {}
 
         def round_ends() -> None:
             for name, width in (("model.embed_tokens", options.embedding_bits), ("lm_head", options.head_bits)):
                 if width:
-                    ends[name] = _quantize_rows(source, name, width)
+                    ends[name], error = _quantize_rows(source, name, width)
+                    end_records[name] = {"bits": width, "relative_output_error": error}
 
         own = None if windows is None else parallel.share(windows.tokens)
         result = quantize_model(source, method, grid, own, tokens, writer.write_layer if writer else lambda *_: None, watch,
@@ -92,14 +89,44 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
         with watch("write"):
             weight_bytes = writer.write_rest(ends)
         document = _document(options, method, grid, source, windows, result, tokens, watch, device, dtype)
+        document["made_from"] = made_from
+        if end_records:
+            document["ends"] = end_records
         document["bytes"] = _sizes(source, weight_bytes, writer.folder)
         document["compression_ratio"] = round(document["bytes"]["baseline_weights"] / weight_bytes, 4)
         document["seconds"]["total"] = round(time.perf_counter() - started, 3)
         writer.finish(document if options.save_metadata else None)
     say(_summary(output, document))
-    for name, error in wrecked(result.linears):
-        say(f"warning: {name} is wrecked, its output is off by {error:.2f} of its size; verify_model.py will fail")
+    verdict = "verify_model.py will fail" if options.save_metadata else "saved without metadata, so verify_model.py cannot know"
+    for name, error in wrecked({**result.linears, **end_records}):
+        say(f"warning: {name} is wrecked, its output is off by {error:.2f} of its size; {verdict}")
     return output
+
+
+def _check_finished(output: Path, options: argparse.Namespace, method: Method, dtype: torch.dtype) -> None:
+    """Refuse a finished checkpoint that was made with other options or from other things than are there now.
+
+    Raises:
+        UserError: naming them and the way out.
+    """
+    record = metadata.read(output)
+    changes = reuse.changed_options(record, options, method.name, dtype_name(dtype))
+    then = reuse.recorded_sources(record)
+    changes += reuse.changed_sources(then, reuse.made_from(options.model, method.name, RESULTS_FOLDER))
+    # To compare the text it has to be read and cut into tokens, by the tokenizer of the same model.
+    if not changes and record["calibration"] is not None:
+        folder = resolve_folder(options.model)
+        windows = _windows(options, load_tokenizer(folder), load_config(folder))
+        changes = reuse.changed_sources(then, {"calibration": windows.fingerprint})
+    if changes:
+        more = f" and {len(changes) - 2} more" if len(changes) > 2 else ""
+        raise UserError(f"{output} was made with {', '.join(changes[:2])}{more}; --overwrite makes it again; to "
+                        "keep it, move it away first")
+
+
+def _windows(options: argparse.Namespace, tokenizer, config) -> Windows:
+    length = min(options.calib_length, config.max_position_embeddings)
+    return calibration_windows(options.calib_data, tokenizer, options.calib_samples, length, options.seed, options.data_root)
 
 
 def _writer(writer: CheckpointWriter) -> AbstractContextManager[CheckpointWriter | None]:
@@ -126,10 +153,10 @@ _WITHOUT_EFFECT = ("output", "overwrite", "resume", "save_metadata", "data_root"
                    "model")
 
 
-def _fingerprint(options, method: Method, source: SourceModel, windows, device, dtype) -> dict:
+def _fingerprint(options, method: Method, source: SourceModel, made_from: dict[str, str], windows, device, dtype) -> dict:
     """All that decides a checkpoint's codes, for a run that goes on with another's layers."""
-    weights = hashlib.sha256(repr(source.tensors.describe()).encode()).hexdigest()[:16]
-    return {"method": method.name, "model": source.name, "weights": weights,
+    return {"method": method.name, "model": source.name,
+            **{reuse.MADE_FROM[key]: found[:16] for key, found in made_from.items()},
             "calibration": windows and windows.fingerprint[:16],
             **{f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in _WITHOUT_EFFECT},
             "device": metadata.describe_device(device)["name"], "processes": parallel.size(),
@@ -137,20 +164,24 @@ def _fingerprint(options, method: Method, source: SourceModel, windows, device, 
             **{f"version of {package}": version for package, version in metadata.versions().items()}}
 
 
-def _quantize_rows(source: SourceModel, name: str, bits: int) -> QuantizedLinear:
-    """Round the embedding or head to nearest, one symmetric scale per row of the vocabulary, and put the result in place."""
+def _quantize_rows(source: SourceModel, name: str, bits: int) -> tuple[QuantizedLinear, float]:
+    """Round the embedding or head to nearest, one symmetric scale per row of the vocabulary, and put the result in place.
+    Returns the codes and the relative error of the matrix.
+    """
     grid = Grid(bits, None, symmetric=True)
     parameter = source.model.get_submodule(name).weight
     # All of a large vocabulary at once would take gigabytes in float32.
     kind = scale_type((rows.float() for rows in parameter.data.split(ROWS_AT_ONCE)), grid, source.storage_dtype)
-    parts, values = [], []
+    parts, values, squares = [], [], []
     for rows in parameter.data.split(ROWS_AT_ONCE):
         scale, zero_point = search_range(rows.float(), grid, scale_dtype=kind)
         part = QuantizedLinear(quantize(rows, scale, zero_point, grid), scale, zero_point, grid)
         values.append(part.dequantize(parameter.dtype))
+        squares.append(torch.stack([(values[-1].float() - rows.float()).square().sum(), rows.float().square().sum()]))
         parts.append((part.codes.cpu(), scale.cpu(), zero_point.cpu()))
     parameter.data = torch.cat(values)
-    return QuantizedLinear(*(torch.cat(column) for column in zip(*parts, strict=True)), grid)
+    missed, whole = torch.stack(squares).sum(0).sqrt().tolist()
+    return QuantizedLinear(*(torch.cat(column) for column in zip(*parts, strict=True)), grid), missed / max(whole, 1e-30)
 
 
 def _headline(method: Method, grid: Grid, source: SourceModel, windows, device, dtype) -> str:
@@ -159,7 +190,7 @@ def _headline(method: Method, grid: Grid, source: SourceModel, windows, device, 
     text = "no calibration" if windows is None else \
         f"calibration {windows.tokens.shape[0]} x {windows.tokens.shape[1]} tokens of {windows.source}"
     return (f"{method.name} {grid.bits}-bit, {size}, {kind}: {source.name} on {device} in "
-            f"{str(dtype).removeprefix('torch.')}, {text}")
+            f"{dtype_name(dtype)}, {text}")
 
 
 def _document(options, method, grid, source, windows, result: WalkResult, tokens, watch, device, dtype) -> dict:

@@ -39,6 +39,14 @@ def quiet():
     quiet_libraries()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def hashes_apart(tmp_path_factory):
+    """Hashes of the tests' models are not remembered among the results of this machine."""
+    from common import quantization
+
+    quantization.RESULTS_FOLDER = tmp_path_factory.mktemp("hashes")
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(1234)

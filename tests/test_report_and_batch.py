@@ -245,7 +245,8 @@ def test_a_batch_without_metadata_run_again(real_batch):
     checkpoint = folder / "models" / real_batch.name / "hqq-4bit"
     code, status = real_batch(*base)
     assert code == 0 and not (checkpoint / "quantization_metadata.json").exists()
-    for again in (base, ["--limit", "2", "--only", "hqq-4bit"]):  # the flag decides no weights
+    plain = ["--limit", "2", "--only", "hqq-4bit"]
+    for again in (base, plain, [*plain, "--resume"]):  # these flags decide no weights
         code, status = real_batch(*again)
         assert code == 0 and real_batch.titles == ["evaluate evaluation"]
         assert "used again" in real_batch.output
@@ -272,6 +273,11 @@ def test_a_batch_without_metadata_run_again(real_batch):
     (["--alpha", "1.5"], "1.5 is not between 0 and 1"),
     (["--only", "smoothquant-8bit", "--group-size", "64"], "--group-size: invalid choice: '64'"),
     (["64"], "unknown option 64"),
+    (["--bits", "3"], "--bits 3 cannot be passed on: the batch itself tells each script its --bits"),
+    (["--output=elsewhere"], "--output=elsewhere cannot be passed on"),
+    (["--only", "hqq-4bit", "--bit", "4"], "its --bits"),                       # argparse takes abbreviations
+    (["--mod", "another/model"], "its --model"),
+    (["--overw"], "its --overwrite"),
 ])
 def test_options_passed_on_are_checked_before_anything_starts(batch, words, said):
     from common.errors import UserError

@@ -117,10 +117,41 @@ def test_a_wrecked_linear_is_named_by_both_scripts(tiny, tmp_path, monkeypatch):
     result = run_script(ROOT / "quantize_hqq.py", "--model", tiny, "--output", tmp_path / "out", "--bits", "8")
     assert result.returncode == 0
     for name in ("model.layers.0.mlp.down_proj", LINEAR):
-        assert f"warning: {name} is wrecked" in result.stdout + result.stderr
+        assert f"warning: {name} is wrecked" in result.stdout
+    assert "verify_model.py will fail" in result.stdout
     verified = run(tmp_path / "out")
     assert verified.returncode == 1
     assert "FAIL  output errors: 2 linears" in verified.stdout and LINEAR in verified.stdout
+    # Errors are in the metadata alone.
+    result = run_script(ROOT / "quantize_hqq.py", "--model", tiny, "--output", tmp_path / "bare", "--bits", "8", "--no-save-metadata")
+    assert f"warning: {LINEAR} is wrecked" in result.stdout and "will fail" not in result.stdout
+    assert "saved without metadata, so verify_model.py cannot know" in result.stdout
+    assert run(tmp_path / "bare").returncode == 0
+
+
+@pytest.mark.parametrize("option, bits, name", [("--embedding-bits", 8, "model.embed_tokens"), ("--head-bits", 4, "lm_head")])
+def test_a_wrecked_embedding_or_head_is_named_by_both_scripts(tiny_models, tmp_path, monkeypatch, option, bits, name):
+    from common import quantization
+    search = quantization.search_range
+
+    def quantize(output):
+        result = run_script(ROOT / "quantize_hqq.py", "--model", tiny_models["llama", False], "--output", output, option, bits)
+        assert result.returncode == 0, result.stderr
+        return result
+
+    assert "is wrecked" not in quantize(tmp_path / "fine").stdout
+    error = json.loads((tmp_path / "fine" / METADATA_FILE).read_text())["ends"][name]["relative_output_error"]
+    assert 0 < error < 4 / 2 ** bits
+    assert run(tmp_path / "fine").returncode == 0
+
+    def broken(rows, *arguments, **options):
+        scale, zero_point = search(rows, *arguments, **options)
+        return torch.ones_like(scale), zero_point
+
+    monkeypatch.setattr(quantization, "search_range", broken)
+    assert f"warning: {name} is wrecked" in quantize(tmp_path / "out").stdout
+    verified = run(tmp_path / "out")
+    assert verified.returncode == 1 and "FAIL  output errors: " in verified.stdout and name in verified.stdout
 
 
 def test_no_more_logits_at_once_than_the_device_has_room_for(checkpoint, monkeypatch):
