@@ -15,7 +15,7 @@ same matrix, so a tied head is stored on its own. Weights are quantized to W4A16
 With --act-bits or --kv-bits the inputs of the linears and the key-value cache are rounded as the model runs, after the
 paper's online rotations R3 of queries and keys and R4 of down_proj's input. With --act-bits R1 is not folded: what the norms
 put out is rotated as it comes, and before that each channel is scaled, in the norm's gain or in up_proj, by what does the
-least harm (`align`). A tied head stays tied then. Such a checkpoint does not load plainly, by intent; verify_model.py and
+least harm (`align`). A tied head stays tied then, unless --head-bits rounds it alone. Such a checkpoint does not load plainly, by intent; verify_model.py and
 common/evaluation.py run it.
 """
 
@@ -205,6 +205,8 @@ def main() -> None:
         rotations["value"] = rotation(attention.head_dim, options.seed + 1)
         if folded:
             rotate_ends(source, rotations["hidden"])
+        elif options.head_bits:
+            source.untie()
         if transforms:
             enable_attention(source.model)
 
@@ -218,7 +220,8 @@ def main() -> None:
             rotate_online(layer.module, transforms)
 
     run(options, Method("quarot", lambda layer: gptq_layer(layer, options.damping, options.sweeps), online=transforms,
-                        catch_up=options.catch_up, rewrite_model=rewrite_model, unties=folded, rewrite_layer=rewrite_layer))
+                        catch_up=options.catch_up, rewrite_model=rewrite_model, unties=folded or bool(options.head_bits),
+                        rewrite_layer=rewrite_layer))
 
 
 if __name__ == "__main__":
