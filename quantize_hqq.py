@@ -46,7 +46,7 @@ def half_quadratic(groups: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid
         best_zero = torch.where(better, zero_point, best_zero)
         if step < steps:
             # Errors near zero would get unbounded weight at p < 2.
-            share = power_(torch.maximum(magnitude, 1e-3 * scale.unsqueeze(-1) * unit), lp_norm - 2)
+            share = power_(magnitude.clamp_(min=1e-3 * scale.unsqueeze(-1) * unit), lp_norm - 2)
             share = share / share.sum(-1, keepdim=True)
             # What the codes without their zero-point stand for: (w + error) / scale.
             codes = (groups + error) / scale.unsqueeze(-1) + zero_point.unsqueeze(-1)

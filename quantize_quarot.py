@@ -15,8 +15,8 @@ same matrix, so a tied head is stored on its own. Weights are quantized to W4A16
 With --act-bits or --kv-bits the inputs of the linears and the key-value cache are rounded as the model runs, after the
 paper's online rotations R3 of queries and keys and R4 of down_proj's input. With --act-bits R1 is not folded: what the norms
 put out is rotated as it comes, and before that each channel is scaled, in the norm's gain or in up_proj, by what does the
-least harm (`align`). A tied head stays tied then, unless --head-bits rounds it alone. Such a checkpoint does not load plainly, by intent; verify_model.py and
-common/evaluation.py run it.
+least harm (`align`). A tied head stays tied then, unless --head-bits rounds it alone. Such a checkpoint does not load
+plainly, by intent; verify_model.py and common/evaluation.py run it.
 """
 
 import argparse
@@ -46,8 +46,8 @@ ACTIVATION_CLIPS, KV_CLIP = (1.0, 0.9, 0.8, 0.7, 0.6), 0.95
 ALIGN_TOKENS = 16384
 # Rows that are rotated at once.
 ROWS = 16384
-WRITES_HIDDEN, V_PROJ = ("self_attn.o_proj", "mlp.down_proj"), "self_attn.v_proj"
-DOWN = next(index for index, group in enumerate(LINEAR_GROUPS) if "mlp.down_proj" in group.linears)
+V_PROJ, DOWN_PROJ = "self_attn.v_proj", "mlp.down_proj"
+WRITES_HIDDEN = ("self_attn.o_proj", DOWN_PROJ)
 
 
 def times(weight: Tensor, matrix: Tensor) -> Tensor:
@@ -153,23 +153,24 @@ def input_squares(layer: Layer) -> list[Tensor]:
 
     def receive(index: int, inputs: Tensor) -> None:
         tokens = inputs.float().flatten(0, -2).square()
-        if index == DOWN:
+        if DOWN_PROJ in LINEAR_GROUPS[index].linears:
             tokens /= tokens.sum(1, keepdim=True).clamp(min=1e-20)
         sums[index] += tokens.sum(0)
 
     seen = 0
     with group_inputs(layer.module, receive):
         for chunk in layer.inputs:
-            if seen < ALIGN_TOKENS:
-                layer.forward(chunk.to(device))
-                seen += chunk.shape[0] * chunk.shape[1]
+            layer.forward(chunk.to(device))
+            seen += chunk.shape[0] * chunk.shape[1]
+            if seen >= ALIGN_TOKENS:
+                break
     return [parallel.add(total) for total in sums]
 
 
 def rotate_online(module: nn.Module, transforms: OnlineTransforms) -> None:
     """Let a decoder layer apply its online rotations as it runs, and undo them in the weights that read what they turn."""
-    turned = [*WRITES_HIDDEN[1:], *(name for names in READS_HIDDEN.values() for name in names if transforms.hidden)]
-    for name in turned:
+    turned = [name for names in READS_HIDDEN.values() for name in names] if transforms.hidden else []
+    for name in (*turned, DOWN_PROJ):
         weight = module.get_submodule(name).weight
         weight.data = rotate(weight.double(), *factors(weight.shape[1])).to(weight.dtype)
     attach(module, transforms)

@@ -2,8 +2,9 @@
 
 R3 turns queries and keys after the rotary embedding, R4 turns down_proj's input (Ashkboos et al. 2024, arXiv 2404.00456,
 figure 3), and where inputs are rounded what the norms put out is turned too: their gains can then even out the channels
-before, which a rotation folded into the weights does not let them. Inputs of the linears are rounded per token, keys and values per token and head: as every vector of the cache is
-rounded by itself, rounding what attention reads is the same as storing it rounded.
+before, which a rotation folded into the weights does not let them. Inputs of the linears are rounded per token, keys and
+values per token and head: as every vector of the cache is rounded by itself, rounding what attention reads is the same as
+storing it rounded.
 
 A model whose weights expect this is wrong without it, so such a checkpoint has a model type that transformers does not
 know: a plain load fails at once. `runtime.load_model` reads it.

@@ -173,11 +173,12 @@ def _quantize_rows(source: SourceModel, name: str, bits: int) -> tuple[Quantized
     # All of a large vocabulary at once would take gigabytes in float32.
     kind = scale_type((rows.float() for rows in parameter.data.split(ROWS_AT_ONCE)), grid, source.storage_dtype)
     parts, values, squares = [], [], []
-    for rows in parameter.data.split(ROWS_AT_ONCE):
-        scale, zero_point = search_range(rows.float(), grid, scale_dtype=kind)
+    for stored in parameter.data.split(ROWS_AT_ONCE):
+        rows = stored.float()
+        scale, zero_point = search_range(rows, grid, scale_dtype=kind)
         part = QuantizedLinear(quantize(rows, scale, zero_point, grid), scale, zero_point, grid)
         values.append(part.dequantize(parameter.dtype))
-        squares.append(torch.stack([(values[-1].float() - rows.float()).square().sum(), rows.float().square().sum()]))
+        squares.append(torch.stack([(values[-1].float() - rows).square().sum(), rows.square().sum()]))
         parts.append((part.codes.cpu(), scale.cpu(), zero_point.cpu()))
     parameter.data = torch.cat(values)
     missed, whole = torch.stack(squares).sum(0).sqrt().tolist()

@@ -15,6 +15,7 @@ import pandas as pd
 
 from common.comparison import Comparison, adjusted_p_values, by_metric
 from common.errors import UserError
+from common.identity import other_data
 from common.results import CONFIGURATIONS, DOCUMENTED_FOLDER, ModelResults
 from common.significance import GAIN, NO_LOSS
 
@@ -259,9 +260,8 @@ def _apart(document: dict, other: dict) -> str | None:
     """What of a document is not to be compared with another: in brackets the tasks, empty for all of it; None for nothing."""
     if any(document[key] != other[key] for key in ("device", "versions", "compute_dtype")):
         return ""
-    tasks = [task for task, found in document["tasks"].items() if task in other["tasks"] and any(
-                 found.get(name) != other["tasks"][task].get(name) for name in ("data", "fingerprint"))]
-    return f" ({', '.join(tasks)})" if tasks else None
+    tasks = other_data(other, document)
+    return f" ({', '.join(task for task in document['tasks'] if task in tasks)})" if tasks else None
 
 
 def tables(results: ModelResults, comparisons: Comparisons) -> list[Table]:

@@ -60,6 +60,15 @@ def run(folder):
     return result
 
 
+def check_it_fails(checkpoint, folder, change, failing):
+    """A copy of the checkpoint in `folder`, changed, fails with a line that begins so."""
+    shutil.copytree(checkpoint, folder)
+    change(folder)
+    result = run(folder)
+    assert result.returncode == 1
+    assert f"FAIL  {failing}" in result.stdout, result.stdout
+
+
 def test_sound(checkpoint):
     result = run(checkpoint)
     assert result.returncode == 0, result.stdout
@@ -78,12 +87,7 @@ def test_sound(checkpoint):
     (change_error, f"output errors: 1 linears are off by more than 0.5 of their output: {LINEAR} (0.51)"),
 ], ids=["tokenizer", "codes", "negative", "nan", "shape", "one bit", "baseline", "wrecked"])
 def test_tampered(checkpoint, tmp_path, change, failing):
-    folder = tmp_path / "copy"
-    shutil.copytree(checkpoint, folder)
-    change(folder)
-    result = run(folder)
-    assert result.returncode == 1
-    assert f"FAIL  {failing}" in result.stdout, result.stdout
+    check_it_fails(checkpoint, tmp_path / "copy", change, failing)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -95,11 +99,7 @@ def test_tampered(checkpoint, tmp_path, change, failing):
 def test_damaged_metadata(checkpoint, tmp_path, change, words):
     """Also where it lacks what only the evaluation and the tables need."""
     folder = tmp_path / "copy"
-    shutil.copytree(checkpoint, folder)
-    change(folder)
-    result = run(folder)
-    assert result.returncode == 1
-    assert f"FAIL  metadata: {folder / METADATA_FILE} is damaged ({words}" in result.stdout, result.stdout
+    check_it_fails(checkpoint, folder, change, f"metadata: {folder / METADATA_FILE} is damaged ({words}")
 
 
 def test_a_wrecked_linear_is_named_by_both_scripts(tiny, tmp_path, monkeypatch):

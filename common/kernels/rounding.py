@@ -41,14 +41,14 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor | None = None, n
     for part in groups.split(max(1, TILE_ELEMENTS[weight.device.type] // weight.shape[1])):
         part = part.float()
         # High powers of small weights would be nothing in float32.
-        unit = reciprocal_size(part)
+        unit = None if norm == 2.0 else reciprocal_size(part)
         best_error = torch.full(part.shape[:-1], torch.inf, device=part.device)
         best_scale = torch.ones_like(best_error)
         best_zero = torch.zeros_like(best_error)
         for shrink in candidates:
             scale, zero = min_max(part, grid, shrink, scale_dtype)
             error = rounding_error(part, scale, zero, grid)
-            error = power_(error if norm == 2.0 else error.mul_(unit), norm)
+            error = power_(error if unit is None else error.mul_(unit), norm)
             total = error.sum(-1) if factor is None else error.mul_(factor).sum(-1)
             better = total < best_error
             best_error = torch.where(better, total, best_error)
