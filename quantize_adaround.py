@@ -19,10 +19,10 @@ from torch import Tensor
 
 from common import cli, parallel
 from common.adaround import SoftRounding, beta_at, learn_rounding
+from common.architecture import LinearGroup
 from common.errors import UserError
 from common.grid import QuantizedLinear
 from common.layerwise import Layer, Method
-from common.models import LINEAR_GROUPS, LINEARS, LinearGroup
 from common.quantization import run
 from common.rounding import choose_ranges, damped, restore_gain
 from common.scaling import equalize
@@ -60,7 +60,7 @@ def quantize_layer(layer: Layer, iterations: int, block: bool) -> dict[str, Quan
     if block:
         with torch.enable_grad():
             reconstruct(layer, learned, iterations)
-        for group, rounding in zip(LINEAR_GROUPS, learned, strict=True):
+        for group, rounding in zip(layer.family.groups, learned, strict=True):
             finish(group, rounding, rounding.codes(), rounding.scale)
     if settled:
         layer.notes["settled"] = min(settled)
@@ -73,12 +73,12 @@ def reconstruct(layer: Layer, learned: list[SoftRounding], iterations: int) -> N
     The error is relative to each token's size, as in `layerwise`, against the original model's output where that is known.
     """
     inputs = torch.cat(layer.inputs)
-    device = layer.module.mlp.down_proj.weight.device
+    device = next(layer.module.parameters()).device
     with torch.no_grad():
         targets = torch.cat(layer.targets or [layer.forward(chunk.to(device)).to(chunk.device) for chunk in layer.inputs])
         for rounding in learned:
             rounding.v = torch.where(rounding.v >= 0, BLOCK_START, -BLOCK_START).requires_grad_(True)
-    originals = {name: layer.module.get_submodule(name).weight for name in LINEARS}
+    originals = {name: layer.module.get_submodule(name).weight for name in layer.family.linears}
     count = sum(rounding.v.numel() for rounding in learned)
 
     def error(chosen: torch.Tensor | slice) -> torch.Tensor:
@@ -86,7 +86,7 @@ def reconstruct(layer: Layer, learned: list[SoftRounding], iterations: int) -> N
         return ((output - target).square().mean(-1) / target.square().mean(-1).clamp(min=1e-12)).mean()
 
     with torch.no_grad():
-        for group, rounding in zip(LINEAR_GROUPS, learned, strict=True):
+        for group, rounding in zip(layer.family.groups, learned, strict=True):
             _set_weights(layer, group, rounding.weight((rounding.v >= 0).float()))
         start = error(slice(BLOCK_BATCH)).clamp(min=1e-12)
     optimiser = torch.optim.Adam([rounding.v for rounding in learned], lr=BLOCK_TRAVEL / iterations)
@@ -94,7 +94,7 @@ def reconstruct(layer: Layer, learned: list[SoftRounding], iterations: int) -> N
     for step in range(iterations):
         beta = beta_at(step, iterations)
         penalty = torch.zeros((), device=device)
-        for group, rounding in zip(LINEAR_GROUPS, learned, strict=True):
+        for group, rounding in zip(layer.family.groups, learned, strict=True):
             h = rounding.h()
             _set_weights(layer, group, rounding.weight(h))
             if beta is not None:

@@ -20,7 +20,6 @@ from common import cli
 from common.grid import Grid, QuantizedLinear, grouped, power_, quantize, reciprocal_size, round_scale, rounding_error
 from common.kernels.rounding import search_range
 from common.layerwise import NOTHING, Layer, Method
-from common.models import LINEARS
 from common.quantization import run
 from common.rounding import restore_gain
 
@@ -84,7 +83,7 @@ def main() -> None:
 
     def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
         return {name: quantize_weight(layer.own_weight(name), layer.grid, options.lp_norm, layer.scale_dtype)
-                for name in LINEARS}
+                for name in layer.family.linears}
 
     run(options, Method("hqq", quantize_layer, needs=NOTHING))
 

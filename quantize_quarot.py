@@ -25,20 +25,20 @@ import torch
 from torch import Tensor, nn
 
 from common import cli, parallel
+from common.architecture import Family, LinearGroup, family_of
 from common.gptq import SWEEPS, gptq_layer
 from common.hadamard import factors, rotate, rotation
 from common.layerwise import Layer, Method
-from common.models import LINEAR_GROUPS, MODELS_FOLDER, SourceModel
+from common.models import MODELS_FOLDER, SourceModel
 from common.naming import filed_as
 from common.online import OnlineTransforms, attach, enable_attention
+from common.progress import say
 from common.quantization import run
 from common.scaling import fold_scale
 from common.statistics import group_inputs
 
 # Rotated inputs are even, and need no more damping than the GPTQ paper's.
 DAMPING = 0.01
-READS_HIDDEN = {"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")}
 # Shares of their range that activations and cache keep. The paper's is 0.9 for all activations; the best for each token loses
 # a sixth less (docs/quantization_methods_deep_dive.md).
 ACTIVATION_CLIPS, KV_CLIP = (1.0, 0.9, 0.8, 0.7, 0.6), 0.95
@@ -46,8 +46,6 @@ ACTIVATION_CLIPS, KV_CLIP = (1.0, 0.9, 0.8, 0.7, 0.6), 0.95
 ALIGN_TOKENS = 16384
 # Rows that are rotated at once.
 ROWS = 16384
-V_PROJ, DOWN_PROJ = "self_attn.v_proj", "mlp.down_proj"
-WRITES_HIDDEN = ("self_attn.o_proj", DOWN_PROJ)
 
 
 def times(weight: Tensor, matrix: Tensor) -> Tensor:
@@ -56,18 +54,19 @@ def times(weight: Tensor, matrix: Tensor) -> Tensor:
     return torch.cat([(part.double() @ matrix).to(weight.dtype) for part in weight.split(ROWS)])
 
 
-def fuse_norm(norm: nn.Module, linears: list[nn.Linear]) -> None:
+def fuse_norm(family: Family, norm: nn.Module, linears: list[nn.Linear]) -> None:
     """Multiply an RMSNorm's gain [hidden] into the columns of the linears that read it; the gain becomes one."""
+    gain = family.gain(norm).double()
     for linear in linears:
-        linear.weight.data = torch.cat([(part.double() * norm.weight.double()).to(part.dtype)
+        linear.weight.data = torch.cat([(part.double() * gain).to(part.dtype)
                                         for part in linear.weight.data.split(ROWS)])
-    norm.weight.data = torch.ones_like(norm.weight)
+    family.set_gain(norm, torch.ones_like(norm.weight))
 
 
 def rotate_ends(source: SourceModel, hidden: Tensor) -> None:
     """Rotate what writes the hidden state first and reads it last: embedding and head. hidden: R1 [hidden, hidden]."""
     source.untie()
-    fuse_norm(source.model.model.norm, [source.model.lm_head])
+    fuse_norm(source.family, source.model.model.norm, [source.model.lm_head])
     embedding, head = source.model.model.embed_tokens, source.model.lm_head
     embedding.weight.data = times(embedding.weight, hidden)
     head.weight.data = times(head.weight, hidden)
@@ -82,34 +81,41 @@ def balance(feeder: nn.Linear, reader: nn.Linear, heads: tuple[int, int, int]) -
     not decide how well they are rounded. The rotations do that for the hidden state alone.
 
     Args:
-        feeder: weights [n, ...]; v_proj or up_proj.
+        feeder: weights [..., in], of which the last n rows count; v_proj or up_proj.
         reader: weights [out, in]; o_proj or down_proj.
         heads: how `reader`'s input channels follow from the n rows, [key-value heads, query heads
             that share each, size]; (1, 1, n) where it reads them as they are.
     """
-    rows = feeder.weight.float().norm(dim=1)
+    fed = slice(-heads[0] * heads[2], None)
+    rows = feeder.weight[fed].float().norm(dim=1)
     columns = reader.weight.float().unflatten(1, heads).norm(dim=(0, 2)).flatten()
     scale = (rows / columns).sqrt().double()
     # A channel that nothing feeds, or nothing reads, has no scale.
     scale[~(torch.isfinite(scale) & (scale > 0))] = 1.0
-    feeder.weight.data = (feeder.weight / scale.unsqueeze(1)).to(feeder.weight.dtype)
+    feeder.weight.data[fed] = (feeder.weight[fed] / scale.unsqueeze(1)).to(feeder.weight.dtype)
     if feeder.bias is not None:
-        feeder.bias.data = (feeder.bias / scale).to(feeder.bias.dtype)
+        feeder.bias.data[fed] = (feeder.bias[fed] / scale).to(feeder.bias.dtype)
     by_head = scale.view(heads[0], 1, heads[2]).expand(heads).reshape(-1)
     reader.weight.data = (reader.weight * by_head).to(reader.weight.dtype)
 
 
-def rotate_layer(module: nn.Module, hidden: Tensor, value: Tensor) -> None:
-    """Rotate a decoder layer. hidden: R1 [hidden, hidden]; value: R2 [head size, head size]."""
-    mlp = module.mlp
-    for norm, names in READS_HIDDEN.items():
-        linears = [module.get_submodule(name) for name in names]
-        fuse_norm(module.get_submodule(norm), linears)
+def balance_group(module: nn.Module, group: LinearGroup) -> None:
+    """`balance` the one linear of a group in a decoder layer and the linear that feeds it."""
+    reader = module.get_submodule(group.linears[0])
+    balance(module.get_submodule(group.fed_by), reader, group.heads(reader.in_features, module.self_attn.config))
+
+
+def rotate_layer(module: nn.Module, hidden: Tensor | None, value: Tensor) -> None:
+    """Rotate a decoder layer. hidden: R1 [hidden, hidden], None where it does not fold; value: R2 [head size, head size]."""
+    family = family_of(module)
+    for group in family.reading if hidden is not None else ():
+        linears = [module.get_submodule(name) for name in group.linears]
+        fuse_norm(family, module.get_submodule(group.fed_by), linears)
         for linear in linears:
             linear.weight.data = times(linear.weight, hidden)
-    balance(mlp.up_proj, mlp.down_proj, (1, 1, mlp.up_proj.out_features))
-    for name in WRITES_HIDDEN:
-        linear = module.get_submodule(name)
+    balance_group(module, family.writing[1])
+    for group in family.writing if hidden is not None else ():
+        linear = module.get_submodule(group.linears[0])
         linear.weight.data = times(linear.weight.T, hidden).T.contiguous()
         if linear.bias is not None:
             linear.bias.data = times(linear.bias, hidden)
@@ -118,12 +124,14 @@ def rotate_layer(module: nn.Module, hidden: Tensor, value: Tensor) -> None:
 
 def rotate_values(module: nn.Module, value: Tensor) -> None:
     """Balance and rotate, head by head, what v_proj hands to o_proj. value: R2 [head size, head size]."""
-    v_proj, o_proj = module.self_attn.v_proj, module.self_attn.o_proj
-    size = len(value)
-    balance(v_proj, o_proj, (v_proj.out_features // size, module.self_attn.num_key_value_groups, size))
-    v_proj.weight.data = times(v_proj.weight.T.unflatten(1, (-1, size)), value).flatten(1).T.contiguous()
+    group = family_of(module).writing[0]
+    v_proj, o_proj = module.get_submodule(group.fed_by), module.get_submodule(group.linears[0])
+    balance_group(module, group)
+    count, size = module.self_attn.config.num_key_value_heads, len(value)
+    values = slice(-count * size, None)                                         # in a linear of q, k and v the last rows
+    v_proj.weight.data[values] = times(v_proj.weight[values].T.unflatten(1, (-1, size)), value).flatten(1).T
     if v_proj.bias is not None:
-        v_proj.bias.data = times(v_proj.bias.view(-1, size), value).flatten()
+        v_proj.bias.data[values] = times(v_proj.bias[values].view(-1, size), value).flatten()
     o_proj.weight.data = times(o_proj.weight.unflatten(1, (-1, size)), value).flatten(1)
 
 
@@ -135,27 +143,27 @@ def align(layer: Layer) -> None:
     has the smallest, (Σ ‖column‖ rms)². (Full matrices in place of D are the subject of arXiv 2603.04359.)
     """
     squares = input_squares(layer)
-    for index, group in enumerate(LINEAR_GROUPS):
-        if group.fed_by != V_PROJ:
+    for group in layer.family.groups:
+        if not group.by_head:
             columns = sum(layer.weight(name).square().sum(0) for name in group.linears)
-            scale = (squares[index] / columns).pow(0.25)
+            scale = (squares[group] / columns).pow(0.25)
             # A channel that is always zero, or that nothing reads, has no scale.
             scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
-            fold_scale(layer, index, parallel.from_first(scale))
+            fold_scale(layer, group, parallel.from_first(scale))
 
 
-def input_squares(layer: Layer) -> list[Tensor]:
+def input_squares(layer: Layer) -> dict[LinearGroup, Tensor]:
     """For each linear group the sum of squares [in] of its inputs' channels. Of down_proj's, among which a few tokens are hundreds of
     times as large as the others, every token counts as one of length one.
     """
-    device = layer.module.mlp.down_proj.weight.device
-    sums = [torch.zeros(layer.module.get_submodule(group.linears[0]).in_features, device=device) for group in LINEAR_GROUPS]
+    device, down = next(layer.module.parameters()).device, layer.family.writing[1]
+    sums = {group: torch.zeros(group.in_features(layer.module), device=device) for group in layer.family.groups}
 
-    def receive(index: int, inputs: Tensor) -> None:
+    def receive(group: LinearGroup, inputs: Tensor) -> None:
         tokens = inputs.float().flatten(0, -2).square()
-        if DOWN_PROJ in LINEAR_GROUPS[index].linears:
+        if group == down:
             tokens /= tokens.sum(1, keepdim=True).clamp(min=1e-20)
-        sums[index] += tokens.sum(0)
+        sums[group] += tokens.sum(0)
 
     seen = 0
     with group_inputs(layer.module, receive):
@@ -164,13 +172,14 @@ def input_squares(layer: Layer) -> list[Tensor]:
             seen += chunk.shape[0] * chunk.shape[1]
             if seen >= ALIGN_TOKENS:
                 break
-    return [parallel.add(total) for total in sums]
+    return {group: parallel.add(total) for group, total in sums.items()}
 
 
 def rotate_online(module: nn.Module, transforms: OnlineTransforms) -> None:
     """Let a decoder layer apply its online rotations as it runs, and undo them in the weights that read what they turn."""
-    turned = [name for names in READS_HIDDEN.values() for name in names] if transforms.hidden else []
-    for name in (*turned, DOWN_PROJ):
+    family = family_of(module)
+    turned = (*family.reading, family.writing[1]) if transforms.hidden else family.writing[1:]
+    for name in [name for group in turned for name in group.linears]:
         weight = module.get_submodule(name).weight
         weight.data = rotate(weight.double(), *factors(weight.shape[1])).to(weight.dtype)
     attach(module, transforms)
@@ -196,14 +205,18 @@ def main() -> None:
         transforms = OnlineTransforms(options.act_bits, options.kv_bits, ACTIVATION_CLIPS, KV_CLIP, hidden=bool(options.act_bits))
         name = f"quarot-w{options.bits}a{options.act_bits or 16}kv{options.kv_bits or 16}"
         options.output = options.output or MODELS_FOLDER / filed_as(options.model) / name
-    # R1, folded into the weights, unless the inputs are rotated as they come.
-    folded = not options.act_bits
     rotations: dict[str, Tensor] = {}
 
     def rewrite_model(source: SourceModel) -> None:
         attention = source.model.model.layers[0].self_attn
-        rotations["hidden"] = rotation(source.config.hidden_size, options.seed)
         rotations["value"] = rotation(attention.head_dim, options.seed + 1)
+        folded = not options.act_bits
+        if folded and source.family.normalises_output:
+            folded = False
+            say(f"{source.family.model_type} normalises what attention and MLP add to the residual stream, so R1 does not fold "
+                "into the weights and value heads alone are rotated; with --act-bits the hidden state is rotated as it comes")
+        else:
+            rotations["hidden"] = rotation(source.config.hidden_size, options.seed)
         if folded:
             rotate_ends(source, rotations["hidden"])
         elif options.head_bits:
@@ -212,16 +225,16 @@ def main() -> None:
             enable_attention(source.model)
 
     def rewrite_layer(layer: Layer) -> None:
-        if folded:
-            rotate_layer(layer.module, **rotations)
-        else:
+        if options.act_bits:
             align(layer)
             rotate_values(layer.module, rotations["value"])
+        else:
+            rotate_layer(layer.module, rotations.get("hidden"), rotations["value"])
         if transforms:
             rotate_online(layer.module, transforms)
 
     run(options, Method("quarot", lambda layer: gptq_layer(layer, options.damping, options.sweeps), online=transforms,
-                        catch_up=options.catch_up, rewrite_model=rewrite_model, unties=folded or bool(options.head_bits),
+                        catch_up=options.catch_up, rewrite_model=rewrite_model, unties=not options.act_bits or bool(options.head_bits),
                         rewrite_layer=rewrite_layer))
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from common import cli
+from common.architecture import LinearGroup
 from common.grid import Grid, QuantizedLinear, min_max, quantize, round_per_token, rounding_error
 from common.kernels.rounding import search_range
 from common.layerwise import RANGES, Layer, Method
-from common.models import LINEAR_GROUPS
 from common.quantization import run
 from common.scaling import fold_all, largest_weight, power_ratio, shared_by_heads
 
@@ -40,14 +40,14 @@ def rounded_error(weight: Tensor, inputs: Tensor, scale: Tensor, grid: Grid, sca
     return ((outputs - expected).square().sum(1) / expected.square().sum(1).clamp(min=1e-12)).mean()
 
 
-def smoothing_scale(layer: Layer, group_index: int, alpha: float | None) -> Tensor:
+def smoothing_scale(layer: Layer, group: LinearGroup, alpha: float | None) -> Tensor:
     """The smoothing scale [in] of a linear group for one α, or the best of ALPHAS and none at all for None."""
-    statistics = layer.statistics[group_index]
-    weights = [layer.weight(name) for name in LINEAR_GROUPS[group_index].linears]
+    statistics = layer.statistics[group]
+    weights = [layer.weight(name) for name in group.linears]
     largest = largest_weight(weights)
 
     def scale_for(exponent: float) -> Tensor:
-        return shared_by_heads(layer, group_index, power_ratio(statistics.abs_max, largest, exponent))
+        return shared_by_heads(layer, group, power_ratio(statistics.abs_max, largest, exponent))
 
     if alpha is not None:
         return scale_for(alpha)
@@ -59,7 +59,7 @@ def smoothing_scale(layer: Layer, group_index: int, alpha: float | None) -> Tens
 
 def prepare_layer(layer: Layer, alpha: float | None) -> None:
     """Smooth all four groups: the two norms, v_proj into o_proj, up_proj into down_proj."""
-    fold_all(layer, lambda group_index: smoothing_scale(layer, group_index, alpha))
+    fold_all(layer, lambda group: smoothing_scale(layer, group, alpha))
 
 
 def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:

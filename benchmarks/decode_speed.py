@@ -23,13 +23,13 @@ import torch  # noqa: E402
 from shape import SHAPE, random_model  # noqa: E402
 
 from common import metadata  # noqa: E402
+from common.architecture import family_of  # noqa: E402
 from common.cli import configure_torch, quiet_libraries  # noqa: E402
 from common.decoding import STEPS_AT_ONCE, Decoder  # noqa: E402
 from common.device import resolve_device  # noqa: E402
 from common.fused import fuse_layers  # noqa: E402
 from common.grid import Grid, grouped, min_max, quantize  # noqa: E402
 from common.kernels.forms import PackedWeight, pack  # noqa: E402
-from common.models import LINEARS  # noqa: E402
 from common.packed import PackedEmbedding, PackedLinear  # noqa: E402
 from common.runtime import weight_bytes  # noqa: E402
 
@@ -61,7 +61,7 @@ def build(form: Form, device: torch.device):
     if form.grid is None:
         return model
     for layer in model.model.layers:
-        for name in LINEARS:
+        for name in family_of(layer).linears:
             weight = layer.get_submodule(name).weight
             layer.set_submodule(name, PackedLinear(packed(weight, form.grid), None, form.activation_bits))
     if form.ends:

@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.files import load_json, replace_folder
 from common.grid import Grid, QuantizedLinear
 from common.layerwise import Resumption
-from common.models import INDEX_FILE, LINEARS, MODEL_FILES, SourceModel, TensorReader, read_config
+from common.models import INDEX_FILE, MODEL_FILES, SourceModel, TensorReader, read_config
 from common.online import OnlineTransforms, mark_config
 from common.unfinished import UnfinishedFolder
 
@@ -94,7 +94,7 @@ class CheckpointWriter:
         tensors = TensorReader(self.folder, self._shard(index))
         for name, parameter in module.named_parameters():
             linear = name.removesuffix(".weight")
-            if linear in LINEARS:
+            if linear in self.source.family.linears:
                 state = stored_parts(tensors.read, tensors, prefix + linear)
                 value = decompress({part: tensor.to(parameter.device) for part, tensor in state.items()}, self.grid)
             else:
@@ -108,7 +108,7 @@ class CheckpointWriter:
             UserError: what was read back is not what was quantized.
         """
         prefix = f"model.layers.{index}."
-        quantized_weights = {f"{name}.weight" for name in LINEARS}
+        quantized_weights = {f"{name}.weight" for name in self.source.family.linears}
         tensors = {prefix + name: tensor.to(self.source.storage_dtype)
                    for name, tensor in module.state_dict().items() if name not in quantized_weights}
         for name, linear in codes.items():
@@ -201,8 +201,15 @@ def _old_rope(config: dict) -> dict:
     nothing. transformers 5 reads both forms.
     """
     scaling = dict(config["rope_parameters"])
+    old = {}
+    if "full_attention" in scaling:                                             # one form for each type of layer
+        old["rope_local_base_freq"] = scaling["sliding_attention"]["rope_theta"]
+        scaling = dict(scaling["full_attention"])
+    # A field of its own, which transformers 5 takes as one too where it takes rope_scaling.
+    if "partial_rotary_factor" in scaling:
+        old["partial_rotary_factor"] = scaling["partial_rotary_factor"]
     theta = scaling.pop("rope_theta")
-    return {"rope_theta": theta, "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
+    return {**old, "rope_theta": theta, "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
 
 
 def _name_tokenizer_as_before(file: Path) -> None:

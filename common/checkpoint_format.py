@@ -17,10 +17,11 @@ from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
+from common.architecture import FAMILIES, Family
 from common.errors import UserError
 from common.files import load_json
 from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear
-from common.models import LINEARS, SUPPORTED_ARCHITECTURES, TensorReader
+from common.models import TensorReader
 from common.online import MODEL_TYPE_SUFFIX
 
 # Weights alone are packed; 8-bit weights with 8-bit activations stay int8, as the integer kernels want them.
@@ -166,6 +167,11 @@ def unpack(state: dict[str, Tensor], grid: Grid) -> tuple[Tensor, Tensor | None]
     return codes, unpack_from_int32(state["weight_zero_point"], grid.bits, state["weight_scale"].shape, packed_dim=0)
 
 
+def family_of(config: dict) -> Family | None:
+    """The family of a checkpoint, by the content of its config.json; None if it is none that is supported."""
+    return FAMILIES.get(config["model_type"].removesuffix(MODEL_TYPE_SUFFIX))
+
+
 def open_checkpoint(folder: Path) -> tuple[dict, TensorReader]:
     """A checkpoint's configuration (config.json as a dict) and its tensors, for looking into the codes.
 
@@ -213,7 +219,7 @@ def unknown_form(config: dict, names: Iterable[str] | None = None) -> str | None
 def _unknown(config: dict, names: set[str] | None) -> str | None:
     quantization = config["quantization_config"]
     groups = list(quantization["config_groups"].values())
-    if config["model_type"].removesuffix(MODEL_TYPE_SUFFIX) not in SUPPORTED_ARCHITECTURES:
+    if family_of(config) is None:
         return f"architecture {config['model_type']}"
     if quantization["quant_method"] != "compressed-tensors" or quantization["quantization_status"] != "compressed":
         return f"{quantization['quant_method']}, {quantization['quantization_status']}"
@@ -272,7 +278,7 @@ def _unknown_tensors(config: dict, names: set[str], ends: list[str]) -> str | No
     odd = sorted(name for name in names if name.rpartition(".")[2] not in (*_PARTS, "bias"))
     if odd:
         return f"tensor {odd[0]}"
-    expected = {f"model.layers.{i}.{linear}" for i in range(config["num_hidden_layers"]) for linear in LINEARS} | set(ends)
+    expected = {f"model.layers.{i}.{linear}" for i in range(config["num_hidden_layers"]) for linear in family_of(config).linears} | set(ends)
     found = {name.removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale")}
     different = sorted(expected ^ found)
     return f"{different[0]}, {'not ' if different[0] in expected else ''}quantized" if different else None

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from common.architecture import is_fused
 from common.device_memory import TOKENS_SHARE, available, cache_bytes, halved_to_fit, token_bytes
 from common.kernels.forms import Rotary
 from common.kernels.inference import add_rms_norm, attend, largest_index, row_matmul, silu_mul
-from common.models import SUPPORTED_ARCHITECTURES
 from common.packed import PackedLinear, stack
 
 # Tokens of prompts that go through the model at once, and steps after which the host looks at what was generated.
@@ -24,12 +24,14 @@ PROMPT_TOKENS, STEPS_AT_ONCE = 16384, 8
 def can_decode(model, length: int) -> bool:
     """Whether `Decoder` computes what the model's own forward pass does, for up to `length` tokens."""
     config = model.config
+    if not is_fused(config):
+        return False
     attention = model.model.layers[0].self_attn
     window, size = getattr(config, "sliding_window", None), attention.head_dim
     # Where transformers rounds inputs itself, inside its linears' forward pass.
     scheme = getattr(attention.q_proj, "quantization_scheme", None)
     rounds_inputs = scheme is not None and scheme.input_activations is not None
-    return (config.model_type in SUPPORTED_ARCHITECTURES and config._attn_implementation == "sdpa"
+    return (config._attn_implementation == "sdpa"
             and size >= 16 and size & (size - 1) == 0 and config.hidden_act == "silu" and not rounds_inputs
             and not hasattr(attention, "online") and not getattr(model, "streamed", 0) and (window is None or length <= window))
 

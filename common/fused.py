@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.architecture import is_fused
 from common.kernels.gpu import FLASH_ATTENTION, supports
 from common.kernels.inference import add_rms_norm, rotate_heads, silu_mul
 
 
 def fuse_layers(model: nn.Module) -> None:
     """Replace the forward passes of a causal LM's norms, attention and MLPs. The kernels have no backward pass: under autograd
-    the original ones run.
+    the original ones run. Families whose layers compute something else than Llama's are left as they are.
     """
+    if not is_fused(model.config):
+        return
     for module in model.modules():
         kind = type(module).__name__
         if kind.endswith("RMSNorm"):

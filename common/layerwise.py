@@ -16,19 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from common import parallel
+from common.architecture import Family, LinearGroup, family_of
 from common.errors import UserError
 from common.grid import Grid, QuantizedLinear, scale_type
-from common.models import LINEAR_GROUPS, LINEARS, LinearGroup, SourceModel
+from common.models import SourceModel
 from common.online import OnlineTransforms
 from common.probe import check_finite, overflow
-from common.progress import track
+from common.progress import say, track
 from common.rounding import catch_up
 from common.statistics import InputStatistics, add_in_parts, group_inputs, new_statistics
 from common.streams import advance, cut, each_chunk, embed_chunks, hidden_bytes, home_of, run_layer
-
-# The groups, of one linear each, whose output is added to the residual stream.
-_O_PROJ, _DOWN_PROJ = ("self_attn.o_proj",), ("mlp.down_proj",)
-QUANTIZED_WEIGHTS = tuple(f"{name}.weight" for name in LINEARS)
 
 
 @dataclass
@@ -39,8 +36,8 @@ class Layer:
     module: nn.Module
     grid: Grid
     scale_dtype: torch.dtype
-    # One for each of LINEAR_GROUPS; None for a method that needs no calibration.
-    statistics: list[InputStatistics] | None = None
+    # None for a method that needs no calibration.
+    statistics: dict[LinearGroup, InputStatistics] | None = None
     # Calibration hidden states before the layer, in chunks [batch, length, hidden], and how to run the layer on one.
     inputs: list[Tensor] | None = None
     forward: Callable[[Tensor], Tensor] | None = None
@@ -48,6 +45,14 @@ class Layer:
     targets: list[Tensor] | None = None
     # What a method wants to have recorded about the layer, such as the settled share of a learned rounding.
     notes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.module)
+
+    @property
+    def config(self):
+        return self.module.self_attn.config
 
     def weight(self, name: str) -> Tensor:
         """The weights [out, in] of linear `name`, in float32."""
@@ -59,7 +64,7 @@ class Layer:
 
     def choose_scale_type(self, storage_dtype: torch.dtype) -> None:
         """Set the type of the layer's scales, which its linears' weights as they are now decide (`grid.scale_type`)."""
-        self.scale_dtype = scale_type(map(self.weight, LINEARS), self.grid, storage_dtype)
+        self.scale_dtype = scale_type(map(self.weight, self.family.linears), self.grid, storage_dtype)
 
     def stacked_weight(self, group: LinearGroup) -> Tensor:
         """The own weights of a group's linears, one under the other: they share the input."""
@@ -73,7 +78,7 @@ class Layer:
 
     def groups(self) -> list[tuple[LinearGroup, InputStatistics | None]]:
         """The groups of linears and their statistics."""
-        return list(zip(LINEAR_GROUPS, self.statistics or [None] * len(LINEAR_GROUPS), strict=True))
+        return [(group, self.statistics and self.statistics[group]) for group in self.family.groups]
 
     def where(self, name: str) -> str:
         return f"model.layers.{self.index}.{name}"
@@ -86,8 +91,8 @@ NOTHING, RANGES, GRAM = "nothing", "ranges", "gram"
 class Method:
     """A quantization method.
 
-    quantize_layer: returns the codes of a layer's `own_weight` of every linear in `models.LINEARS`. What it does to a row may
-        not depend on the other rows.
+    quantize_layer: returns the codes of a layer's `own_weight` of every linear. What it does to a row may not
+        depend on the other rows.
     needs: GRAM, statistics of the quantized layers' output; RANGES, statistics without Gram matrices in one pass through
         the original layers, for 8-bit methods whose errors are small; or NOTHING.
     rewrite_model, rewrite_layer: change the model without changing its function before anything is measured, the small
@@ -219,7 +224,7 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
         if method.rewrite_layer:
             with watch("statistics"):
                 method.rewrite_layer(layer)
-                round_to_storage(module, source.storage_dtype)
+                round_to_storage(module, source.family, source.storage_dtype)
         if index < resumed:
             with watch("resume"):
                 _replay(layer, method, streams, source.device, resumption.restore)
@@ -251,12 +256,16 @@ def _start(source: SourceModel, method: Method, windows: Tensor | None, probe: T
     reference = source.embed(probe)
     if method.rewrite_model:
         method.rewrite_model(source)
-        round_to_storage(source.model, source.storage_dtype)
+        round_to_storage(source.model, source.family, source.storage_dtype)
     chunks, home, originals = (), source.device, None
+    catches_up = bool(method.catch_up) and windows is not None and not source.family.normalises_output
+    if method.catch_up and source.family.normalises_output:
+        say(f"{source.family.model_type} normalises what attention and MLP add to the residual stream, so linears cannot catch "
+            "up with its lag: --catch-up does nothing")
     if windows is not None:
         chunks = cut(source, windows)
-        home = home_of((2 if method.catch_up else 1) * hidden_bytes(source, windows), source.device)
-    if method.catch_up and windows is not None:
+        home = home_of((2 if catches_up else 1) * hidden_bytes(source, windows), source.device)
+    if catches_up:
         originals = embed_chunks(source, chunks, home)
     round_ends()
     hidden, arguments = None, None
@@ -281,20 +290,20 @@ def _quantize_layer(layer: Layer, method: Method, streams: _Streams, source: Sou
         layer.choose_scale_type(source.storage_dtype)
         if method.prepare_layer:
             method.prepare_layer(layer)
-            round_to_storage(module, source.storage_dtype)
+            round_to_storage(module, source.family, source.storage_dtype)
             layer.choose_scale_type(source.storage_dtype)
     with watch("record"):
-        inputs: dict[int, Tensor] = {}
+        inputs: dict[LinearGroup, Tensor] = {}
         with group_inputs(module, inputs.__setitem__):
             run_layer(module, streams.probed, streams.probe_arguments[layer.index])
     with watch("solve"):
         codes = _exchange(layer, method.quantize_layer(layer))
     with watch("record"):
-        found = [_install(layer, name, codes[name], inputs[group_index], method.round_inputs)
-                 for group_index, group in enumerate(LINEAR_GROUPS) for name in group.linears]
+        found = [_install(layer, name, codes[name], inputs[group], method.round_inputs)
+                 for group in layer.family.groups for name in group.linears]
         errors, finite = torch.stack([torch.stack(pair) for pair in found]).T.tolist()
     linears = {}
-    for name, error, is_finite in zip(LINEARS, errors, finite, strict=True):
+    for name, error, is_finite in zip(layer.family.linears, errors, finite, strict=True):
         if not is_finite:
             raise UserError(f"{layer.where(name)}: quantization gave NaN or Inf; use other calibration data or --dtype float32")
         if not math.isfinite(error):
@@ -309,7 +318,7 @@ def _exchange(layer: Layer, codes: dict[str, QuantizedLinear]) -> dict[str, Quan
     if parallel.size() == 1:
         return codes
     whole = {}
-    for name in LINEARS:
+    for name in layer.family.linears:
         found, count = codes[name], layer.module.get_submodule(name).out_features
         whole[name] = QuantizedLinear(*(parallel.join_rows(tensor, count)
                                         for tensor in (found.codes, found.scale, found.zero_point)), layer.grid)
@@ -328,7 +337,7 @@ def _replay(layer: Layer, method: Method, streams: _Streams, device: torch.devic
     if method.needs == RANGES:
         advance(layer.forward, streams.hidden, device)
     restore(layer.index, layer.module)
-    for name in LINEARS:
+    for name in layer.family.linears:
         _round_inputs(layer.module.get_submodule(name), method.round_inputs)
 
 
@@ -337,21 +346,23 @@ def _paused(method: Method) -> AbstractContextManager:
     return method.online.paused() if method.online else nullcontext()
 
 
-def _collect(layer: Layer, device: torch.device, method: Method, originals: list[Tensor] | None) -> list[InputStatistics]:
+def _collect(layer: Layer, device: torch.device, method: Method, originals: list[Tensor] | None) -> dict[LinearGroup, InputStatistics]:
     """Statistics of every linear group over all calibration windows. For RANGES the inputs become the layer's outputs.
 
     The residual stream is normalised before it is read again, so an error that o_proj or down_proj adds to it counts
     relative to the token's size. A few tokens, the first of each text above all, carry values hundreds of times the
     usual; unweighted, they alone would decide how these two are rounded. By the square of their size they would count for
-    nothing, and all other tokens rest their attention on them: they are weighed by one over the size itself.
+    nothing, and all other tokens rest their attention on them: they are weighed by one over the size itself. Where the
+    output is normalised first, an error counts relative to the output's own size as well.
 
     Args:
         originals: hidden states of the original model before the layer; they become those after it.
     """
     statistics = new_statistics(layer.module, device, method.needs == GRAM, method.prepare_layer is not None)
-    inputs: dict[int, Tensor] = {}
+    inputs: dict[LinearGroup, Tensor] = {}
     after_attention: list[Tensor] = []
-    watch = layer.module.post_attention_layernorm.register_forward_pre_hook(
+    attention, mlp = layer.family.writing
+    watch = layer.module.get_submodule(layer.family.reading[1].fed_by).register_forward_pre_hook(
         lambda _, arguments: after_attention.append(arguments[0]))
     with group_inputs(layer.module, inputs.__setitem__):
         def visit(i: int) -> None:
@@ -363,12 +374,14 @@ def _collect(layer: Layer, device: torch.device, method: Method, originals: list
                 with _paused(method):
                     original = layer.forward(originals[i].to(device))
             output = layer.forward(chunk)
-            lags = {}
+            lags, weights = {}, {attention: _token_weights(chunk), mlp: _token_weights(output)}
+            if layer.family.normalises_output:
+                weights = {group: found * _output_weights(layer, group, inputs[group]) for group, found in weights.items()}
             if parted:
-                lags = {_O_PROJ: after_attention[0] - after_attention[1], _DOWN_PROJ: original - output}
-            weights = {_O_PROJ: _token_weights(chunk), _DOWN_PROJ: _token_weights(output)}
-            for index, group in enumerate(LINEAR_GROUPS):
-                add_in_parts(statistics[index], inputs[index], weights.get(group.linears), lags.get(group.linears))
+                lags = {attention: after_attention[0] - after_attention[1], mlp: original - output}
+                lags = {group: layer.family.lag_of_output(lag, layer.config) for group, lag in lags.items()}
+            for group in layer.family.groups:
+                add_in_parts(statistics[group], inputs[group], weights.get(group), lags.get(group))
             if originals is not None:
                 originals[i] = (original if parted else output).to(originals[i].device)
             if method.needs == RANGES:
@@ -376,7 +389,7 @@ def _collect(layer: Layer, device: torch.device, method: Method, originals: list
 
         each_chunk(visit, layer.inputs, originals)
     watch.remove()
-    return [group.finish() for group in statistics]
+    return {group: found.finish() for group, found in statistics.items()}
 
 
 def _catch_up(layer: Layer, share: float) -> None:
@@ -393,10 +406,19 @@ def _token_weights(hidden: Tensor) -> Tensor:
     return hidden.float().square().mean(-1).clamp(min=1e-12).rsqrt()
 
 
-def round_to_storage(module: nn.Module, dtype: torch.dtype) -> None:
+def _output_weights(layer: Layer, group: LinearGroup, inputs: Tensor) -> Tensor:
+    """One over the mean square of the group's output for each token of its inputs [..., in]: [...]. What an error of the output
+    is divided by, squared, where a norm follows.
+    """
+    output = layer.module.get_submodule(group.linears[0])(inputs)
+    return output.float().square().mean(-1).clamp(min=1e-12).reciprocal()
+
+
+def round_to_storage(module: nn.Module, family: Family, dtype: torch.dtype) -> None:
     """Round what is stored as it is (norms, biases, embedding, head) to the stored type, so that memory equals file."""
+    quantized = {f"{name}.weight" for name in family.linears}
     for name, parameter in module.named_parameters():
-        if not parameter.is_meta and not name.endswith(QUANTIZED_WEIGHTS):
+        if not parameter.is_meta and name not in quantized:
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 

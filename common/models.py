@@ -1,4 +1,4 @@
-"""Open a causal LM: find its files, read its tensors when they are needed, know which linears share an input.
+"""Open a causal LM: find its files, read its tensors when they are needed.
 
 A `SourceModel` keeps the embedding, the final norm and the head in memory and one decoder layer at a time on the device,
 so that a model larger than the card can be walked through. Weights come from safetensors only: no pickle is ever read.
@@ -10,7 +10,6 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from common.architecture import FAMILIES, fill_buffers
 from common.demo.model import DEMO_NAME, prepare_demo_model
 from common.errors import UserError
 from common.files import load_json, read_json
@@ -30,25 +30,6 @@ INDEX_FILE = "model.safetensors.index.json"
 # What a model needs, all at the top of its folder. Many repositories hold the same weights again in
 # other forms (consolidated.safetensors, original/, *.bin, *.pth, *.gguf, onnx/).
 MODEL_FILES = ("*.json", "*.jinja", "model*.safetensors", "tokenizer.model", "merges.txt")
-SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-
-
-@dataclass(frozen=True)
-class LinearGroup:
-    """Linears of a decoder layer that read the same tensor, and the module whose output (scaled by its gain) that is."""
-
-    linears: tuple[str, ...]
-    fed_by: str
-
-
-# All supported architectures name and wire the linears of a decoder layer in the same way.
-LINEAR_GROUPS = (
-    LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
-    LinearGroup(("self_attn.o_proj",), "self_attn.v_proj"),
-    LinearGroup(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
-    LinearGroup(("mlp.down_proj",), "mlp.up_proj"),
-)
-LINEARS = tuple(name for group in LINEAR_GROUPS for name in group.linears)
 
 
 def model_name(model: str) -> str:
@@ -128,9 +109,9 @@ def load_config(folder: Path):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{folder}: config.json cannot be read ({_first_line(error)})") from None
-    if config.model_type not in SUPPORTED_ARCHITECTURES:
+    if config.model_type not in FAMILIES:
         raise UserError(f"architecture {config.model_type} is not supported; supported are the families "
-                        f"{', '.join(SUPPORTED_ARCHITECTURES)}")
+                        f"{', '.join(FAMILIES)}")
     if getattr(config, "quantization_config", None):
         raise UserError(f"{folder} is quantized already; give the 16-bit model it was made from")
     return config
@@ -223,6 +204,7 @@ class SourceModel:
         self.name = model_name(model)
         self.folder = resolve_folder(model)
         self.config = load_config(self.folder)
+        self.family = FAMILIES[self.config.model_type]
         self.tokenizer = load_tokenizer(self.folder)
         self.device, self.dtype = device, dtype
         self.tensors = TensorReader(self.folder)
@@ -236,7 +218,7 @@ class SourceModel:
         if device.type == "cuda":
             fuse_layers(self.model)
         decoder = self.model.model
-        decoder.rotary_emb = type(decoder.rotary_emb)(config=self.config).to(device)
+        fill_buffers(self.model, device)
         self._fill(decoder.embed_tokens, "model.embed_tokens.")
         self._fill(decoder.norm, "model.norm.")
         if self.tied:
@@ -266,7 +248,7 @@ class SourceModel:
     def in_features(self) -> dict[str, int]:
         """Input channels of every linear that is quantized, by its name inside a decoder layer."""
         layer = self.model.model.layers[0]
-        return {name: layer.get_submodule(name).in_features for name in LINEARS}
+        return {name: layer.get_submodule(name).in_features for name in self.family.linears}
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         state = {name.removeprefix(prefix): self.tensors.read(name).to(self.device, self.dtype)
@@ -291,7 +273,7 @@ class SourceModel:
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states [batch, length, hidden] before the first layer, of token ids [batch, length]."""
-        return self.model.model.embed_tokens(tokens.to(self.device))
+        return self.family.scale_embedding(self.model.model.embed_tokens(tokens.to(self.device)), self.config)
 
     @torch.no_grad()
     def layer_arguments(self, length: int) -> list[dict]:
@@ -322,9 +304,11 @@ class SourceModel:
         head = self.tensors.read("model.embed_tokens.weight" if self.originally_tied else "lm_head.weight")
         norm = copy.deepcopy(self.model.model.norm)
         norm.weight.data = self.tensors.read("model.norm.weight").to(self.device, self.dtype)
-        return torch.nn.functional.linear(norm(hidden), head.to(self.device, self.dtype)).float()
+        logits = torch.nn.functional.linear(norm(hidden), head.to(self.device, self.dtype))
+        return self.family.finish_logits(logits, self.config).float()
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] float32 of the last layer's hidden states [..., hidden]."""
-        return self.model.lm_head(self.model.model.norm(hidden)).float()
+        logits = self.model.lm_head(self.model.model.norm(hidden))
+        return self.family.finish_logits(logits, self.config).float()

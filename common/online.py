@@ -21,9 +21,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from common.architecture import family_of
 from common.grid import round_clipped, round_per_vector
 from common.hadamard import factors, rotate
-from common.models import LINEARS
 
 # The key of config.json that holds what is to be done, and the suffix of a model type that has to have it.
 CONFIG_KEY, MODEL_TYPE_SUFFIX = "online_transforms", "_with_online_transforms"
@@ -76,15 +76,17 @@ def attach(layer: nn.Module, transforms: OnlineTransforms) -> None:
     """Rotate a decoder layer's queries and keys (R3), down_proj's input (R4) and, if asked for, what its norms put out, as they
     come; round inputs and cache.
     """
-    attention, weight = layer.self_attn, layer.mlp.down_proj.weight
+    attention, family = layer.self_attn, family_of(layer)
+    down = layer.get_submodule(family.writing[1].linears[0])
+    weight = down.weight
     attention.online = transforms, [factor.to(weight) for factor in factors(attention.head_dim)]
     left, right = [factor.to(weight) for factor in factors(weight.shape[1])]
-    layer.mlp.down_proj.register_forward_pre_hook(lambda _, arguments: rotate(arguments[0], left, right))
+    down.register_forward_pre_hook(lambda _, arguments: rotate(arguments[0], left, right))
     if transforms.hidden:
-        sides = [factor.to(weight) for factor in factors(attention.q_proj.in_features)]
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            norm.register_forward_hook(lambda *call: rotate(call[-1], *sides))
-    for name in LINEARS:
+        sides = [factor.to(weight) for factor in factors(family.reading[0].in_features(layer))]
+        for group in family.reading:
+            layer.get_submodule(group.fed_by).register_forward_hook(lambda *call: rotate(call[-1], *sides))
+    for name in family.linears:
         layer.get_submodule(name).register_forward_pre_hook(lambda _, arguments: transforms.round_inputs(arguments[0]))
 
 

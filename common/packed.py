@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from common.architecture import FAMILIES, fill_buffers
 from common.checkpoint_format import open_checkpoint, stored_parts, unknown_form, weight_format
 from common.checkpoint_format import unpack as stored_codes
 from common.errors import UserError
 from common.grid import Grid
 from common.kernels.forms import PackedWeight, Rounded, pack
 from common.kernels.inference import integer_matmul, packed_matmul, round_rows, unpack
-from common.models import LINEARS
 from common.online import CONFIG_KEY
 
 PACKED_BITS = (4, 8)
@@ -76,14 +76,16 @@ def stack(linears: list[PackedLinear]) -> PackedLinear:
 
 
 class PackedEmbedding(nn.Module):
-    """An embedding whose rows are int8 codes with a scale each."""
+    """An embedding whose rows are int8 codes with a scale each. factor: what the family's own embedding multiplies by."""
 
-    def __init__(self, rows: PackedLinear, dtype: torch.dtype):
+    def __init__(self, rows: PackedLinear, dtype: torch.dtype, factor: Tensor | None = None):
         super().__init__()
         self.rows, self.dtype = rows, dtype
+        self.factor = None if factor is None else factor.to(dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return unpack(self.rows.codes[tokens.reshape(-1)], self.dtype).view(*tokens.shape, -1)
+        hidden = unpack(self.rows.codes[tokens.reshape(-1)], self.dtype).view(*tokens.shape, -1)
+        return hidden if self.factor is None else hidden * self.factor
 
 
 def can_be_packed(config: dict, names: Iterable[str]) -> bool:
@@ -123,13 +125,15 @@ def load_packed(folder: Path, device: torch.device, dtype: torch.dtype):
             raise UserError(f"{folder}: {name} lacks its {error.args[0]}; quantize again") from None
 
     decoder = model.model
+    fill_buffers(model, device)
     for index, layer in enumerate(decoder.layers):
-        for name in LINEARS:
+        for name in FAMILIES[config.model_type].linears:
             layer.set_submodule(name, linear(f"model.layers.{index}.{name}", stored.grid, stored.activation_bits))
     if ends:
         if "model.embed_tokens" in ends or config.tie_word_embeddings:
             rows = linear("model.embed_tokens", next(iter(ends.values())))
-            decoder.embed_tokens = PackedEmbedding(rows, dtype)
+            factor = getattr(decoder.embed_tokens, "embed_scale", None)
+            decoder.embed_tokens = PackedEmbedding(rows, dtype, factor)
             if config.tie_word_embeddings:
                 model.lm_head = rows
         if "lm_head" in ends and not config.tie_word_embeddings:
@@ -143,7 +147,6 @@ def load_packed(folder: Path, device: torch.device, dtype: torch.dtype):
             setattr(model.get_submodule(owner), leaf, value)
     if isinstance(model.lm_head, nn.Linear) and config.tie_word_embeddings:
         model.lm_head.weight = decoder.embed_tokens.weight
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -11,7 +12,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 from common.comparison import Comparison, by_metric  # noqa: E402
-from common.models import LINEARS  # noqa: E402
 from common.results import ModelResults  # noqa: E402
 
 # Okabe and Ito's colours, in an order whose greys differ, and a marker for each method: colour is never alone.
@@ -198,7 +198,12 @@ def error_by_layer(results: ModelResults):
     if not names:
         return None
     figure, axes = plt.subplots(2, 4, figsize=(13, 6), layout="constrained", sharex=True)
-    for axis, linear in zip(axes.flat, LINEARS, strict=False):
+    # model.layers.0.self_attn.q_proj and so on; what a family has fewer of than there are panels leaves some out.
+    linears = dict.fromkeys(key.split(".", 3)[-1] for values in errors.values() for key in values)
+    for axis, linear in itertools.zip_longest(axes.flat[:-1], linears):
+        if linear is None:
+            axis.axis("off")
+            continue
         for name in names:
             values = {int(key.split(".")[2]): error for key, error in errors[name].items() if key.endswith(linear)}
             colour, marker = style(name)

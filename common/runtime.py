@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from common import host_memory
+from common.architecture import FAMILIES, let_head_finish_logits
 from common.decoding import STEPS_AT_ONCE, Decoder, can_decode
 from common.device_memory import available, working_bytes
 from common.errors import UserError
 from common.fused import fuse_layers
 from common.grid import float16_holds
 from common.kernels.dispatch import triton_works
-from common.models import SUPPORTED_ARCHITECTURES, SourceModel, TensorReader, load_tokenizer, read_config
+from common.models import SourceModel, TensorReader, load_tokenizer, read_config
 from common.online import attach_all, take_from_config
 from common.packed import PackedLinear, can_be_packed, load_packed
 from common.probe import check_finite, probe_tokens
@@ -59,11 +60,12 @@ def _load_packed_or_dense(folder: Path, device: torch.device, dtype: torch.dtype
         return load_model(folder, device, dtype)
     content = read_config(folder)
     quantized = "quantization_config" in content
-    if content.get("model_type") in SUPPORTED_ARCHITECTURES and not quantized and (
+    if content.get("model_type") in FAMILIES and not quantized and (
             dense_bytes(folder, dtype, working=True) > available(device)):
         return load_streamed(folder, device, dtype)
     if quantized and triton_works() and can_be_packed(content, TensorReader(folder)):
         model, tokenizer = load_packed(folder, device, dtype), load_tokenizer(folder)
+        let_head_finish_logits(model)
     else:
         model, tokenizer = load_model(folder, device, dtype)
     if triton_works() and next(model.parameters()).is_cuda:
@@ -103,6 +105,7 @@ def load_streamed(folder: Path, device: torch.device, dtype: torch.dtype):
         else:
             layer.register_forward_pre_hook(partial(_load, source, index))
             layer.register_forward_hook(partial(_release, source, index))
+    let_head_finish_logits(model)
     model.streamed = len(layers) - resident
     say(f"{folder}: the GPU has no room for its weights, so {model.streamed} of {len(layers)} layers are read anew "
         "for every forward pass, which makes answers slow; --tasks arc,perplexity does without them, --limit asks for fewer")
@@ -168,6 +171,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
         raise UserError(f"{folder}: its weights cannot be unpacked ({(str(error).splitlines() or [''])[0][:150]})") from None
     if transforms:
         attach_all(model, transforms)
+    let_head_finish_logits(model)
     return model, tokenizer
 
 

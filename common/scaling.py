@@ -2,7 +2,8 @@
 
 With a positive s per channel, W' = W diag(s) reads x' = x / s. The division goes into the norm's gain, or into the rows of the
 linear whose output is x: up_proj feeds down_proj, and v_proj feeds o_proj through the attention's averages, where all
-query heads that share a key-value head must share s. `equalize` chooses s as AWQ does (Lin et al. 2023, arXiv 2306.00978).
+query heads that share a key-value head must share s. Which module that is `architecture` says. `equalize` chooses s as AWQ
+does (Lin et al. 2023, arXiv 2306.00978).
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 
 from common import parallel
+from common.architecture import LinearGroup
 from common.grid import Grid, dequantize, grouped, min_max, quantize
 from common.layerwise import Layer
-from common.models import LINEAR_GROUPS
 from common.rounding import output_error
 from common.statistics import InputStatistics
 
@@ -23,35 +24,32 @@ from common.statistics import InputStatistics
 RATIOS = 14
 
 
-def shared_by_heads(layer: Layer, group_index: int, values: Tensor) -> Tensor:
+def shared_by_heads(layer: Layer, group: LinearGroup, values: Tensor) -> Tensor:
     """Values [in] per input channel made equal wherever a scale has to be: over query heads of a key-value head, the mean."""
-    if LINEAR_GROUPS[group_index].fed_by != "self_attn.v_proj":
+    if not group.by_head:
         return values
-    by_head = _by_query_head(layer, values)
+    by_head = values.view(group.heads(len(values), layer.config))
     return by_head.mean(1, keepdim=True).expand_as(by_head).reshape(-1)
 
 
-def _by_query_head(layer: Layer, values: Tensor) -> Tensor:
-    """View [in] of o_proj as [key-value heads, query heads of each, head size]."""
-    attention = layer.module.self_attn
-    return values.view(-1, attention.num_key_value_groups, attention.head_dim)
-
-
-def fold_scale(layer: Layer, group_index: int, scale: Tensor) -> None:
+def fold_scale(layer: Layer, group: LinearGroup, scale: Tensor) -> None:
     """Multiply the input columns of a group's linears by scale [in], divide what feeds them, and adapt the statistics.
 
     For o_proj, `scale` has to be equal over the query heads of a key-value head (`shared_by_heads`).
     """
-    group = LINEAR_GROUPS[group_index]
     for name in group.linears:
         weight = layer.module.get_submodule(name).weight
         weight.data = (weight.float() * scale).to(weight.dtype)
     feeder = layer.module.get_submodule(group.fed_by)
-    rows = _by_query_head(layer, scale)[:, 0].reshape(-1) if group.fed_by == "self_attn.v_proj" else scale
-    for parameter in feeder.parameters():                                       # a gain [in], or weight [in, ...] and bias
-        parameter.data = (parameter.float() / rows.view(-1, *[1] * (parameter.dim() - 1))).to(parameter.dtype)
+    rows = scale.view(group.heads(len(scale), layer.config))[:, 0].reshape(-1)
+    if group.reads_residual:
+        layer.family.set_gain(feeder, layer.family.gain(feeder).float() / rows)
+    else:
+        for parameter in feeder.parameters():                                   # weight [out, in] and bias [out]
+            fed = parameter.data[-len(rows):]
+            fed.copy_(fed.float() / rows.view(-1, *[1] * (fed.dim() - 1)))
     if layer.statistics is not None:
-        rescale(layer.statistics[group_index], scale)
+        rescale(layer.statistics[group], scale)
 
 
 def rescale(statistics: InputStatistics, scale: Tensor) -> None:
@@ -84,28 +82,28 @@ def rounding_loss(weight: Tensor, gram: Tensor, grid: Grid, scale: Tensor, scale
     return output_error(rounded - weight, gram).sum()
 
 
-def search_scale(layer: Layer, group_index: int) -> Tensor:
+def search_scale(layer: Layer, group: LinearGroup) -> Tensor:
     """The scale [in] of one linear group, all ones if no other is better."""
-    statistics = layer.statistics[group_index]
-    weight = layer.stacked_weight(LINEAR_GROUPS[group_index])
+    statistics = layer.statistics[group]
+    weight = layer.stacked_weight(group)
     groups = grouped(weight.abs(), layer.grid)
     relative = parallel.mean((groups / groups.amax(-1, keepdim=True).clamp(min=1e-8)).flatten(1), 0)
     candidates = [torch.ones_like(statistics.abs_mean)]
     for step in range(RATIOS):
         ratio = power_ratio(statistics.abs_mean, relative, step / (RATIOS - 1))
-        candidates.append(shared_by_heads(layer, group_index, ratio))
+        candidates.append(shared_by_heads(layer, group, ratio))
     losses = [rounding_loss(weight, statistics.gram, layer.grid, scale, layer.scale_dtype) for scale in candidates]
     return torch.stack(candidates)[parallel.add(torch.stack(losses)).argmin()]
 
 
 def equalize(layer: Layer) -> None:
     """Search and fold the scales of all four groups of a layer."""
-    fold_all(layer, lambda group_index: search_scale(layer, group_index))
+    fold_all(layer, lambda group: search_scale(layer, group))
 
 
-def fold_all(layer: Layer, search: Callable[[int], Tensor]) -> None:
+def fold_all(layer: Layer, search: Callable[[LinearGroup], Tensor]) -> None:
     """Fold the scale [in] that `search` finds for each linear group. No fold changes what the search of another group reads."""
-    found = [search(group_index) for group_index in range(len(LINEAR_GROUPS))]
-    for group_index, scale in enumerate(found):
+    found = {group: search(group) for group in layer.family.groups}
+    for group, scale in found.items():
         # Several processes find the same, but for a tie.
-        fold_scale(layer, group_index, parallel.from_first(scale))
+        fold_scale(layer, group, parallel.from_first(scale))

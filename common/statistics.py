@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common import parallel
-from common.models import LINEAR_GROUPS
+from common.architecture import LinearGroup, family_of
 
 # Inputs of each batch that are kept as they are.
 SAMPLES_PER_BATCH = 64
@@ -178,12 +178,12 @@ def root_weights(weights: Tensor, rows: Tensor, lag: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def group_inputs(layer: nn.Module, receive: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While open, call `receive(group index, input)` each time a linear group of `layer` is given its input."""
+def group_inputs(layer: nn.Module, receive: Callable[[LinearGroup, Tensor], None]) -> Iterator[None]:
+    """While open, call `receive(group, input)` each time a linear group of `layer` is given its input."""
     handles = []
-    for index, group in enumerate(LINEAR_GROUPS):
-        def hook(_module, arguments, index=index):
-            receive(index, arguments[0])
+    for group in family_of(layer).groups:
+        def hook(_module, arguments, group=group):
+            receive(group, arguments[0])
 
         handles.append(layer.get_submodule(group.linears[0]).register_forward_pre_hook(hook))
     try:
@@ -193,7 +193,8 @@ def group_inputs(layer: nn.Module, receive: Callable[[int, Tensor], None]) -> It
             handle.remove()
 
 
-def new_statistics(layer: nn.Module, device: torch.device, with_gram: bool, with_magnitudes: bool) -> list[InputStatistics]:
+def new_statistics(layer: nn.Module, device: torch.device, with_gram: bool, with_magnitudes: bool,
+                   ) -> dict[LinearGroup, InputStatistics]:
     """Empty statistics for each linear group of a layer."""
-    return [InputStatistics(layer.get_submodule(group.linears[0]).in_features, device, with_gram, with_magnitudes)
-            for group in LINEAR_GROUPS]
+    return {group: InputStatistics(group.in_features(layer), device, with_gram, with_magnitudes)
+            for group in family_of(layer).groups}

@@ -11,13 +11,13 @@ from transformers import AutoConfig
 
 from common import metadata, probe
 from common.checkpoint import file_hashes
-from common.checkpoint_format import (REQUIRED_PARTS, decompress, open_checkpoint, stored_parts, unknown_form, unpack,
-                                      weight_format)
+from common.checkpoint_format import (REQUIRED_PARTS, decompress, family_of, open_checkpoint, stored_parts, unknown_form,
+                                      unpack, weight_format)
 from common.device import dtype_name
 from common.device_memory import logits_at_once
 from common.errors import UserError
 from common.grid import Grid
-from common.models import LINEARS, TensorReader
+from common.models import TensorReader
 from common.online import CONFIG_KEY
 from common.runtime import load_model
 
@@ -104,11 +104,10 @@ def _refused(folder: Path, loaded: str) -> Check:
 
 def _complete(folder: Path, config: dict, tensors: TensorReader) -> Check:
     wanted = [file for file in ("tokenizer.json", "tokenizer_config.json") if not (folder / file).is_file()]
-    layers = config["num_hidden_layers"]
+    layers, family = config["num_hidden_layers"], family_of(config)
     parts = REQUIRED_PARTS[weight_format(config).form]
-    names = [f"model.layers.{i}.{linear}.{part}" for i in range(layers) for linear in LINEARS for part in parts]
-    names += [f"model.layers.{i}.{norm}.weight" for i in range(layers)
-              for norm in ("input_layernorm", "post_attention_layernorm")]
+    names = [f"model.layers.{i}.{linear}.{part}" for i in range(layers) for linear in family.linears for part in parts]
+    names += [f"model.layers.{i}.{norm}.weight" for i in range(layers) for norm in family.norms]
     names += ["model.embed_tokens.weight", "model.norm.weight"]
     if not config.get("tie_word_embeddings"):
         names.append("lm_head.weight_packed" if "lm_head.weight_packed" in tensors else "lm_head.weight")
@@ -129,10 +128,10 @@ def _unchanged(folder: Path, record: dict | None) -> Check:
 
 
 def _codes(config: dict, tensors: TensorReader) -> Iterator[Check]:
-    grid = weight_format(config).grid
+    grid, linears = weight_format(config).grid, family_of(config).linears
     bad_codes, bad_scales, damaged = [], [], []
     for layer in range(config["num_hidden_layers"]):
-        for linear in LINEARS:
+        for linear in linears:
             name = f"model.layers.{layer}.{linear}"
             try:
                 state = stored_parts(tensors.read, tensors, name)
@@ -145,7 +144,7 @@ def _codes(config: dict, tensors: TensorReader) -> Iterator[Check]:
                     damaged.append(name)
             except (UserError, RuntimeError, ValueError, IndexError, KeyError, AssertionError) as error:
                 damaged.append(f"{name} ({(str(error).splitlines() or [''])[0][:80]})")
-    total = config["num_hidden_layers"] * len(LINEARS)
+    total = config["num_hidden_layers"] * len(linears)
     yield _listed("tensors readable", damaged, f"{total} linears unpack")
     yield _listed("codes within range", bad_codes, f"{grid.bits}-bit codes and zero-points of {total} linears")
     yield _listed("scales positive", bad_scales, f"scales of {total} linears")

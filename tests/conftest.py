@@ -69,20 +69,35 @@ def tiny_tokenizer():
     return fast
 
 
-def build_tiny(architecture: str, tied: bool, seed: int = 0, layers: int = 2):
-    """A random model with grouped-query attention: hidden 64, bfloat16; biases for qwen2."""
+# What the models of a family have beside Llama's: of two layers one slides, or is without rotary embedding.
+OWN_FIELDS = {
+    "gemma3_text": dict(sliding_window=24, sliding_window_pattern=2, query_pre_attn_scalar=24,
+                        final_logit_softcapping=20.0),
+    "granite": dict(embedding_multiplier=6.0, residual_multiplier=0.3, attention_multiplier=0.2,
+                    logits_scaling=0.5),
+    "phi3": dict(sliding_window=40, rope_parameters={
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}),
+    "smollm3": dict(no_rope_layer_interval=2),
+}
+
+
+def build_tiny(architecture: str, tied: bool, seed: int = 0, layers: int = 2, **fields):
+    """A random model with grouped-query attention: hidden 64, bfloat16; biases for qwen2. fields: of the configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
-        architecture, vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
+    from common.architecture import FAMILIES
+
+    sizes = dict(
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=tied, bos_token_id=0,
         eos_token_id=1, pad_token_id=1, sliding_window=None)
+    config = AutoConfig.for_model(architecture, **{**sizes, **OWN_FIELDS.get(architecture, {}), **fields})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         # Norm gains and biases away from their trivial initial values, weights larger than the usual 0.02.
         if "norm" in name:
-            parameter.data.uniform_(0.5, 1.5)
+            parameter.data.uniform_(0.5, 1.5).sub_(FAMILIES[architecture].gain_offset)
         elif name.endswith("bias"):
             parameter.data.normal_(0, 0.1)
         else:
@@ -90,7 +105,9 @@ def build_tiny(architecture: str, tied: bool, seed: int = 0, layers: int = 2):
     return model.to(torch.bfloat16)
 
 
-ARCHITECTURES = [("llama", True), ("llama", False), ("mistral", False), ("qwen2", True), ("qwen3", False)]
+# Those whose layers compute what Llama's do, and those that run as transformers wrote them.
+FUSED = [("llama", True), ("llama", False), ("mistral", False), ("qwen2", True), ("qwen3", False)]
+ARCHITECTURES = [*FUSED, ("gemma3_text", True), ("granite", True), ("phi3", False), ("smollm3", True)]
 
 
 @pytest.fixture(scope="session")

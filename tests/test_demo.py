@@ -124,9 +124,9 @@ PERPLEXITY = ["--tasks", "perplexity", "--windows", 20, "--window-length", 1024]
 @pytest.mark.timeout(3600)
 def test_perplexity_on_wikitext(demo_model, shared_data, tmp_path):
     """The stated ratios: GPTQ-4bit 1.25, GPTQ-8bit and HQQ-8bit 1.005; HQQ-4bit not worse than the hqq package."""
+    from common.architecture import family_of
     from common.calibration import evaluation_windows
     from common.evaluation import perplexity
-    from common.models import LINEARS
     from common.runtime import load_model
 
     quantizer = oracle("hqq.core.quantize").Quantizer
@@ -139,7 +139,7 @@ def test_perplexity_on_wikitext(demo_model, shared_data, tmp_path):
         found[output.name] = evaluate(output, tmp_path, *PERPLEXITY, "--data-root", shared_data)["perplexity"]["perplexity"]
     model, tokenizer = load_model(demo_model, torch.device("cpu"), torch.float32)
     for layer in model.model.layers:
-        for name in LINEARS:
+        for name in family_of(layer).linears:
             weight = layer.get_submodule(name).weight
             codes, meta = quantizer.quantize(weight.data, nbits=4, group_size=64, optimize=True, axis=1, device="cpu",
                                              compute_dtype=torch.float32, bitpack=False)

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantize_hqq import quantize_weight
 
+from common.architecture import FAMILIES
 from common import rounding
 from common.checkpoint import METADATA_FILE
 from common.checkpoint_format import compress, decompress, open_checkpoint, scheme_of, stored_parts
 from common.errors import UserError
 from common.grid import Grid, QuantizedLinear, quantize, round_clipped, round_per_token, scale_type
 from common.kernels.rounding import search_range
-from common.models import LINEARS
 from common.packed import load_packed
 from common.runtime import load_model
 
@@ -125,7 +125,7 @@ def test_the_whole_chain(sources, calibration_text, tmp_path, method):
         plain(tokens)                                                           # unpacks
     grid = Grid(8, None if method == "smoothquant" else 64, method == "smoothquant")
     for layer in range(2):
-        for linear in LINEARS:
+        for linear in FAMILIES["llama"].linears:
             name = f"model.layers.{layer}.{linear}"
             exact = decompress(stored_parts(tensors.read, tensors, name), grid)
             found = plain.get_submodule(name).weight

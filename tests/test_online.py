@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES, ROOT, run_script
-from test_rotation_and_scaling import BOUNDS, all_logits
+from test_rotation_and_scaling import BOUNDS, all_logits, hidden_rotation
 
+from common.architecture import family_of
 from common.checkpoint import METADATA_FILE
 from common.grid import Grid, round_clipped, round_per_token, round_per_vector
 from common.hadamard import factors, hadamard, rotate, rotation
@@ -69,22 +70,31 @@ def change_of_logits(folder, dtype, change_ends, change_layer) -> float:
 @pytest.mark.parametrize("dtype, bound", BOUNDS)
 @pytest.mark.parametrize("architecture, tied", ARCHITECTURES)
 def test_online_rotations_leave_logits_unchanged(tiny_models, architecture, tied, dtype, bound):
-    hidden, value = rotation(64, seed=0), rotation(16, seed=1)
+    hidden, value = hidden_rotation(architecture), rotation(16, seed=1)
+
+    def change_ends(source):
+        if hidden is not None:
+            rotate_ends(source, hidden)
 
     def change(module):
         rotate_layer(module, hidden, value)
         rotate_online(module, OnlineTransforms(None, None, (1.0,), 1.0))
 
-    assert change_of_logits(tiny_models[architecture, tied], dtype, lambda source: rotate_ends(source, hidden), change) < bound
+    assert change_of_logits(tiny_models[architecture, tied], dtype, change_ends, change) < bound
 
 
 def layer_with_inputs(module: torch.nn.Module) -> Layer:
     """A layer of a tiny model that is given hidden states whose channels differ much in size."""
     generator = torch.Generator().manual_seed(3)
     chunks = [torch.randn(2, 20, 64, generator=generator) * torch.rand(64, generator=generator) ** 2 for _ in range(2)]
+    attention, mlp = family_of(module).reading
+
+    def forward(hidden):
+        read = module.get_submodule(attention.linears[0])(module.get_submodule(attention.fed_by)(hidden))
+        return module.mlp(module.get_submodule(mlp.fed_by)(read[..., :64]))
+
     return Layer(0, module, Grid(4, None), torch.float32, inputs=[chunk.to(module.mlp.down_proj.weight.dtype) for chunk in chunks],
-                 forward=lambda hidden: module.mlp(module.post_attention_layernorm(
-                     module.self_attn.q_proj(module.input_layernorm(hidden)))))
+                 forward=forward)
 
 
 @pytest.mark.parametrize("dtype, bound", BOUNDS)
@@ -111,7 +121,7 @@ def test_alignment_reaches_the_least_expected_error_whatever_the_channels_scales
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
     def error():
-        squares, columns = input_squares(layer)[0].double(), sum(layer.weight(name).double().square().sum(0) for name in names)
+        squares, columns = input_squares(layer)[layer.family.reading[0]].double(), sum(layer.weight(name).double().square().sum(0) for name in names)
         return (squares.sum() * columns.sum()).item(), (squares * columns).sqrt().sum().square().item()
 
     unscaled, least = error()

@@ -4,11 +4,12 @@ import pytest
 import torch
 from conftest import ARCHITECTURES
 
+from common.architecture import FAMILIES
 from common.errors import UserError
 from common.grid import Grid
 from common.hadamard import hadamard, rotation
 from common.layerwise import Layer
-from common.models import LINEAR_GROUPS, SourceModel
+from common.models import SourceModel
 from common.scaling import fold_scale, shared_by_heads
 from common.statistics import new_statistics
 from quantize_quarot import balance, rotate_ends, rotate_layer
@@ -59,6 +60,11 @@ def tokens():
 BOUNDS = [(torch.float32, 1e-3), (torch.float64, 1e-5)]
 
 
+def hidden_rotation(architecture):
+    """R1, or None for a family that it does not fold into."""
+    return None if FAMILIES[architecture].normalises_output else rotation(64, seed=0)
+
+
 @pytest.mark.parametrize("dtype, bound", BOUNDS)
 @pytest.mark.parametrize("architecture, tied", ARCHITECTURES)
 @torch.no_grad()
@@ -66,12 +72,19 @@ def test_rotation_leaves_logits_unchanged(tiny_models, tokens, architecture, tie
     folder = str(tiny_models[architecture, tied])
     before = all_logits(SourceModel(folder, torch.device("cpu"), dtype), tokens)
     source = SourceModel(folder, torch.device("cpu"), dtype)
-    hidden, value = rotation(64, seed=0), rotation(16, seed=1)
-    rotate_ends(source, hidden)
-    assert not source.tied
+    hidden, value = hidden_rotation(architecture), rotation(16, seed=1)
+    if hidden is not None:
+        rotate_ends(source, hidden)
+        assert not source.tied
+        assert source.model.model.norm.weight.eq(1).all()
     after = all_logits(source, tokens, lambda _, module: rotate_layer(module, hidden, value))
     assert (before - after).abs().max() < bound * before.abs().max()
-    assert source.model.model.norm.weight.eq(1).all()
+
+
+SEPARATE = (lambda attention: (attention.q_proj, attention.k_proj, attention.v_proj),
+            lambda mlp: (mlp.gate_proj, mlp.up_proj))
+READING = {**dict.fromkeys(FAMILIES, SEPARATE),
+           "phi3": (lambda attention: (attention.qkv_proj,), lambda mlp: (mlp.gate_up_proj,))}
 
 
 @pytest.mark.parametrize("architecture, tied", ARCHITECTURES)
@@ -79,7 +92,7 @@ def test_rotation_leaves_logits_unchanged(tiny_models, tokens, architecture, tie
 def test_rescaled_channels_are_rotated_to_the_same_weights(tiny_models, architecture, tied):
     """Models with the same function and other scales of their channels: nothing that rounding depends on is left of those."""
     generator = torch.Generator().manual_seed(9)
-    hidden, value = rotation(64, seed=0), rotation(16, seed=1)
+    hidden, value = hidden_rotation(architecture), rotation(16, seed=1)
     source = SourceModel(str(tiny_models[architecture, tied]), torch.device("cpu"), torch.float64)
     found = []
     for spread in (0.0, 1.0):
@@ -89,18 +102,20 @@ def test_rescaled_channels_are_rotated_to_the_same_weights(tiny_models, architec
         def factors(count, spread=spread):
             return torch.exp(spread * torch.randn(count, generator=generator, dtype=torch.float64))
 
-        for norm, linears in ((module.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-                              (module.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj))):
-            scale = factors(64)
-            norm.weight /= scale
-            for linear in linears:
-                linear.weight *= scale
+        # A rotation of the hidden state takes the norms' gains into the weights, and with them their scales.
+        if hidden is not None:
+            for norm, linears in ((module.input_layernorm, READING[architecture][0](attention)),
+                                  (module.post_attention_layernorm, READING[architecture][1](mlp))):
+                scale = factors(64)
+                norm.weight /= scale
+                for linear in linears:
+                    linear.weight *= scale
         scale = factors(128)
-        mlp.up_proj.weight /= scale[:, None]
+        READING[architecture][1](mlp)[-1].weight[-128:] /= scale[:, None]
         mlp.down_proj.weight *= scale
         scale = factors(32)
-        for parameter in attention.v_proj.parameters():
-            parameter /= scale.view(-1, *[1] * (parameter.dim() - 1))
+        for parameter in READING[architecture][0](attention)[-1].parameters():
+            parameter[-32:] /= scale.view(-1, *[1] * (parameter.dim() - 1))
         attention.o_proj.weight *= scale.view(2, 1, 16).expand(2, 2, 16).reshape(-1)
         rotate_layer(module, hidden, value)
         found.append({name: parameter.clone() for name, parameter in module.named_parameters()})
@@ -134,13 +149,13 @@ def test_scaling_leaves_logits_unchanged_and_statistics_true(tiny_models, tokens
     def change(index, module):
         layer = Layer(index, module, Grid(4, 32), torch.bfloat16)
         layer.statistics = new_statistics(module, torch.device("cpu"), with_gram=True, with_magnitudes=True)
-        for group_index, statistics in enumerate(layer.statistics):
+        for group, statistics in layer.statistics.items():
             inputs = torch.randn(30, statistics.in_features, generator=generator)
             statistics.add(inputs)
             statistics.finish()
             scale = torch.exp(0.5 * torch.randn(statistics.in_features, generator=generator))
-            scale = shared_by_heads(layer, group_index, scale)
-            fold_scale(layer, group_index, scale)
+            scale = shared_by_heads(layer, group, scale)
+            fold_scale(layer, group, scale)
             scaled = inputs / scale
             assert torch.allclose(statistics.gram, scaled.T @ scaled / 30, rtol=1e-3, atol=1e-4)
             assert torch.allclose(statistics.abs_max, scaled.abs().amax(0))
@@ -150,8 +165,11 @@ def test_scaling_leaves_logits_unchanged_and_statistics_true(tiny_models, tokens
     assert (before - after).abs().max() < bound * before.abs().max()
 
 
-def test_every_group_is_fed_by_what_the_layer_has(tiny):
-    source = SourceModel(str(tiny), torch.device("cpu"), torch.float32)
+@pytest.mark.parametrize("architecture, tied", ARCHITECTURES)
+def test_every_group_is_fed_by_what_the_layer_has(tiny_models, architecture, tied):
+    source = SourceModel(str(tiny_models[architecture, tied]), torch.device("cpu"), torch.float32)
     layer = source.load_layer(0)
-    for group in LINEAR_GROUPS:
+    for group in source.family.groups:
         assert layer.get_submodule(group.fed_by) is not None
+    linears = {name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert linears == set(source.family.linears)

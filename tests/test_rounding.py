@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
+from common.architecture import FAMILIES
 from common.errors import UserError
 from common.grid import Grid, dequantize, grouped, min_max, quantize
 from common.kernels.rounding import search_range
-from common.models import LINEARS
 from common.rounding import (
     BLOCK,
     CATCH_UP_DAMPING,
@@ -261,7 +261,7 @@ def test_catching_up_brings_the_model_nearer_to_the_original(tiny_models, calibr
             assert result.returncode == 0, result.stderr
             model = load_model(output, cpu, torch.float32)[0]
             errors.append((model.model(windows).last_hidden_state - expected).square().mean().item())
-            weights.append([model.model.layers[0].get_submodule(name).weight for name in LINEARS])
+            weights.append([model.model.layers[0].get_submodule(name).weight for name in FAMILIES["llama"].linears])
     assert errors[1] < 0.97 * errors[0]
     same = [torch.equal(a, b) for a, b in zip(*weights, strict=True)]
     # In the first layer nothing lags yet, so both have the same codes there.

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.architecture import FAMILIES
 from common.errors import UserError
 from common.files import json_or_none, replace_folder
 from common.progress import say
@@ -88,32 +89,30 @@ def take_off_grid(state: dict[str, Tensor], config, seed: int = SCALING_SEED, sp
 
     Input columns of q/k/v against the norm before them, gate/up likewise, rows of up against columns of down, rows of v
     against columns of o (the same factor for every query head that reads a key-value head). `state` holds float32
-    tensors [out, in] under their transformers names and is changed in place.
+    tensors [out, in] under their transformers names and is changed in place; norms have to store their gains as they are.
     """
     generator = torch.Generator().manual_seed(seed)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    repeats = config.num_attention_heads // config.num_key_value_heads
 
     def factors(count: int) -> Tensor:
         return torch.exp(spread * torch.randn(count, generator=generator))
 
+    family = FAMILIES[config.model_type]
+    # The order in which the factors of the demo model have always been drawn.
+    fed_by_linears = [group for group in reversed(family.groups) if not group.reads_residual]
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
 
         def weight(name: str, prefix: str = prefix) -> Tensor:
             return state[f"{prefix}{name}.weight"]
 
-        for norm, linears in (
-                ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-                ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"))):
+        for group in family.reading:
             scale = factors(config.hidden_size)
-            weight(norm).div_(scale)
-            for linear in linears:
+            weight(group.fed_by).div_(scale)
+            for linear in group.linears:
                 weight(linear).mul_(scale)
-        scale = factors(config.intermediate_size)
-        weight("mlp.up_proj").mul_(scale.unsqueeze(1))
-        weight("mlp.down_proj").div_(scale)
-        scale = factors(config.num_key_value_heads * head_dim)
-        weight("self_attn.v_proj").mul_(scale.unsqueeze(1))
-        by_query_head = scale.view(-1, 1, head_dim).expand(-1, repeats, -1).reshape(-1)
-        weight("self_attn.o_proj").div_(by_query_head)
+        for group in fed_by_linears:
+            reader = weight(group.linears[0])
+            heads = group.heads(reader.shape[1], config)
+            scale = factors(heads[0] * heads[2])
+            weight(group.fed_by)[-len(scale):].mul_(scale.unsqueeze(1))
+            reader.div_(scale.view(heads[0], 1, heads[2]).expand(heads).reshape(-1))
