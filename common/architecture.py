@@ -196,6 +196,10 @@ def let_head_finish_logits(model: nn.Module) -> None:
             setattr(config, name, value)
 
 
+# A buffer that transformers fills, and yet reports as missing where the embedding is quantized.
+FILLED_BY_CODE = ("model.embed_tokens.embed_scale",)
+
+
 def fill_buffers(model: nn.Module, device: torch.device) -> None:
     """Give a causal LM that was built without memory the buffers that no file holds."""
     decoder, config = model.model, model.config

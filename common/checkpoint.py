@@ -205,11 +205,13 @@ def _old_rope(config: dict) -> dict:
     if "full_attention" in scaling:                                             # one form for each type of layer
         old["rope_local_base_freq"] = scaling["sliding_attention"]["rope_theta"]
         scaling = dict(scaling["full_attention"])
-    # A field of its own, which transformers 5 takes as one too where it takes rope_scaling.
+    theta, kind = scaling.pop("rope_theta"), scaling["rope_type"]
+    # Where a part of each head is turned, a field of its own says so, and those of a scaling are counted.
     if "partial_rotary_factor" in scaling:
-        old["partial_rotary_factor"] = scaling["partial_rotary_factor"]
-    theta = scaling.pop("rope_theta")
-    return {**old, "rope_theta": theta, "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
+        old["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+        if kind == "longrope":
+            scaling = {"type": kind, "short_factor": scaling["short_factor"], "long_factor": scaling["long_factor"]}
+    return {**old, "rope_theta": theta, "rope_scaling": None if kind == "default" else scaling}
 
 
 def _name_tokenizer_as_before(file: Path) -> None:

@@ -85,6 +85,9 @@ class HarnessModel(TemplateLM):
         for index, (_, context, _) in enumerate(requests):
             questions[tuple(context)].append(index)
         rows = [(list(context), [requests[i][2] for i in indices], indices) for context, indices in questions.items()]
+        if self._slides(max(map(_row_length, rows), default=0)):
+            rows = [(context, [choice], [i]) for context, choices, indices in rows
+                    for choice, i in zip(choices, indices, strict=True)]
         rows.sort(key=lambda row: -_row_length(row))                            # longest first: memory shows at once
         answers: list = [None] * len(requests)
         tokens = tokens_at_once(self.scoring_tokens, self.model.config, self._element(), self._device)
@@ -116,7 +119,8 @@ class HarnessModel(TemplateLM):
                 targets += choice
                 owners += [(r, c - 1)] * len(choice)
                 end += len(choice)
-        hidden = self._hidden(tokens, positions, _tree_mask(branch))
+        mask = (branch >= 0).long() if self._slides(length) else _tree_mask(branch)
+        hidden = self._hidden(tokens, positions, mask)
         row_index, column = torch.tensor(sources, device=self._device).unbind(1)
         scores, greedy = self._scores(hidden[row_index, column], torch.tensor(targets, device=self._device))
         totals = [[[0.0, True] for _ in choices] for _, choices, *_ in rows]
@@ -137,6 +141,13 @@ class HarnessModel(TemplateLM):
             greedy += (logits.argmax(-1) == wanted).tolist()
         return scores, greedy
 
+    def _slides(self, length: int) -> bool:
+        """Whether a text of `length` tokens is longer than a sliding window of the model's. Where choices lie side by side, or
+        padding between prefix and prompt, the window would end at wrong tokens.
+        """
+        window = getattr(self.model.config, "sliding_window", None)
+        return window is not None and length > window
+
     def _element(self) -> int:
         """Bytes of a number in the model's activations."""
         return self.model.model.norm.weight.element_size()
@@ -151,12 +162,12 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        prefix = _common_prefix(prompts)
-        shared = self._prefix_cache(prompts[0][:prefix]) if prefix else None
-        answers: list[str] = [""] * len(requests)
         settings = requests[0].args[1]
         until, max_new = list(settings.get("until") or []), settings["max_gen_toks"]
         length = len(prompts[order[0]]) + max_new + STEPS_AT_ONCE
+        prefix = 0 if self._slides(length) else _common_prefix(prompts)
+        shared = self._prefix_cache(prompts[0][:prefix]) if prefix else None
+        answers: list[str] = [""] * len(requests)
         decoder, size = None, self._rows_that_fit(length)
         if self._device.type == "cuda" and can_decode(self.model, length):
             decoder = Decoder(self.model, size, length)

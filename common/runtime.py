@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from common import host_memory
-from common.architecture import FAMILIES, let_head_finish_logits
+from common.architecture import FAMILIES, FILLED_BY_CODE, let_head_finish_logits
 from common.decoding import STEPS_AT_ONCE, Decoder, can_decode
 from common.device_memory import available, working_bytes
 from common.errors import UserError
@@ -158,9 +158,9 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
         raise UserError(f"{folder} cannot be loaded: {first[:200]}") from None
     # transformers fills what it misses with random numbers and only warns.
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if loading.get(problem):
-            raise UserError(f"{folder} does not load as it is: {problem.replace('_', ' ')} "
-                            f"{', '.join(map(str, sorted(loading[problem])[:3]))}")
+        names = [name for name in map(str, sorted(loading.get(problem) or [])) if name not in FILLED_BY_CODE]
+        if names:
+            raise UserError(f"{folder} does not load as it is: {problem.replace('_', ' ')} {', '.join(names[:3])}")
     model.to(device).eval().requires_grad_(False)
     try:
         with torch.inference_mode():                                            # decompresses packed weights

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from conftest import FUSED
 
 from common import fused
 from common.runtime import load_model
 
 
-@pytest.mark.parametrize(("architecture", "tied"), ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "tied"), FUSED)
 def test_fused_layers(tiny_models, monkeypatch, architecture, tied):
     monkeypatch.setattr(fused, "_has_kernels", lambda hidden: not torch.is_grad_enabled())
     plain, _ = load_model(tiny_models[architecture, tied], torch.device("cpu"), torch.float32)

@@ -4,14 +4,16 @@ import pytest
 import torch
 from conftest import WORDS, build_tiny, tiny_tokenizer
 
+from common.architecture import let_head_finish_logits
 from common.decoding import STEPS_AT_ONCE, Decoder
 from common.language_model import HarnessModel
 from common.runtime import load_model
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3_text", "granite", "phi3", "smollm3"])
 def harness(request):
     model = build_tiny(request.param, tied=False).float().eval()
+    let_head_finish_logits(model)
     model.generation_config.eos_token_id = 1
     return HarnessModel(model, tiny_tokenizer())
 
