@@ -60,9 +60,9 @@ def tokens():
 BOUNDS = [(torch.float32, 1e-3), (torch.float64, 1e-5)]
 
 
-def hidden_rotation(architecture):
+def hidden_rotation(architecture, size=64):
     """R1, or None for a family that it does not fold into."""
-    return None if FAMILIES[architecture].normalises_output else rotation(64, seed=0)
+    return None if FAMILIES[architecture].normalises_output else rotation(size, seed=0)
 
 
 @pytest.mark.parametrize("dtype, bound", BOUNDS)

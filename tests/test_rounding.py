@@ -242,13 +242,14 @@ def test_token_weights_count_in_the_lag_as_in_the_gram_matrix():
     assert torch.allclose(statistics.lag.double(), expected, atol=1e-5)
 
 
-def test_catching_up_brings_the_model_nearer_to_the_original(tiny_models, calibration_text, tmp_path):
+@pytest.mark.parametrize("architecture, tied", [("llama", False), ("granite", True)])
+def test_catching_up_brings_the_model_nearer_to_the_original(tiny_models, calibration_text, tmp_path, architecture, tied):
     """On the very windows of the calibration, three bits: hidden states after the last layer, and the untouched linears."""
     from common.calibration import calibration_windows
     from common.models import load_tokenizer
     from common.runtime import load_model
 
-    source = tiny_models["llama", False]
+    source = tiny_models[architecture, tied]
     windows = calibration_windows(str(calibration_text), load_tokenizer(source), 16, 64, 0, None).tokens
     cpu = torch.device("cpu")
     errors, weights = [], []
