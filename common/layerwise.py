@@ -410,7 +410,8 @@ def _output_weights(layer: Layer, group: LinearGroup, inputs: Tensor) -> Tensor:
     """One over the mean square of the group's output for each token of its inputs [..., in]: [...]. What an error of the output
     is divided by, squared, where a norm follows.
     """
-    output = layer.module.get_submodule(group.linears[0])(inputs)
+    linear = layer.module.get_submodule(group.linears[0])
+    output = nn.functional.linear(inputs, linear.weight, linear.bias)           # past what is hooked to it
     return output.float().square().mean(-1).clamp(min=1e-12).reciprocal()
 
 

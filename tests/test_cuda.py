@@ -219,6 +219,23 @@ def test_every_method_packed_and_dense(tiny_models, tmp_path, method, architectu
             assert ((logits.amax(2) - chosen) <= 0.05 * logits.std()).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("architecture", ["gemma3_text", "granite", "phi3", "smollm3"])
+def test_other_families_packed_and_dense(tiny_models, tmp_path, architecture):
+    """They run through their own layers, on packed weights too, and their head gives the model's logits."""
+    source = next(folder for (name, _), folder in tiny_models.items() if name == architecture)
+    output = tmp_path / "cuda"
+    result = run_script("quantize_gptq.py", "--model", source, "--output", output, "--calib-samples", "4", "--group-size", "32",
+                        "--calib-length", "128", "--calib-data", "demo", "--device", "cuda", "--embedding-bits", "8")
+    assert result.returncode == 0, result.stdout + result.stderr
+    plain, _ = load_model(output, CUDA, torch.bfloat16)
+    packed, _ = load_for_running(output, CUDA, torch.bfloat16)
+    tokens = torch.randint(2, 320, (2, 40), generator=torch.Generator().manual_seed(1)).cuda()
+    with torch.inference_mode():
+        expected = plain(tokens).logits.float()
+        assert relative(packed(tokens).logits.float(), expected) < 0.02
+        assert relative(packed.lm_head(packed.model(tokens).last_hidden_state).float(), expected) < 0.02
+
+
 def test_the_limit_on_device_memory_holds():
     """Beyond it torch raises its out-of-memory error, though the card has room."""
     from common import device_memory
