@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from common import cli, parallel
 from common.gptq import SWEEPS, gptq_layer
 from common.hadamard import factors, rotate, rotation
-from common.layerwise import Layer, Method
+from common.inputs import group_inputs
+from common.method import Layer, Method
 from common.models import LINEAR_GROUPS, MODELS_FOLDER, SourceModel
 from common.naming import filed_as
 from common.online import OnlineTransforms, attach, enable_attention
 from common.quantization import run
 from common.scaling import fold_scale
-from common.statistics import group_inputs
 
 # Rotated inputs are even, and need no more damping than the GPTQ paper's.
 DAMPING = 0.01

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common import parallel
-from common.grid import Grid, grouped
+from common.grid import Grid, QuantizedLinear, grouped
 from common.kernels.dispatch import triton_kernels, use_triton
 
 STRETCH, OFFSET = 1.2, -0.1
@@ -55,6 +55,10 @@ class SoftRounding:
         up = (self.v >= 0).to(self.low.dtype)
         codes = grouped(self.low + up, self.grid) + self.zero_point.unsqueeze(-1)
         return codes.clamp(self.grid.code_min, self.grid.code_max).to(torch.int8).flatten(1)
+
+    def rounded(self) -> QuantizedLinear:
+        """The hard codes with their scales."""
+        return QuantizedLinear(self.codes(), self.scale, self.zero_point, self.grid)
 
     def settled(self) -> float:
         """Share of h within 0.01 of 0 or 1."""

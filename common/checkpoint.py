@@ -23,7 +23,6 @@ from common.device import dtype_name
 from common.errors import UserError
 from common.files import load_json, replace_folder
 from common.grid import Grid, QuantizedLinear
-from common.layerwise import Resumption
 from common.models import INDEX_FILE, LINEARS, MODEL_FILES, SourceModel, TensorReader, read_config
 from common.online import OnlineTransforms, mark_config
 from common.unfinished import UnfinishedFolder
@@ -84,11 +83,12 @@ class CheckpointWriter:
     def __exit__(self, *_exception) -> None:
         self.unfinished.close()
 
-    def resumption(self) -> Resumption:
-        """The layers that an earlier run finished."""
-        return Resumption(self.unfinished.records, self._restore)
+    @property
+    def records(self) -> list[dict]:
+        """Of the layers that are finished, by index: at first those of an earlier run."""
+        return self.unfinished.records
 
-    def _restore(self, index: int, module: nn.Module) -> None:
+    def restore_layer(self, index: int, module: nn.Module) -> None:
         """Put the weights of a finished layer into a module, exactly as they were in memory when it was written."""
         prefix = f"model.layers.{index}."
         tensors = TensorReader(self.folder, self._shard(index))

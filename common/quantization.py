@@ -19,7 +19,11 @@ from common.device import device_and_dtype, dtype_name
 from common.errors import UserError
 from common.grid import SUPPORTED_BITS, Grid, QuantizedLinear, quantize, resolve_group_size, scale_type
 from common.kernels.rounding import search_range
-from common.layerwise import NOTHING, Method, Resumption, Stopwatch, WalkResult, quantize_model
+from common.inputs import Needs
+from common.layers import WalkResult, quantize_model
+from common.method import Method
+from common.resume import Resumption
+from common.stopwatch import Stopwatch
 from common.models import MODELS_FOLDER, SourceModel, load_config, load_tokenizer, resolve_folder
 from common.naming import filed_as
 from common.progress import say
@@ -63,7 +67,7 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
                             "--embedding-bits 8 rounds both")
         grid = Grid(options.bits, resolve_group_size(options.group_size, source.in_features()), options.symmetric)
     windows = None
-    if method.needs != NOTHING:
+    if method.needs != Needs.NOTHING:
         with watch("calibration text"):
             windows = _windows(options, source.tokenizer, source.config)
     say(_headline(method, grid, source, windows, device, dtype))
@@ -136,12 +140,11 @@ def _writer(writer: CheckpointWriter) -> AbstractContextManager[CheckpointWriter
 
 def _resumption(writer: CheckpointWriter | None) -> Resumption:
     """The layers that an earlier run finished, which the first process reads."""
-    found = writer.resumption() if writer else None
-    records = parallel.gather(found.records if found else None)[0]
+    records = parallel.gather(writer.records if writer else None)[0]
 
     def restore(index: int, module: nn.Module) -> None:
-        if found:
-            found.restore(index, module)
+        if writer:
+            writer.restore_layer(index, module)
         for parameter in module.parameters():
             parameter.data = parallel.from_first(parameter.data)
 

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from common import parallel
-from common.grid import Grid, dequantize, grouped, min_max, quantize
-from common.layerwise import Layer
+from common.grid import Grid, QuantizedLinear, grouped, min_max
+from common.method import Layer
 from common.models import LINEAR_GROUPS
 from common.rounding import output_error
-from common.statistics import InputStatistics
 
 # Exponents that `search_scale` tries, beside no scaling at all.
 RATIOS = 14
@@ -51,17 +50,7 @@ def fold_scale(layer: Layer, group_index: int, scale: Tensor) -> None:
     for parameter in feeder.parameters():                                       # a gain [in], or weight [in, ...] and bias
         parameter.data = (parameter.float() / rows.view(-1, *[1] * (parameter.dim() - 1))).to(parameter.dtype)
     if layer.statistics is not None:
-        rescale(layer.statistics[group_index], scale)
-
-
-def rescale(statistics: InputStatistics, scale: Tensor) -> None:
-    """Turn the statistics of x into those of x / scale."""
-    if statistics.with_gram:
-        statistics.gram /= scale.unsqueeze(1) * scale
-    statistics.mean_square /= scale.square()
-    statistics.abs_max /= scale
-    statistics.abs_mean /= scale
-    statistics.sample /= scale
+        layer.statistics[group_index] = layer.statistics[group_index].divided(scale)
 
 
 def power_ratio(activation: Tensor, weight: Tensor, exponent: float) -> Tensor:
@@ -80,7 +69,7 @@ def rounding_loss(weight: Tensor, gram: Tensor, grid: Grid, scale: Tensor, scale
     """Output error of weight [out, in] when weight * scale is rounded on its full range and divided by scale again."""
     scaled = weight * scale
     grid_scale, zero_point = min_max(grouped(scaled, grid), grid, scale_dtype=scale_dtype)
-    rounded = dequantize(quantize(scaled, grid_scale, zero_point, grid), grid_scale, zero_point, grid) / scale
+    rounded = QuantizedLinear.nearest(scaled, grid_scale, zero_point, grid).dequantize() / scale
     return output_error(rounded - weight, gram).sum()
 
 
