@@ -76,7 +76,8 @@ def quantize_layer(layer: Layer, iterations: int, block: bool) -> dict[str, Quan
 def reconstruct(layer: Layer, learned: list[SoftRounding], iterations: int) -> None:
     """Minimise the error of the layer's output over batches of windows, plus the regulariser, starting from `learned`.
 
-    The error is relative to each token's size, as in `collecting`, against the original model's output where that is known.
+    The error is relative to each token's size, as in `collecting`, against the original model's
+    output where that is known.
     """
     inputs = torch.cat(layer.inputs)
     device = layer.module.mlp.down_proj.weight.device

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from common import cli
-from common.grid import Grid, QuantizedLinear, grouped, power_, reciprocal_size, round_scale, rounding_error
+from common.grid import (Grid, QuantizedLinear, grouped, power_, reciprocal_size, round_scale,
+                         rounding_error)
 from common.inputs import Needs
 from common.kernels.rounding import search_range
 from common.method import Layer, Method

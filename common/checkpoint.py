@@ -147,31 +147,32 @@ class CheckpointWriter:
         self._enter(file, TensorReader(self.folder, file))
         return file
 
-    def write_rest(self, ends: dict[str, QuantizedLinear]) -> int:
+    def write_rest(self, vocabulary: dict[str, QuantizedLinear]) -> int:
         """Write everything that is not a decoder layer: remaining tensors, index, configuration, tokenizer.
 
         Args:
-            ends: the codes of model.embed_tokens and lm_head, where they were quantized too.
+            vocabulary: the codes of model.embed_tokens and lm_head, where they were quantized too.
         Returns:
             The bytes of all tensors.
         """
         source = self.source
         rest = {"model.norm.weight": source.model.model.norm.weight.to(source.storage_dtype)}
         for name in ENDS[:1] if source.tied else ENDS:
-            if name in ends:
-                parts = compress_rows(ends[name], source.storage_dtype, form_of_end(ends[name].grid))
+            if name in vocabulary:
+                codes = vocabulary[name]
+                parts = compress_rows(codes, source.storage_dtype, form_of_end(codes.grid))
                 rest.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
             else:
                 rest[f"{name}.weight"] = source.model.get_submodule(name).weight.to(source.storage_dtype)
-        if source.tied and ends:
+        if source.tied and vocabulary:
             # The codes are shared on loading, as weights are; the scales are not.
             rest["lm_head.weight_scale"] = rest["model.embed_tokens.weight_scale"].clone()
         self._save(rest, self._shard(source.num_layers))
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
         (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
         config = source.config.to_diff_dict()
-        quantization = quantization_config(self.grid, self.activation_bits, {name: end.grid for name, end in ends.items()},
-                                           source.tied)
+        grids = {name: codes.grid for name, codes in vocabulary.items()}
+        quantization = quantization_config(self.grid, self.activation_bits, grids, source.tied)
         config.update(architectures=[type(source.model).__name__], dtype=dtype_name(self.load_dtype),
                       quantization_config=quantization, **_old_rope(config))
         if self.online:

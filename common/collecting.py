@@ -69,17 +69,22 @@ def collect_statistics(layer: Layer, device: torch.device, method: Method,
 
 
 def token_weights(hidden: Tensor) -> Tensor:
-    """One over the size of each token's hidden state [..., hidden], the root of its mean square: [...]."""
+    """One over the size of each token's hidden state [..., hidden], the root of its mean square:
+    [...].
+    """
     return hidden.float().square().mean(-1).clamp(min=1e-12).rsqrt()
 
 
 def catch_up_layer(layer: Layer, share: float) -> None:
-    """Change the weights of the linears that write the residual stream so that they make up for its lag."""
+    """Change the weights of the linears that write the residual stream so that they make up for its
+    lag.
+    """
     for index, (group, statistics) in enumerate(layer.groups()):
         if statistics.lag is None:
             continue
-        weight, lag = layer.module.get_submodule(group.linears[0]).weight, parallel.own_rows(statistics.lag)
-        changed = catch_up(layer.own_weight(group.linears[0]), statistics.gram, lag, share).to(weight.dtype)
-        weight.data = parallel.join_rows(changed, len(weight))
+        name, lag = group.linears[0], parallel.own_rows(statistics.lag)
+        weight = layer.module.get_submodule(name).weight
+        changed = catch_up(layer.own_weight(name), statistics.gram, lag, share)
+        weight.data = parallel.join_rows(changed.to(weight.dtype), len(weight))
         # As large as the weights, and done with.
         layer.statistics[index] = replace(statistics, lag=None)

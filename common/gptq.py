@@ -27,10 +27,12 @@ def gptq_layer(layer: Layer, damping: float, sweeps: int) -> dict[str, Quantized
     def quantize_group(group: LinearGroup, weight: Tensor,
                        statistics: InputStatistics) -> QuantizedLinear:
         gram = statistics.gram
-        scale, zero_point = search_range(weight, grid, statistics.mean_square, scale_dtype=scale_dtype)
+        scale, zero_point = search_range(weight, grid, statistics.mean_square,
+                                         scale_dtype=scale_dtype)
         codes, used = solve(weight, gram, scale, zero_point, grid, damping,
                             name=layer.where(group.linears[0]))
-        codes, scale = refine(weight, codes, scale, zero_point, gram, grid, scale_dtype, sweeps, used)
+        codes, scale = refine(weight, codes, scale, zero_point, gram, grid, scale_dtype, sweeps,
+                              used)
         rounded = QuantizedLinear(codes, scale, zero_point, grid)
         return restore_gain(weight, rounded, damped(gram, used), scale_dtype)
 

@@ -50,8 +50,9 @@ class QuantizedLinear:
     grid: Grid
 
     @classmethod
-    def nearest(cls, weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> QuantizedLinear:
-        """Weights [out, in] rounded to the nearest codes on the given grid; scale, zero_point [out, groups]."""
+    def nearest(cls, weight: Tensor, scale: Tensor, zero_point: Tensor,
+                grid: Grid) -> QuantizedLinear:
+        """Weights [out, in] rounded to the nearest codes; scale, zero_point [out, groups]."""
         return cls(quantize(weight, scale, zero_point, grid), scale, zero_point, grid)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

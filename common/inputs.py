@@ -40,7 +40,7 @@ class InputStatistics:
     What the method's `Needs` did not name was not collected; to ask for it raises a LookupError.
 
     mean_square: [in], the weighted mean over tokens of x².
-    lag: [hidden, in], the weighted mean of (lag of the residual stream) xᵀ; None where there is none.
+    lag: [hidden, in], the weighted mean of (lag of the residual stream) xᵀ; None without a lag.
     """
 
     mean_square: Tensor
@@ -84,7 +84,7 @@ class InputStatistics:
 
 
 class InputSums:
-    """Sums over the input x [tokens, in] of a linear group; `finish` makes `InputStatistics` of them."""
+    """Sums over the input x [tokens, in] of a linear group, to make `InputStatistics` of."""
 
     def __init__(self, in_features: int, device: torch.device, needs: Needs = Needs.GRAM):
         self.in_features, self.needs = in_features, needs
@@ -133,7 +133,9 @@ class InputSums:
             self._samples.append(rows[::max(1, len(rows) // SAMPLES_PER_BATCH)].float())
 
     def _starts(self) -> range:
-        """Where the Gram matrix's blocks begin. It is symmetric: the upper ones suffice until all batches are in."""
+        """Where the Gram matrix's blocks begin. It is symmetric: the upper ones suffice until all
+        batches are in.
+        """
         return range(0, 0 if self._gram is None else self.in_features, self._block)
 
     def _add_products(self, rows: Tensor, weights: Tensor | None, lag: Tensor | None) -> None:
@@ -253,7 +255,9 @@ def root_weights(weights: Tensor, rows: Tensor, lag: Tensor | None) -> Tensor:
 
 @contextmanager
 def group_inputs(layer: nn.Module, receive: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While open, call `receive(group index, input)` each time a linear group of `layer` is given its input."""
+    """While open, call `receive(group index, input)` each time a linear group of `layer` is given
+    its input.
+    """
     handles = []
     for index, group in enumerate(LINEAR_GROUPS):
         def hook(_module, arguments, index=index):

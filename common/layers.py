@@ -126,11 +126,12 @@ def _start(source: SourceModel, method: Method, windows: Tensor | None, probe: T
         if originals is not None:
             # Chunks that nothing has changed yet are the same tensors, which need to pass through the first layer once.
             hidden = [old if torch.equal(old, new) else new for old, new in zip(originals, hidden, strict=True)]
-    return Streams(reference, source.embed(probe), hidden, originals, source.layer_arguments(probe.shape[1]), arguments)
+    return Streams(reference, source.embed(probe), hidden, originals,
+                   source.layer_arguments(probe.shape[1]), arguments)
 
 
-def _quantize_layer(layer: Layer, method: Method, streams: Streams, source: SourceModel, watch: Stopwatch,
-                    ) -> tuple[dict[str, QuantizedLinear], dict]:
+def _quantize_layer(layer: Layer, method: Method, streams: Streams, source: SourceModel,
+                    watch: Stopwatch) -> tuple[dict[str, QuantizedLinear], dict]:
     """Quantize a layer and put the dequantized weights into it. Returns the codes and the record of the layer."""
     module = layer.module
     if streams.hidden is not None:

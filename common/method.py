@@ -16,8 +16,8 @@ from common.inputs import InputStatistics, Needs
 from common.models import LINEAR_GROUPS, LINEARS, LinearGroup, SourceModel
 from common.online import OnlineTransforms
 
-# Codes for a group's stacked weights [out, in], out of those and of the group's statistics (None for
-# a method that needs no calibration).
+# Codes for a group's stacked weights [out, in], out of those and of the group's statistics (None
+# for a method that needs no calibration).
 GroupQuantizer = Callable[[LinearGroup, Tensor, InputStatistics], QuantizedLinear]
 
 
@@ -45,7 +45,7 @@ class Layer:
     notes: dict[str, float] = field(default_factory=dict)
 
     def quantize_groups(self, quantize_group: GroupQuantizer) -> dict[str, QuantizedLinear]:
-        """The codes of every linear: what `quantize_group` makes of each group's stacked weights."""
+        """Codes of every linear, from what `quantize_group` makes of a group's stacked weights."""
         codes = {}
         for group, statistics in self.groups():
             whole = quantize_group(group, self.stacked_weight(group), statistics)
@@ -134,5 +134,5 @@ class Method:
             linear.register_forward_pre_hook(lambda _, arguments: round_inputs(arguments[0]))
 
     def as_original(self) -> AbstractContextManager:
-        """A context in which layers compute what the original ones do: nothing is rounded online."""
+        """A context in which layers compute what the original ones do: none rounds online."""
         return self.online.paused() if self.online else nullcontext()

@@ -27,7 +27,9 @@ class Resumption:
 
 def replay(layer: Layer, method: Method, streams: Streams, device: torch.device,
            restore: Callable[[int, nn.Module], None]) -> None:
-    """Do to the streams what quantizing the layer did, and put its finished weights into the module."""
+    """Do to the streams what quantizing the layer did, and put its finished weights into the
+    module.
+    """
     if streams.originals is not None:
         with method.as_original():
             advance(layer.forward, streams.originals, device)

@@ -10,8 +10,8 @@ import torch
 
 
 class Stopwatch:
-    """Seconds by phase: `with watch("load"): ...`. On a GPU they are read off the stream, and nothing
-    is waited for before `seconds` is asked.
+    """Seconds by phase: `with watch("load"): ...`. On a GPU they are read off the stream, and
+    nothing is waited for before `seconds` is asked.
     """
 
     def __init__(self, device: torch.device):

@@ -15,7 +15,7 @@ from common.progress import say
 
 # Tokens that go through a layer at once.
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
-# Hidden states stay on the GPU while they take at most this share of what this process has left of it.
+# Hidden states stay on the GPU while they take at most this share of what this process has left.
 _DEVICE_SHARE = 1 / 3
 
 
@@ -74,8 +74,9 @@ def advance(forward: Callable[[Tensor], Tensor], chunks: list[Tensor], device: t
 
 
 def each_chunk(visit: Callable[[int], None], chunks: list[Tensor], others: list[Tensor] | None = None) -> None:
-    """Call visit(i) for every chunk [batch, length, hidden]. One that the GPU has no room for is halved, and so is what comes
-    after; `visit` must not have changed anything when it runs out of memory.
+    """Call visit(i) for every chunk [batch, length, hidden]. One that the GPU has no room for is
+    halved, and so is what comes after; `visit` must not have changed anything when it runs out of
+    memory.
 
     Args:
         others: a second list, cut alike.

@@ -14,9 +14,9 @@ from common import (
     evaluation,
     language_model,
     layers,
-    quantization,
     runtime,
     streams,
+    vocabulary,
 )
 from common.calibration import Windows
 from common.decoding import Decoder, can_decode
@@ -259,7 +259,7 @@ def test_rows_of_the_cache_fit(monkeypatch):
 
 def test_embedding_in_parts(tiny, tmp_path, monkeypatch):
     for rows in (10**6, 100):
-        monkeypatch.setattr(quantization, "ROWS_AT_ONCE", rows)
+        monkeypatch.setattr(vocabulary, "ROWS_AT_ONCE", rows)
         monkeypatch.setattr(checkpoint_format, "_ROWS_AT_ONCE", rows)
         result = run_script(
             ROOT / "quantize_hqq.py",
