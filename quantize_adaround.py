@@ -22,9 +22,11 @@ from common.adaround import SoftRounding, beta_at, learn_rounding
 from common.architecture import LinearGroup
 from common.errors import UserError
 from common.grid import QuantizedLinear
-from common.layerwise import Layer, Method
+from common.inputs import InputStatistics, Needs
+from common.method import Layer, Method
 from common.quantization import run
-from common.rounding import choose_ranges, damped, restore_gain
+from common.ranges import choose_ranges, restore_gain
+from common.rounding import damped
 from common.scaling import equalize
 
 ITERATIONS, DEMO_ITERATIONS = 150, 60
@@ -40,37 +42,42 @@ BLOCK_START = 1.0
 
 
 def quantize_layer(layer: Layer, iterations: int, block: bool) -> dict[str, QuantizedLinear]:
-    """Codes of every linear, each group's learned through its Gram matrix; with `block`, then on the layer's output."""
-    learned, codes, settled = [], {}, []
+    """Codes of every linear, each group's learned through its Gram matrix; with `block`, then on
+    the layer's output.
+    """
+    learned: dict[LinearGroup, SoftRounding] = {}
+    settled: list[float] = []
 
-    def finish(group: LinearGroup, rounding: SoftRounding, rounded: Tensor, scale: Tensor) -> None:
-        settled.append(rounding.settled())
-        codes.update(layer.split(group, rounded, scale, rounding.zero_point))
+    def learn(weight: Tensor, gram: Tensor) -> SoftRounding:
+        scale, zero_point = choose_ranges(weight, gram, layer.grid, layer.scale_dtype)
+        return learn_rounding(weight, gram, scale, zero_point, layer.grid, iterations, STRENGTH,
+                              TRAVEL / iterations)
 
-    for group, statistics in layer.groups():
-        stacked, gram = layer.stacked_weight(group), damped(statistics.gram, DAMPING)
-        scale, zero_point = choose_ranges(stacked, gram, layer.grid, layer.scale_dtype)
-        rounding = learn_rounding(stacked, gram, scale, zero_point, layer.grid, iterations, STRENGTH, TRAVEL / iterations)
+    def quantize_group(group: LinearGroup, weight: Tensor,
+                       statistics: InputStatistics) -> QuantizedLinear:
         if block:
-            learned.append(rounding)
-        else:
-            rounded = rounding.codes()
-            finish(group, rounding, rounded,
-                   restore_gain(stacked, rounded, scale, zero_point, gram, layer.grid, layer.scale_dtype))
+            settled.append(learned[group].settled())
+            return learned[group].rounded()
+        gram = damped(statistics.gram, DAMPING)
+        rounding = learn(weight, gram)
+        settled.append(rounding.settled())
+        return restore_gain(weight, rounding.rounded(), gram, layer.scale_dtype)
+
     if block:
+        for group, statistics in layer.groups():
+            learned[group] = learn(layer.stacked_weight(group), damped(statistics.gram, DAMPING))
         with torch.enable_grad():
-            reconstruct(layer, learned, iterations)
-        for group, rounding in zip(layer.family.groups, learned, strict=True):
-            finish(group, rounding, rounding.codes(), rounding.scale)
-    if settled:
-        layer.notes["settled"] = min(settled)
+            reconstruct(layer, list(learned.values()), iterations)
+    codes = layer.quantize_groups(quantize_group)
+    layer.notes["settled"] = min(settled)
     return codes
 
 
 def reconstruct(layer: Layer, learned: list[SoftRounding], iterations: int) -> None:
     """Minimise the error of the layer's output over batches of windows, plus the regulariser, starting from `learned`.
 
-    The error is relative to each token's size, as in `layerwise`, against the original model's output where that is known.
+    The error is relative to each token's size, as in `collecting`, against the original model's
+    output where that is known.
     """
     inputs = torch.cat(layer.inputs)
     device = next(layer.module.parameters()).device
@@ -139,8 +146,10 @@ def main() -> None:
     block = options.reconstruction == "block"
     if block and parallel.size() > 1:
         raise UserError("--reconstruction block learns a layer as a whole, in one process; start it without torchrun")
+    needs = Needs.GRAM | (Needs.MAGNITUDES if options.equalize else Needs.NOTHING)
     run(options, Method("adaround", lambda layer: quantize_layer(layer, options.iterations, block),
-                        prepare_layer=equalize if options.equalize else None, catch_up=options.catch_up))
+                        needs, prepare_layer=equalize if options.equalize else None,
+                        catch_up=options.catch_up))
 
 
 if __name__ == "__main__":

@@ -13,24 +13,29 @@ without keeping an activation. The clipping of each group's range is then chosen
 
 import argparse
 
+from torch import Tensor
+
 from common import cli
-from common.grid import QuantizedLinear, quantize
-from common.layerwise import Layer, Method
+from common.architecture import LinearGroup
+from common.grid import QuantizedLinear
+from common.inputs import InputStatistics, Needs
+from common.method import Layer, Method
 from common.quantization import run
-from common.rounding import choose_ranges, restore_gain
+from common.ranges import choose_ranges, restore_gain
 from common.scaling import equalize
 
 
 def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
-    """Codes of every linear: ranges clipped by the output error, nearest codes, and the gain that clipping costs restored."""
-    codes = {}
-    for group, statistics in layer.groups():
-        stacked = layer.stacked_weight(group)
-        scale, zero_point = choose_ranges(stacked, statistics.gram, layer.grid, layer.scale_dtype)
-        rounded = quantize(stacked, scale, zero_point, layer.grid)
-        scale = restore_gain(stacked, rounded, scale, zero_point, statistics.gram, layer.grid, layer.scale_dtype)
-        codes.update(layer.split(group, rounded, scale, zero_point))
-    return codes
+    """Codes of every linear: ranges clipped by the output error, nearest codes, and the gain that
+    clipping costs restored.
+    """
+    def quantize_group(_: LinearGroup, weight: Tensor,
+                       statistics: InputStatistics) -> QuantizedLinear:
+        ranges = choose_ranges(weight, statistics.gram, layer.grid, layer.scale_dtype)
+        rounded = QuantizedLinear.nearest(weight, *ranges, layer.grid)
+        return restore_gain(weight, rounded, statistics.gram, layer.scale_dtype)
+
+    return layer.quantize_groups(quantize_group)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -41,7 +46,8 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = argument_parser().parse_args()
-    run(options, Method("awq", quantize_layer, prepare_layer=equalize, catch_up=options.catch_up))
+    run(options, Method("awq", quantize_layer, Needs.GRAM | Needs.MAGNITUDES,
+                        prepare_layer=equalize, catch_up=options.catch_up))
 
 
 if __name__ == "__main__":

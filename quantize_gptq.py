@@ -15,7 +15,7 @@ import argparse
 
 from common import cli
 from common.gptq import SWEEPS, gptq_layer
-from common.layerwise import Method
+from common.method import Method
 from common.quantization import run
 from common.rounding import DAMPING
 

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from common import cli
-from common.grid import Grid, QuantizedLinear, grouped, power_, quantize, reciprocal_size, round_scale, rounding_error
+from common.grid import (Grid, QuantizedLinear, grouped, power_, reciprocal_size, round_scale,
+                         rounding_error)
+from common.inputs import Needs
 from common.kernels.rounding import search_range
-from common.layerwise import NOTHING, Layer, Method
+from common.method import Layer, Method
 from common.quantization import run
-from common.rounding import restore_gain
+from common.ranges import restore_gain
 
 # p from 4 bits on, and below; chosen on several models (docs/quantization_methods_deep_dive.md). A small one gives up the few large
 # weights of a group, a large one serves them alone, which coarse steps do not allow.
@@ -62,11 +64,13 @@ def half_quadratic(groups: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid
 
 
 def quantize_weight(weight: Tensor, grid: Grid, lp_norm: float, scale_dtype: torch.dtype) -> QuantizedLinear:
-    """Codes of one linear's weight [out, in]: the range searched first, then half-quadratic steps, at last the gain restored."""
-    scale, zero_point = search_range(weight, grid, norm=lp_norm, scale_dtype=scale_dtype)
-    scale, zero_point = half_quadratic(grouped(weight, grid), scale, zero_point, grid, lp_norm, STEPS, scale_dtype)
-    codes = quantize(weight, scale, zero_point, grid)
-    return QuantizedLinear(codes, restore_gain(weight, codes, scale, zero_point, None, grid, scale_dtype), zero_point, grid)
+    """Codes of a weight [out, in]: the range searched first, then half-quadratic steps, at last the
+    gain restored.
+    """
+    ranges = search_range(weight, grid, norm=lp_norm, scale_dtype=scale_dtype)
+    ranges = half_quadratic(grouped(weight, grid), *ranges, grid, lp_norm, STEPS, scale_dtype)
+    rounded = QuantizedLinear.nearest(weight, *ranges, grid)
+    return restore_gain(weight, rounded, None, scale_dtype)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -82,10 +86,10 @@ def main() -> None:
         options.lp_norm = LP_NORM if options.bits > 3 else COARSE_LP_NORM
 
     def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
-        return {name: quantize_weight(layer.own_weight(name), layer.grid, options.lp_norm, layer.scale_dtype)
-                for name in layer.family.linears}
+        return layer.quantize_groups(lambda _, weight, __: quantize_weight(
+            weight, layer.grid, options.lp_norm, layer.scale_dtype))
 
-    run(options, Method("hqq", quantize_layer, needs=NOTHING))
+    run(options, Method("hqq", quantize_layer, needs=Needs.NOTHING))
 
 
 if __name__ == "__main__":

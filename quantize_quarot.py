@@ -28,14 +28,14 @@ from common import cli, parallel
 from common.architecture import Family, LinearGroup, family_of
 from common.gptq import SWEEPS, gptq_layer
 from common.hadamard import factors, rotate, rotation
-from common.layerwise import Layer, Method
+from common.inputs import group_inputs
+from common.method import Layer, Method
 from common.models import MODELS_FOLDER, SourceModel
 from common.naming import filed_as
 from common.online import OnlineTransforms, attach, enable_attention
 from common.progress import say
 from common.quantization import run
 from common.scaling import fold_scale
-from common.statistics import group_inputs
 
 # Rotated inputs are even, and need no more damping than the GPTQ paper's.
 DAMPING = 0.01

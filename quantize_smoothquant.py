@@ -11,16 +11,16 @@ multiplied by it. Weights are then rounded per output channel, activations per t
 """
 
 import argparse
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from common import cli
 from common.architecture import LinearGroup
-from common.grid import Grid, QuantizedLinear, min_max, quantize, round_per_token, rounding_error
+from common.grid import Grid, QuantizedLinear, min_max, round_per_token, rounding_error
+from common.inputs import InputStatistics, Needs
 from common.kernels.rounding import search_range
-from common.layerwise import RANGES, Layer, Method
+from common.method import Layer, Method
 from common.quantization import run
 from common.scaling import fold_all, largest_weight, power_ratio, shared_by_heads
 
@@ -64,13 +64,13 @@ def prepare_layer(layer: Layer, alpha: float | None) -> None:
 
 def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
     """Nearest codes of every linear, ranges searched with each channel's mean square."""
-    codes = {}
-    for group, statistics in layer.groups():
-        for name in group.linears:
-            weight = layer.own_weight(name)
-            scale, zero_point = search_range(weight, layer.grid, statistics.mean_square, scale_dtype=layer.scale_dtype)
-            codes[name] = QuantizedLinear(quantize(weight, scale, zero_point, layer.grid), scale, zero_point, layer.grid)
-    return codes
+    def quantize_group(_: LinearGroup, weight: Tensor,
+                       statistics: InputStatistics) -> QuantizedLinear:
+        ranges = search_range(weight, layer.grid, statistics.mean_square,
+                              scale_dtype=layer.scale_dtype)
+        return QuantizedLinear.nearest(weight, *ranges, layer.grid)
+
+    return layer.quantize_groups(quantize_group)
 
 
 def _alpha(text: str) -> float | None:
@@ -89,9 +89,11 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = argument_parser().parse_args()
-    run(options, Method("smoothquant", quantize_layer, prepare_layer=lambda layer: prepare_layer(layer, options.alpha),
-                        activation_bits=ACTIVATION_BITS, round_inputs=partial(round_per_token, bits=ACTIVATION_BITS),
-                        needs=RANGES), bits=(8,))
+    # The best α is searched on some of the inputs.
+    needs = Needs.MAGNITUDES | (Needs.SAMPLES if options.alpha is None else Needs.NOTHING)
+    run(options, Method("smoothquant", quantize_layer, needs, original_inputs=True,
+                        prepare_layer=lambda layer: prepare_layer(layer, options.alpha),
+                        activation_bits=ACTIVATION_BITS), bits=(8,))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from common import parallel
-from common.grid import Grid, grouped
+from common.grid import Grid, QuantizedLinear, grouped
+from common.kernels.adam import EPSILON, MOMENT_DECAY, VARIANCE_DECAY
 from common.kernels.dispatch import triton_kernels, use_triton
 
 STRETCH, OFFSET = 1.2, -0.1
@@ -55,6 +56,10 @@ class SoftRounding:
         up = (self.v >= 0).to(self.low.dtype)
         codes = grouped(self.low + up, self.grid) + self.zero_point.unsqueeze(-1)
         return codes.clamp(self.grid.code_min, self.grid.code_max).to(torch.int8).flatten(1)
+
+    def rounded(self) -> QuantizedLinear:
+        """The hard codes with their scales."""
+        return QuantizedLinear(self.codes(), self.scale, self.zero_point, self.grid)
 
     def settled(self) -> float:
         """Share of h within 0.01 of 0 or 1."""
@@ -117,9 +122,9 @@ class Learning:
                                            self.moment, self.variance, self.difference, soft.grid, strength, beta, rate)
             return
         gradient = self._by_v(product, strength, beta)
-        self.moment.lerp_(gradient, 0.1)
-        self.variance.lerp_(gradient.square_(), 0.001)
-        soft.v.addcdiv_(self.moment, self.variance.sqrt().add_(1e-8), value=-rate)
+        self.moment.lerp_(gradient, 1 - MOMENT_DECAY)
+        self.variance.lerp_(gradient.square_(), 1 - VARIANCE_DECAY)
+        soft.v.addcdiv_(self.moment, self.variance.sqrt().add_(EPSILON), value=-rate)
         self.difference = soft.weight(soft.h()).sub_(self.target)
 
 
@@ -135,6 +140,7 @@ def learn_rounding(weight: Tensor, gram: Tensor, scale: Tensor, zero_point: Tens
     soft = SoftRounding.start(weight, scale, zero_point, grid)
     learning = Learning(soft, weight, gram)
     for step in range(iterations):
-        rate = learning_rate * math.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
+        rate = learning_rate * math.sqrt(1 - VARIANCE_DECAY ** (step + 1))
+        rate /= 1 - MOMENT_DECAY ** (step + 1)
         learning.step(strength, beta_at(step, iterations), rate)
     return soft

@@ -23,7 +23,6 @@ from common.device import dtype_name
 from common.errors import UserError
 from common.files import load_json, replace_folder
 from common.grid import Grid, QuantizedLinear
-from common.layerwise import Resumption
 from common.models import INDEX_FILE, MODEL_FILES, SourceModel, TensorReader, read_config
 from common.online import OnlineTransforms, mark_config
 from common.unfinished import UnfinishedFolder
@@ -84,11 +83,12 @@ class CheckpointWriter:
     def __exit__(self, *_exception) -> None:
         self.unfinished.close()
 
-    def resumption(self) -> Resumption:
-        """The layers that an earlier run finished."""
-        return Resumption(self.unfinished.records, self._restore)
+    @property
+    def records(self) -> list[dict]:
+        """Of the layers that are finished, by index: at first those of an earlier run."""
+        return self.unfinished.records
 
-    def _restore(self, index: int, module: nn.Module) -> None:
+    def restore_layer(self, index: int, module: nn.Module) -> None:
         """Put the weights of a finished layer into a module, exactly as they were in memory when it was written."""
         prefix = f"model.layers.{index}."
         tensors = TensorReader(self.folder, self._shard(index))
@@ -147,31 +147,32 @@ class CheckpointWriter:
         self._enter(file, TensorReader(self.folder, file))
         return file
 
-    def write_rest(self, ends: dict[str, QuantizedLinear]) -> int:
+    def write_rest(self, vocabulary: dict[str, QuantizedLinear]) -> int:
         """Write everything that is not a decoder layer: remaining tensors, index, configuration, tokenizer.
 
         Args:
-            ends: the codes of model.embed_tokens and lm_head, where they were quantized too.
+            vocabulary: the codes of model.embed_tokens and lm_head, where they were quantized too.
         Returns:
             The bytes of all tensors.
         """
         source = self.source
         rest = {"model.norm.weight": source.model.model.norm.weight.to(source.storage_dtype)}
         for name in ENDS[:1] if source.tied else ENDS:
-            if name in ends:
-                parts = compress_rows(ends[name], source.storage_dtype, form_of_end(ends[name].grid))
+            if name in vocabulary:
+                codes = vocabulary[name]
+                parts = compress_rows(codes, source.storage_dtype, form_of_end(codes.grid))
                 rest.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
             else:
                 rest[f"{name}.weight"] = source.model.get_submodule(name).weight.to(source.storage_dtype)
-        if source.tied and ends:
+        if source.tied and vocabulary:
             # The codes are shared on loading, as weights are; the scales are not.
             rest["lm_head.weight_scale"] = rest["model.embed_tokens.weight_scale"].clone()
         self._save(rest, self._shard(source.num_layers))
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
         (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
         config = source.config.to_diff_dict()
-        quantization = quantization_config(self.grid, self.activation_bits, {name: end.grid for name, end in ends.items()},
-                                           source.tied)
+        grids = {name: codes.grid for name, codes in vocabulary.items()}
+        quantization = quantization_config(self.grid, self.activation_bits, grids, source.tied)
         config.update(architectures=[type(source.model).__name__], dtype=dtype_name(self.load_dtype),
                       quantization_config=quantization, **_old_rope(config))
         if self.online:

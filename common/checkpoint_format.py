@@ -156,7 +156,7 @@ def stored_parts(read: Callable[[str], Tensor], names: Container[str], linear: s
     return {part: read(f"{linear}.{part}") for part in _PARTS if f"{linear}.{part}" in names}
 
 
-def unpack(state: dict[str, Tensor], grid: Grid) -> tuple[Tensor, Tensor | None]:
+def stored_codes(state: dict[str, Tensor], grid: Grid) -> tuple[Tensor, Tensor | None]:
     """Codes [out, in] and zero-points [out, groups] (None if symmetric) of one linear's stored tensors, both int8."""
     if "weight" in state:
         return state["weight"], None

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # As a script this folder would be searched first, and hide the standard library's `statistics`.
+    # Started as a script: `common` is a folder of the project's, not of this one.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse

@@ -49,6 +49,12 @@ class QuantizedLinear:
     zero_point: Tensor
     grid: Grid
 
+    @classmethod
+    def nearest(cls, weight: Tensor, scale: Tensor, zero_point: Tensor,
+                grid: Grid) -> QuantizedLinear:
+        """Weights [out, in] rounded to the nearest codes; scale, zero_point [out, groups]."""
+        return cls(quantize(weight, scale, zero_point, grid), scale, zero_point, grid)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights [out, in] that these codes stand for, exactly as a plain load in `dtype` computes them."""
         return dequantize(self.codes, self.scale, self.zero_point, self.grid).to(dtype)

@@ -20,7 +20,8 @@ NEEDS = ("method", "bits", "grid.bits", "grid.group_size", "model.source", "opti
          "compute_dtype", "seconds.total", "memory", "probe.tokens", "probe.baseline_perplexity", "probe.perplexity",
          "probe.divergence", "linears", "bytes.quantized_weights", "bytes.quantized_folder", "compression_ratio")
 _REMEDY = "quantize again with --overwrite, or delete it and name the 16-bit model with --baseline"
-_PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "lm-eval", "datasets", "numpy", "gemlite")
+_PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "lm-eval", "datasets",
+             "numpy")
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from common.architecture import FAMILIES, fill_buffers
 from common.checkpoint_format import open_checkpoint, stored_parts, unknown_form, weight_format
-from common.checkpoint_format import unpack as stored_codes
+from common.checkpoint_format import stored_codes
 from common.errors import UserError
 from common.grid import Grid
 from common.kernels.forms import PackedWeight, Rounded, pack

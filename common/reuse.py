@@ -30,6 +30,7 @@ _BESIDE_CODES = (
     "common.progress",
     "common.results",
     "common.reuse",
+    "common.stopwatch",
     "common.verification",
 )
 # Options of a quantize script that change nothing in the checkpoint, and those that matter only

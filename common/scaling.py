@@ -15,10 +15,9 @@ from torch import Tensor
 
 from common import parallel
 from common.architecture import LinearGroup
-from common.grid import Grid, dequantize, grouped, min_max, quantize
-from common.layerwise import Layer
+from common.grid import Grid, QuantizedLinear, grouped, min_max
+from common.method import Layer
 from common.rounding import output_error
-from common.statistics import InputStatistics
 
 # Exponents that `search_scale` tries, beside no scaling at all.
 RATIOS = 14
@@ -49,17 +48,7 @@ def fold_scale(layer: Layer, group: LinearGroup, scale: Tensor) -> None:
             fed = parameter.data[-len(rows):]
             fed.copy_(fed.float() / rows.view(-1, *[1] * (fed.dim() - 1)))
     if layer.statistics is not None:
-        rescale(layer.statistics[group], scale)
-
-
-def rescale(statistics: InputStatistics, scale: Tensor) -> None:
-    """Turn the statistics of x into those of x / scale."""
-    if statistics.with_gram:
-        statistics.gram /= scale.unsqueeze(1) * scale
-    statistics.mean_square /= scale.square()
-    statistics.abs_max /= scale
-    statistics.abs_mean /= scale
-    statistics.sample /= scale
+        layer.statistics[group] = layer.statistics[group].divided(scale)
 
 
 def power_ratio(activation: Tensor, weight: Tensor, exponent: float) -> Tensor:
@@ -78,7 +67,7 @@ def rounding_loss(weight: Tensor, gram: Tensor, grid: Grid, scale: Tensor, scale
     """Output error of weight [out, in] when weight * scale is rounded on its full range and divided by scale again."""
     scaled = weight * scale
     grid_scale, zero_point = min_max(grouped(scaled, grid), grid, scale_dtype=scale_dtype)
-    rounded = dequantize(quantize(scaled, grid_scale, zero_point, grid), grid_scale, zero_point, grid) / scale
+    rounded = QuantizedLinear.nearest(scaled, grid_scale, zero_point, grid).dequantize() / scale
     return output_error(rounded - weight, gram).sum()
 
 

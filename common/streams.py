@@ -1,8 +1,9 @@
-"""Hidden states of many windows, in chunks that fit a card, and how they pass through a layer."""
+"""Hidden states of many windows, in chunks that fit a GPU, and how they pass through a layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,27 @@ from common.progress import say
 
 # Tokens that go through a layer at once.
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
-# Hidden states stay on the card while they take at most this share of what this process has left of it.
+# Hidden states stay on the GPU while they take at most this share of what this process has left.
 _DEVICE_SHARE = 1 / 3
+
+
+@dataclass
+class Streams:
+    """What travels through the layers as they are quantized.
+
+    reference, probed: the probe text [1, length, hidden] in the original and the quantized model.
+    hidden: calibration hidden states, in chunks [batch, length, hidden], of the quantized model, or
+        of the original with `Method.original_inputs`; None without calibration.
+    originals: the same of the original model, to catch up with; None without `Method.catch_up`.
+    probe_arguments, arguments: for each layer, how it is called on the probe and on a window.
+    """
+
+    reference: Tensor
+    probed: Tensor
+    hidden: list[Tensor] | None
+    originals: list[Tensor] | None
+    probe_arguments: list[dict]
+    arguments: list[dict] | None
 
 
 def home_of(size: int, device: torch.device) -> torch.device:
@@ -54,8 +74,9 @@ def advance(forward: Callable[[Tensor], Tensor], chunks: list[Tensor], device: t
 
 
 def each_chunk(visit: Callable[[int], None], chunks: list[Tensor], others: list[Tensor] | None = None) -> None:
-    """Call visit(i) for every chunk [batch, length, hidden]. One that the card has no room for is halved, and so is what comes
-    after; `visit` must not have changed anything when it runs out of memory.
+    """Call visit(i) for every chunk [batch, length, hidden]. One that the GPU has no room for is
+    halved, and so is what comes after; `visit` must not have changed anything when it runs out of
+    memory.
 
     Args:
         others: a second list, cut alike.

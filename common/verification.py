@@ -11,8 +11,8 @@ from transformers import AutoConfig
 
 from common import metadata, probe
 from common.checkpoint import file_hashes
-from common.checkpoint_format import (REQUIRED_PARTS, decompress, family_of, open_checkpoint, stored_parts, unknown_form,
-                                      unpack, weight_format)
+from common.checkpoint_format import (REQUIRED_PARTS, decompress, family_of, open_checkpoint,
+                                      stored_codes, stored_parts, unknown_form, weight_format)
 from common.device import dtype_name
 from common.device_memory import logits_at_once
 from common.errors import UserError
@@ -152,7 +152,7 @@ def _codes(config: dict, tensors: TensorReader) -> Iterator[Check]:
 
 def _in_range(state: dict, grid: Grid) -> bool:
     """Whether shapes fit together and codes and zero-points lie in the grid's range."""
-    codes, zero_point = unpack(state, grid)
+    codes, zero_point = stored_codes(state, grid)
     rows, columns = state["weight_shape"].tolist() if "weight_shape" in state else codes.shape
     right_shape = codes.shape == (rows, columns) and state["weight_scale"].shape == (rows, grid.groups(columns))
     if zero_point is not None:

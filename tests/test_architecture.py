@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from common.architecture import FAMILIES
 from common.grid import Grid
 from common.hadamard import rotation
-from common.layerwise import Layer
+from common.method import Layer
 from common.models import SourceModel
 from common.scaling import fold_scale, shared_by_heads
 from quantize_quarot import rotate_ends, rotate_layer

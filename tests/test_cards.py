@@ -11,11 +11,11 @@ from common import fused
 from common.device import resolve_dtype
 from common.errors import UserError
 from common.grid import Grid, codes_per_token
+from common.inputs import root_weights
 from common.kernels import dispatch, gpu, inference, rounding
 from common.kernels.forms import PackedWeight, Rotary, Rounded
 from common.language_model import HarnessModel
 from common.runtime import load_for_running, load_model
-from common.statistics import root_weights
 
 CPU = torch.device("cpu")
 

@@ -13,12 +13,12 @@ from common import adaround, grid, rounding, runtime
 from common.decoding import Decoder
 from common.fused import fuse_layers
 from common.grid import Grid
+from common.inputs import InputSums
 from common.kernels import forms, gpu, inference
 from common.kernels.dispatch import triton_works
 from common.kernels.forms import PackedWeight
 from common.kernels.rounding import search_range
 from common.runtime import load_for_running, load_model, measure_memory, weight_bytes
-from common.statistics import InputStatistics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -124,11 +124,11 @@ def test_gram_matrix_in_float16(generator):
     sizes = torch.rand(300, generator=generator) + 0.5
     gram = (inputs / sizes.unsqueeze(1)).double()
     expected = gram.T @ gram / (1 / sizes.double().square()).sum()
-    found = InputStatistics(256, CUDA)
+    found = InputSums(256, CUDA)
     found.add(inputs.half().cuda(), 1 / sizes.square().cuda())
     assert relative(found.finish().gram, expected) < 2e-3
     sizes[7] = 1e-6
-    found = InputStatistics(256, CUDA)
+    found = InputSums(256, CUDA)
     found.add(inputs.half().cuda(), 1 / sizes.square().cuda())
     assert torch.isfinite(found.finish().gram).all()
 

@@ -13,16 +13,17 @@ from common import (
     device_memory,
     evaluation,
     language_model,
-    layerwise,
-    quantization,
+    layers,
     runtime,
     streams,
+    vocabulary,
 )
 from common.calibration import Windows
 from common.decoding import Decoder, can_decode
 from common.divergence import last_hidden_states, place_head
 from common.errors import UserError
 from common.language_model import HarnessModel
+from common.method import Method
 from common.models import SourceModel, TensorReader
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
@@ -173,11 +174,11 @@ def test_both_streams_are_kept_on_one_side_and_cut_alike(card, tiny, monkeypatch
         and streams.home_of(int(third) + 1, CARD) == CPU
     )
     sizes, answers = [], iter([64, 32, 16, 8])
-    monkeypatch.setattr(layerwise, "home_of", lambda size, device: sizes.append(size) or device)
+    monkeypatch.setattr(layers, "home_of", lambda size, device: sizes.append(size) or device)
     monkeypatch.setattr(device_memory, "tokens_at_once", lambda *_: next(answers))
     source = SourceModel(str(tiny), CPU, torch.float32)
-    method = layerwise.Method("gptq", lambda layer: {}, catch_up=0.5)
-    begun = layerwise._start(
+    method = Method("gptq", lambda layer: {}, catch_up=0.5)
+    begun = layers._start(
         source,
         method,
         torch.ones(8, 16, dtype=torch.long),
@@ -258,7 +259,7 @@ def test_rows_of_the_cache_fit(monkeypatch):
 
 def test_embedding_in_parts(tiny, tmp_path, monkeypatch):
     for rows in (10**6, 100):
-        monkeypatch.setattr(quantization, "ROWS_AT_ONCE", rows)
+        monkeypatch.setattr(vocabulary, "ROWS_AT_ONCE", rows)
         monkeypatch.setattr(checkpoint_format, "_ROWS_AT_ONCE", rows)
         result = run_script(
             ROOT / "quantize_hqq.py",

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantize_hqq import quantize_weight
 
+from common import ranges, rounding
 from common.architecture import FAMILIES
-from common import rounding
 from common.checkpoint import METADATA_FILE
 from common.checkpoint_format import compress, decompress, open_checkpoint, scheme_of, stored_parts
 from common.errors import UserError
@@ -30,7 +30,7 @@ def solved(solver: str, weight: torch.Tensor, gram: torch.Tensor, grid: Grid, st
     if solver == "hqq":
         return quantize_weight(weight, grid, 4.0, scales)
     if solver == "ranges":
-        scale, zero_point = rounding.choose_ranges(weight, gram, grid, scales)
+        scale, zero_point = ranges.choose_ranges(weight, gram, grid, scales)
         return QuantizedLinear(quantize(weight, scale, zero_point, grid), scale, zero_point, grid)
     scale, zero_point = search_range(weight, grid, gram.diagonal(), scale_dtype=scales)
     if solver == "nearest":

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.checkpoint_format import compress, decompress, unpack
+from common.checkpoint_format import compress, decompress, stored_codes
 from common.errors import UserError
 from common.grid import Grid, QuantizedLinear, dequantize, min_max, grouped, quantize, resolve_group_size
 from common.kernels.rounding import search_range
@@ -65,7 +65,7 @@ def test_packing_gives_back_the_same_weights(bits, symmetric, rows, groups, size
     scale, zero_point = min_max(grouped(weight, grid), grid)
     linear = QuantizedLinear(quantize(weight, scale, zero_point, grid), scale, zero_point, grid)
     state = compress(linear, torch.bfloat16)
-    codes, zeros = unpack(state, grid)
+    codes, zeros = stored_codes(state, grid)
     assert torch.equal(codes, linear.codes)
     assert zeros is None or torch.equal(zeros.float(), zero_point)
     assert torch.equal(decompress(state, grid), linear.dequantize())

@@ -12,7 +12,8 @@ from common.adaround import learn_rounding
 from common.checkpoint import METADATA_FILE
 from common.grid import Grid, dequantize, min_max, grouped, quantize
 from common.kernels.rounding import search_range
-from common.rounding import choose_ranges, damped, output_error, refine, solve
+from common.ranges import choose_ranges
+from common.rounding import damped, output_error, refine, solve
 from common.scaling import power_ratio
 
 METHODS = {"gptq": [], "awq": [], "hqq": [], "smoothquant": [], "adaround": ["--iterations", "5"], "quarot": []}

@@ -12,7 +12,7 @@ from common.architecture import family_of
 from common.checkpoint import METADATA_FILE
 from common.grid import Grid, round_clipped, round_per_token, round_per_vector
 from common.hadamard import factors, hadamard, rotate, rotation
-from common.layerwise import Layer
+from common.method import Layer
 from common.models import SourceModel
 from common.online import OnlineTransforms, enable_attention
 from common.runtime import load_model

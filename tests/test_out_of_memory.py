@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import ROOT, assert_user_error, run_script
 
-from common import layerwise, streams
-from common.statistics import InputStatistics, add_in_parts
+from common import layers, streams
+from common.inputs import InputSums, Needs, add_in_parts
 
 
 LENGTH = 64
@@ -29,7 +29,7 @@ def room_for(windows: int, monkeypatch) -> list[int]:
                 raise torch.cuda.OutOfMemoryError("no room")
         return original(module, hidden, arguments)
 
-    monkeypatch.setattr(layerwise, "run_layer", limited)
+    monkeypatch.setattr(layers, "run_layer", limited)
     return asked
 
 
@@ -55,17 +55,18 @@ def test_no_room_for_one_window(tiny, calibration_text, tmp_path, monkeypatch):
 def test_statistics_added_in_halves(generator, monkeypatch):
     inputs, weights = torch.randn(6, 10, 24, generator=generator), torch.rand(6, 10, generator=generator)
     lag = torch.randn(6, 10, 8, generator=generator)
-    whole, parts = InputStatistics(24, torch.device("cpu")), InputStatistics(24, torch.device("cpu"))
+    needs = Needs.GRAM | Needs.MAGNITUDES
+    whole, parts = (InputSums(24, torch.device("cpu"), needs) for _ in range(2))
     whole.add(inputs, weights, lag)
-    original = InputStatistics.add
+    original = InputSums.add
 
     def limited(self, batch, *rest):
         if len(batch) > 2:
             raise torch.cuda.OutOfMemoryError("no room")
         original(self, batch, *rest)
 
-    monkeypatch.setattr(InputStatistics, "add", limited)
+    monkeypatch.setattr(InputSums, "add", limited)
     add_in_parts(parts, inputs, weights, lag)
-    whole.finish(), parts.finish()
+    whole, parts = whole.finish(), parts.finish()
     for name in ("gram", "lag", "abs_max", "abs_mean"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))

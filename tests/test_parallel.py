@@ -17,7 +17,7 @@ from conftest import ROOT, run_script
 from safetensors.torch import load_file
 
 from common import parallel
-from common.checkpoint_format import open_checkpoint, stored_parts, unpack, weight_format
+from common.checkpoint_format import open_checkpoint, stored_codes, stored_parts, weight_format
 from common.errors import UserError
 
 COMMON = ["--calib-data", "demo", "--calib-samples", "5", "--calib-length", "64", "--device", "cpu"]
@@ -41,7 +41,8 @@ def codes_of(folder) -> torch.Tensor:
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)
         for name in sorted(name.removesuffix(".weight_scale") for name in tensors if name.endswith("weight_scale")):
-            found.append(unpack(stored_parts(tensors.__getitem__, tensors, name), grid)[0].flatten())
+            state = stored_parts(tensors.__getitem__, tensors, name)
+            found.append(stored_codes(state, grid)[0].flatten())
     return torch.cat(found)
 
 

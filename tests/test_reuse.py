@@ -99,7 +99,8 @@ def test_the_code_that_decides_codes(method, monkeypatch):
     monkeypatch.setattr(identity, "_module_file", lambda root, name: seen.add(name) or original(root, name))
     identity.code_hash.cache_clear()
     found = reuse.quantization_code_hash(method)
-    assert {f"quantize_{method}", "common.rounding", "common.layerwise", "common.calibration", "common.checkpoint"} <= seen
+    assert {f"quantize_{method}", "common.rounding", "common.layers", "common.calibration",
+            "common.checkpoint"} <= seen
     assert ("common.adaround" in seen) is (method == "adaround") and "quantize_awq" not in seen
     assert not {"common.verification", "common.runtime", "common.naming", "common.machine", "common.evaluation"} & seen
     assert found != reuse.quantization_code_hash("awq") != identity.code_hash()

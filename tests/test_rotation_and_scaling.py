@@ -8,10 +8,10 @@ from common.architecture import FAMILIES
 from common.errors import UserError
 from common.grid import Grid
 from common.hadamard import hadamard, rotation
-from common.layerwise import Layer
+from common.inputs import Needs, new_sums
+from common.method import Layer
 from common.models import SourceModel
 from common.scaling import fold_scale, shared_by_heads
-from common.statistics import new_statistics
 from quantize_quarot import balance, rotate_ends, rotate_layer
 
 
@@ -148,14 +148,16 @@ def test_scaling_leaves_logits_unchanged_and_statistics_true(tiny_models, tokens
 
     def change(index, module):
         layer = Layer(index, module, Grid(4, 32), torch.bfloat16)
-        layer.statistics = new_statistics(module, torch.device("cpu"), with_gram=True, with_magnitudes=True)
-        for group, statistics in layer.statistics.items():
-            inputs = torch.randn(30, statistics.in_features, generator=generator)
-            statistics.add(inputs)
-            statistics.finish()
-            scale = torch.exp(0.5 * torch.randn(statistics.in_features, generator=generator))
+        every = new_sums(module, torch.device("cpu"), Needs.GRAM | Needs.MAGNITUDES)
+        layer.statistics = {}
+        for group, sums in every.items():
+            inputs = torch.randn(30, sums.in_features, generator=generator)
+            sums.add(inputs)
+            layer.statistics[group] = sums.finish()
+            scale = torch.exp(0.5 * torch.randn(sums.in_features, generator=generator))
             scale = shared_by_heads(layer, group, scale)
             fold_scale(layer, group, scale)
+            statistics = layer.statistics[group]
             scaled = inputs / scale
             assert torch.allclose(statistics.gram, scaled.T @ scaled / 30, rtol=1e-3, atol=1e-4)
             assert torch.allclose(statistics.abs_max, scaled.abs().amax(0))

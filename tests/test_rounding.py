@@ -7,21 +7,20 @@ from conftest import ROOT, run_script
 
 from common.architecture import FAMILIES
 from common.errors import UserError
-from common.grid import Grid, dequantize, grouped, min_max, quantize
+from common.grid import Grid, QuantizedLinear, dequantize, grouped, min_max, quantize
+from common.inputs import InputSums
 from common.kernels.rounding import search_range
+from common.ranges import choose_ranges, restore_gain
 from common.rounding import (
     BLOCK,
     CATCH_UP_DAMPING,
     DAMPING,
     catch_up,
-    choose_ranges,
     damped,
     output_error,
     refine,
-    restore_gain,
     solve,
 )
-from common.statistics import InputStatistics
 
 
 def gptq_by_the_paper(weight, gram, scale, zero_point, grid, damping):
@@ -173,7 +172,8 @@ def test_the_gain_that_clipping_costs_is_restored(grid, generator):
     """Each row's output, regressed on the original one in float64, has slope one; without, less."""
     weight, inputs, gram, *_ = problem(24, 192, grid, generator)
     scale, zero_point = min_max(grouped(weight, grid), grid, 0.7, torch.float32)
-    codes = quantize(weight, scale, zero_point, grid)
+    rounded = QuantizedLinear.nearest(weight, scale, zero_point, grid)
+    codes = rounded.codes
 
     def slopes(scale):
         expected = inputs.double() @ weight.double().T
@@ -181,12 +181,12 @@ def test_the_gain_that_clipping_costs_is_restored(grid, generator):
         return (found * expected).sum(0) / expected.square().sum(0)
 
     assert slopes(scale).mean() < 0.995
-    alone = restore_gain(weight, codes, scale, zero_point, None, grid, torch.float32)
-    rounded = dequantize(codes, alone, zero_point, grid).double()
-    torch.testing.assert_close((rounded * weight).sum(1), weight.double().square().sum(1), rtol=1e-4, atol=0)
-    restored = restore_gain(weight, codes, scale, zero_point, gram, grid, torch.float32)
+    alone = restore_gain(weight, rounded, None, torch.float32).dequantize().double()
+    whole = weight.double().square().sum(1)
+    torch.testing.assert_close((alone * weight).sum(1), whole, rtol=1e-4, atol=0)
+    restored = restore_gain(weight, rounded, gram, torch.float32).scale
     torch.testing.assert_close(slopes(restored), torch.ones(len(weight), dtype=torch.float64), rtol=0, atol=1e-4)
-    stored = restore_gain(weight, codes, scale, zero_point, gram, grid, torch.bfloat16)
+    stored = restore_gain(weight, rounded, gram, torch.bfloat16).scale
     assert torch.equal(stored, stored.bfloat16().float())
     assert (slopes(stored) - 1).abs().max() < 2 ** -7
 
@@ -195,8 +195,8 @@ def test_the_gain_that_clipping_costs_is_restored(grid, generator):
 def test_few_bits_keep_their_scales(bits, generator):
     grid = Grid(bits, 64)
     weight, _, gram, scale, zero_point = problem(24, 192, grid, generator)
-    codes = quantize(weight, scale, zero_point, grid)
-    assert torch.equal(restore_gain(weight, codes, scale, zero_point, gram, grid, torch.bfloat16), scale)
+    rounded = QuantizedLinear.nearest(weight, scale, zero_point, grid)
+    assert torch.equal(restore_gain(weight, rounded, gram, torch.bfloat16).scale, scale)
 
 
 def test_what_has_no_output_keeps_its_scales(generator):
@@ -204,10 +204,11 @@ def test_what_has_no_output_keeps_its_scales(generator):
     weight, _, gram, *_ = problem(24, 192, grid, generator)
     weight[2] = 0
     scale, zero_point = min_max(grouped(weight, grid), grid, 0.7, torch.float32)
-    codes = quantize(weight, scale, zero_point, grid)
-    restored = restore_gain(weight, codes, scale, zero_point, gram, grid, torch.float32)
+    rounded = QuantizedLinear.nearest(weight, scale, zero_point, grid)
+    restored = restore_gain(weight, rounded, gram, torch.float32).scale
     assert torch.equal(restored[2], scale[2]) and torch.isfinite(restored).all() and not torch.equal(restored, scale)
-    assert torch.equal(restore_gain(weight, codes, scale, zero_point, torch.zeros_like(gram), grid, torch.float32), scale)
+    without = restore_gain(weight, rounded, torch.zeros_like(gram), torch.float32)
+    assert torch.equal(without.scale, scale)
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
@@ -217,10 +218,10 @@ def test_catching_up_is_damped_least_squares(share):
     inputs = torch.randn(300, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
     lag = inputs @ torch.randn(24, 10, generator=generator) * 0.1 + 0.3 * torch.randn(300, 10, generator=generator)
     weight = torch.randn(10, 24, generator=generator)
-    statistics = InputStatistics(24, torch.device("cpu"))
+    sums = InputSums(24, torch.device("cpu"))
     for part, behind in zip(inputs.split(100), lag.split(100), strict=True):
-        statistics.add(part, lag=behind)
-    statistics.finish()
+        sums.add(part, lag=behind)
+    statistics = sums.finish()
     changed = catch_up(weight, statistics.gram, statistics.lag, share)
     x, y = inputs.double() / 300**0.5, lag.double() / 300**0.5
     ridge = (CATCH_UP_DAMPING * x.square().sum(0).mean()).sqrt() * torch.eye(24, dtype=torch.float64)
@@ -235,9 +236,9 @@ def test_token_weights_count_in_the_lag_as_in_the_gram_matrix():
     generator = torch.Generator().manual_seed(12)
     inputs, lag = torch.randn(2, 15, 8, generator=generator), torch.randn(2, 15, 6, generator=generator)
     weights = torch.rand(2, 15, generator=generator) + 0.1
-    statistics = InputStatistics(8, torch.device("cpu"))
-    statistics.add(inputs, weights, lag)
-    statistics.finish()
+    sums = InputSums(8, torch.device("cpu"))
+    sums.add(inputs, weights, lag)
+    statistics = sums.finish()
     expected = torch.einsum("bt,bth,bti->hi", weights.double(), lag.double(), inputs.double()) / weights.sum()
     assert torch.allclose(statistics.lag.double(), expected, atol=1e-5)
 

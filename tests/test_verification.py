@@ -131,8 +131,8 @@ def test_a_wrecked_linear_is_named_by_both_scripts(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("option, bits, name", [("--embedding-bits", 8, "model.embed_tokens"), ("--head-bits", 4, "lm_head")])
 def test_a_wrecked_embedding_or_head_is_named_by_both_scripts(tiny_models, tmp_path, monkeypatch, option, bits, name):
-    from common import quantization
-    search = quantization.search_range
+    from common import vocabulary
+    search = vocabulary.search_range
 
     def quantize(output):
         result = run_script(ROOT / "quantize_hqq.py", "--model", tiny_models["llama", False], "--output", output, option, bits)
@@ -148,7 +148,7 @@ def test_a_wrecked_embedding_or_head_is_named_by_both_scripts(tiny_models, tmp_p
         scale, zero_point = search(rows, *arguments, **options)
         return torch.ones_like(scale), zero_point
 
-    monkeypatch.setattr(quantization, "search_range", broken)
+    monkeypatch.setattr(vocabulary, "search_range", broken)
     assert f"warning: {name} is wrecked" in quantize(tmp_path / "out").stdout
     verified = run(tmp_path / "out")
     assert verified.returncode == 1 and "FAIL  output errors: " in verified.stdout and name in verified.stdout

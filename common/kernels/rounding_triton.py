@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from common.grid import Grid, smallest_scale
+from common.kernels import adam
 from common.kernels.launch_triton import nearest
 
 _STORED = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -145,8 +146,9 @@ def learning_step(v: Tensor, low: Tensor, scale: Tensor, zero_point: Tensor, tar
     count, block = v.numel(), 1024
     _learning_step[(triton.cdiv(count, block),)](
         v, low, scale, zero_point, target, product, unit, moment, variance, difference, count,
-        v.shape[1] // scale.shape[1], strength, beta or 0.0, rate, HAS_BETA=beta is not None, CODE_MIN=grid.code_min,
-        CODE_MAX=grid.code_max, BLOCK=block, num_warps=4)
+        v.shape[1] // scale.shape[1], strength, beta or 0.0, rate, MOMENT_DECAY=adam.MOMENT_DECAY,
+        VARIANCE_DECAY=adam.VARIANCE_DECAY, EPSILON=adam.EPSILON, HAS_BETA=beta is not None,
+        CODE_MIN=grid.code_min, CODE_MAX=grid.code_max, BLOCK=block, num_warps=4)
 
 
 @triton.jit
@@ -157,7 +159,9 @@ def _soft(v):
 
 @triton.jit
 def _learning_step(v, low, scale, zero_point, target, product, unit, moment, variance, difference, count, size, strength, beta,
-                   rate, HAS_BETA: tl.constexpr, CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, BLOCK: tl.constexpr):
+                   rate, MOMENT_DECAY: tl.constexpr, VARIANCE_DECAY: tl.constexpr,
+                   EPSILON: tl.constexpr, HAS_BETA: tl.constexpr, CODE_MIN: tl.constexpr,
+                   CODE_MAX: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < count
     value = tl.load(v + place, mask=mask, other=0.0)
@@ -175,9 +179,9 @@ def _learning_step(v, low, scale, zero_point, target, product, unit, moment, var
     gradient = tl.where((h > 0.0) & (h < 1.0), gradient * 1.2 * sigmoid * (1.0 - sigmoid), 0.0)
     first = tl.load(moment + place, mask=mask, other=0.0)
     second = tl.load(variance + place, mask=mask, other=0.0)
-    first += 0.1 * (gradient - first)
-    second += 0.001 * (gradient * gradient - second)
-    value -= rate * first / (tl.sqrt(second) + 1e-8)
+    first += (1.0 - MOMENT_DECAY) * (gradient - first)
+    second += (1.0 - VARIANCE_DECAY) * (gradient * gradient - second)
+    value -= rate * first / (tl.sqrt(second) + EPSILON)
     tl.store(v + place, value, mask=mask)
     tl.store(moment + place, first, mask=mask)
     tl.store(variance + place, second, mask=mask)
