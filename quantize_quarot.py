@@ -102,11 +102,17 @@ def balance(feeder: nn.Linear, reader: nn.Linear, heads: tuple[int, int, int]) -
 def balance_group(module: nn.Module, group: LinearGroup) -> None:
     """`balance` the one linear of a group in a decoder layer and the linear that feeds it."""
     reader = module.get_submodule(group.linears[0])
-    balance(module.get_submodule(group.fed_by), reader, group.heads(reader.in_features, module.self_attn.config))
+    heads = group.heads(reader.in_features, module.self_attn.config)
+    balance(module.get_submodule(group.fed_by), reader, heads)
 
 
 def rotate_layer(module: nn.Module, hidden: Tensor | None, value: Tensor) -> None:
-    """Rotate a decoder layer. hidden: R1 [hidden, hidden], None where it does not fold; value: R2 [head size, head size]."""
+    """Rotate a decoder layer.
+
+    Args:
+        hidden: R1 [hidden, hidden], or None where it does not fold.
+        value: R2 [head size, head size].
+    """
     family = family_of(module)
     for group in family.reading if hidden is not None else ():
         linears = [module.get_submodule(name) for name in group.linears]
@@ -128,8 +134,9 @@ def rotate_values(module: nn.Module, value: Tensor) -> None:
     v_proj, o_proj = module.get_submodule(group.fed_by), module.get_submodule(group.linears[0])
     balance_group(module, group)
     count, size = module.self_attn.config.num_key_value_heads, len(value)
-    values = slice(-count * size, None)                                         # in a linear of q, k and v the last rows
-    v_proj.weight.data[values] = times(v_proj.weight[values].T.unflatten(1, (-1, size)), value).flatten(1).T
+    values = slice(-count * size, None)  # in a linear of q, k and v the last rows
+    by_head = v_proj.weight[values].T.unflatten(1, (-1, size))
+    v_proj.weight.data[values] = times(by_head, value).flatten(1).T
     if v_proj.bias is not None:
         v_proj.bias.data[values] = times(v_proj.bias[values].view(-1, size), value).flatten()
     o_proj.weight.data = times(o_proj.weight.unflatten(1, (-1, size)), value).flatten(1)
@@ -157,7 +164,8 @@ def input_squares(layer: Layer) -> dict[LinearGroup, Tensor]:
     times as large as the others, every token counts as one of length one.
     """
     device, down = next(layer.module.parameters()).device, layer.family.writing[1]
-    sums = {group: torch.zeros(group.in_features(layer.module), device=device) for group in layer.family.groups}
+    sums = {group: torch.zeros(group.in_features(layer.module), device=device)
+            for group in layer.family.groups}
 
     def receive(group: LinearGroup, inputs: Tensor) -> None:
         tokens = inputs.float().flatten(0, -2).square()
@@ -210,17 +218,16 @@ def main() -> None:
     def rewrite_model(source: SourceModel) -> None:
         attention = source.model.model.layers[0].self_attn
         rotations["value"] = rotation(attention.head_dim, options.seed + 1)
-        folded = not options.act_bits
-        if folded and source.family.normalises_output:
-            folded = False
-            say(f"{source.family.model_type} normalises what attention and MLP add to the residual stream, so R1 does not fold "
-                "into the weights and value heads alone are rotated; with --act-bits the hidden state is rotated as it comes")
-        else:
+        folds = not source.family.normalises_output
+        if folds and not options.act_bits:
             rotations["hidden"] = rotation(source.config.hidden_size, options.seed)
-        if folded:
             rotate_ends(source, rotations["hidden"])
         elif options.head_bits:
             source.untie()
+        if not folds and not options.act_bits:
+            say(f"{source.family.model_type} normalises what attention and MLP add to the residual "
+                "stream, so R1 does not fold into the weights and value heads alone are rotated; "
+                "with --act-bits the hidden state is rotated as it comes")
         if transforms:
             enable_attention(source.model)
 
@@ -234,8 +241,7 @@ def main() -> None:
             rotate_online(layer.module, transforms)
 
     run(options, Method("quarot", lambda layer: gptq_layer(layer, options.damping, options.sweeps), online=transforms,
-                        catch_up=options.catch_up, rewrite_model=rewrite_model, unties=not options.act_bits or bool(options.head_bits),
-                        rewrite_layer=rewrite_layer))
+                        catch_up=options.catch_up, rewrite_model=rewrite_model, unties=True, rewrite_layer=rewrite_layer))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""How the models of each supported family are built: what quantization has to know of them, said once.
+"""How the models of each family are built: what quantization has to know of them, said once.
 
-A family is one entry of `FAMILIES`, data alone. All are decoders whose layers are attention and a gated MLP, one after the
-other, each between an RMSNorm that reads the residual stream and the sum that writes it. What a family does beside that
-(rotary embedding or none, sliding windows, norms of queries and keys) happens inside transformers' layers, which run as they
-are, so nothing here has to say it.
+A family is one entry of `FAMILIES`, data alone. All are decoders whose layers are attention and a
+gated MLP, one after the other, each between an RMSNorm that reads the residual stream and the sum
+that writes it. What a family does beside that (rotary embedding or none, sliding windows, norms of
+queries and keys) happens inside transformers' layers, which run as they are, so nothing here has to
+say it.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Family:
         what the embedding's output and the output of attention and MLP are multiplied by, the
         logits divided by, and then softly capped at (c · tanh(x / c)); None where that is not
         done, or where the module itself does it.
-    fused: the layers compute just what Llama's do, so `fused` and `decoding` can run in their place.
+    fused: the layers compute just what Llama's do, so `fused` and `decoding` can run in their
+        place.
     """
 
     model_type: str
@@ -118,13 +120,14 @@ class Family:
         return hidden if scale is None else hidden * scale
 
     def lag_of_output(self, lag: Tensor, config) -> Tensor:
-        """By how much outputs of attention or MLP fall short if the residual stream does by `lag`."""
+        """By how much outputs of attention or MLP fall short if the stream does by `lag`."""
         scale = self._value(config, self.residual_scale)
         return lag if scale is None else lag / scale
 
     def finish_logits(self, logits: Tensor, config) -> Tensor:
         """The model's logits, of what the head's matrix puts out."""
-        divisor, cap = (self._value(config, name) for name in (self.logits_divisor, self.logits_cap))
+        divisor = self._value(config, self.logits_divisor)
+        cap = self._value(config, self.logits_cap)
         if divisor is not None:
             logits = logits / divisor
         return logits if cap is None else torch.tanh(logits / cap) * cap
@@ -138,7 +141,7 @@ def _wired(qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"),
            gate_up: tuple[str, ...] = ("gate_proj", "up_proj"),
            mlp_norm: str = "post_attention_layernorm",
            output_norms: tuple[str | None, str | None] = (None, None)) -> tuple[LinearGroup, ...]:
-    """The groups of a layer with these linears and norms; v comes last in `qkv`, up in `gate_up`."""
+    """The groups of a layer with these linears and norms; v is last in `qkv`, up in `gate_up`."""
     attention = tuple(f"self_attn.{name}" for name in qkv)
     mlp = tuple(f"mlp.{name}" for name in gate_up)
     return (

@@ -203,15 +203,16 @@ def _old_rope(config: dict) -> dict:
     """
     scaling = dict(config["rope_parameters"])
     old = {}
-    if "full_attention" in scaling:                                             # one form for each type of layer
+    if "full_attention" in scaling:  # one form for each type of layer
         old["rope_local_base_freq"] = scaling["sliding_attention"]["rope_theta"]
         scaling = dict(scaling["full_attention"])
     theta, kind = scaling.pop("rope_theta"), scaling["rope_type"]
-    # Where a part of each head is turned, a field of its own says so, and those of a scaling are counted.
+    # Where a part of each head is turned, a field of its own says so, and a scaling's are counted.
     if "partial_rotary_factor" in scaling:
         old["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
         if kind == "longrope":
-            scaling = {"type": kind, "short_factor": scaling["short_factor"], "long_factor": scaling["long_factor"]}
+            factors = {name: scaling[name] for name in ("short_factor", "long_factor")}
+            scaling = {"type": kind, **factors}
     return {**old, "rope_theta": theta, "rope_scaling": None if kind == "default" else scaling}
 
 

@@ -168,7 +168,7 @@ def stored_codes(state: dict[str, Tensor], grid: Grid) -> tuple[Tensor, Tensor |
 
 
 def family_of(config: dict) -> Family | None:
-    """The family of a checkpoint, by the content of its config.json; None if it is none that is supported."""
+    """The family of a checkpoint, by the content of its config.json; None if it is not supported."""
     return FAMILIES.get(config["model_type"].removesuffix(MODEL_TYPE_SUFFIX))
 
 
@@ -278,7 +278,9 @@ def _unknown_tensors(config: dict, names: set[str], ends: list[str]) -> str | No
     odd = sorted(name for name in names if name.rpartition(".")[2] not in (*_PARTS, "bias"))
     if odd:
         return f"tensor {odd[0]}"
-    expected = {f"model.layers.{i}.{linear}" for i in range(config["num_hidden_layers"]) for linear in family_of(config).linears} | set(ends)
+    linears = family_of(config).linears
+    expected = {f"model.layers.{i}.{linear}" for i in range(config["num_hidden_layers"])
+                for linear in linears} | set(ends)
     found = {name.removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale")}
     different = sorted(expected ^ found)
     return f"{different[0]}, {'not ' if different[0] in expected else ''}quantized" if different else None

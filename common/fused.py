@@ -20,7 +20,8 @@ from common.kernels.inference import add_rms_norm, rotate_heads, silu_mul
 
 def fuse_layers(model: nn.Module) -> None:
     """Replace the forward passes of a causal LM's norms, attention and MLPs. The kernels have no backward pass: under autograd
-    the original ones run. Families whose layers compute something else than Llama's are left as they are.
+    the original ones run. Families whose layers compute something else than Llama's are left as
+    they are.
     """
     if not is_fused(model.config):
         return

@@ -142,8 +142,9 @@ class HarnessModel(TemplateLM):
         return scores, greedy
 
     def _slides(self, length: int) -> bool:
-        """Whether a text of `length` tokens is longer than a sliding window of the model's. Where choices lie side by side, or
-        padding between prefix and prompt, the window would end at wrong tokens.
+        """Whether a text of `length` tokens is longer than a sliding window of the model's. Where
+        choices lie side by side, or padding between prefix and prompt, the window would end at
+        wrong tokens.
         """
         window = getattr(self.model.config, "sliding_window", None)
         return window is not None and length > window

@@ -131,7 +131,7 @@ def _start(source: SourceModel, method: Method, windows: Tensor | None, probe: T
 
 
 def _catches_up(method: Method, family: Family) -> bool:
-    """Whether linears are made to recover the residual stream's lag; says so where they cannot be."""
+    """Whether linears are made to recover the stream's lag; says so where they cannot be."""
     if method.catch_up and family.normalises_output:
         say(f"{family.model_type} normalises what attention and MLP add to the residual stream, so "
             "linears cannot catch up with its lag: --catch-up does nothing")

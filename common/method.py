@@ -90,7 +90,8 @@ class Layer:
         """Set the type of the layer's scales, which its linears' weights as they are now decide
         (`grid.scale_type`).
         """
-        self.scale_dtype = scale_type(map(self.weight, self.family.linears), self.grid, storage_dtype)
+        weights = map(self.weight, self.family.linears)
+        self.scale_dtype = scale_type(weights, self.grid, storage_dtype)
 
     def where(self, name: str) -> str:
         return f"model.layers.{self.index}.{name}"
@@ -116,7 +117,7 @@ class Method:
     activation_bits: what the inputs of the linears are rounded to, per token as they come, by the
         walk and by a plain load; None leaves them as they are.
     online: what is done as the model runs and no plain load does; rewrite_layer attaches it.
-    unties: rewrite_model gives a tied head weights of its own.
+    unties: rewrite_model gives a tied head weights of its own, where it is to be rounded alone.
     """
 
     name: str

@@ -273,7 +273,8 @@ class SourceModel:
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states [batch, length, hidden] before the first layer, of token ids [batch, length]."""
-        return self.family.scale_embedding(self.model.model.embed_tokens(tokens.to(self.device)), self.config)
+        embedded = self.model.model.embed_tokens(tokens.to(self.device))
+        return self.family.scale_embedding(embedded, self.config)
 
     @torch.no_grad()
     def layer_arguments(self, length: int) -> list[dict]:

@@ -85,7 +85,8 @@ def attach(layer: nn.Module, transforms: OnlineTransforms) -> None:
     if transforms.hidden:
         sides = [factor.to(weight) for factor in factors(family.reading[0].in_features(layer))]
         for group in family.reading:
-            layer.get_submodule(group.fed_by).register_forward_hook(lambda *call: rotate(call[-1], *sides))
+            norm = layer.get_submodule(group.fed_by)
+            norm.register_forward_hook(lambda *call: rotate(call[-1], *sides))
     for name in family.linears:
         layer.get_submodule(name).register_forward_pre_hook(lambda _, arguments: transforms.round_inputs(arguments[0]))
 

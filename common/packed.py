@@ -76,7 +76,11 @@ def stack(linears: list[PackedLinear]) -> PackedLinear:
 
 
 class PackedEmbedding(nn.Module):
-    """An embedding whose rows are int8 codes with a scale each. factor: what the family's own embedding multiplies by."""
+    """An embedding whose rows are int8 codes with a scale each.
+
+    Args:
+        factor: what the family's own embedding multiplies by, if by anything.
+    """
 
     def __init__(self, rows: PackedLinear, dtype: torch.dtype, factor: Tensor | None = None):
         super().__init__()

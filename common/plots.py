@@ -198,7 +198,7 @@ def error_by_layer(results: ModelResults):
     if not names:
         return None
     figure, axes = plt.subplots(2, 4, figsize=(13, 6), layout="constrained", sharex=True)
-    # model.layers.0.self_attn.q_proj and so on; what a family has fewer of than there are panels leaves some out.
+    # Of model.layers.0.self_attn.q_proj and the like. Families with fewer linears leave panels out.
     linears = dict.fromkeys(key.split(".", 3)[-1] for values in errors.values() for key in values)
     for axis, linear in itertools.zip_longest(axes.flat[:-1], linears):
         if linear is None:

@@ -158,9 +158,11 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
         raise UserError(f"{folder} cannot be loaded: {first[:200]}") from None
     # transformers fills what it misses with random numbers and only warns.
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = [name for name in map(str, sorted(loading.get(problem) or [])) if name not in FILLED_BY_CODE]
+        names = map(str, sorted(loading.get(problem) or []))
+        names = [name for name in names if name not in FILLED_BY_CODE]
         if names:
-            raise UserError(f"{folder} does not load as it is: {problem.replace('_', ' ')} {', '.join(names[:3])}")
+            raise UserError(f"{folder} does not load as it is: {problem.replace('_', ' ')} "
+                            f"{', '.join(names[:3])}")
     model.to(device).eval().requires_grad_(False)
     try:
         with torch.inference_mode():                                            # decompresses packed weights

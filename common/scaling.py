@@ -2,8 +2,8 @@
 
 With a positive s per channel, W' = W diag(s) reads x' = x / s. The division goes into the norm's gain, or into the rows of the
 linear whose output is x: up_proj feeds down_proj, and v_proj feeds o_proj through the attention's averages, where all
-query heads that share a key-value head must share s. Which module that is `architecture` says. `equalize` chooses s as AWQ
-does (Lin et al. 2023, arXiv 2306.00978).
+query heads that share a key-value head must share s; `architecture` says which it is. `equalize`
+chooses s as AWQ does (Lin et al. 2023, arXiv 2306.00978).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def fold_scale(layer: Layer, group: LinearGroup, scale: Tensor) -> None:
     if group.reads_residual:
         layer.family.set_gain(feeder, layer.family.gain(feeder).float() / rows)
     else:
-        for parameter in feeder.parameters():                                   # weight [out, in] and bias [out]
+        for parameter in feeder.parameters():  # weight [out, in] and bias [out]
             fed = parameter.data[-len(rows):]
             fed.copy_(fed.float() / rows.view(-1, *[1] * (fed.dim() - 1)))
     if layer.statistics is not None:

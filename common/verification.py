@@ -106,7 +106,8 @@ def _complete(folder: Path, config: dict, tensors: TensorReader) -> Check:
     wanted = [file for file in ("tokenizer.json", "tokenizer_config.json") if not (folder / file).is_file()]
     layers, family = config["num_hidden_layers"], family_of(config)
     parts = REQUIRED_PARTS[weight_format(config).form]
-    names = [f"model.layers.{i}.{linear}.{part}" for i in range(layers) for linear in family.linears for part in parts]
+    names = [f"model.layers.{i}.{linear}.{part}" for i in range(layers)
+             for linear in family.linears for part in parts]
     names += [f"model.layers.{i}.{norm}.weight" for i in range(layers) for norm in family.norms]
     names += ["model.embed_tokens.weight", "model.norm.weight"]
     if not config.get("tie_word_embeddings"):

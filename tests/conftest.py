@@ -69,7 +69,7 @@ def tiny_tokenizer():
     return fast
 
 
-# What the models of a family have beside Llama's: of two layers one slides, or is without rotary embedding.
+# What a family has beside Llama's: of two layers one slides, or is without rotary embedding.
 OWN_FIELDS = {
     "gemma3_text": dict(sliding_window=24, sliding_window_pattern=2, query_pre_attn_scalar=24,
                         final_logit_softcapping=20.0),
@@ -82,16 +82,22 @@ OWN_FIELDS = {
 
 
 def build_tiny(architecture: str, tied: bool, seed: int = 0, layers: int = 2, **fields):
-    """A random model with grouped-query attention: hidden 64, bfloat16; biases for qwen2. fields: of the configuration."""
+    """A random model with grouped-query attention: hidden 64, bfloat16; biases for qwen2.
+
+    Args:
+        fields: of the configuration, in place of those.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from common.architecture import FAMILIES
 
     sizes = dict(
-        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=tied, bos_token_id=0,
-        eos_token_id=1, pad_token_id=1, sliding_window=None)
-    config = AutoConfig.for_model(architecture, **{**sizes, **OWN_FIELDS.get(architecture, {}), **fields})
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
+        tie_word_embeddings=tied, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        sliding_window=None)
+    own = OWN_FIELDS.get(architecture, {})
+    config = AutoConfig.for_model(architecture, **{**sizes, **own, **fields})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
@@ -107,7 +113,8 @@ def build_tiny(architecture: str, tied: bool, seed: int = 0, layers: int = 2, **
 
 # Those whose layers compute what Llama's do, and those that run as transformers wrote them.
 FUSED = [("llama", True), ("llama", False), ("mistral", False), ("qwen2", True), ("qwen3", False)]
-ARCHITECTURES = [*FUSED, ("gemma3_text", True), ("granite", True), ("phi3", False), ("smollm3", True)]
+ARCHITECTURES = [*FUSED, ("gemma3_text", True), ("granite", True), ("phi3", False),
+                 ("smollm3", True)]
 
 
 @pytest.fixture(scope="session")

@@ -221,11 +221,12 @@ def test_every_method_packed_and_dense(tiny_models, tmp_path, method, architectu
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "granite", "phi3", "smollm3"])
 def test_other_families_packed_and_dense(tiny_models, tmp_path, architecture):
-    """They run through their own layers, on packed weights too, and their head gives the model's logits."""
+    """They run through their own layers, on packed weights too; their head gives the logits."""
     source = next(folder for (name, _), folder in tiny_models.items() if name == architecture)
     output = tmp_path / "cuda"
-    result = run_script("quantize_gptq.py", "--model", source, "--output", output, "--calib-samples", "4", "--group-size", "32",
-                        "--calib-length", "128", "--calib-data", "demo", "--device", "cuda", "--embedding-bits", "8")
+    result = run_script("quantize_gptq.py", "--model", source, "--output", output,
+                        "--calib-samples", "4", "--calib-length", "128", "--calib-data", "demo",
+                        "--group-size", "32", "--embedding-bits", "8", "--device", "cuda")
     assert result.returncode == 0, result.stdout + result.stderr
     plain, _ = load_model(output, CUDA, torch.bfloat16)
     packed, _ = load_for_running(output, CUDA, torch.bfloat16)
@@ -233,7 +234,8 @@ def test_other_families_packed_and_dense(tiny_models, tmp_path, architecture):
     with torch.inference_mode():
         expected = plain(tokens).logits.float()
         assert relative(packed(tokens).logits.float(), expected) < 0.02
-        assert relative(packed.lm_head(packed.model(tokens).last_hidden_state).float(), expected) < 0.02
+        hidden = packed.model(tokens).last_hidden_state
+        assert relative(packed.lm_head(hidden).float(), expected) < 0.02
 
 
 def test_the_limit_on_device_memory_holds():

@@ -48,28 +48,34 @@ def test_decoder_writes_what_forward_passes_do(tiny_models, prompts, architectur
     assert greedy(model, prompts[0], 9) == expected[0]
 
 
-@pytest.mark.parametrize(("architecture", "tied"), [pair for pair in ARCHITECTURES if pair not in FUSED])
-@pytest.mark.parametrize("options", [("gptq", "--bits", 4, "--group-size", 32), ("smoothquant",),
-                                     ("hqq", "--bits", 8, "--symmetric", "--embedding-bits", 8)], ids=lambda options: options[0])
-def test_other_families_run_on_packed_weights_through_their_own_layers(tiny_models, tmp_path, architecture, tied, options):
+@pytest.mark.parametrize(("architecture", "tied"),
+                         [pair for pair in ARCHITECTURES if pair not in FUSED])
+@pytest.mark.parametrize("options", [
+    ("gptq", "--bits", 4, "--group-size", 32), ("smoothquant",),
+    ("hqq", "--bits", 8, "--symmetric", "--embedding-bits", 8)], ids=lambda options: options[0])
+def test_other_families_run_packed_through_their_own_layers(tiny_models, tmp_path, architecture,
+                                                            tied, options):
     """Neither decoded through graphs nor fused, and the head gives the same logits as the model."""
     method, *options = options
     output = tmp_path / method
-    result = run_script(f"quantize_{method}.py", "--model", tiny_models[architecture, tied], "--output", output,
-                        "--calib-samples", "2", "--calib-length", "64", "--calib-data", "demo", *options)
+    result = run_script(f"quantize_{method}.py", "--model", tiny_models[architecture, tied],
+                        "--output", output, "--calib-samples", "2", "--calib-length", "64",
+                        "--calib-data", "demo", *options)
     assert result.returncode == 0, result.stderr
     plain = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     tokens = torch.randint(2, 320, (2, 60), generator=torch.Generator().manual_seed(4))
     with torch.inference_mode():
         expected = plain(tokens).logits
-        for model in (load_model(output, CPU, torch.float32)[0], load_packed(output, CPU, torch.float32)):
+        for load in (lambda *asked: load_model(*asked)[0], load_packed):
+            model = load(output, CPU, torch.float32)
             assert not can_decode(model, 32)
             let_head_finish_logits(model)
             fuse_layers(model)
             torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
             hidden = model.model(tokens).last_hidden_state
             torch.testing.assert_close(model.lm_head(hidden), expected, rtol=1e-4, atol=1e-4)
-    assert isinstance(model.get_submodule(f"model.layers.0.{FAMILIES[architecture].linears[0]}"), PackedLinear)
+    name = f"model.layers.0.{FAMILIES[architecture].linears[0]}"
+    assert isinstance(model.get_submodule(name), PackedLinear)
 
 
 @pytest.mark.parametrize(("method", "architecture"), [*((method, "qwen2") for method in FORMS), ("gptq", "llama")])

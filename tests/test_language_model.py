@@ -10,7 +10,8 @@ from common.language_model import HarnessModel
 from common.runtime import load_model
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3_text", "granite", "phi3", "smollm3"])
+@pytest.fixture(scope="module",
+                params=["llama", "qwen3", "gemma3_text", "granite", "phi3", "smollm3"])
 def harness(request):
     model = build_tiny(request.param, tied=False).float().eval()
     let_head_finish_logits(model)

@@ -90,7 +90,8 @@ def layer_with_inputs(module: torch.nn.Module) -> Layer:
     attention, mlp = family_of(module).reading
 
     def forward(hidden):
-        read = module.get_submodule(attention.linears[0])(module.get_submodule(attention.fed_by)(hidden))
+        normed = module.get_submodule(attention.fed_by)(hidden)
+        read = module.get_submodule(attention.linears[0])(normed)
         return module.mlp(module.get_submodule(mlp.fed_by)(read[..., :64]))
 
     return Layer(0, module, Grid(4, None), torch.float32, inputs=[chunk.to(module.mlp.down_proj.weight.dtype) for chunk in chunks],
@@ -121,7 +122,8 @@ def test_alignment_reaches_the_least_expected_error_whatever_the_channels_scales
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
     def error():
-        squares, columns = input_squares(layer)[layer.family.reading[0]].double(), sum(layer.weight(name).double().square().sum(0) for name in names)
+        squares = input_squares(layer)[layer.family.reading[0]].double()
+        columns = sum(layer.weight(name).double().square().sum(0) for name in names)
         return (squares.sum() * columns.sum()).item(), (squares * columns).sqrt().sum().square().item()
 
     unscaled, least = error()

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
-ROPES = {"llama": (500000.0, LLAMA3), "mistral": (1000000.0, None), "qwen2": (1000000.0, None), "qwen3": (5000000.0, None),
-         "granite": (10000.0, None), "smollm3": (2000000.0, LLAMA3)}
+ROPES = {"llama": (500000.0, LLAMA3), "mistral": (1000000.0, None), "qwen2": (1000000.0, None),
+         "qwen3": (5000000.0, None), "granite": (10000.0, None), "smollm3": (2000000.0, LLAMA3)}
 FORMS = {"w4 asymmetric": ("hqq", "--bits", 4), "w4 symmetric": ("hqq", "--bits", 4, "--symmetric"), "w8": ("hqq", "--bits", 8),
          "w8a8": ("smoothquant",), "embedding": ("hqq", "--embedding-bits", 8), "w3": ("hqq", "--bits", 3)}
 OLD = ROOT / ".venv" / "transformers-4.57"
@@ -72,21 +72,24 @@ def test_both_forms_are_written_and_agree(tmp_path, architecture):
     assert AutoTokenizer.from_pretrained(output)(text)["input_ids"] == AutoTokenizer.from_pretrained(source)(text)["input_ids"]
 
 
-LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0]}
-GLOBAL, LOCAL = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, {"rope_type": "default", "rope_theta": 1e4}
+FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+           "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0]}
+GLOBAL = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+LOCAL = {"rope_type": "default", "rope_theta": 1e4}
 
 
 @pytest.mark.parametrize("architecture, rope, old", [
     ("gemma3_text", {"full_attention": GLOBAL, "sliding_attention": LOCAL},
-     {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+     {"rope_theta": 1e6, "rope_local_base_freq": 1e4,
+      "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
     ("phi3", {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.75},
      {"rope_theta": 5e4, "partial_rotary_factor": 0.75, "rope_scaling": None}),
-    ("phi3", {**LONG, "rope_theta": 5e4, "partial_rotary_factor": 0.75},
+    ("phi3", {"rope_type": "longrope", **FACTORS, "rope_theta": 5e4, "partial_rotary_factor": 0.75},
      {"rope_theta": 5e4, "partial_rotary_factor": 0.75,
-      "rope_scaling": {"type": "longrope", "short_factor": LONG["short_factor"], "long_factor": LONG["long_factor"]}}),
+      "rope_scaling": {"type": "longrope", **FACTORS}}),
 ], ids=["two kinds of layers", "part of a head", "long"])
 def test_forms_of_their_own(tmp_path, architecture, rope, old):
-    """Gemma's one for each kind of layer; Phi-3's, which turns a part of each head, and is scaled in a form of three fields."""
+    """Gemma's one for each kind of layer; Phi-3's, for a part of each head, scaled by three fields."""
     build_tiny(architecture, False, rope_parameters=rope).save_pretrained(tmp_path / "source")
     tiny_tokenizer().save_pretrained(tmp_path / "source")
     output = quantized(tmp_path / "source", tmp_path / "out", "hqq")
@@ -94,7 +97,8 @@ def test_forms_of_their_own(tmp_path, architecture, rope, old):
     assert {name: content[name] for name in old} == old
     expected = AutoConfig.from_pretrained(tmp_path / "source").rope_parameters
     for left_out in ((), ("rope_parameters",), tuple(old)):
-        (output / "config.json").write_text(json.dumps({k: v for k, v in content.items() if k not in left_out}))
+        kept = {name: value for name, value in content.items() if name not in left_out}
+        (output / "config.json").write_text(json.dumps(kept))
         found = AutoConfig.from_pretrained(output).rope_parameters
         found.pop("type", None)
         assert found == expected

@@ -102,7 +102,7 @@ def test_rescaled_channels_are_rotated_to_the_same_weights(tiny_models, architec
         def factors(count, spread=spread):
             return torch.exp(spread * torch.randn(count, generator=generator, dtype=torch.float64))
 
-        # A rotation of the hidden state takes the norms' gains into the weights, and with them their scales.
+        # A rotation of the hidden state takes the norms' gains into the weights, with their scales.
         if hidden is not None:
             for norm, linears in ((module.input_layernorm, READING[architecture][0](attention)),
                                   (module.post_attention_layernorm, READING[architecture][1](mlp))):
@@ -173,5 +173,6 @@ def test_every_group_is_fed_by_what_the_layer_has(tiny_models, architecture, tie
     layer = source.load_layer(0)
     for group in source.family.groups:
         assert layer.get_submodule(group.fed_by) is not None
-    linears = {name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+    linears = {name for name, module in layer.named_modules()
+               if isinstance(module, torch.nn.Linear)}
     assert linears == set(source.family.linears)

@@ -244,7 +244,8 @@ def test_token_weights_count_in_the_lag_as_in_the_gram_matrix():
 
 
 @pytest.mark.parametrize("architecture, tied", [("llama", False), ("granite", True)])
-def test_catching_up_brings_the_model_nearer_to_the_original(tiny_models, calibration_text, tmp_path, architecture, tied):
+def test_catching_up_brings_the_model_nearer_to_the_original(tiny_models, calibration_text,
+                                                             tmp_path, architecture, tied):
     """On the very windows of the calibration, three bits: hidden states after the last layer, and the untouched linears."""
     from common.calibration import calibration_windows
     from common.models import load_tokenizer
@@ -263,7 +264,8 @@ def test_catching_up_brings_the_model_nearer_to_the_original(tiny_models, calibr
             assert result.returncode == 0, result.stderr
             model = load_model(output, cpu, torch.float32)[0]
             errors.append((model.model(windows).last_hidden_state - expected).square().mean().item())
-            weights.append([model.model.layers[0].get_submodule(name).weight for name in FAMILIES["llama"].linears])
+            weights.append([model.model.layers[0].get_submodule(name).weight
+                            for name in FAMILIES[architecture].linears])
     assert errors[1] < 0.97 * errors[0]
     same = [torch.equal(a, b) for a, b in zip(*weights, strict=True)]
     # In the first layer nothing lags yet, so both have the same codes there.

@@ -89,7 +89,8 @@ def take_off_grid(state: dict[str, Tensor], config, seed: int = SCALING_SEED, sp
 
     Input columns of q/k/v against the norm before them, gate/up likewise, rows of up against columns of down, rows of v
     against columns of o (the same factor for every query head that reads a key-value head). `state` holds float32
-    tensors [out, in] under their transformers names and is changed in place; norms have to store their gains as they are.
+    tensors [out, in] under their transformers names and is changed in place; norms have to store
+    their gains as they are.
     """
     generator = torch.Generator().manual_seed(seed)
 
