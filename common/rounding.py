@@ -156,7 +156,8 @@ def _descend(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, g
     columns = weight.shape[1]
     group_of = torch.arange(columns, device=weight.device) // (columns // scale.shape[1])
     scales, zeros = scale.T.contiguous(), zero_point.T.contiguous()             # channels first, as in `solve`
-    new = codes.T.contiguous()
+    # A single row lies the same way transposed, and the caller's codes would be changed.
+    new = codes.T.clone(memory_format=torch.contiguous_format)
     error = (new - zeros[group_of]).mul_(scales[group_of]).sub_(weight.T)       # q - w
     # The best value of channel j alone is q_j - gradient_j / G_jj; later channels feel the changes of earlier ones.
     pull = gram / gram.diagonal().unsqueeze(1)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_tokenizer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.adaround import learn_rounding
@@ -22,6 +22,7 @@ METHODS = {"gptq": [], "awq": [], "hqq": [], "smoothquant": [], "adaround": ["--
 @settings(max_examples=40, deadline=None)
 @given(bits=st.sampled_from([2, 3, 4, 8]), symmetric=st.booleans(), rows=st.integers(1, 6), rank=st.integers(0, 64),
        dead=st.integers(0, 64), spread=st.sampled_from([0.0, 3.0, 8.0]), constant=st.booleans(), seed=st.integers(0, 2**31))
+@example(bits=2, symmetric=False, rows=1, rank=10, dead=0, spread=0.0, constant=False, seed=6168)
 def test_solvers_on_any_gram_matrix(bits, symmetric, rows, rank, dead, spread, constant, seed):
     """Of any rank, with dead channels, and channels that differ by many orders of magnitude."""
     generator = torch.Generator().manual_seed(seed)
