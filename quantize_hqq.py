@@ -22,6 +22,7 @@ from common.grid import (Grid, QuantizedLinear, grouped, power_, reciprocal_size
 from common.inputs import Needs
 from common.kernels.rounding import search_range
 from common.method import Layer, Method
+from common.models import LINEARS
 from common.quantization import run
 from common.ranges import restore_gain
 
@@ -86,8 +87,9 @@ def main() -> None:
         options.lp_norm = LP_NORM if options.bits > 3 else COARSE_LP_NORM
 
     def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
-        return layer.quantize_groups(lambda _, weight, __: quantize_weight(
-            weight, layer.grid, options.lp_norm, layer.scale_dtype))
+        # One by one: what they read does not matter here, and stacked they need twice the memory.
+        return {name: quantize_weight(layer.own_weight(name), layer.grid, options.lp_norm,
+                                      layer.scale_dtype) for name in LINEARS}
 
     run(options, Method("hqq", quantize_layer, needs=Needs.NOTHING))
 

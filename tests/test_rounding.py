@@ -8,7 +8,7 @@ from conftest import ROOT, run_script
 from common.architecture import FAMILIES
 from common.errors import UserError
 from common.grid import Grid, QuantizedLinear, dequantize, grouped, min_max, quantize
-from common.inputs import InputSums
+from common.inputs import InputStatistics, InputSums, Needs
 from common.kernels.rounding import search_range
 from common.ranges import choose_ranges, restore_gain
 from common.rounding import (
@@ -270,3 +270,30 @@ def test_catching_up_brings_the_model_nearer_to_the_original(tiny_models, calibr
     same = [torch.equal(a, b) for a, b in zip(*weights, strict=True)]
     # In the first layer nothing lags yet, so both have the same codes there.
     assert all(same)
+
+
+def test_statistics_hold_what_was_asked_for_and_say_what_was_not():
+    inputs = torch.randn(40, 8, generator=torch.Generator().manual_seed(13))
+
+    def found(needs: Needs) -> InputStatistics:
+        sums = InputSums(8, torch.device("cpu"), needs)
+        for part in inputs.split(25):
+            sums.add(part)
+        return sums.finish()
+
+    values = {Needs.GRAM: {"gram": inputs.T @ inputs / 40},
+              Needs.MAGNITUDES: {"abs_max": inputs.abs().amax(0), "abs_mean": inputs.abs().mean(0)},
+              Needs.SAMPLES: {"sample": inputs}}
+    scale = torch.rand(8) + 0.5
+    for needs in (Needs.GRAM, Needs.MAGNITUDES, Needs.SAMPLES, ~Needs.NOTHING):
+        statistics = found(needs)
+        torch.testing.assert_close(statistics.mean_square, inputs.square().mean(0))
+        for part, expected in values.items():
+            for name, value in expected.items():
+                if part in needs:
+                    torch.testing.assert_close(getattr(statistics, name), value)
+                    divided = value / scale if name != "gram" else value / torch.outer(scale, scale)
+                    torch.testing.assert_close(getattr(statistics.divided(scale), name), divided)
+                else:
+                    with pytest.raises(LookupError, match=f"{name} was not collected"):
+                        getattr(statistics, name)
