@@ -22,7 +22,6 @@ from common.grid import (Grid, QuantizedLinear, grouped, power_, reciprocal_size
 from common.inputs import Needs
 from common.kernels.rounding import search_range
 from common.method import Layer, Method
-from common.models import LINEARS
 from common.quantization import run
 from common.ranges import restore_gain
 
@@ -89,7 +88,7 @@ def main() -> None:
     def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
         # One by one: what they read does not matter here, and stacked they need twice the memory.
         return {name: quantize_weight(layer.own_weight(name), layer.grid, options.lp_norm,
-                                      layer.scale_dtype) for name in LINEARS}
+                                      layer.scale_dtype) for name in layer.family.linears}
 
     run(options, Method("hqq", quantize_layer, needs=Needs.NOTHING))
 
