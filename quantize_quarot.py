@@ -241,7 +241,8 @@ def main() -> None:
             rotate_online(layer.module, transforms)
 
     run(options, Method("quarot", lambda layer: gptq_layer(layer, options.damping, options.sweeps), online=transforms,
-                        catch_up=options.catch_up, rewrite_model=rewrite_model, unties=True, rewrite_layer=rewrite_layer))
+                        catch_up=options.catch_up, rewrite_model=rewrite_model, unties=True,
+                        rewrite_layer=rewrite_layer))
 
 
 if __name__ == "__main__":

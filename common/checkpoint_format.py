@@ -168,7 +168,7 @@ def stored_codes(state: dict[str, Tensor], grid: Grid) -> tuple[Tensor, Tensor |
 
 
 def family_of(config: dict) -> Family | None:
-    """The family of a checkpoint, by the content of its config.json; None if it is not supported."""
+    """The family of a checkpoint, by its config.json's content; None if it is not supported."""
     return FAMILIES.get(config["model_type"].removesuffix(MODEL_TYPE_SUFFIX))
 
 

@@ -105,8 +105,9 @@ def test_odd_sizes_keep_the_function(odd_models, architecture):
 def test_odd_sizes_through_the_whole_chain(odd_models, calibration_text, tmp_path, architecture,
                                            method):
     result = run_script(ROOT / f"quantize_{method}.py", "--model", odd_models[architecture],
-                        "--output", tmp_path / "out", "--group-size", "channel", "--calib-samples", 4,
-                        "--calib-length", 64, "--calib-data", calibration_text)
+                        "--output", tmp_path / "out", "--group-size", "channel",
+                        "--calib-samples", 4, "--calib-length", 64,
+                        "--calib-data", calibration_text)
     assert result.returncode == 0, result.stderr
     verified = run_script(ROOT / "verify_model.py", "--model-path", tmp_path / "out")
     assert verified.returncode == 0, verified.stdout

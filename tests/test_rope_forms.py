@@ -89,7 +89,7 @@ LOCAL = {"rope_type": "default", "rope_theta": 1e4}
       "rope_scaling": {"type": "longrope", **FACTORS}}),
 ], ids=["two kinds of layers", "part of a head", "long"])
 def test_forms_of_their_own(tmp_path, architecture, rope, old):
-    """Gemma's one for each kind of layer; Phi-3's, for a part of each head, scaled by three fields."""
+    """Gemma's, for each kind of layer; Phi-3's, for a part of a head, scaled by three fields."""
     build_tiny(architecture, False, rope_parameters=rope).save_pretrained(tmp_path / "source")
     tiny_tokenizer().save_pretrained(tmp_path / "source")
     output = quantized(tmp_path / "source", tmp_path / "out", "hqq")
