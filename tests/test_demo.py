@@ -125,7 +125,7 @@ PERPLEXITY = ["--tasks", "perplexity", "--windows", 20, "--window-length", 1024]
 def test_perplexity_on_wikitext(demo_model, shared_data, tmp_path):
     """The stated ratios: GPTQ-4bit 1.25, GPTQ-8bit and HQQ-8bit 1.005; HQQ-4bit not worse than the hqq package."""
     from common.calibration import evaluation_windows
-    from common.evaluation import perplexity
+    from common.tasks.perplexity import perplexity
     from common.models import LINEARS
     from common.runtime import load_model
 
