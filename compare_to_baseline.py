@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common import cli
 from common.checkpoint import is_quantized
-from common.comparison import compare, facts, print_comparison, samples_by_task
+from common.comparison import compare_samples, facts, print_comparison, samples_by_task
 from common.errors import UserError
 from common.evaluation import add_evaluation_arguments, evaluate_model
 from common.identity import incomparable, other_data
@@ -26,6 +26,7 @@ from common.naming import baseline_of, subject_of
 from common.plots import comparison_chart, save
 from common.progress import say
 from common.reuse import check_original
+from common.tasks.perplexity import divergence_of
 
 
 def main() -> None:
@@ -54,14 +55,15 @@ def main() -> None:
                         "--overwrite")
     samples = [samples_by_task(options.results_dir, one.name, one.configuration) for one in (baseline, quantized)]
     name, configuration = quantized.name, quantized.configuration
-    comparisons = compare(*[{task: rows for task, rows in one.items() if task in options.tasks} for one in samples])
+    comparisons = compare_samples(*[{task: rows for task, rows in one.items() if task in options.tasks}
+                                    for one in samples])
     chart = options.results_dir / name / f"{configuration}-against-baseline.png"
     save(comparison_chart(comparisons, f"{name} {configuration} against its baseline"), chart)
     if options.json:
         print(json.dumps({"model": name, "configuration": configuration, "chart": str(chart),
                           "facts": {row[0]: {"baseline": row[1], "quantized": row[2]} for row in facts(*documents)},
                           "metrics": [one.as_dict() for one in comparisons],
-                          "divergence": documents[1]["tasks"].get("perplexity", {}).get("divergence")}, indent=1))
+                          "divergence": divergence_of(documents[1])}, indent=1))
         return
     print_comparison(*documents, comparisons)
     say(f"chart: {chart}")

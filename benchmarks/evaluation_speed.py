@@ -21,19 +21,20 @@ from common import metadata  # noqa: E402
 from common.cli import configure_torch, quiet_libraries  # noqa: E402
 from common.data import load_rows  # noqa: E402
 from common.device import resolve_device, resolve_dtype  # noqa: E402
-from common.evaluation import SAMPLE_SEED, TASK_DATA, run_task  # noqa: E402
 from common.fused import fuse_layers  # noqa: E402
 from common.models import load_tokenizer, resolve_folder  # noqa: E402
+from common.tasks import arc, openmath, squad_v2  # noqa: E402
+from common.tasks.harness import SAMPLE_SEED, run_task  # noqa: E402
 
-SAMPLES = {"arc": 1172, "squad_v2": 2000, "openmath": 500}
-DATA = {**{task: data.address for task, data in TASK_DATA.items()},
-        "openmath": "openmath_standin/gsm8k_as_openmath2:test"}
+# Task, data, samples.
+RUNS = ((arc.TASK, arc.TASK.address, 1172), (squad_v2.TASK, squad_v2.TASK.address, 2000),
+        (openmath.TASK, "openmath_standin/gsm8k_as_openmath2:test", 500))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, required=True)
-    parser.add_argument("--openmath-data", default=DATA["openmath"])
+    parser.add_argument("--openmath-data", default=RUNS[-1][1])
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="fewer for a trial (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="samples per task, for a trial")
     options = parser.parse_args()
@@ -46,12 +47,12 @@ def main() -> None:
     fuse_layers(model)
     print(f"{metadata.describe_device(device)['name']}, {dtype}, torch {torch.__version__}", flush=True)
     total = 0.0
-    for task, samples in SAMPLES.items():
-        address = options.openmath_data if task == "openmath" else DATA[task]
+    for task, data, samples in RUNS:
+        address = options.openmath_data if task is openmath.TASK else data
         rows = load_rows(address, options.data_root, limit=options.limit or samples, seed=SAMPLE_SEED)
         summary, _ = run_task(task, model, tokenizer, rows, demo=False)
         total += summary["seconds"]
-        print(f"{task}: {summary['samples']} samples in {summary['seconds']:.1f} s", flush=True)
+        print(f"{task.name}: {summary['samples']} samples in {summary['seconds']:.1f} s", flush=True)
     print(f"total: {total:.1f} s")
 
 

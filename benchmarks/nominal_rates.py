@@ -17,7 +17,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import numpy as np  # noqa: E402
 from scipy import stats  # noqa: E402
 
-from common import significance  # noqa: E402
+from common import metrics, significance  # noqa: E402
 
 # Questions per article: SQuAD v2 as it was sampled for the tables; few articles; one that outweighs the rest.
 SIZES = {
@@ -67,7 +67,7 @@ def lost_articles(rng: np.random.Generator, sizes: list[int], chance: float, los
 
 def paired(before: np.ndarray, after: np.ndarray, article: np.ndarray | None) -> significance.Pair:
     """The mean of scores [samples] of two models."""
-    return significance.pair(significance.mean(np.concatenate([before, after])), article)
+    return significance.pair(metrics.mean(np.concatenate([before, after])), article)
 
 
 def by_hand(change: np.ndarray, article: np.ndarray, rng: np.random.Generator) -> dict[str, tuple[bool, bool]]:

@@ -29,10 +29,10 @@ from scripts import quantize  # noqa: E402
 from common.calibration import calibration_windows, evaluation_windows  # noqa: E402
 from common.cli import configure_torch, positive, quiet_libraries, two_or_more  # noqa: E402
 from common.device import DTYPES, resolve_device  # noqa: E402
-from common.divergence import last_hidden_states  # noqa: E402
-from common.evaluation import PERPLEXITY_DATA, perplexity  # noqa: E402
 from common.models import SourceModel, resolve_folder  # noqa: E402
+from common.original import last_hidden_states  # noqa: E402
 from common.runtime import load_model  # noqa: E402
+from common.tasks import perplexity  # noqa: E402
 
 GROUP_SIZE = 64
 # What is run: a name, the script and its options.
@@ -57,10 +57,10 @@ class Subject:
         self.device, self.dtype = resolve_device("auto"), DTYPES[options.dtype]
         original = self.original()
         self.tokenizer = original.tokenizer
-        self.windows = evaluation_windows(PERPLEXITY_DATA, self.tokenizer, options.windows, options.window_length,
+        self.windows = evaluation_windows(perplexity.ADDRESS, self.tokenizer, options.windows, options.window_length,
                                           options.data_root)
         self.states = last_hidden_states(original, self.windows.tokens)
-        self.baseline = perplexity(self.load(self.folder), self.windows)[0]["perplexity"]
+        self.baseline = perplexity.perplexity(self.load(self.folder), self.windows)[0]["perplexity"]
 
     def original(self) -> SourceModel:
         return SourceModel(str(self.folder), self.device, self.dtype)
@@ -75,7 +75,7 @@ class Subject:
                                    options.data_root).tokens
 
     def measure(self, model) -> dict[str, float]:
-        found = perplexity(model, self.windows, self.original(), self.states)[0]
+        found = perplexity.perplexity(model, self.windows, self.original(), self.states)[0]
         return {"perplexity": found["perplexity"], "ratio": found["perplexity"] / self.baseline,
                 "kl": found["divergence"]["kl_mean"]}
 

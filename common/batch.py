@@ -8,7 +8,6 @@ where it was made with the same options, and results where they are of the same 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import queue
 import subprocess
@@ -34,13 +33,12 @@ from common.files import write_json
 from common.identity import checkpoint_hash
 from common.models import DEFAULT_MODEL, MODELS_FOLDER
 from common.naming import filed_as, source_of
+from common.passed_on import method_parser, share_out
 from common.progress import say
 from common.results import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE, read_document
 from common.reuse import changed_sources, made_from
 
 _REASON_LENGTH = 200
-# Options that the batch itself gives every script; of two the last would count, for each configuration alike.
-_OWN_OPTIONS = ("model", "bits", "output", "overwrite", "device", "device_memory", "dtype", "data_root")
 
 
 @dataclass
@@ -254,59 +252,6 @@ def _methods(configurations: list[str]) -> set[str]:
     return {CONFIGURATIONS[name][0] for name in configurations if CONFIGURATIONS[name]}
 
 
-def _share_out(words: list[str], methods: set[str]) -> dict[str, list[str]]:
-    """What is passed on to each method: the options that its script takes. A line says which are left out for which.
-
-    Raises:
-        UserError: an option that no script takes.
-    """
-    shared: dict[str, list[str]] = {method: [] for method in sorted(methods)}
-    left_out = []
-    for option in _options(words):
-        refusals = {method: refusal for method in shared if (refusal := _refusal(method, option)) is not None}
-        if len(refusals) == len(shared):
-            unknown = (f"unknown option {' '.join(option)}: neither the batch nor a method script that it runs has it; see "
-                       "--help of run_all_quantization.sh and of those")
-            raise UserError(next(filter(None, refusals.values()), unknown))
-        for method in shared.keys() - refusals.keys():
-            shared[method] += option
-        if refusals:
-            left_out.append(f"{' '.join(option)} for {', '.join(refusals)}")
-    if left_out:
-        say(f"options left out where a script does not take them: {'; '.join(left_out)}")
-    return shared
-
-
-def _options(words: list[str]) -> list[list[str]]:
-    """Words parted into options, each with its value where that is a word of its own."""
-    parted: list[list[str]] = []
-    for word in words:
-        if word.startswith("--") or not parted:
-            parted.append([])
-        parted[-1].append(word)
-    return parted
-
-
-def _refusal(method: str, option: list[str]) -> str | None:
-    """Why a method's script does not take an option's value, empty where it has no such option; None if it takes it."""
-    parser = importlib.import_module(f"quantize_{method}").argument_parser()
-
-    def refuse(message: str):
-        raise UserError(f"{message} (it is passed to quantize_{method}.py, whose --help lists its options)")
-
-    parser.error = refuse
-    # Only parsing knows --bits=3 and --bit 3 for what they are.
-    parser.set_defaults(**dict.fromkeys(_OWN_OPTIONS))
-    try:
-        found, unknown = parser.parse_known_args(option)
-        if own := [name for name in _OWN_OPTIONS if getattr(found, name) is not None]:
-            return (f"{' '.join(option)} cannot be passed on: the batch itself tells each script its "
-                    f"--{own[0].replace('_', '-')}; see --help for what it takes, or run quantize_{method}.py on its own")
-        return "" if unknown else None
-    except UserError as error:
-        return str(error)
-
-
 def _samples(options: argparse.Namespace, configurations: list[str], shared: dict[str, list[str]]) -> list[tuple]:
     """The rows that a run reads, as `check.lines` takes them.
 
@@ -316,7 +261,7 @@ def _samples(options: argparse.Namespace, configurations: list[str], shared: dic
     found = [] if source_of(options.model) == "demo" and not options.data_root else check.evaluation_samples(options.limit)
     for method in sorted(_methods(configurations) - {"hqq"}):                   # which reads no calibration data
         words = ["--model", options.model, *shared.get(method, [])]
-        told = importlib.import_module(f"quantize_{method}").argument_parser().parse_args(words)
+        told = method_parser(method).parse_args(words)
         resolve_sizes(told)
         if told.calib_data != "demo":
             found.append((told.calib_data, *text_sample(told.calib_samples, told.seed)))
@@ -343,7 +288,7 @@ def main() -> int:
     # Without a script it is shown as "Not started".
     chosen = [name for name in (options.only.split(",") if options.only else CONFIGURATIONS)
               if CONFIGURATIONS[name] is None or Path(f"quantize_{CONFIGURATIONS[name][0]}.py").is_file()]
-    shared = _share_out(passed_on, _methods(chosen) or _methods(list(CONFIGURATIONS))) if passed_on else {}
+    shared = share_out(passed_on, _methods(chosen) or _methods(list(CONFIGURATIONS))) if passed_on else {}
     if options.check:
         return check.report(*asked, _samples(options, chosen, shared))
     check.show_problems(*asked)

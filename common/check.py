@@ -18,7 +18,6 @@ import torch
 
 from common import check_lines as judge
 from common import machine
-from common.calibration import text_sample
 from common.check_lines import DEMO_BYTES, FAIL, PASS, WARN, Line, ModelFacts
 from common.data import locate_rows
 from common.demo.model import DEMO_NAME
@@ -170,10 +169,9 @@ def show_problems(model: str, device: str, data_root: Path | None) -> None:
 
 def evaluation_samples(limit: int | None) -> list[tuple]:
     """The rows that an evaluation of a model other than the demo's reads, as `lines` takes them."""
-    from common.evaluation import PERPLEXITY_DATA, TASK_DATA, task_sample
+    from common.tasks.task import all_tasks
 
-    tasks = [(data.address, *task_sample(task, limit)) for task, data in TASK_DATA.items()]
-    return [*tasks, (PERPLEXITY_DATA, *text_sample())]
+    return [rows for task in all_tasks() if (rows := task.reads(limit))]
 
 
 def _look_for(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import compress
 from pathlib import Path
@@ -13,61 +12,9 @@ from common.errors import UserError
 from common.identity import incomparable, other_data
 from common.progress import say
 from common.results import ModelResults, has_samples, load_samples
-from common.significance import Difference, Flips, Metric
-
-
-def _field(name: str, metric: Callable = significance.mean) -> Callable[[list[dict]], Metric]:
-    return lambda samples: metric([sample[name] for sample in samples])
-
-
-def _macro_f1(samples: list[dict]) -> Metric:
-    return significance.macro_f1([sample["gold"] for sample in samples], [sample["predicted"] for sample in samples])
-
-
-def _no_number(samples: list[dict]) -> Metric:
-    return significance.mean([float(sample["absolute_difference"] is None) for sample in samples])
-
-
-@dataclass(frozen=True)
-class MetricKind:
-    """A metric of a task that is compared.
-
-    metric: from the task's per-sample records. binary: the records' field that says right or wrong, where there is one.
-    cluster: the field by which samples belong together. needs: a field that both models' records must hold a value of, or the
-    question is left out for both. margin: a loss below this is no matter. share: the metric lies between 0 and 1.
-    logarithmic: the metric is a mean of logarithms, shown as its exponential, and the difference as a ratio.
-    """
-
-    task: str
-    key: str
-    name: str
-    metric: Callable[[list[dict]], Metric]
-    larger_is_better: bool = True
-    margin: float = 0.02
-    binary: str | None = None
-    cluster: str | None = None
-    needs: str | None = None
-    share: bool = True
-    logarithmic: bool = False
-
-
-METRICS = (
-    MetricKind("arc", "accuracy", "ARC accuracy", _field("acc"), binary="acc"),
-    MetricKind("arc", "accuracy_norm", "ARC accuracy, length-normalised", _field("acc_norm"), binary="acc_norm"),
-    MetricKind("arc", "macro_f1", "ARC macro F1", _macro_f1),
-    MetricKind("squad_v2", "f1", "SQuAD v2 F1", _field("f1"), cluster="cluster"),
-    MetricKind("squad_v2", "exact_match", "SQuAD v2 exact match", _field("exact_match"), binary="exact_match",
-               cluster="cluster"),
-    MetricKind("openmath", "within_tolerance", "OpenMath correct", _field("correct"), binary="correct"),
-    MetricKind("openmath", "mean_absolute_difference", "OpenMath mean absolute difference", _field("absolute_difference"),
-               larger_is_better=False, margin=0.0, needs="absolute_difference", share=False),
-    MetricKind("openmath", "median_absolute_difference", "OpenMath median absolute difference",
-               _field("absolute_difference", significance.median), larger_is_better=False, margin=0.0,
-               needs="absolute_difference", share=False),
-    MetricKind("openmath", "no_number", "OpenMath no number", _no_number, larger_is_better=False),
-    MetricKind("perplexity", "perplexity", "Perplexity", _field("loss"), larger_is_better=False, margin=0.01, share=False,
-               logarithmic=True),
-)
+from common.significance import Difference, Flips
+from common.tasks import perplexity, speed
+from common.tasks.task import MetricKind, all_metrics
 
 
 @dataclass(frozen=True)
@@ -117,8 +64,8 @@ def signed(value: float) -> str:
     return f"{value:+.3f}" if abs(value) < 100 else f"{value:+.4g}"
 
 
-def compare(baseline: dict[str, list[dict]], quantized: dict[str, list[dict]]) -> list[Comparison]:
-    """Compare two models by the records of their samples, lists by task.
+def compare_samples(baseline: dict[str, list[dict]], quantized: dict[str, list[dict]]) -> list[Comparison]:
+    """Compare two models by every metric of the records of their samples, lists by task.
 
     Raises:
         UserError: the models were evaluated on different samples.
@@ -127,7 +74,7 @@ def compare(baseline: dict[str, list[dict]], quantized: dict[str, list[dict]]) -
         raise UserError(f"the two models were evaluated on different samples of {', '.join(apart)}; evaluate both again with "
                         "--overwrite")
     found = []
-    for kind in METRICS:
+    for kind in all_metrics():
         if kind.task not in baseline or kind.task not in quantized:
             continue
         pair = baseline[kind.task], quantized[kind.task]
@@ -193,7 +140,7 @@ def compare_all(results_dir: Path, results: ModelResults) -> dict[str, list[Comp
             if stale := sorted({*other_data(*documents), *other_samples(baseline, samples)}):
                 say(f"{results.name} {name}: no comparison of {', '.join(stale)} (of other data than the baseline's: evaluate "
                     "both again)")
-            if compared := compare(baseline, {task: rows for task, rows in samples.items() if task not in stale}):
+            if compared := compare_samples(baseline, {task: rows for task, rows in samples.items() if task not in stale}):
                 found[name] = compared
     return found
 
@@ -217,9 +164,9 @@ def facts(baseline: dict, quantized: dict) -> list[tuple[str, float | None, floa
     sizes = [document["quantization"]["weights_bytes"] / 1e6 for document in (baseline, quantized)]
     rows = [("Weights, MB", *sizes, 1),
             ("Quantization, s", None, quantized["quantization"].get("seconds", {}).get("total"), 1)]
-    speeds = [document.get("speed", {}) for document in (baseline, quantized)]
-    rows.append(("Tokens/s", *[speed.get("tokens_per_second") for speed in speeds], 1))
-    rows.append(("Latency, s", *[speed.get("latency_seconds") for speed in speeds], 3))
+    speeds = [speed.TASK.of(document) for document in (baseline, quantized)]
+    rows.append(("Tokens/s", *[found.get("tokens_per_second") for found in speeds], 1))
+    rows.append(("Latency, s", *[found.get("latency_seconds") for found in speeds], 3))
     return [row for row in rows if row[1] is not None or row[2] is not None]
 
 
@@ -239,8 +186,7 @@ def print_comparison(baseline: dict, quantized: dict, comparisons: list[Comparis
     for line in lines:
         say("  ".join(cell.ljust(width) if i in (0, len(line) - 1) else cell.rjust(width)
                       for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip())
-    divergence = quantized["tasks"].get("perplexity", {}).get("divergence")
-    if divergence:
+    if divergence := perplexity.divergence_of(quantized):
         say(f"KL divergence from the baseline over {divergence['tokens']} tokens: mean {divergence['kl_mean']:.4g}, median "
             f"{divergence['kl_median']:.4g}, 99% {divergence['kl_99']:.4g}, 99.9% {divergence['kl_999']:.4g} nats; same most "
             f"likely token {100 * divergence['same_top']:.2f}%")

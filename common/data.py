@@ -160,7 +160,7 @@ def _has(row: dict, path: list[str]) -> bool:
 
 
 def demo_rows(task: str) -> Rows:
-    """The demo's own task rows, in the hub's columns: task is arc, squad or openmath."""
+    """The demo's own rows of a task, in the hub's columns: those of its file in demo/."""
     return Rows(_read_file(DEMO_FOLDER / f"{task}.jsonl"), "demo")
 
 

@@ -1,85 +1,46 @@
-"""How far a quantized model's next-token distributions are from the original model's, on the same tokens.
+"""How far next-token distributions are from the original model's, on the same tokens.
 
-The original is walked through layer by layer, so it is never in memory whole beside the other; only its last hidden states are
-kept, on disk for the next configuration of a batch, and logits are made from them a slice at a time. Reported as llama.cpp's
-tool does: Kullback-Leibler divergence in nats, mean, median and the rare large ones, and how often both models' most likely
-token is the same.
+Reported as llama.cpp's tool does: Kullback-Leibler divergence in nats, mean, median and the rare
+large ones, and how often both models' most likely token is the same.
 """
 
 from __future__ import annotations
 
-import hashlib
-from functools import partial
-from pathlib import Path
-
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
-from common.calibration import Windows
-from common.files import replacing
-from common.models import SourceModel
-from common.progress import track
-from common.streams import advance, cut, embed_chunks, hidden_bytes, home_of, run_layer
+from torch import Tensor
 
 QUANTILES = {"kl_median": 0.5, "kl_99": 0.99, "kl_999": 0.999}
 
 
-@torch.no_grad()
-def last_hidden_states(source: SourceModel, windows: Tensor) -> Tensor:
-    """Hidden states [samples, length, hidden] after the last decoder layer, on the host, of token ids [samples, length]."""
-    arguments = source.layer_arguments(windows.shape[1])
-    chunks = embed_chunks(source, cut(source, windows), home_of(hidden_bytes(source, windows), source.device))
-    for index in track(range(source.num_layers), "original model", unit="layers"):
-        layer = source.load_layer(index)
-        advance(partial(run_layer, layer, arguments=arguments[index]), chunks, source.device)
-        source.release_layer(index)
-    return torch.cat([chunk.cpu() for chunk in chunks])
-
-
-def hidden_states(source: SourceModel, windows: Windows, folder: Path) -> Tensor:
-    """`last_hidden_states` [samples, length, hidden], from a file in `folder` where this was computed before.
-
-    The file's name is a hash of the tokens, the model's files and how it was computed. Above two gigabytes nothing is kept.
+def divergence_terms(expected: Tensor, found: Tensor) -> Tensor:
+    """What each entry of the vocabulary adds to the Kullback-Leibler divergence of `found` from
+    `expected`, both log-probabilities [tokens, vocabulary]: [tokens, vocabulary], in nats.
     """
-    identity = repr((windows.fingerprint, source.tensors.describe(), str(source.dtype), source.device.type, torch.__version__))
-    path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
-    try:
-        return load_file(path)["states"]
-    except (OSError, SafetensorError, KeyError):
-        states = last_hidden_states(source, windows.tokens)
-    if states.nbytes < 2**31:
-        with replacing(path) as unfinished:
-            save_file({"states": states}, unfinished)
-    return states
+    return (expected - found).mul_(expected.exp())
 
 
-def place_head(source: SourceModel, model: nn.Module) -> None:
-    """Bring the original's head to its device, for `SourceModel.logits` beside `model`; where that has the same head, its own
-    serves both.
+def token_divergence(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """Kullback-Leibler divergence of `found` from `expected`, both log-probabilities
+    [tokens, vocabulary], and whether the most likely token is the same: two tensors [tokens].
     """
-    head, own = source.model.lm_head, getattr(model.lm_head, "weight", None)
-    alike = own is not None and (own.shape, own.dtype) == (head.weight.shape, head.weight.dtype)
-    if alike and all(torch.equal(one.to(own.device), other)
-                     for one, other in zip(head.weight.split(4096), own.split(4096), strict=True)):
-        head.weight = nn.Parameter(own, requires_grad=False)
-    else:
-        head.to(source.device)
-
-
-def compare(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-    """Kullback-Leibler divergence of `found` from `expected`, both log-probabilities [tokens, vocabulary], and whether the most
-    likely token is the same: two tensors [tokens].
-    """
-    divergence = (expected - found).mul_(expected.exp()).sum(-1)
+    divergence = divergence_terms(expected, found).sum(-1)
     # Rounding can take the divergence of equal distributions a hair below zero.
     return divergence.clamp(min=0.0), expected.argmax(-1) == found.argmax(-1)
 
 
-def summarise(samples: list[dict]) -> dict:
-    """Divergence over all tokens of the windows' records: mean, quantiles, share of tokens with the same most likely one."""
-    values = torch.tensor([value for sample in samples for value in sample["kl"]], dtype=torch.float64)
+def mean_divergence(expected: Tensor, found: Tensor) -> float:
+    """Mean over tokens of the divergence of `found` from `expected`, both log-probabilities
+    [tokens, vocabulary].
+    """
+    return (divergence_terms(expected, found).sum() / len(expected)).item()
+
+
+def summarise_divergence(samples: list[dict]) -> dict:
+    """Divergence over all tokens of the windows' records: mean, quantiles, share of tokens with the
+    same most likely one.
+    """
+    values = torch.tensor([value for sample in samples for value in sample["kl"]],
+                          dtype=torch.float64)
     same = sum(sample["same_top"] for sample in samples)
     return {"tokens": len(values), "kl_mean": values.mean().item(), "same_top": same / len(values),
             **{name: torch.quantile(values, share).item() for name, share in QUANTILES.items()}}

@@ -22,7 +22,7 @@ from common.files import json_or_none, write_json
 from common.models import TensorReader, resolve_folder
 from common.naming import BASELINE, Subject
 from common.progress import say
-from common.results import has_samples, load_model_results, read_document
+from common.results import SIZES, has_samples, load_model_results, read_document
 
 # What all tasks of a document share, and how a difference is called.
 SHARED = {
@@ -34,8 +34,10 @@ SHARED = {
     "device": "device",
     "versions": "version",
 }
-# What may differ between the documents of a checkpoint and its baseline.
+# Of these, what may differ between the documents of a checkpoint and its baseline, and with what
+# a result was measured.
 _OWN = ("source", "checkpoint")
+_MEASURED_WITH = ("compute_dtype", "device", "versions")
 HASHES_FILE = "file_hashes.json"
 # Besides the weights: configuration, tokenizer, chat template.
 _SMALL_FILES = (".json", ".jinja", ".txt", ".model")
@@ -110,13 +112,18 @@ def rows_fingerprint(rows: list[dict]) -> str:
 @cache
 def code_hash(root: Path = PROJECT, entry: str = _ENTRY, beside: tuple[str, ...] = ()) -> str:
     """SHA-256 of the code that decides results: the modules that the evaluation imports, without
-    comments and docstrings, and the task files. An edit of a README or a plot changes nothing.
+    comments and docstrings, and the tasks. An edit of a README or a plot changes nothing.
 
     Args:
-        entry: the module to begin with; the task files are the evaluation's alone.
+        entry: the module to begin with; the tasks are the evaluation's alone.
         beside: modules that are left out, with what only they import.
     """
-    modules, waiting = {}, [entry]
+    modules, waiting, prompts = {}, [entry], {}
+    if entry == _ENTRY:
+        # Tasks are found there, not imported by name.
+        folder = root / "common" / "tasks"
+        waiting += [f"common.tasks.{file.stem}" for file in sorted(folder.glob("*.py"))]
+        prompts = {file.name: file.read_text("utf-8") for file in sorted(folder.glob("*.yaml"))}
     while waiting:
         name = waiting.pop()
         file = None if name in beside else _module_file(root, name)
@@ -125,12 +132,7 @@ def code_hash(root: Path = PROJECT, entry: str = _ENTRY, beside: tuple[str, ...]
         tree = ast.parse(file.read_text(encoding="utf-8"))
         waiting += _imported(tree)
         modules[name] = ast.dump(_without_docstrings(tree))
-    tasks = {
-        file.name: file.read_text(encoding="utf-8")
-        for file in sorted((root / "common" / "tasks").glob("*.yaml"))
-        if entry == _ENTRY
-    }
-    return _digest([modules, tasks])
+    return _digest([modules, prompts])
 
 
 def _module_file(root: Path, name: str) -> Path | None:
@@ -185,8 +187,7 @@ def left_to_do(
     if not file.is_file() or not has_samples(results_dir, subject.name, subject.configuration):
         return tuple(tasks)
     document = read_document(file)
-    original = document.get("tasks", {}).get("perplexity", {}).get("original")
-    now = tasks.get("perplexity", {}).get("original")
+    original, now = _original_of(document.get("tasks", {})), _original_of(tasks)
     same = document.get("checkpoint") == shared["checkpoint"]
     if same and original and now and original != now:
         raise UserError(
@@ -242,19 +243,34 @@ def _task_change(task: str, document: dict, wanted: dict) -> str:
         then = found.get(key)
         # A 16-bit model that cannot be had now says nothing about the one that could be had then.
         if then != now and (now is not None or key != "original"):
-            known = key in ("data", "samples", "windows", "length")
+            known = key in ("data", *SIZES)
             return f"was evaluated with {f'{key} {then}, not {now}' if known else f'another {key}'}"
     return ""
+
+
+def _original_of(tasks: dict[str, dict]) -> str | None:
+    """The hash of the 16-bit model that a task's results depend on; None where none's do."""
+    return next((task["original"] for task in tasks.values() if task.get("original")), None)
 
 
 def incomparable(baseline: dict, quantized: dict) -> list[str]:
     """Why nothing of two documents may be compared, in words; empty if what all tasks share agrees."""
     shared = {key: quantized.get(key) for key in SHARED if key not in _OWN}
     found = [f"another {change}" for change in shared_changes(baseline, shared)]
-    original = quantized["tasks"].get("perplexity", {}).get("original")
+    original = _original_of(quantized["tasks"])
     if original and baseline.get("checkpoint") and original != baseline["checkpoint"]:
         found.append("another 16-bit model")
     return found
+
+
+def measured_apart(document: dict, other: dict) -> str | None:
+    """What of a document is not to be shown beside another, as it was measured with another device,
+    type or versions, or on other data: in brackets the tasks, empty for all of it; None for nothing.
+    """
+    if shared_changes(other, {key: document.get(key) for key in _MEASURED_WITH}):
+        return ""
+    tasks = other_data(other, document)
+    return f" ({', '.join(task for task in document['tasks'] if task in tasks)})" if tasks else None
 
 
 def other_data(baseline: dict, quantized: dict) -> list[str]:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import METADATA_FILE
+from common.checkpoint import METADATA_FILE, folder_bytes
 from common.data import lacking
 from common.errors import UserError
 from common.files import read_json
+from common.models import TensorReader
 
 VERSION = 1
 # What verification, evaluation with its tables and the batch rely on, and what README says that metadata holds.
@@ -71,3 +72,35 @@ def read(folder: Path) -> dict | None:
     if missing := lacking(record, NEEDS):
         raise UserError(f"{file} is damaged (it lacks {', '.join(missing)}); {_REMEDY}")
     return record
+
+
+def quantization_facts(folder: Path) -> dict:
+    """What the tables say about how a checkpoint came about; without metadata its sizes alone.
+
+    Raises:
+        UserError: metadata with values of another kind.
+    """
+    record = read(folder)
+    if record is None:
+        return {"weights_bytes": TensorReader(folder).total_bytes(),
+                "folder_bytes": folder_bytes(folder)}
+    try:
+        return _recorded_facts(record)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / METADATA_FILE} is damaged ({type(error).__name__}: {error}); "
+                        f"{_REMEDY}") from None
+
+
+def _recorded_facts(record: dict) -> dict:
+    probe, calibration = record["probe"], record["calibration"]
+    return {
+        "weights_bytes": record["bytes"]["quantized_weights"],
+        "folder_bytes": record["bytes"]["quantized_folder"],
+        "compression_ratio": record["compression_ratio"], "seconds": record["seconds"],
+        "memory": record["memory"], "device": record["device"], "grid": record["grid"],
+        "calibration": calibration and {key: value for key, value in calibration.items()
+                                        if key != "passages"},
+        "probe": {key: probe[key] for key in ("baseline_perplexity", "perplexity", "divergence")},
+        "relative_output_error": {name: round(linear["relative_output_error"], 6)
+                                  for name, linear in record["linears"].items()},
+    }

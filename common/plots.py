@@ -13,6 +13,8 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 from common.comparison import Comparison, by_metric  # noqa: E402
 from common.results import ModelResults  # noqa: E402
+from common.tasks import perplexity, speed  # noqa: E402
+from common.tasks.task import all_metrics  # noqa: E402
 
 # Okabe and Ito's colours, in an order whose greys differ, and a marker for each method: colour is never alone.
 STYLE = {"baseline": ("#000000", "*"), "gptq": ("#0072B2", "o"), "awq": ("#E69F00", "s"), "hqq": ("#D55E00", "^"),
@@ -35,7 +37,8 @@ def save(figure, file: Path) -> None:
 
 def draw_all(results: ModelResults, comparisons: dict[str, list[Comparison]], folder: Path) -> list[tuple[str, Path]]:
     """Draw every plot that the results allow into `folder`. Returns captions and files."""
-    plots = (("Perplexity and ARC accuracy against size", "accuracy_against_size",
+    scores = " and ".join(kind.name for kind in reversed(all_metrics()) if kind.plotted)
+    plots = ((f"{scores} against size", "accuracy_against_size",
               lambda: accuracy_against_size(results, comparisons)),
              ("Divergence from the baseline", "divergence", lambda: divergence(results)),
              ("Relative output error by layer", "error_by_layer", lambda: error_by_layer(results)),
@@ -90,18 +93,18 @@ def pareto_front(points: list[tuple[float, float]], larger_is_better: bool) -> l
 
 
 def accuracy_against_size(results: ModelResults, comparisons: dict[str, list[Comparison]]):
-    """ARC accuracy (left) and perplexity (right) against megabytes of weights, with the Pareto front.
+    """Each metric that is plotted against megabytes of weights, with the Pareto front.
 
     Bars are the 95% interval of the difference to the baseline, laid around the configuration's value.
     """
-    panels = [("arc", "accuracy", "ARC accuracy (higher is better)", True),
-              ("perplexity", "perplexity", "Perplexity (lower is better)", False)]
     names = [name for name in results.configurations() if name in results.documents]
-    panels = [p for p in panels if any(p[0] in results.documents[name]["tasks"] for name in names)]
+    panels = [kind for kind in all_metrics() if kind.plotted
+              and any(kind.task in results.documents[name]["tasks"] for name in names)]
     if len(names) < 2 or not panels:
         return None
     figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.4), layout="constrained", squeeze=False)
-    for axis, (task, metric, label, larger) in zip(axes[0], panels, strict=True):
+    for axis, kind in zip(axes[0], panels, strict=True):
+        task, metric, larger = kind.task, kind.key, kind.larger_is_better
         shown = [name for name in names if results.documents[name]["tasks"].get(task, {}).get(metric) is not None]
         points = [(results.documents[name]["quantization"]["weights_bytes"] / 1e6,
                    results.documents[name]["tasks"][task][metric]) for name in shown]
@@ -117,7 +120,7 @@ def accuracy_against_size(results: ModelResults, comparisons: dict[str, list[Com
         axis.plot(*zip(*front, strict=True), color="#999999", linewidth=1, linestyle="--", zorder=0,
                   drawstyle="steps-post", label="Pareto front")
         axis.set_xlabel(SIZE_LABEL)
-        axis.set_ylabel(label)
+        axis.set_ylabel(f"{kind.name} ({'higher' if larger else 'lower'} is better)")
         axis.grid(alpha=0.3)
     _legend(figure, axes[0][0])
     return figure
@@ -125,8 +128,8 @@ def accuracy_against_size(results: ModelResults, comparisons: dict[str, list[Com
 
 def divergence(results: ModelResults):
     """Divergence from the baseline by configuration: mean, median and the rare large ones, on a logarithmic axis."""
-    found = {name: results.documents[name]["tasks"].get("perplexity", {}).get("divergence")
-             for name in results.configurations() if name in results.documents and name != "baseline"}
+    found = {name: perplexity.divergence_of(document) for name, document in results.evaluated()
+             if name != "baseline"}
     names = [name for name, value in found.items() if value]
     if not names:
         return None
@@ -149,14 +152,15 @@ def divergence(results: ModelResults):
 
 def speed_against_size(results: ModelResults):
     """Tokens per second of single answers against megabytes of weights."""
-    names = [name for name in results.configurations()
-             if results.documents.get(name, {}).get("speed", {}).get("tokens_per_second")]
+    found = {name: rate for name, document in results.evaluated()
+             if (rate := speed.TASK.of(document).get("tokens_per_second"))}
+    names = list(found)
     if len(names) < 2:
         return None
     figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     places = side_by_side([results.documents[name]["quantization"]["weights_bytes"] / 1e6 for name in names])
     for name, place in zip(names, places, strict=True):
-        _point(axis, name, place, results.documents[name]["speed"]["tokens_per_second"])
+        _point(axis, name, place, found[name])
     # After the margins: a limit that is set stops them.
     axis.margins(y=0.1)
     axis.set_ylim(0, axis.get_ylim()[1])
@@ -168,7 +172,8 @@ def speed_against_size(results: ModelResults):
 
 
 def comparison_chart(comparisons: list[Comparison], title: str):
-    """Differences of one model to its baseline with their intervals: shares on the left, perplexity on the right."""
+    """Differences of one model to its baseline with their intervals: shares on the left, metrics
+    that are compared as ratios on the right."""
     shares = [one for one in comparisons if one.kind.share]
     ratios = [one for one in comparisons if one.kind.logarithmic]
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.45 * max(len(shares), 2) + 1.8), layout="constrained", width_ratios=(3, 1))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.device import dtype_name
+from common.divergence import mean_divergence
 from common.errors import UserError
 
 # How many positions, and entries of the vocabulary, have their logits recorded.
@@ -71,7 +72,7 @@ def divergence(reference: Tensor, logits: Tensor) -> float:
     """Mean Kullback-Leibler divergence in nats of `logits` from `reference`, both [length, vocabulary]."""
     expected = torch.log_softmax(reference.float(), -1)
     found = torch.log_softmax(logits.float(), -1)
-    return torch.nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean").item()
+    return mean_divergence(expected, found)
 
 
 def sample_logits(logits: Tensor) -> dict:

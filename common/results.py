@@ -13,6 +13,8 @@ from common.files import read_json, replacing
 # Those of this machine, and those of the documented run, which come with the project.
 RESULTS_FOLDER, DOCUMENTED_FOLDER = Path("results"), Path("docs/results")
 STATUS_FILE = "status.json"
+# Of a task's results: on how much it was evaluated.
+SIZES = ("samples", "windows", "length")
 # The configurations of the comparison, in the order of the tables: method and bits.
 CONFIGURATIONS: dict[str, tuple[str, int] | None] = {
     "baseline": None,
@@ -38,6 +40,11 @@ class ModelResults:
     def title(self) -> str:
         """The model's name and whose run it is."""
         return f"{self.name} ({'documented' if self.documented else 'local'} run)"
+
+    def evaluated(self) -> list[tuple[str, dict]]:
+        """Names and documents of those that were evaluated, in the order of the tables."""
+        return [(name, self.documents[name]) for name in self.configurations()
+                if name in self.documents]
 
     def configurations(self) -> list[str]:
         """Names in the order of the tables: those of the comparison, then any others that were evaluated."""
@@ -75,11 +82,18 @@ def of_one_size(results: ModelResults) -> ModelResults:
     evaluated = {name: results.documents[name] for name in results.configurations() if name in results.documents}
     first = next(iter(evaluated.values()), {"tasks": {}})["tasks"]
     left_out = {name: [task for task, found in document["tasks"].items() if task in first and any(
-                    found.get(size) != first[task].get(size) for size in ("samples", "windows", "length"))]
+                    found.get(size) != first[task].get(size) for size in SIZES)]
                 for name, document in evaluated.items()}
     documents = {name: {**document, "tasks": {task: found for task, found in document["tasks"].items()
                                               if task not in left_out[name]}} for name, document in evaluated.items()}
     return replace(results, documents=documents, left_out={name: tasks for name, tasks in left_out.items() if tasks})
+
+
+def size_in_words(summary: dict) -> str:
+    """On how much a task was evaluated."""
+    if "windows" in summary:
+        return f"{summary['windows']} windows of {summary['length']} tokens"
+    return f"{summary['samples']} samples"
 
 
 def _samples_file(results_dir: Path, model: str, configuration: str) -> Path:

@@ -20,6 +20,7 @@ from common.naming import Subject, source_of
 MADE_FROM = {"model": "files of --model", "calibration": "text of --calib-data", "code": "quantization code"}
 # Modules that quantize scripts import to check, name or describe what they make.
 _BESIDE_CODES = (
+    "common.divergence",
     "common.errors",
     "common.files",
     "common.identity",

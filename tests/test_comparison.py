@@ -7,11 +7,12 @@ from conftest import ROOT, assert_user_error, run_script
 from test_report_and_batch import README, analyze, document
 from test_tables import tables
 
-from common.comparison import METRICS, Comparison
+from common.comparison import Comparison
 from common.identity import SHARED
 from common.report import write_csv
 from common.results import ModelResults, write_samples
 from common.significance import Difference
+from common.tasks.task import all_metrics
 
 HEADINGS = {"arc": "ARC accuracy", "perplexity": "Perplexity"}
 CONDITIONS = ("data", "samples", "windows", "length", "fingerprint", "original")
@@ -85,7 +86,7 @@ def test_a_stale_task_costs_a_configuration_its_own_cells_alone(tmp_path, sign, 
 
 def test_csv_is_the_same_on_every_machine(tmp_path):
     """Machines differ in the last digits of sums: eight are written."""
-    metric = next(kind for kind in METRICS if kind.key == "f1")
+    metric = next(kind for kind in all_metrics() if kind.key == "f1")
     texts = []
     for nudge in (0.0, 1e-15):
         one = Comparison(metric, 0.3 + nudge, 0.2, Difference(-1 / 3 + nudge, -0.4, 2e-3 * (1 + nudge), 0.1, 9, 3, 2.0), None,

@@ -126,8 +126,8 @@ def test_perplexity_on_wikitext(demo_model, shared_data, tmp_path):
     """The stated ratios: GPTQ-4bit 1.25, GPTQ-8bit and HQQ-8bit 1.005; HQQ-4bit not worse than the hqq package."""
     from common.architecture import family_of
     from common.calibration import evaluation_windows
-    from common.evaluation import perplexity
     from common.runtime import load_model
+    from common.tasks.perplexity import perplexity
 
     quantizer = oracle("hqq.core.quantize").Quantizer
     found = {"baseline": evaluate(demo_model, tmp_path, *PERPLEXITY, "--data-root", shared_data)["perplexity"]["perplexity"]}

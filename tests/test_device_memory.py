@@ -11,7 +11,6 @@ from common import (
     checkpoint_format,
     decoding,
     device_memory,
-    evaluation,
     language_model,
     layers,
     runtime,
@@ -20,11 +19,12 @@ from common import (
 )
 from common.calibration import Windows
 from common.decoding import Decoder, can_decode
-from common.divergence import last_hidden_states, place_head
 from common.errors import UserError
 from common.language_model import HarnessModel
 from common.method import Method
 from common.models import SourceModel, TensorReader
+from common.original import last_hidden_states, place_head
+from common.tasks import perplexity
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 GIB = 2**30
@@ -205,15 +205,15 @@ def test_choices_and_perplexity_in_slices(tiny, monkeypatch):
     references = last_hidden_states(original, windows.tokens)
     whole = (
         harness._loglikelihood_tokens(requests),
-        evaluation.perplexity(model, windows, original, references),
+        perplexity.perplexity(model, windows, original, references),
     )
     asked = []
-    for module in (language_model, evaluation):
+    for module in (language_model, perplexity):
         monkeypatch.setattr(module, "logits_at_once", lambda *question: asked.append(question) or 4)
     monkeypatch.setattr(language_model, "tokens_at_once", lambda *_: 40)
     cut = (
         harness._loglikelihood_tokens(requests),
-        evaluation.perplexity(model, windows, original, references),
+        perplexity.perplexity(model, windows, original, references),
     )
     assert asked[0] == (256, 320, CPU)
     for (one, greedy), (other, same) in zip(whole[0], cut[0], strict=True):

@@ -10,8 +10,9 @@ from scipy import stats
 from common import overlap
 from common.calibration import Windows
 from common.checkpoint import METADATA_FILE
-from common.divergence import compare, hidden_states, last_hidden_states, summarise
+from common.divergence import summarise_divergence, token_divergence
 from common.models import SourceModel
+from common.original import hidden_states, last_hidden_states
 from common.runtime import load_model
 
 CPU = torch.device("cpu")
@@ -20,16 +21,16 @@ CPU = torch.device("cpu")
 def test_divergence_is_scipys():
     generator = torch.Generator().manual_seed(0)
     original, other = torch.randn(2, 30, 50, generator=generator, dtype=torch.float64) * 3
-    divergence, same = compare(original.float().log_softmax(-1), other.float().log_softmax(-1))
+    divergence, same = token_divergence(original.float().log_softmax(-1), other.float().log_softmax(-1))
     expected = [stats.entropy(p.numpy(), q.numpy()) for p, q in zip(original.softmax(-1), other.softmax(-1), strict=True)]
     assert torch.allclose(divergence.double(), torch.tensor(expected), rtol=1e-4)
     assert same.tolist() == (original.argmax(-1) == other.argmax(-1)).tolist()
-    nothing, all_same = compare(original.float().log_softmax(-1), original.float().log_softmax(-1))
+    nothing, all_same = token_divergence(original.float().log_softmax(-1), original.float().log_softmax(-1))
     assert nothing.max() < 1e-6 and all_same.all()
 
 
 def test_summary_by_hand():
-    found = summarise([{"kl": [0.0, 1.0, 2.0], "same_top": 2}, {"kl": [3.0, 4.0], "same_top": 1}])
+    found = summarise_divergence([{"kl": [0.0, 1.0, 2.0], "same_top": 2}, {"kl": [3.0, 4.0], "same_top": 1}])
     assert found["kl_mean"] == 2.0 and found["kl_median"] == 2.0 and found["tokens"] == 5 and found["same_top"] == 0.6
     assert found["kl_99"] == pytest.approx(3.96)
 

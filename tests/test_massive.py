@@ -5,7 +5,7 @@ import torch
 from conftest import ROOT, build_tiny, run_script, tiny_tokenizer
 
 from common.calibration import Windows
-from common.evaluation import perplexity
+from common.tasks.perplexity import perplexity
 from common.runtime import load_model
 
 METHODS = {"gptq": [], "awq": [], "hqq": [], "smoothquant": [], "adaround": ["--iterations", 40], "quarot": []}

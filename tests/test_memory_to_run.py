@@ -11,6 +11,7 @@ from conftest import build_tiny
 from common import evaluation, host_memory, runtime
 from common.models import SourceModel
 from common.naming import Subject
+from common.tasks import evaluate, perplexity, speed
 
 CPU = torch.device("cpu")
 
@@ -57,16 +58,16 @@ def test_memory_is_weights_and_what_a_full_context_takes(monkeypatch):
 def test_the_model_is_alone_when_it_is_measured(tiny, tmp_path, monkeypatch):
     """Before, it was the process's peak, with the original's embedding and a cache as large as fits."""
     events = []
-    for name in (
-        "hidden_states",
-        "load_for_running",
-        "measure_speed",
-        "measure_memory",
-        "perplexity",
+    for module, name in (
+        (perplexity, "hidden_states"),
+        (evaluate, "load_for_running"),
+        (speed, "measure_speed"),
+        (speed, "measure_memory"),
+        (perplexity, "perplexity"),
     ):
-        original = getattr(evaluation, name)
+        original = getattr(module, name)
         monkeypatch.setattr(
-            evaluation,
+            module,
             name,
             lambda *arguments, name=name, original=original: (
                 events.append(name) or original(*arguments)

@@ -9,9 +9,11 @@ import pytest
 
 from common.data import DEMO_FOLDER
 from common.errors import UserError
-from common.evaluation import task_rows
-from common.tasks.scoring import (arc_sample, extract_number, macro_f1, openmath_sample, parse_number, squad_sample,
-                                  summarise, token_f1)
+from common.metrics import macro_f1
+from common.tasks import arc, openmath, squad_v2
+from common.tasks.numbers import extract_number, parse_number
+from common.tasks.scoring import token_f1
+from common.tasks.task import all_tasks
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -94,7 +96,7 @@ EXPECTED_ANSWERS = [
 def test_parse_number(text, expected):
     assert parse_number(text) == (pytest.approx(expected) if expected is not None else None)
     if expected is not None:                                                    # a model that answers with it is right
-        assert openmath_sample({"expected_answer": text}, [f"So the answer is {text}"])["correct"] == 1
+        assert openmath.TASK.score({"expected_answer": text}, [f"So the answer is {text}"])["correct"] == 1
 
 
 def test_written_numbers_are_read_back():
@@ -115,7 +117,7 @@ def test_only_problems_with_numeric_answers_are_evaluated(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     options = argparse.Namespace(openmath_data=str(file), limit=None, data_root=None)
-    chosen = [row["expected_answer"] for row in task_rows("openmath", options, demo=False).rows]
+    chosen = [row["expected_answer"] for row in openmath.TASK.rows(options, demo=False).rows]
     assert sorted(chosen) == sorted(text for text, expected in EXPECTED_ANSWERS if expected is not None)
 
 
@@ -139,14 +141,14 @@ def test_data_of_another_task_is_one_line(tmp_path, task, name, content, words):
     (tmp_path / name).write_text(content)
     options = argparse.Namespace(**{f"{task}_data": str(tmp_path / name)}, limit=None, data_root=None)
     with pytest.raises(UserError) as error:
-        task_rows(task, options, demo=True)
+        next(one for one in all_tasks() if one.name == task).rows(options, demo=True)
     assert "\n" not in str(error.value) and name in str(error.value)
     for word in words:
         assert word in str(error.value)
 
 
 def squad(text, golds):
-    return squad_sample({"answers": {"text": golds}, "context": "c", "title": "t"}, [text])
+    return squad_v2.TASK.score({"answers": {"text": golds}, "context": "c", "title": "t"}, [text])
 
 
 def test_squad_by_hand():
@@ -164,19 +166,19 @@ def test_squad_by_hand():
 
 def test_arc_maps_labels_to_letters_and_normalises_by_length():
     doc = {"choices": {"text": ["aa", "bbbbbbbb", "c", "d"], "label": ["1", "2", "3", "4"]}, "answerKey": "2"}
-    record = arc_sample(doc, [(-4.0, False), (-5.0, False), (-9.0, False), (-9.0, False)])
+    record = arc.TASK.score(doc, [(-4.0, False), (-5.0, False), (-9.0, False), (-9.0, False)])
     assert (record["gold"], record["predicted"], record["acc"]) == ("B", "A", 0)
     assert (record["predicted_norm"], record["acc_norm"]) == ("B", 1)
 
 
 def test_macro_f1_by_hand():
     # A: precision 2/3, recall 1 -> 0.8; B: precision 1, recall 1/2 -> 2/3.
-    assert macro_f1(list("AABB"), list("AAAB")) == pytest.approx((0.8 + 2 / 3) / 2)
+    assert macro_f1(list("AABB"), list("AAAB")).value == pytest.approx((0.8 + 2 / 3) / 2)
 
 
 def test_answers_without_a_number_are_counted():
-    samples = [openmath_sample({"expected_answer": "5"}, [text]) for text in ("5", "7", "no idea")]
-    summary = summarise("openmath", samples)
+    samples = [openmath.TASK.score({"expected_answer": "5"}, [text]) for text in ("5", "7", "no idea")]
+    summary = openmath.TASK.summary(samples)
     assert summary["no_number"] == pytest.approx(1 / 3)
     assert summary["mean_absolute_difference"] == 1
     assert summary["within_tolerance"] == pytest.approx(1 / 3)

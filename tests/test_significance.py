@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from common.comparison import adjusted_p_values, compare
-from common.significance import (GAIN, LOSS, NO_LOSS, Difference, Flips, difference, flips, holm, macro_f1, mean, median, pair,
-                                 swap_test, t_test, verdict)
-from common.tasks import scoring
+from common.comparison import adjusted_p_values, compare_samples
+from common.metrics import macro_f1, mean, median
+from common.significance import (GAIN, LOSS, NO_LOSS, Difference, Flips, difference, flips, holm,
+                                 pair, swap_test, t_test, verdict)
 
 
 def means(before, after, clusters=None):
@@ -65,14 +65,22 @@ def test_clusters_stay_together():
     assert found.high - found.value == pytest.approx(stats.t.ppf(0.975, degrees) * error)
 
 
+def macro_f1_by_class(gold: list[str], predicted: list[str]) -> float:
+    scores = []
+    for label in sorted(set(gold)):
+        hits = sum(g == p == label for g, p in zip(gold, predicted, strict=True))
+        scores.append(2 * hits / (gold.count(label) + predicted.count(label)))
+    return float(np.mean(scores))
+
+
 def test_metrics_are_those_of_the_resample():
     rng = np.random.default_rng(3)
     gold, predicted = rng.choice(list("ABCDE"), 60).tolist(), rng.choice(list("ABCD"), 60).tolist()
     values = rng.integers(0, 20, 60).astype(float)
     for size in (60, 59, 2, 1) * 5:
         drawn = rng.integers(0, 60, size)
-        for metric, expected in ((macro_f1(gold, predicted), scoring.macro_f1([gold[i] for i in drawn],
-                                                                              [predicted[i] for i in drawn])),
+        for metric, expected in ((macro_f1(gold, predicted), macro_f1_by_class([gold[i] for i in drawn],
+                                                                                [predicted[i] for i in drawn])),
                                  (mean(values), values[drawn].mean()), (median(values), np.median(values[drawn]))):
             assert metric.of_sums(metric.features[drawn].sum(0)) == pytest.approx(expected)
 
@@ -129,7 +137,7 @@ def test_no_change_says_as_much_as_so_many_answers_can(count):
     word = verdict(found, True, 0.02, 1.0, 1.0)
     assert word == (NO_LOSS if count >= 183 else f"cannot tell with n = {count}")
     arc = [{"id": str(i), "acc": 1.0, "acc_norm": 1.0, "gold": "A", "predicted": "A"} for i in range(count)]
-    assert {one.verdict() for one in compare({"arc": arc}, {"arc": arc})} == {word}
+    assert {one.verdict() for one in compare_samples({"arc": arc}, {"arc": arc})} == {word}
 
 
 def test_an_article_without_a_change_is_one_observation():
@@ -155,13 +163,13 @@ def test_a_silent_model_gains_nothing():
     rng = np.random.default_rng(9)
     before = rng.exponential(20, 200).round(1).tolist()
     after = [one if one < sorted(before)[120] else None for one in before]
-    found = {one.kind.key: one for one in compare(openmath(before), openmath(after))}
+    found = {one.kind.key: one for one in compare_samples(openmath(before), openmath(after))}
     for key, metric in (("mean_absolute_difference", np.mean), ("median_absolute_difference", np.median)):
         one = found[key]
         assert one.baseline == one.quantized == pytest.approx(metric([x for x in after if x is not None]))
         assert one.difference.samples == 120 and one.difference.value == 0 and one.verdict() != GAIN
     assert found["no_number"].verdict() == LOSS and found["no_number"].quantized == 0.4
-    nothing = {one.kind.key: one for one in compare(openmath(before), openmath([None] * 200))}
+    nothing = {one.kind.key: one for one in compare_samples(openmath(before), openmath([None] * 200))}
     assert nothing["mean_absolute_difference"].verdict() == "cannot tell with n = 0"
 
 
@@ -170,7 +178,7 @@ def test_losses_in_one_article_are_one_piece_of_evidence(key):
     """Twelve answers lost in one article of six and none elsewhere: McNemar's p would be 2^-12, an article's is 1/2."""
     before = [{"id": str(i), "f1": 1.0, "exact_match": 1.0, "cluster": f"article {i // 20}"} for i in range(120)]
     after = [{**one, "f1": float(i >= 12), "exact_match": float(i >= 12)} for i, one in enumerate(before)]
-    one = next(one for one in compare({"squad_v2": before}, {"squad_v2": after}) if one.kind.key == key)
+    one = next(one for one in compare_samples({"squad_v2": before}, {"squad_v2": after}) if one.kind.key == key)
     assert (one.p_loss, one.p_gain) == (0.5, 1.0) and one.difference.clusters == 6
     assert one.difference.value == pytest.approx(-0.1) and one.verdict() == "cannot tell with n = 120"
 
@@ -180,7 +188,7 @@ def test_gain_needs_holm_as_loss_does():
     before = openmath([1.0] * 10 + [0.0] * 90)
     after = openmath([0.0] * 100)
     for first, second, word in ((before, after, GAIN), (after, before, LOSS)):
-        one = next(one for one in compare(first, second) if one.kind.key == "within_tolerance")
+        one = next(one for one in compare_samples(first, second) if one.kind.key == "within_tolerance")
         assert min(one.p_loss, one.p_gain) == pytest.approx(2**-10) and one.verdict() == word
         adjusted = adjusted_p_values({str(i): [one] for i in range(100)})["0", "openmath", "within_tolerance"]
         assert min(adjusted) == pytest.approx(100 * 2**-10)
@@ -203,7 +211,7 @@ def samples(rng, count, accuracy, like=None, flip=0.0):
 
 
 def words(before, after):
-    return {one.kind.key: one.verdict() for one in compare(before, after)}
+    return {one.kind.key: one.verdict() for one in compare_samples(before, after)}
 
 
 def test_a_known_loss_is_called_a_loss():

@@ -21,8 +21,10 @@ from transformers.utils import chat_template_utils
 from common import chat
 from common.calibration import calibration_windows, evaluation_windows, start_tokens
 from common.errors import UserError
-from common.evaluation import CPU_WINDOWS, DEMO_WINDOWS, default_windows, perplexity, run_task
 from common.language_model import HarnessModel
+from common.tasks import squad_v2
+from common.tasks.harness import run_task
+from common.tasks.perplexity import CPU_WINDOWS, DEMO_WINDOWS, default_windows, perplexity
 
 WIKITEXT = "Salesforce/wikitext/wikitext-2-raw-v1:test"
 CONVERSATION = [{"role": "user", "content": "the river"},
@@ -120,7 +122,7 @@ def test_results_say_which_date_the_prompts_have(on_day):
     model.generation_config.eos_token_id = 1
     on_day(2031, 12, 31)
     rows = Rows(demo_rows("squad").rows[:2], "demo")
-    summary, _ = run_task("squad_v2", model, tokenizer, rows, demo=False)
+    summary, _ = run_task(squad_v2.TASK, model, tokenizer, rows, demo=False)
     assert summary["template_date"] == "2024-07-26"
     assert summary["first_prompt"].startswith("<|start|>system: 26 Jul 2024")
     assert "2031" not in summary["first_prompt"]

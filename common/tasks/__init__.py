@@ -1,1 +1,1 @@
-"""Task files for lm-eval and the scoring of single answers."""
+"""What models are evaluated on: a file for each task, and its prompts as lm-eval reads them."""

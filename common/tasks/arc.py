@@ -1,0 +1,77 @@
+"""ARC-Challenge: science questions with four choices (Clark et al. 2018, arXiv 1803.05457)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from common.data import Rows
+from common.errors import UserError
+from common.metrics import Metric, macro_f1
+from common.tasks.harness import HarnessTask
+from common.tasks.scoring import mean_of
+from common.tasks.task import MetricKind, Record, of_field
+
+LETTERS = "ABCDEFGH"
+
+
+def _macro_f1(samples: list[Record]) -> Metric:
+    return macro_f1([sample["gold"] for sample in samples],
+                    [sample["predicted"] for sample in samples])
+
+
+class Arc(HarnessTask):
+    """The model does not pick a letter: each choice's text is scored as the answer."""
+
+    name, title, place = "arc", "ARC", 1
+    address = "allenai/ai2_arc/ARC-Challenge:test"
+    # The whole split.
+    limit = 1172
+    flag = "--arc-data"
+    demo = "arc"
+    needs = ("question", "choices.text", "choices.label", "answerKey")
+    chat = False
+    answer_score = "acc"
+    metrics = (
+        MetricKind(name, "accuracy", "ARC accuracy", of_field("acc"), binary="acc",
+                   column="ARC accuracy", judged=True, plotted=True),
+        MetricKind(name, "accuracy_norm", "ARC accuracy, length-normalised", of_field("acc_norm"),
+                   binary="acc_norm"),
+        MetricKind(name, "macro_f1", "ARC macro F1", _macro_f1, column="ARC F1"),
+    )
+
+    def usable(self, loaded: Rows) -> list[dict]:
+        """All rows. Raises UserError, naming the first question whose right answer is none of its
+        choices.
+        """
+        for row in loaded.rows:
+            key, labels = row["answerKey"], row["choices"]["label"] or []
+            if key not in labels:
+                raise UserError(
+                    f"{loaded.source}: the answerKey {key!r} of "
+                    f"{row.get('id') or row['question']} is none of its labels {labels}; correct "
+                    f"it, give other data with {self.flag}, or leave {self.name} out of --tasks")
+        return loaded.rows
+
+    def score(self, row: dict, results: list[tuple[float, bool]]) -> Record:
+        """The choice with the highest log-likelihood, plain and by its length in characters."""
+        scores = np.array([score for score, _ in results])
+        lengths = np.array([max(len(text), 1) for text in row["choices"]["text"]])
+        gold = row["choices"]["label"].index(row["answerKey"])
+        plain, normalised = int(scores.argmax()), int((scores / lengths).argmax())
+        # Some questions label their choices 1 to 4: positions are mapped to letters, so that macro
+        # F1 has one class each.
+        return {"acc": float(plain == gold), "acc_norm": float(normalised == gold),
+                "gold": LETTERS[gold], "predicted": LETTERS[plain],
+                "predicted_norm": LETTERS[normalised],
+                "scores": [round(float(score), 4) for score in scores]}
+
+    def summary(self, samples: list[Record]) -> dict:
+        return {"samples": len(samples), "accuracy": mean_of(samples, "acc"),
+                "accuracy_norm": mean_of(samples, "acc_norm"),
+                "macro_f1": _macro_f1(samples).value}
+
+    def in_words(self, summary: dict) -> str:
+        return f"ARC accuracy {summary['accuracy']:.3f} F1 {summary['macro_f1']:.3f}"
+
+
+TASK = Arc()
