@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from common import cli, parallel
 from common.architecture import Family, LinearGroup, family_of
-from common.gptq import SWEEPS, gptq_layer
+from common.gptq import SWEEPS, gptq_layer, ranges_of_rotated_weights
+from common.grid import QuantizedLinear
 from common.hadamard import factors, rotate, rotation
 from common.inputs import group_inputs
 from common.method import Layer, Method
 from common.models import MODELS_FOLDER, SourceModel
 from common.naming import filed_as
-from common.online import OnlineTransforms, attach, enable_attention
+from common.online import KeyForm, OnlineTransforms, attach, attention_inputs, enable_attention
 from common.progress import say
 from common.quantization import run
 from common.scaling import fold_scale
@@ -42,7 +43,7 @@ DAMPING = 0.01
 # Shares of their range that activations and cache keep. The paper's is 0.9 for all activations; the best for each token loses
 # a sixth less (docs/quantization_methods_deep_dive.md).
 ACTIVATION_CLIPS, KV_CLIP = (1.0, 0.9, 0.8, 0.7, 0.6), 0.95
-# Of the calibration text, for the scales of `align`.
+# Of the calibration text, for `align` and `key_form`.
 ALIGN_TOKENS = 16384
 # Rows that are rotated at once.
 ROWS = 16384
@@ -173,24 +174,53 @@ def input_squares(layer: Layer) -> dict[LinearGroup, Tensor]:
             tokens /= tokens.sum(1, keepdim=True).clamp(min=1e-20)
         sums[group] += tokens.sum(0)
 
-    seen = 0
     with group_inputs(layer.module, receive):
-        for chunk in layer.inputs:
-            layer.forward(chunk.to(device))
-            seen += chunk.shape[0] * chunk.shape[1]
-            if seen >= ALIGN_TOKENS:
-                break
+        some_forward(layer)
     return {group: parallel.add(total) for group, total in sums.items()}
 
 
-def rotate_online(module: nn.Module, transforms: OnlineTransforms) -> None:
+def key_form(layer: Layer) -> KeyForm:
+    """How the layer's keys are best put before they are rounded, by its calibration inputs. Some
+    models' keys are nearly constant (Qwen2's biases), and few bits would see little else.
+    """
+    attention = layer.module.self_attn
+    shape = attention.config.num_key_value_heads, attention.head_dim
+    device = next(layer.module.parameters()).device
+    mean, key_square, query_square = torch.zeros(3, *shape, device=device, dtype=torch.float64)
+
+    def receive(query: Tensor, key: Tensor) -> None:
+        keys, queries = key.double(), query.double().unflatten(1, (len(mean), -1))
+        mean.add_(keys.sum((0, 2)))
+        key_square.add_(keys.square().sum((0, 2)))
+        query_square.add_(queries.square().mean(2).sum((0, 2)))
+
+    with attention_inputs(layer.module, receive):
+        tokens = some_forward(layer)
+    tokens = parallel.add(torch.tensor(float(tokens), device=device))
+    return KeyForm.fitted(*(parallel.add(total) / tokens
+                            for total in (mean, key_square, query_square)))
+
+
+def some_forward(layer: Layer) -> int:
+    """Lead some of the calibration text through the layer. Returns its tokens."""
+    device, seen = next(layer.module.parameters()).device, 0
+    for chunk in layer.inputs:
+        layer.forward(chunk.to(device))
+        seen += chunk.shape[0] * chunk.shape[1]
+        if seen >= ALIGN_TOKENS:
+            break
+    return seen
+
+
+def rotate_online(module: nn.Module, transforms: OnlineTransforms,
+                  keys: KeyForm | None = None) -> None:
     """Let a decoder layer apply its online rotations as it runs, and undo them in the weights that read what they turn."""
     family = family_of(module)
     turned = (*family.reading, family.writing[1]) if transforms.hidden else family.writing[1:]
     for name in [name for group in turned for name in group.linears]:
         weight = module.get_submodule(name).weight
         weight.data = rotate(weight.double(), *factors(weight.shape[1])).to(weight.dtype)
-    attach(module, transforms)
+    attach(module, transforms, keys)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -238,9 +268,15 @@ def main() -> None:
         else:
             rotate_layer(layer.module, rotations.get("hidden"), rotations["value"])
         if transforms:
-            rotate_online(layer.module, transforms)
+            form = None
+            if options.kv_bits:
+                form = transforms.keys[layer.index] = key_form(layer)
+            rotate_online(layer.module, transforms, form)
 
-    run(options, Method("quarot", lambda layer: gptq_layer(layer, options.damping, options.sweeps), online=transforms,
+    def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
+        return gptq_layer(layer, options.damping, options.sweeps, ranges_of_rotated_weights)
+
+    run(options, Method("quarot", quantize_layer, online=transforms,
                         catch_up=options.catch_up, rewrite_model=rewrite_model, unties=True,
                         rewrite_layer=rewrite_layer))
 

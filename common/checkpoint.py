@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.files import load_json, replace_folder
 from common.grid import Grid, QuantizedLinear
 from common.models import INDEX_FILE, MODEL_FILES, SourceModel, TensorReader, read_config
-from common.online import OnlineTransforms, mark_config
+from common.online import OnlineTransforms, mark_config, write_keys
 from common.unfinished import UnfinishedFolder
 
 METADATA_FILE = "quantization_metadata.json"
@@ -177,6 +177,7 @@ class CheckpointWriter:
                       quantization_config=quantization, **_old_rope(config))
         if self.online:
             mark_config(config, self.online)
+            write_keys(self.folder, self.online.keys)
         (self.folder / "config.json").write_text(json.dumps(config, indent=2))
         source.tokenizer.save_pretrained(self.folder)
         _name_tokenizer_as_before(self.folder / "tokenizer_config.json")

@@ -12,10 +12,13 @@ know: a plain load fails at once. `runtime.load_model` reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -28,6 +31,41 @@ from common.hadamard import factors, rotate
 # The key of config.json that holds what is to be done, and the suffix of a model type that has to have it.
 CONFIG_KEY, MODEL_TYPE_SUFFIX = "online_transforms", "_with_online_transforms"
 ATTENTION = "sdpa_with_online_transforms"
+# What a checkpoint says of its keys beside its weights.
+KEYS_FILE = "online_transforms.safetensors"
+
+
+@dataclass(frozen=True)
+class KeyForm:
+    """How a layer's keys are put before they are rounded, so that few bits hold what tells them
+    apart.
+
+    mean, scale [key-value heads, head size]: keys become (key - mean) * scale, queries
+    query / scale. Scores only lose query . mean, the same for all keys, which softmax does not see.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    @classmethod
+    def fitted(cls, mean: Tensor, key_square: Tensor, query_square: Tensor) -> KeyForm:
+        """The form that suits keys of such a mean and mean square, and queries of such a mean
+        square, averaged over the heads that share the keys; all [key-value heads, head size].
+
+        After R3 an error is spread evenly, in steps that follow a key's length, so what it does to
+        scores is E|key * scale|^2 E|query / scale|^2 up to a factor, and scale^4 =
+        E query^2 / Var key makes that smallest.
+        """
+        scale = (query_square / (key_square - mean.square()).clamp(min=0)).pow(0.25)
+        # A channel that is always the same, or that no query reads, has no scale.
+        scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
+        return cls(mean.float(), scale.float())
+
+    def apply(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [batch, heads, length, head size] and keys [batch, key-value heads, ...]."""
+        mean, scale = (part.to(key).unsqueeze(1) for part in (self.mean, self.scale))
+        by_query = scale.repeat_interleave(query.shape[1] // key.shape[1], 0)
+        return query / by_query, (key - mean) * scale
 
 
 @dataclass
@@ -36,6 +74,8 @@ class OnlineTransforms:
 
     activation_clips: shares of its range among which each token's best is taken; kv_clip: the share of a cached vector's.
     hidden: whether the inputs of q/k/v and of gate and up are rotated as well.
+    keys: by layer, how its keys are put before they are rounded; not a field, as a checkpoint holds
+        them in a file of its own.
     """
 
     activation_bits: int | None
@@ -44,6 +84,9 @@ class OnlineTransforms:
     kv_clip: float
     hidden: bool = False
     _active = True                                                              # not a field: nothing that is stored
+
+    def __post_init__(self):
+        self.keys: dict[int, KeyForm] = {}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -72,14 +115,26 @@ def enable_attention(model: nn.Module) -> None:
     model.set_attn_implementation(ATTENTION)
 
 
-def attach(layer: nn.Module, transforms: OnlineTransforms) -> None:
-    """Rotate a decoder layer's queries and keys (R3), down_proj's input (R4) and, if asked for, what its norms put out, as they
-    come; round inputs and cache.
+@contextmanager
+def attention_inputs(layer: nn.Module, receive: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """While open, call `receive` with the queries and keys [batch, heads, length, head size] that a
+    decoder layer's attention compares, the rotary embedding applied. Needs `enable_attention`.
+    """
+    layer.self_attn.receive = receive
+    try:
+        yield
+    finally:
+        del layer.self_attn.receive
+
+
+def attach(layer: nn.Module, transforms: OnlineTransforms, keys: KeyForm | None = None) -> None:
+    """Rotate a decoder layer's queries and keys (R3), put as `keys` says, down_proj's input (R4) and, if
+    asked for, what its norms put out, as they come; round inputs and cache.
     """
     attention, family = layer.self_attn, family_of(layer)
     down = layer.get_submodule(family.writing[1].linears[0])
     weight = down.weight
-    attention.online = transforms, [factor.to(weight) for factor in factors(attention.head_dim)]
+    attention.online = transforms, [factor.to(weight) for factor in factors(attention.head_dim)], keys
     left, right = [factor.to(weight) for factor in factors(weight.shape[1])]
     down.register_forward_pre_hook(lambda _, arguments: rotate(arguments[0], left, right))
     if transforms.hidden:
@@ -94,8 +149,26 @@ def attach(layer: nn.Module, transforms: OnlineTransforms) -> None:
 def attach_all(model: nn.Module, transforms: OnlineTransforms) -> None:
     """Make a model whose weights were rotated for them run with the transforms."""
     enable_attention(model)
-    for layer in model.model.layers:
-        attach(layer, transforms)
+    for index, layer in enumerate(model.model.layers):
+        attach(layer, transforms, transforms.keys.get(index))
+
+
+def write_keys(folder: Path, keys: dict[int, KeyForm]) -> None:
+    """Write the forms of all layers' keys, if there are any, beside a checkpoint's weights."""
+    tensors = {f"{index}.{part}": getattr(form, part).cpu().contiguous()
+               for index, form in keys.items() for part in ("mean", "scale")}
+    if tensors:
+        save_file(tensors, folder / KEYS_FILE)
+
+
+def read_keys(folder: Path) -> dict[int, KeyForm]:
+    """What `write_keys` wrote; nothing where keys are rounded as they come."""
+    if not (folder / KEYS_FILE).is_file():
+        return {}
+    tensors = load_file(folder / KEYS_FILE)
+    indices = {int(name.partition(".")[0]) for name in tensors}
+    return {index: KeyForm(tensors[f"{index}.mean"], tensors[f"{index}.scale"])
+            for index in indices}
 
 
 def mark_config(config: dict, transforms: OnlineTransforms) -> None:
@@ -117,8 +190,12 @@ def take_from_config(config: dict) -> OnlineTransforms | None:
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments):
     """Scaled dot-product attention [batch, heads, length, head size] over rotated and rounded keys and rounded values."""
+    if hasattr(module, "receive"):
+        module.receive(query, key)
     if hasattr(module, "online"):
-        transforms, (left, right) = module.online
+        transforms, (left, right), keys = module.online
+        if keys:
+            query, key = keys.apply(query, key)
         query, key = rotate(query, left, right), transforms.round_cache(rotate(key, left, right))
         value = transforms.round_cache(value)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)

@@ -26,7 +26,7 @@ from common.fused import fuse_layers
 from common.grid import float16_holds
 from common.kernels.dispatch import triton_works
 from common.models import SourceModel, TensorReader, load_tokenizer, read_config
-from common.online import attach_all, take_from_config
+from common.online import attach_all, read_keys, take_from_config
 from common.packed import PackedLinear, can_be_packed, load_packed
 from common.probe import check_finite, probe_tokens
 from common.progress import say, track
@@ -146,7 +146,10 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
         _check_scales(folder, content)
     try:
         transforms = take_from_config(content)
-        config = {} if transforms is None else {"config": AutoConfig.for_model(**content)}
+        config = {}
+        if transforms:
+            transforms.keys = read_keys(folder)
+            config["config"] = AutoConfig.for_model(**content)
         # No code from the folder is run, and no pickle read.
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True,

@@ -151,9 +151,10 @@ def test_rounding_kernels(generator, form):
     """The same ranges, codes and learned roundings as on the CPU, but for ties."""
     inputs = torch.randn(4000, 256, generator=generator) * torch.rand(256, generator=generator)
     gram, weight = inputs.T @ inputs / 4000, torch.randn(300, 256, generator=generator)
-    scale, zero = search_range(weight, form, gram.diagonal())
-    on_card = search_range(weight.cuda(), form, gram.cuda().diagonal())
-    assert (on_card[0].cpu() == scale).float().mean() > 0.99
+    for keep in (True, False):
+        scale, zero = search_range(weight, form, gram.diagonal(), keep_larger_end=keep)
+        on_card = search_range(weight.cuda(), form, gram.cuda().diagonal(), keep_larger_end=keep)
+        assert (on_card[0].cpu() == scale).float().mean() > 0.99
     for function in (lambda *tensors: rounding.solve(*tensors, form)[0],
                      lambda weight, gram, scale, zero: rounding.refine(
                          weight, grid.quantize(weight, scale, zero, form), scale, zero, gram, form, torch.bfloat16, 1)[0],
@@ -203,14 +204,18 @@ def test_every_method_packed_and_dense(tiny_models, tmp_path, method, architectu
     tolerance = LOGITS_TOLERANCE.get(method, 0.02)
     plain, _ = load_model(tmp_path / "cuda", CUDA, torch.bfloat16)
     packed, _ = load_for_running(tmp_path / "cuda", CUDA, torch.bfloat16)
+    exact, _ = load_model(tmp_path / "cuda", CUDA, torch.float32)
     tokens = torch.randint(2, 320, (2, 40), generator=torch.Generator().manual_seed(1)).cuda()
     with torch.inference_mode():
         expected = plain(tokens).logits.float()
         assert relative(packed(tokens).logits.float(), expected) < tolerance
+        exact = exact(tokens).logits[:, -1]
+        # One position's logits are few: where bfloat16 itself is further off, as far as that.
+        allowed = max(tolerance, 1.5 * relative(expected[:, -1], exact))
         for rows in (2, 1):
             decoder = Decoder(packed, rows, 128)
             first = decoder.start(tokens[:rows].tolist())
-            assert relative(first.float(), expected[:rows, -1]) < tolerance
+            assert relative(first.float(), exact[:rows]) < allowed
             written = torch.cat([decoder.tokens[:rows].cpu()[None], decoder.run(rows).cpu(), decoder.run(rows).cpu()])
             # Teacher-forced: what the decoder chose has nearly the largest logit of the plain model.
             whole = torch.cat([tokens[:rows], written.T.cuda()], dim=1)

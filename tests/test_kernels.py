@@ -242,19 +242,20 @@ def test_round_block(generator, form, channels):
 
 
 @pytest.mark.parametrize("form", GRIDS, ids=str)
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize(("weighted", "norm", "stored", "size"), [
     (True, 2.0, torch.float32, 1.0), (False, 4.0, torch.float32, 1.0), (False, 8.0, torch.float32, 1.0),
     (False, 8.0, torch.bfloat16, 1e-6), (True, 2.0, torch.float16, 2e-3),
     (True, 2.0, torch.float16, 1e-6), (True, 2.0, torch.bfloat16, 1e-6)])
-def test_search_range(generator, form, weighted, norm, stored, size):
+def test_search_range(generator, form, weighted, norm, stored, size, keep):
     weight = torch.randn(21, 96, generator=generator) * size
     weight[3] = 0
     # As it comes: a diagonal, which is not contiguous.
     importance = torch.rand(96, 96, generator=generator).diagonal() if weighted else None
     first, last, steps = rounding.SEARCH.get(form.bits, rounding.SEARCH[4])
     candidates = [1.0, *torch.linspace(first, last, steps).tolist()]
-    expected = search_range(weight, form, importance, norm, stored)
-    found = rounding_triton.search_range(weight, form, importance, norm, stored, candidates)
+    expected = search_range(weight, form, importance, norm, stored, keep)
+    found = rounding_triton.search_range(weight, form, importance, norm, stored, candidates, keep)
     assert ((found[0] == 1) == (grid.grouped(weight, form).abs().amax(-1) == 0)).all()
 
     def losses(scale, zero_point):

@@ -14,7 +14,7 @@ from common.grid import Grid, round_clipped, round_per_token, round_per_vector
 from common.hadamard import factors, hadamard, rotate, rotation
 from common.method import Layer
 from common.models import SourceModel
-from common.online import OnlineTransforms, enable_attention
+from common.online import KEYS_FILE, KeyForm, OnlineTransforms, enable_attention
 from common.runtime import load_model
 from quantize_quarot import align, input_squares, rotate_ends, rotate_layer, rotate_online, rotate_values
 
@@ -139,6 +139,61 @@ def test_alignment_reaches_the_least_expected_error_whatever_the_channels_scales
         assert torch.allclose(layer.weight(name), weight, rtol=0.02, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype, bound", BOUNDS)
+@pytest.mark.parametrize("architecture, tied", ARCHITECTURES)
+def test_the_form_of_keys_leaves_logits_unchanged(tiny_models, architecture, tied, dtype, bound):
+    """Whatever the mean and the scales."""
+    generator = torch.Generator().manual_seed(11)
+    heads = SourceModel(str(tiny_models[architecture, tied]), torch.device("cpu"), dtype).config.num_key_value_heads
+
+    def change(module):
+        keys = KeyForm(torch.randn(heads, 16, generator=generator), torch.exp(torch.randn(heads, 16, generator=generator)))
+        rotate_online(module, OnlineTransforms(None, None, (1.0,), 1.0), keys)
+
+    assert change_of_logits(tiny_models[architecture, tied], dtype, lambda source: None, change) < bound
+
+
+def key_statistics(queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What `KeyForm.fitted` wants of queries [1, heads, n, size] and keys [1, key-value heads, n, size], in float64."""
+    by_key = queries.double().unflatten(1, (keys.shape[1], -1))
+    return keys.double().mean((0, 2)), keys.double().square().mean((0, 2)), by_key.square().mean((0, 2, 3))
+
+
+def test_no_other_scales_of_keys_have_a_smaller_expected_error():
+    generator = torch.Generator().manual_seed(12)
+    queries, keys = (torch.randn(1, heads, 300, 16, generator=generator) * torch.rand(16, generator=generator)
+                     for heads in (4, 2))
+    form = KeyForm.fitted(*key_statistics(queries, keys))
+    variance = keys.double().var((0, 2), correction=0)
+
+    def error(scale):
+        return (variance * scale**2).sum(1) * (key_statistics(queries, keys)[2] / scale**2).sum(1)
+
+    least = error(form.scale.double())
+    for _ in range(20):
+        other = form.scale * torch.exp(0.3 * torch.randn(2, 16, generator=generator))
+        assert (error(other.double()) > least).all()
+
+
+def test_keys_that_are_nearly_constant_keep_what_tells_them_apart():
+    """Scores of 4-bit keys with a large constant part, as Qwen2's biases give them."""
+    generator = torch.Generator().manual_seed(13)
+    constant = torch.randn(2, 1, 16, generator=generator) * 60
+    keys, queries = torch.randn(1, 2, 200, 16, generator=generator) + constant, torch.randn(1, 4, 200, 16, generator=generator)
+    transforms, sides = OnlineTransforms(None, 4, (1.0,), 0.95), factors(16)
+
+    def attention(queries, keys):
+        scores = queries.double() @ keys.double().repeat_interleave(2, 1).transpose(2, 3) / 4
+        return scores.softmax(-1)
+
+    def error(form):
+        q, k = form.apply(queries, keys) if form else (queries, keys)
+        rounded = attention(rotate(q, *sides), transforms.round_cache(rotate(k, *sides)))
+        return (rounded - attention(queries, keys)).abs().sum(-1).mean().item()
+
+    assert error(KeyForm.fitted(*key_statistics(queries, keys))) < 0.15 < 1.0 < error(None)
+
+
 FULL = ("--act-bits", 4, "--kv-bits", 4)
 
 
@@ -160,6 +215,7 @@ def test_online_checkpoint(tiny_models, calibration_text, tmp_path, architecture
     record = json.loads((output / METADATA_FILE).read_text())["online_transforms"]
     assert [record["activation_bits"], record["kv_bits"]] == [dict(zip(options[::2], options[1::2], strict=True)).get(flag)
                                                              for flag in ("--act-bits", "--kv-bits")]
+    assert (output / KEYS_FILE).is_file() == ("--kv-bits" in options)
     # In float32 a value on the edge between two codes may fall either way, and move all tokens after it.
     model, _ = load_model(output, torch.device("cpu"), torch.float64)
     tokens = torch.randint(2, 300, (1, 40), generator=torch.Generator().manual_seed(7))

@@ -18,7 +18,8 @@ TILE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 25}
 
 
 def search_range(weight: Tensor, grid: Grid, importance: Tensor | None = None, norm: float = 2.0,
-                 scale_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+                 scale_dtype: torch.dtype = torch.bfloat16,
+                 keep_larger_end: bool = False) -> tuple[Tensor, Tensor]:
     """Shrink each group's range step by step and keep the scale and zero-point with the smallest weighted error.
 
     The error of a candidate is sum_i importance_i * |w_i - q_i|^norm over the group. With `importance` the diagonal of
@@ -27,6 +28,7 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor | None = None, n
     Args:
         weight: [out, in].
         importance: [in], positive, or None for all ones.
+        keep_larger_end: as in `grid.min_max`.
     Returns:
         scale and zero_point, each [out, groups] float32.
     """
@@ -34,7 +36,8 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor | None = None, n
     candidates = [1.0, *torch.linspace(first, last, steps).tolist()]
     kernels = triton_kernels(weight)
     if kernels and norm in (2.0, 4.0, 8.0):
-        return kernels.rounding.search_range(weight, grid, importance, norm, scale_dtype, candidates)
+        return kernels.rounding.search_range(weight, grid, importance, norm, scale_dtype, candidates,
+                                             keep_larger_end)
     groups = grouped(weight, grid)                                              # [out, groups, group]
     factor = None if importance is None else grouped(importance.float().unsqueeze(0), grid)
     scales, zeros = [], []
@@ -46,7 +49,7 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor | None = None, n
         best_scale = torch.ones_like(best_error)
         best_zero = torch.zeros_like(best_error)
         for shrink in candidates:
-            scale, zero = min_max(part, grid, shrink, scale_dtype)
+            scale, zero = min_max(part, grid, shrink, scale_dtype, keep_larger_end)
             error = rounding_error(part, scale, zero, grid)
             error = power_(error if unit is None else error.mul_(unit), norm)
             total = error.sum(-1) if factor is None else error.mul_(factor).sum(-1)

@@ -60,7 +60,7 @@ def _round_block(target, shifted, factor, scale, zero_point, codes, error, rows,
 
 
 def search_range(weight: Tensor, grid: Grid, importance: Tensor | None, norm: float, scale_dtype: torch.dtype,
-                 candidates: list[float]) -> tuple[Tensor, Tensor]:
+                 candidates: list[float], keep_larger_end: bool = False) -> tuple[Tensor, Tensor]:
     """`grid.search_range` for the norms 2, 4 and 8; a program keeps some groups in registers and tries all candidates."""
     rows, channels = weight.shape
     # Kernels read memory as it lies, and the importance is often a diagonal.
@@ -74,14 +74,14 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor | None, norm: fl
     _search_range[(triton.cdiv(rows * groups, block_groups),)](
         weight, importance, torch.tensor(candidates, device=weight.device), scale, zero_point, rows * groups, groups, size,
         len(candidates), smallest_scale(scale_dtype), STORED=_STORED[scale_dtype], HAS_IMPORTANCE=importance is not None,
-        NORM=int(norm), SYMMETRIC=grid.symmetric, BITS=grid.bits, BLOCK_GROUPS=block_groups, BLOCK_SIZE=block_size,
+        NORM=int(norm), KEEP_LARGER_END=keep_larger_end, SYMMETRIC=grid.symmetric, BITS=grid.bits, BLOCK_GROUPS=block_groups, BLOCK_SIZE=block_size,
         num_warps=4)
     return scale, zero_point
 
 
 @triton.jit
 def _search_range(weight, importance, candidates, scale, zero_point, total, groups, size, count, smallest, STORED: tl.constexpr,
-                  HAS_IMPORTANCE: tl.constexpr, NORM: tl.constexpr, SYMMETRIC: tl.constexpr, BITS: tl.constexpr,
+                  HAS_IMPORTANCE: tl.constexpr, NORM: tl.constexpr, KEEP_LARGER_END: tl.constexpr, SYMMETRIC: tl.constexpr, BITS: tl.constexpr,
                   BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     LEVELS: tl.constexpr = (1 << BITS) - 1
     CODE_MIN: tl.constexpr = -(1 << (BITS - 1))
@@ -105,7 +105,11 @@ def _search_range(weight, importance, candidates, scale, zero_point, total, grou
         if SYMMETRIC:
             step = tl.div_rn(largest * shrink * 2.0, LEVELS + 0.0 * largest)
         else:
-            step = tl.div_rn(highest * shrink - lowest * shrink, LEVELS + 0.0 * largest)
+            low, high = lowest * shrink, highest * shrink
+            if KEEP_LARGER_END:
+                low = tl.where(highest > -lowest, low, lowest)
+                high = tl.where(highest > -lowest, highest, high)
+            step = tl.div_rn(high - low, LEVELS + 0.0 * largest)
         rounded = step
         if STORED != tl.float32:
             # To bfloat16, which float16's scales fit in too; by hand, as not every card and interpreter rounds to it.
@@ -116,7 +120,7 @@ def _search_range(weight, importance, candidates, scale, zero_point, total, grou
         if SYMMETRIC:
             zero = tl.zeros((BLOCK_GROUPS,), tl.float32)
         else:
-            zero = nearest(CODE_MIN - tl.div_rn(lowest * shrink, step))
+            zero = nearest(CODE_MIN - tl.div_rn(low, step))
             zero = tl.minimum(tl.maximum(zero, CODE_MIN), CODE_MAX)
         code = nearest(values * (1.0 / step)[:, None]) + zero[:, None]
         code = tl.minimum(tl.maximum(code, CODE_MIN), CODE_MAX)
