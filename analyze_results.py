@@ -13,14 +13,14 @@ import os
 from pathlib import Path
 
 from common import cli
-from common.comparison import compare_all
-from common.errors import UserError
-from common.identity import checkpoint_hash
-from common.models import MODELS_FOLDER
-from common.plots import draw_all
-from common.progress import say
-from common.report import in_table_order, page, replace_between_markers, section, write_csv
-from common.results import DOCUMENTED_FOLDER, RESULTS_FOLDER, ModelResults, load_all, of_one_size
+from common.reporting.comparison import compare_all
+from common.base.errors import UserError
+from common.results.identity import checkpoint_hash
+from common.model.source import MODELS_FOLDER
+from common.reporting.plots import draw_all
+from common.base.progress import say
+from common.reporting.report import in_table_order, page, replace_between_markers, section, write_csv
+from common.results.documents import DOCUMENTED_FOLDER, RESULTS_FOLDER, ModelResults, load_all, of_one_size
 
 README = Path("README.md")
 

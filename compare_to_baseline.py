@@ -16,16 +16,16 @@ import sys
 from pathlib import Path
 
 from common import cli
-from common.checkpoint import is_quantized
-from common.comparison import compare_samples, facts, print_comparison, samples_by_task
-from common.errors import UserError
+from common.checkpoint.writer import is_quantized
+from common.reporting.comparison import compare_samples, facts, print_comparison, samples_by_task
+from common.base.errors import UserError
 from common.evaluation import add_evaluation_arguments, evaluate_model
-from common.identity import incomparable, other_data
-from common.models import resolve_folder
-from common.naming import baseline_of, subject_of
-from common.plots import comparison_chart, save
-from common.progress import say
-from common.reuse import check_original
+from common.results.identity import incomparable, other_data
+from common.model.source import resolve_folder
+from common.results.naming import baseline_of, subject_of
+from common.reporting.plots import comparison_chart, save
+from common.base.progress import say
+from common.results.reuse import check_original
 from common.tasks.perplexity import divergence_of
 
 

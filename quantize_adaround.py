@@ -17,17 +17,19 @@ import argparse
 import torch
 from torch import Tensor
 
-from common import cli, parallel
-from common.adaround import SoftRounding, beta_at, learn_rounding
-from common.architecture import LinearGroup
-from common.errors import UserError
-from common.grid import QuantizedLinear
-from common.inputs import InputStatistics, Needs
-from common.method import Layer, Method
+from common import cli
+from common.base.arguments import positive
+from common.base import parallel
+from common.solvers.adaround import SoftRounding, beta_at, learn_rounding
+from common.model.architecture import LinearGroup
+from common.base.errors import UserError
+from common.numerics.grid import QuantizedLinear
+from common.walk.inputs import InputStatistics, Needs
+from common.walk.method import Layer, Method
 from common.quantization import run
-from common.ranges import choose_ranges, restore_gain
-from common.rounding import damped
-from common.scaling import equalize
+from common.solvers.ranges import choose_ranges, restore_gain
+from common.solvers.rounding import damped
+from common.walk.scaling import equalize
 
 ITERATIONS, DEMO_ITERATIONS = 150, 60
 # Added to the Gram matrix's diagonal, as a share of its mean: a learned rounding fits the calibration text all too well.
@@ -128,7 +130,7 @@ def _set_weights(layer: Layer, group: LinearGroup, stacked: torch.Tensor) -> Non
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = cli.quantization_parser(__doc__, bits=4)
-    parser.add_argument("--iterations", type=cli.positive, metavar="N",
+    parser.add_argument("--iterations", type=positive, metavar="N",
                         help=f"gradient steps per layer (default: {ITERATIONS}; {DEMO_ITERATIONS} with demo text)")
     parser.add_argument("--reconstruction", choices=("layer", "block"), default="layer",
                         help="learn each linear's rounding alone, or then all of a decoder layer's together (default: "

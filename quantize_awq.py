@@ -16,13 +16,13 @@ import argparse
 from torch import Tensor
 
 from common import cli
-from common.architecture import LinearGroup
-from common.grid import QuantizedLinear
-from common.inputs import InputStatistics, Needs
-from common.method import Layer, Method
+from common.model.architecture import LinearGroup
+from common.numerics.grid import QuantizedLinear
+from common.walk.inputs import InputStatistics, Needs
+from common.walk.method import Layer, Method
 from common.quantization import run
-from common.ranges import choose_ranges, restore_gain
-from common.scaling import equalize
+from common.solvers.ranges import choose_ranges, restore_gain
+from common.walk.scaling import equalize
 
 
 def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:

@@ -8,16 +8,16 @@ Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative P
 https://arxiv.org/abs/2210.17323. One calibration pass collects the Gram matrix G of each linear's input; the output
 error of rounded weights Q is then tr((Q - W) G (Q - W)ᵀ), exactly, over all calibration tokens. Linears that read the
 same tensor are solved together. The order of channels is that of descending Gᵢᵢ, with groups as stored. The solver is in
-common/rounding.py, the walk of one layer in common/gptq.py, as QuaRot uses them too.
+common/solvers/rounding.py, the walk of one layer in common/walk/gptq.py, as QuaRot uses them too.
 """
 
 import argparse
 
 from common import cli
-from common.gptq import SWEEPS, gptq_layer
-from common.method import Method
+from common.walk.gptq import SWEEPS, gptq_layer
+from common.walk.method import Method
 from common.quantization import run
-from common.rounding import DAMPING
+from common.solvers.rounding import DAMPING
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from common import cli
-from common.grid import (Grid, QuantizedLinear, grouped, power_, reciprocal_size, round_scale,
+from common.numerics.grid import (Grid, QuantizedLinear, grouped, power_, reciprocal_size, round_scale,
                          rounding_error)
-from common.inputs import Needs
+from common.walk.inputs import Needs
 from common.kernels.rounding import search_range
-from common.method import Layer, Method
+from common.walk.method import Layer, Method
 from common.quantization import run
-from common.ranges import restore_gain
+from common.solvers.ranges import restore_gain
 
 # p from 4 bits on, and below; chosen on several models (docs/quantization_methods_deep_dive.md). A small one gives up the few large
 # weights of a group, a large one serves them alone, which coarse steps do not allow.

@@ -24,19 +24,20 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from common import cli, parallel
-from common.architecture import Family, LinearGroup, family_of
-from common.gptq import SWEEPS, gptq_layer, ranges_of_rotated_weights
-from common.grid import QuantizedLinear
-from common.hadamard import factors, rotate, rotation
-from common.inputs import group_inputs
-from common.method import Layer, Method
-from common.models import MODELS_FOLDER, SourceModel
-from common.naming import filed_as
-from common.online import KeyForm, OnlineTransforms, attach, attention_inputs, enable_attention
-from common.progress import say
+from common import cli
+from common.base import parallel
+from common.model.architecture import Family, LinearGroup, family_of
+from common.walk.gptq import SWEEPS, gptq_layer, ranges_of_rotated_weights
+from common.numerics.grid import QuantizedLinear
+from common.numerics.hadamard import factors, rotate, rotation
+from common.walk.inputs import group_inputs
+from common.walk.method import Layer, Method
+from common.model.source import MODELS_FOLDER, SourceModel
+from common.results.naming import filed_as
+from common.model.online import KeyForm, OnlineTransforms, attach, attention_inputs, enable_attention
+from common.base.progress import say
 from common.quantization import run
-from common.scaling import fold_scale
+from common.walk.scaling import fold_scale
 
 # Rotated inputs are even, and need no more damping than the GPTQ paper's.
 DAMPING = 0.01

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from common import cli
-from common.architecture import LinearGroup
-from common.grid import Grid, QuantizedLinear, min_max, round_per_token, rounding_error
-from common.inputs import InputStatistics, Needs
+from common.base.arguments import share
+from common.model.architecture import LinearGroup
+from common.numerics.grid import Grid, QuantizedLinear, min_max, round_per_token, rounding_error
+from common.walk.inputs import InputStatistics, Needs
 from common.kernels.rounding import search_range
-from common.method import Layer, Method
+from common.walk.method import Layer, Method
 from common.quantization import run
-from common.scaling import fold_all, largest_weight, power_ratio, shared_by_heads
+from common.walk.scaling import fold_all, largest_weight, power_ratio, shared_by_heads
 
 ACTIVATION_BITS = 8
 ALPHA = 0.85
@@ -74,7 +75,7 @@ def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
 
 
 def _alpha(text: str) -> float | None:
-    return None if text == "auto" else cli.share(text)
+    return None if text == "auto" else share(text)
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 from common import cli
-from common.device import device_and_dtype
-from common.progress import say
+from common.base.device import device_and_dtype
+from common.base.progress import say
 from common.verification import verify
 
 MARKS = {True: "PASS", False: "FAIL", None: "SKIP"}

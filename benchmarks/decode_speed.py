@@ -23,15 +23,15 @@ import torch  # noqa: E402
 from shape import SHAPE, random_model  # noqa: E402
 
 from common import metadata  # noqa: E402
-from common.architecture import family_of  # noqa: E402
+from common.model.architecture import family_of  # noqa: E402
 from common.cli import configure_torch, quiet_libraries  # noqa: E402
-from common.decoding import STEPS_AT_ONCE, Decoder  # noqa: E402
-from common.device import resolve_device  # noqa: E402
-from common.fused import fuse_layers  # noqa: E402
-from common.grid import Grid, grouped, min_max, quantize  # noqa: E402
+from common.running.decoding import STEPS_AT_ONCE, Decoder  # noqa: E402
+from common.base.device import resolve_device  # noqa: E402
+from common.model.fused import fuse_layers  # noqa: E402
+from common.numerics.grid import Grid, grouped, min_max, quantize  # noqa: E402
 from common.kernels.forms import PackedWeight, pack  # noqa: E402
-from common.packed import PackedEmbedding, PackedLinear  # noqa: E402
-from common.runtime import weight_bytes  # noqa: E402
+from common.running.packed import PackedEmbedding, PackedLinear  # noqa: E402
+from common.running.runtime import weight_bytes  # noqa: E402
 
 PROMPT, NEW, CACHE, REPEATS = 64, 128, 2048, 5
 

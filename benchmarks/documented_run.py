@@ -25,10 +25,11 @@ import lm_eval.evaluator  # noqa: E402, F401
 from scripts import processes  # noqa: E402
 from transformers import LlamaForCausalLM, pipelines  # noqa: E402, F401
 
-from common import language_model, packed  # noqa: E402, F401
-from common.files import write_json  # noqa: E402
-from common.models import DEMO_NAME, MODELS_FOLDER, resolve_folder  # noqa: E402
-from common.results import CONFIGURATIONS, DOCUMENTED_FOLDER, STATUS_FILE  # noqa: E402
+from common.tasks import language_model  # noqa: E402, F401
+from common.running import packed  # noqa: E402, F401
+from common.base.files import write_json  # noqa: E402
+from common.model.source import DEMO_NAME, MODELS_FOLDER, resolve_folder  # noqa: E402
+from common.results.documents import CONFIGURATIONS, DOCUMENTED_FOLDER, STATUS_FILE  # noqa: E402
 
 CALIBRATION = ["--calib-data", "calib/pile_style_mix", "--calib-samples", "64", "--calib-length", "2048"]
 

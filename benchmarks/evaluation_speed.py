@@ -19,10 +19,10 @@ from shape import SHAPE, random_model  # noqa: E402
 
 from common import metadata  # noqa: E402
 from common.cli import configure_torch, quiet_libraries  # noqa: E402
-from common.data import load_rows  # noqa: E402
-from common.device import resolve_device, resolve_dtype  # noqa: E402
-from common.fused import fuse_layers  # noqa: E402
-from common.models import load_tokenizer, resolve_folder  # noqa: E402
+from common.text.data import load_rows  # noqa: E402
+from common.base.device import resolve_device, resolve_dtype  # noqa: E402
+from common.model.fused import fuse_layers  # noqa: E402
+from common.model.source import load_tokenizer, resolve_folder  # noqa: E402
 from common.tasks import arc, openmath, squad_v2  # noqa: E402
 from common.tasks.harness import SAMPLE_SEED, run_task  # noqa: E402
 

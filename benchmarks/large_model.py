@@ -24,10 +24,10 @@ from scripts import processes  # noqa: E402
 from shape import write_random_model  # noqa: E402
 
 from common import metadata  # noqa: E402
-from common.calibration import Windows  # noqa: E402
+from common.text.windows import Windows  # noqa: E402
 from common.cli import quiet_libraries  # noqa: E402
-from common.device import resolve_device  # noqa: E402
-from common.models import load_tokenizer, resolve_folder  # noqa: E402
+from common.base.device import resolve_device  # noqa: E402
+from common.model.source import load_tokenizer, resolve_folder  # noqa: E402
 
 SHAPE = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
              tie_word_embeddings=False)

@@ -39,10 +39,11 @@ from scripts import processes, run_script  # noqa: E402
 from shape import write_random_shards  # noqa: E402
 from transformers import LlamaForCausalLM, pipelines  # noqa: E402, F401
 
-from common import evaluation, metadata  # noqa: E402, F401
-from common.calibration import Windows  # noqa: E402
+from common import evaluation  # noqa: E402, F401
+from common import metadata  # noqa: E402, F401
+from common.text.windows import Windows  # noqa: E402
 from common.cli import quiet_libraries  # noqa: E402
-from common.models import load_tokenizer, resolve_folder  # noqa: E402
+from common.model.source import load_tokenizer, resolve_folder  # noqa: E402
 
 COMMON = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192)
 SHAPES = {

@@ -17,7 +17,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import numpy as np  # noqa: E402
 from scipy import stats  # noqa: E402
 
-from common import metrics, significance  # noqa: E402
+from common.tasks import metrics  # noqa: E402
+from common.reporting import significance  # noqa: E402
 
 # Questions per article: SQuAD v2 as it was sampled for the tables; few articles; one that outweighs the rest.
 SIZES = {
@@ -91,7 +92,7 @@ def by_hand(change: np.ndarray, article: np.ndarray, rng: np.random.Generator) -
 
 
 def ours(before: np.ndarray, after: np.ndarray, article: np.ndarray) -> dict[str, tuple[bool, bool]]:
-    """The same of common/significance.py: jackknife and t beside swaps, and its verdicts."""
+    """The same of common/reporting/significance.py: jackknife and t beside swaps, and its verdicts."""
     pair = paired(before, after, article)
     found = significance.difference(pair, share=True)
     p_loss, p_gain = significance.swap_test(pair)

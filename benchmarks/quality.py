@@ -26,12 +26,13 @@ import torch  # noqa: E402
 from peers import PEERS  # noqa: E402
 from scripts import quantize  # noqa: E402
 
-from common.calibration import calibration_windows, evaluation_windows  # noqa: E402
-from common.cli import configure_torch, positive, quiet_libraries, two_or_more  # noqa: E402
-from common.device import DTYPES, resolve_device  # noqa: E402
-from common.models import SourceModel, resolve_folder  # noqa: E402
-from common.original import last_hidden_states  # noqa: E402
-from common.runtime import load_model  # noqa: E402
+from common.text.windows import calibration_windows, evaluation_windows  # noqa: E402
+from common.base.arguments import positive, two_or_more  # noqa: E402
+from common.cli import configure_torch, quiet_libraries  # noqa: E402
+from common.base.device import DTYPES, resolve_device  # noqa: E402
+from common.model.source import SourceModel, resolve_folder  # noqa: E402
+from common.tasks.original import last_hidden_states  # noqa: E402
+from common.running.runtime import load_model  # noqa: E402
 from common.tasks import perplexity  # noqa: E402
 
 GROUP_SIZE = 64

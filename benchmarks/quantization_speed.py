@@ -26,12 +26,13 @@ from peers import PEERS  # noqa: E402
 from scripts import quantize  # noqa: E402
 from shape import random_model, write_random_model  # noqa: E402
 
-from common import metadata, quantization  # noqa: E402
-from common.calibration import Windows  # noqa: E402
-from common.checkpoint import METADATA_FILE  # noqa: E402
+from common import metadata  # noqa: E402
+from common import quantization  # noqa: E402
+from common.text.windows import Windows  # noqa: E402
+from common.checkpoint.writer import METADATA_FILE  # noqa: E402
 from common.cli import quiet_libraries  # noqa: E402
-from common.device import resolve_device  # noqa: E402
-from common.models import load_tokenizer, resolve_folder  # noqa: E402
+from common.base.device import resolve_device  # noqa: E402
+from common.model.source import load_tokenizer, resolve_folder  # noqa: E402
 
 SAMPLES, LENGTH = 128, 2048
 METHODS = {"gptq": ["--group-size", "128"], "awq": ["--group-size", "128"], "hqq": ["--group-size", "64"], "smoothquant": [],

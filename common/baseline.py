@@ -18,8 +18,8 @@ import argparse
 
 from common.cli import run
 from common.evaluation import add_evaluation_arguments, add_reuse_argument, evaluate_model
-from common.models import DEFAULT_MODEL, load_config, resolve_folder
-from common.naming import baseline_of
+from common.model.source import DEFAULT_MODEL, load_config, resolve_folder
+from common.results.naming import baseline_of
 
 
 def main() -> None:

@@ -23,20 +23,21 @@ from pathlib import Path
 
 import torch
 
-from common import check
-from common.calibration import text_sample
-from common.checkpoint import METADATA_FILE
-from common.cli import gibibytes, positive, resolve_sizes, run
-from common.device import DTYPES
-from common.errors import UserError
-from common.files import write_json
-from common.identity import checkpoint_hash
-from common.models import DEFAULT_MODEL, MODELS_FOLDER
-from common.naming import filed_as, source_of
-from common.passed_on import method_parser, share_out
-from common.progress import say
-from common.results import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE, read_document
-from common.reuse import changed_sources, made_from
+from common.run_all import check
+from common.text.windows import text_sample
+from common.checkpoint.writer import METADATA_FILE
+from common.base.arguments import gibibytes, positive
+from common.cli import resolve_sizes, run
+from common.base.device import DTYPES
+from common.base.errors import UserError
+from common.base.files import write_json
+from common.results.identity import checkpoint_hash
+from common.model.source import DEFAULT_MODEL, MODELS_FOLDER
+from common.results.naming import filed_as, source_of
+from common.run_all.passed_on import method_parser, share_out
+from common.base.progress import say
+from common.results.documents import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE, read_document
+from common.results.reuse import changed_sources, made_from
 
 _REASON_LENGTH = 200
 

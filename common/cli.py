@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-from common import calibration
-from common.device import DTYPES
-from common.errors import UserError
-from common.models import DEFAULT_MODEL
-from common.rounding import CATCH_UP
+from common.text import windows
+from common.base.device import DTYPES
+from common.base.arguments import gibibytes, positive, share
+from common.base.errors import UserError
+from common.model.source import DEFAULT_MODEL
+from common.solvers.rounding import CATCH_UP
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -110,13 +111,13 @@ def quantization_parser(description: str, bits: int) -> argparse.ArgumentParser:
                         help="round the embedding too, and with it a head that shares its matrix (default: 16-bit)")
     parser.add_argument("--calib-data", metavar="DATA",
                         help="calibration text: a data set (owner/name[/config][:split]), a .txt, .jsonl or .parquet "
-                             f"file, or demo (default: {calibration.DEFAULT_DATA}; demo for the demo model)")
+                             f"file, or demo (default: {windows.DEFAULT_DATA}; demo for the demo model)")
     parser.add_argument("--calib-samples", type=positive, metavar="N",
-                        help=f"calibration windows (default: {calibration.DEFAULT_SAMPLES}; {calibration.DEMO_SAMPLES} "
+                        help=f"calibration windows (default: {windows.DEFAULT_SAMPLES}; {windows.DEMO_SAMPLES} "
                              "with demo text)")
     parser.add_argument("--calib-length", type=positive, metavar="N",
-                        help=f"tokens per window, cut to the model's context (default: {calibration.DEFAULT_LENGTH}; "
-                             f"{calibration.DEMO_LENGTH} with demo text)")
+                        help=f"tokens per window, cut to the model's context (default: {windows.DEFAULT_LENGTH}; "
+                             f"{windows.DEMO_LENGTH} with demo text)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the calibration sample (default: %(default)s)")
     parser.add_argument("--save-metadata", action=argparse.BooleanOptionalAction, default=True,
                         help="write quantization_metadata.json into the checkpoint")
@@ -136,44 +137,16 @@ def add_catch_up(parser: argparse.ArgumentParser) -> None:
 def resolve_sizes(options: argparse.Namespace) -> None:
     """Fill in the calibration options that were left out; they depend on whether it is the demo."""
     if options.calib_data is None:
-        options.calib_data = "demo" if options.model == "demo" else calibration.DEFAULT_DATA
+        options.calib_data = "demo" if options.model == "demo" else windows.DEFAULT_DATA
     demo = options.calib_data == "demo"
-    options.calib_samples = options.calib_samples or (calibration.DEMO_SAMPLES if demo else calibration.DEFAULT_SAMPLES)
-    options.calib_length = options.calib_length or (calibration.DEMO_LENGTH if demo else calibration.DEFAULT_LENGTH)
+    options.calib_samples = options.calib_samples or (windows.DEMO_SAMPLES if demo else windows.DEFAULT_SAMPLES)
+    options.calib_length = options.calib_length or (windows.DEMO_LENGTH if demo else windows.DEFAULT_LENGTH)
 
 
 def configure_torch(seed: int) -> None:
     """Seed everything and let CUDA use tf32 for float32 products."""
     torch.manual_seed(seed)
     torch.backends.cuda.matmul.allow_tf32 = True
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def two_or_more(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"{text} is less than 2")
-    return value
-
-
-def gibibytes(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of GiB")
-    return value
 
 
 def _group_size(text: str) -> str:

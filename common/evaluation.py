@@ -20,9 +20,10 @@ if __name__ == "__main__":
 
 import argparse
 
-from common.cli import add_device_arguments, positive, run
-from common.naming import subject_of
-from common.results import RESULTS_FOLDER
+from common.base.arguments import positive
+from common.cli import add_device_arguments, run
+from common.results.naming import subject_of
+from common.results.documents import RESULTS_FOLDER
 from common.tasks.evaluate import evaluate_model
 from common.tasks.task import all_tasks, task_names
 

@@ -11,24 +11,27 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import metadata, overlap, parallel, probe, reuse
-from common.calibration import Windows, calibration_windows
-from common.checkpoint import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
+from common import metadata
+from common.text import overlap, probe
+from common.base import parallel
+from common.results import reuse
+from common.text.windows import Windows, calibration_windows
+from common.checkpoint.writer import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
 from common.cli import configure_torch, resolve_sizes
-from common.device import device_and_dtype, dtype_name
-from common.errors import UserError
-from common.grid import SUPPORTED_BITS, Grid, resolve_group_size
-from common.inputs import Needs
-from common.layers import WalkResult, quantize_model
-from common.method import Method
-from common.models import MODELS_FOLDER, SourceModel, load_config, load_tokenizer, resolve_folder
-from common.naming import filed_as
-from common.progress import say
-from common.results import RESULTS_FOLDER
-from common.resume import Resumption
-from common.stopwatch import Stopwatch
+from common.base.device import device_and_dtype, dtype_name
+from common.base.errors import UserError
+from common.numerics.grid import SUPPORTED_BITS, Grid, resolve_group_size
+from common.walk.inputs import Needs
+from common.walk.layers import WalkResult, quantize_model
+from common.walk.method import Method
+from common.model.source import MODELS_FOLDER, SourceModel, load_config, load_tokenizer, resolve_folder
+from common.results.naming import filed_as
+from common.base.progress import say
+from common.results.documents import RESULTS_FOLDER
+from common.walk.resume import Resumption
+from common.base.stopwatch import Stopwatch
 from common.verification import wrecked
-from common.vocabulary import VocabularyRounding
+from common.solvers.vocabulary import VocabularyRounding
 
 # Options that change nothing in the result.
 _WITHOUT_EFFECT = ("output", "overwrite", "resume", "save_metadata", "data_root", "device",

@@ -9,17 +9,18 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from common import metadata, probe
-from common.checkpoint import file_hashes
-from common.checkpoint_format import (REQUIRED_PARTS, decompress, family_of, open_checkpoint,
+from common import metadata
+from common.text import probe
+from common.checkpoint.writer import file_hashes
+from common.checkpoint.format import (REQUIRED_PARTS, decompress, family_of, open_checkpoint,
                                       stored_codes, stored_parts, unknown_form, weight_format)
-from common.device import dtype_name
-from common.device_memory import logits_at_once
-from common.errors import UserError
-from common.grid import Grid
-from common.models import TensorReader
-from common.online import CONFIG_KEY
-from common.runtime import load_model
+from common.base.device import dtype_name
+from common.base.device_memory import logits_at_once
+from common.base.errors import UserError
+from common.numerics.grid import Grid
+from common.model.source import TensorReader
+from common.model.online import CONFIG_KEY
+from common.running.runtime import load_model
 
 # Perplexity of the probe text may be this many times the baseline's.
 PERPLEXITY_RATIO = {8: 1.1, 4: 2.0, 3: 5.0, 2: 1000.0}

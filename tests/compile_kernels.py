@@ -29,8 +29,9 @@ from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from common.grid import Grid  # noqa: E402
-from common.kernels import dispatch, gpu, inference, rounding_triton  # noqa: E402
+from common.numerics.grid import Grid  # noqa: E402
+from common.kernels import dispatch, inference, rounding_triton  # noqa: E402
+from common.base import gpu  # noqa: E402
 from common.kernels.forms import PackedWeight, Rotary, Rounded  # noqa: E402
 
 # Compute capabilities of RTX 20, A100, RTX 30, RTX 40, H100, B200, RTX 50, and the KiB of shared

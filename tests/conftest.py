@@ -89,7 +89,7 @@ def build_tiny(architecture: str, tied: bool, seed: int = 0, layers: int = 2, **
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from common.architecture import FAMILIES
+    from common.model.architecture import FAMILIES
 
     sizes = dict(
         vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
@@ -150,8 +150,8 @@ def calibration_text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The demo checkpoint, built on first use; skipped without access to the package index."""
-    from common.demo.model import DEMO_NAME, prepare_demo_model
-    from common.errors import UserError
+    from common.model.demo import DEMO_NAME, prepare_demo_model
+    from common.base.errors import UserError
 
     try:
         return prepare_demo_model(ROOT / "models" / DEMO_NAME / "baseline")

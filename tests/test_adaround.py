@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from common.adaround import BETA_END, BETA_START, Learning, SoftRounding, beta_at, learn_rounding, regulariser_gradient
-from common.grid import Grid, dequantize, quantize
-from common.rounding import output_error
+from common.solvers.adaround import BETA_END, BETA_START, Learning, SoftRounding, beta_at, learn_rounding, regulariser_gradient
+from common.numerics.grid import Grid, dequantize, quantize
+from common.solvers.rounding import output_error
 from test_rounding import problem
 
 GRIDS = [Grid(4, 32), Grid(2, 64), Grid(8, None), Grid(3, 32, True)]

@@ -8,19 +8,19 @@ from conftest import ARCHITECTURES, ROOT, build_tiny, run_script, tiny_tokenizer
 from test_rotation_and_scaling import all_logits, hidden_rotation
 from transformers import AutoModelForCausalLM
 
-from common.architecture import FAMILIES
-from common.grid import Grid
-from common.hadamard import rotation
-from common.method import Layer
-from common.models import SourceModel
-from common.scaling import fold_scale, shared_by_heads
+from common.model.architecture import FAMILIES
+from common.numerics.grid import Grid
+from common.numerics.hadamard import rotation
+from common.walk.method import Layer
+from common.model.source import SourceModel
+from common.walk.scaling import fold_scale, shared_by_heads
 from quantize_quarot import rotate_ends, rotate_layer
 
 CPU = torch.device("cpu")
 
 
 def family_entries() -> list[ast.Call]:
-    tree = ast.parse((ROOT / "common/architecture.py").read_text())
+    tree = ast.parse((ROOT / "common/model/architecture.py").read_text())
     return [node for node in ast.walk(tree)
             if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "Family"]
 

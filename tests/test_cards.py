@@ -7,15 +7,16 @@ import torch
 from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_tokenizer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common import fused
-from common.device import resolve_dtype
-from common.errors import UserError
-from common.grid import Grid, codes_per_token
-from common.inputs import root_weights
-from common.kernels import dispatch, gpu, inference, rounding
+from common.model import fused
+from common.base.device import resolve_dtype
+from common.base.errors import UserError
+from common.numerics.grid import Grid, codes_per_token
+from common.walk.inputs import root_weights
+from common.kernels import dispatch, inference, rounding
+from common.base import gpu
 from common.kernels.forms import PackedWeight, Rotary, Rounded
-from common.language_model import HarnessModel
-from common.runtime import load_for_running, load_model
+from common.tasks.language_model import HarnessModel
+from common.running.runtime import load_for_running, load_model
 
 CPU = torch.device("cpu")
 

@@ -11,10 +11,12 @@ from conftest import ROOT, assert_user_error, run_script
 from stub_data import build_datasets
 from stub_hub import StubHub
 
-from common import batch, check, check_lines, machine
-from common.check_lines import FAIL, GB, GIB, PASS, SKIP, WARN, Line, ModelFacts
-from common.errors import UserError
-from common.machine import Card, Driver, Obstacle
+from common import batch
+from common.run_all import check, check_lines
+from common.base import machine
+from common.run_all.check_lines import FAIL, GB, GIB, PASS, SKIP, WARN, Line, ModelFacts
+from common.base.errors import UserError
+from common.base.machine import Card, Driver, Obstacle
 
 LLAMA = ModelFacts("meta-llama/Llama-3.2-1B-Instruct", 2.47 * GB, 2.47 * GB)
 CARD = Card("NVIDIA GeForce RTX 3060", "8.6", 12288, 11000)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, ROOT, assert_user_error, run_script
 
-from common.architecture import FAMILIES
-from common.checkpoint import METADATA_FILE
-from common.checkpoint_format import decompress, open_checkpoint, stored_parts, weight_format
+from common.model.architecture import FAMILIES
+from common.checkpoint.writer import METADATA_FILE
+from common.checkpoint.format import decompress, open_checkpoint, stored_parts, weight_format
 
 PLAIN_LOAD = """
 import sys, torch
@@ -66,8 +66,8 @@ def test_plain_load_equals_what_was_quantized(tiny_models, calibration_text, tmp
     config, tensors = open_checkpoint(output)
     grid = weight_format(config).grid
     assert (grid.bits, grid.symmetric) == (bits, symmetric)
-    from common import probe
-    from common.models import load_tokenizer
+    from common.text import probe
+    from common.model.source import load_tokenizer
     tokens = probe.probe_tokens(load_tokenizer(output))
     loaded = plain_load(output, tokens, tmp_path)
     # The dequantized weights, by the format's own decompressor, are those of the plain load, bit for bit.
@@ -125,8 +125,8 @@ def test_quantized_head_and_embedding(tiny_models, calibration_text, tmp_path, m
     assert ("model.embed_tokens.weight_scale" in tensors) is ("--embedding-bits" in options)
     assert ("lm_head.weight" in tensors or "lm_head.weight_packed" in tensors) is not config.get("tie_word_embeddings", False)
     if method == "gptq":                                                        # verify has loaded it plainly already
-        from common import probe
-        from common.models import load_tokenizer
+        from common.text import probe
+        from common.model.source import load_tokenizer
         loaded = plain_load(output, probe.probe_tokens(load_tokenizer(output)), tmp_path)
         record = json.loads((output / METADATA_FILE).read_text())["probe"]
         assert probe.sample_difference(loaded["logits"][0], record) < 1e-5

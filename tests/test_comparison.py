@@ -7,11 +7,11 @@ from conftest import ROOT, assert_user_error, run_script
 from test_report_and_batch import README, analyze, document
 from test_tables import tables
 
-from common.comparison import Comparison
-from common.identity import SHARED
-from common.report import write_csv
-from common.results import ModelResults, write_samples
-from common.significance import Difference
+from common.reporting.comparison import Comparison
+from common.results.identity import SHARED
+from common.reporting.report import write_csv
+from common.results.documents import ModelResults, write_samples
+from common.reporting.significance import Difference
 from common.tasks.task import all_metrics
 
 HEADINGS = {"arc": "ARC accuracy", "perplexity": "Perplexity"}

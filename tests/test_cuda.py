@@ -9,16 +9,19 @@ import pytest
 import torch
 from conftest import run_script
 
-from common import adaround, grid, rounding, runtime
-from common.decoding import Decoder
-from common.fused import fuse_layers
-from common.grid import Grid
-from common.inputs import InputSums
-from common.kernels import forms, gpu, inference
+from common.solvers import adaround, rounding
+from common.numerics import grid
+from common.running import runtime
+from common.running.decoding import Decoder
+from common.model.fused import fuse_layers
+from common.numerics.grid import Grid
+from common.walk.inputs import InputSums
+from common.kernels import forms, inference
+from common.base import gpu
 from common.kernels.dispatch import triton_works
 from common.kernels.forms import PackedWeight
 from common.kernels.rounding import search_range
-from common.runtime import load_for_running, load_model, measure_memory, weight_bytes
+from common.running.runtime import load_for_running, load_model, measure_memory, weight_bytes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -245,7 +248,7 @@ def test_other_families_packed_and_dense(tiny_models, tmp_path, architecture):
 
 def test_the_limit_on_device_memory_holds():
     """Beyond it torch raises its out-of-memory error, though the card has room."""
-    from common import device_memory
+    from common.base import device_memory
 
     gc.collect()
     torch.cuda.empty_cache()

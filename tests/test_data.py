@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import tiny_tokenizer
 
-from common.calibration import calibration_windows, evaluation_windows
-from common.data import DataName, load_rows
-from common.errors import UserError
+from common.text.windows import calibration_windows, evaluation_windows
+from common.text.data import DataName, load_rows
+from common.base.errors import UserError
 
 
 def test_addresses():

@@ -7,11 +7,11 @@ import torch
 from conftest import ARCHITECTURES, FUSED, run_script
 from transformers import AutoModelForCausalLM
 
-from common.architecture import FAMILIES, let_head_finish_logits
-from common.decoding import Decoder, can_decode
-from common.fused import fuse_layers
-from common.packed import PackedLinear, load_packed
-from common.runtime import load_model
+from common.model.architecture import FAMILIES, let_head_finish_logits
+from common.running.decoding import Decoder, can_decode
+from common.model.fused import fuse_layers
+from common.running.packed import PackedLinear, load_packed
+from common.running.runtime import load_model
 
 CPU = torch.device("cpu")
 FORMS = {"gptq": ["--bits", "4", "--group-size", "32"], "hqq": ["--bits", "8", "--symmetric"], "smoothquant": [],

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, ROOT, build_tiny, oracle, run_script
 
-from common.data import demo_rows, demo_text
-from common.demo import model as demo
-from common.demo.model import take_off_grid
+from common.text.data import demo_rows, demo_text
+from common.model import demo as demo
+from common.model.demo import take_off_grid
 
 
 @pytest.mark.parametrize("architecture, tied", [(a, t) for a, t in ARCHITECTURES if a in ("llama", "mistral")])
@@ -124,9 +124,9 @@ PERPLEXITY = ["--tasks", "perplexity", "--windows", 20, "--window-length", 1024]
 @pytest.mark.timeout(3600)
 def test_perplexity_on_wikitext(demo_model, shared_data, tmp_path):
     """The stated ratios: GPTQ-4bit 1.25, GPTQ-8bit and HQQ-8bit 1.005; HQQ-4bit not worse than the hqq package."""
-    from common.architecture import family_of
-    from common.calibration import evaluation_windows
-    from common.runtime import load_model
+    from common.model.architecture import family_of
+    from common.text.windows import evaluation_windows
+    from common.running.runtime import load_model
     from common.tasks.perplexity import perplexity
 
     quantizer = oracle("hqq.core.quantize").Quantizer

@@ -7,23 +7,19 @@ import torch
 from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_tokenizer
 from transformers import LlamaConfig
 
-from common import (
-    checkpoint_format,
-    decoding,
-    device_memory,
-    language_model,
-    layers,
-    runtime,
-    streams,
-    vocabulary,
-)
-from common.calibration import Windows
-from common.decoding import Decoder, can_decode
-from common.errors import UserError
-from common.language_model import HarnessModel
-from common.method import Method
-from common.models import SourceModel, TensorReader
-from common.original import last_hidden_states, place_head
+from common.checkpoint import format
+from common.running import decoding, runtime
+from common.base import device_memory
+from common.tasks import language_model
+from common.walk import layers, streams
+from common.solvers import vocabulary
+from common.text.windows import Windows
+from common.running.decoding import Decoder, can_decode
+from common.base.errors import UserError
+from common.tasks.language_model import HarnessModel
+from common.walk.method import Method
+from common.model.source import SourceModel, TensorReader
+from common.tasks.original import last_hidden_states, place_head
 from common.tasks import perplexity
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
@@ -99,7 +95,7 @@ def test_next_to_nothing_is_refused(card):
 
 
 def test_resolve_device_sets_the_limit(card, monkeypatch):
-    from common import device
+    from common.base import device
 
     facts = {"is_available": True, "device_count": 1, "get_arch_list": ["sm_80", "sm_90"],
              "get_device_name": "a card", "get_device_capability": (8, 9)}
@@ -260,7 +256,7 @@ def test_rows_of_the_cache_fit(monkeypatch):
 def test_embedding_in_parts(tiny, tmp_path, monkeypatch):
     for rows in (10**6, 100):
         monkeypatch.setattr(vocabulary, "ROWS_AT_ONCE", rows)
-        monkeypatch.setattr(checkpoint_format, "_ROWS_AT_ONCE", rows)
+        monkeypatch.setattr(format, "_ROWS_AT_ONCE", rows)
         result = run_script(
             ROOT / "quantize_hqq.py",
             "--model",

@@ -7,13 +7,13 @@ import torch
 from conftest import ROOT, assert_user_error, run_script
 from scipy import stats
 
-from common import overlap
-from common.calibration import Windows
-from common.checkpoint import METADATA_FILE
-from common.divergence import summarise_divergence, token_divergence
-from common.models import SourceModel
-from common.original import hidden_states, last_hidden_states
-from common.runtime import load_model
+from common.text import overlap
+from common.text.windows import Windows
+from common.checkpoint.writer import METADATA_FILE
+from common.numerics.divergence import summarise_divergence, token_divergence
+from common.model.source import SourceModel
+from common.tasks.original import hidden_states, last_hidden_states
+from common.running.runtime import load_model
 
 CPU = torch.device("cpu")
 
@@ -87,7 +87,7 @@ def test_evaluation_on_calibration_text_is_refused(tiny, tmp_path, calibration_t
 
 
 def test_the_demos_calibration_and_evaluation_texts_share_little():
-    from common.data import demo_rows, demo_text
+    from common.text.data import demo_rows, demo_text
 
     known = overlap.unpack(overlap.pack(demo_text("calibration")))
     assert overlap.largest_share(known, demo_text("evaluation"))[0] < 0.1

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantize_hqq import quantize_weight
 
-from common import ranges, rounding
-from common.architecture import FAMILIES
-from common.checkpoint import METADATA_FILE
-from common.checkpoint_format import compress, decompress, open_checkpoint, scheme_of, stored_parts
-from common.errors import UserError
-from common.grid import Grid, QuantizedLinear, quantize, round_clipped, round_per_token, scale_type
+from common.solvers import ranges, rounding
+from common.model.architecture import FAMILIES
+from common.checkpoint.writer import METADATA_FILE
+from common.checkpoint.format import compress, decompress, open_checkpoint, scheme_of, stored_parts
+from common.base.errors import UserError
+from common.numerics.grid import Grid, QuantizedLinear, quantize, round_clipped, round_per_token, scale_type
 from common.kernels.rounding import search_range
-from common.packed import load_packed
-from common.runtime import load_model
+from common.running.packed import load_packed
+from common.running.runtime import load_model
 
 CPU = torch.device("cpu")
 

@@ -8,11 +8,11 @@ import torch
 from conftest import ROOT, assert_user_error, run_script
 from safetensors.torch import load_file, save_file
 
-from common.architecture import FAMILIES
-from common.errors import UserError
-from common.models import INDEX_FILE, TensorReader
-from common.packed import can_be_packed, load_packed
-from common.runtime import load_model
+from common.model.architecture import FAMILIES
+from common.base.errors import UserError
+from common.model.source import INDEX_FILE, TensorReader
+from common.running.packed import can_be_packed, load_packed
+from common.running.runtime import load_model
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(2, 42)[None]

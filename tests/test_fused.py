@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import FUSED
 
-from common import fused
-from common.runtime import load_model
+from common.model import fused
+from common.running.runtime import load_model
 
 
 @pytest.mark.parametrize(("architecture", "tied"), FUSED)

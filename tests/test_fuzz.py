@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_user_error, run_script
 
-from common.errors import UserError
+from common.base.errors import UserError
 from common.verification import verify
 
 METADATA = "quantization_metadata.json"

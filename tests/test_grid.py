@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.checkpoint_format import compress, decompress, stored_codes
-from common.errors import UserError
-from common.grid import Grid, QuantizedLinear, dequantize, min_max, grouped, quantize, resolve_group_size
+from common.checkpoint.format import compress, decompress, stored_codes
+from common.base.errors import UserError
+from common.numerics.grid import Grid, QuantizedLinear, dequantize, min_max, grouped, quantize, resolve_group_size
 from common.kernels.rounding import SEARCH, search_range
 
 GRIDS = [Grid(bits, size, symmetric) for bits in (2, 3, 4, 8) for size in (32, None) for symmetric in (False, True)]

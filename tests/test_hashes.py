@@ -6,7 +6,7 @@ import shutil
 from conftest import ROOT, assert_user_error, run_script
 from test_identity import quantize
 
-from common import identity
+from common.results import identity
 
 
 def test_the_hash_of_a_checkpoint(tiny, tmp_path, monkeypatch):
@@ -94,11 +94,11 @@ def test_the_code_includes_scoring_and_kernels():
         identity._module_file = original
     assert {
         "common.tasks.scoring",
-        "common.language_model",
-        "common.packed",
-        "common.divergence",
+        "common.tasks.language_model",
+        "common.running.packed",
+        "common.numerics.divergence",
     } <= seen
-    assert not {"common.plots", "common.report", "common.batch"} & seen
+    assert not {"common.reporting.plots", "common.reporting.report", "common.batch"} & seen
 
 
 def test_options_that_change_a_checkpoint(tiny, tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import ROOT, oracle, run_script
 
-from common.checkpoint import METADATA_FILE
-from common.grid import Grid, dequantize, grouped, min_max, quantize
+from common.checkpoint.writer import METADATA_FILE
+from common.numerics.grid import Grid, dequantize, grouped, min_max, quantize
 from common.kernels.rounding import search_range
 from quantize_hqq import STEPS, half_quadratic, quantize_weight
 

@@ -7,14 +7,14 @@ import shutil
 import pytest
 from stub_hub import StubHub
 
-from common.checkpoint import folder_bytes
+from common.checkpoint.writer import folder_bytes
 
 ASK = """
 import sys
 from common.cli import quiet_libraries
 quiet_libraries()
-from common.errors import UserError
-from common.models import resolve_folder
+from common.base.errors import UserError
+from common.model.source import resolve_folder
 for name in sys.argv[1:]:
     try:
         print(name, "->", sorted(path.name for path in resolve_folder(name).iterdir()))

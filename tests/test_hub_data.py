@@ -12,14 +12,14 @@ import pytest
 from stub_data import build_datasets, mirror, write_split
 from stub_hub import COMMIT, StubHub
 
-from common.data import load_rows
-from common.errors import UserError
-from common.sampling import BLOCK, SMALL, RowGroup, draw_rows
+from common.text.data import load_rows
+from common.base.errors import UserError
+from common.text.sampling import BLOCK, SMALL, RowGroup, draw_rows
 
 ASK = """
 import json, sys
-from common.data import load_rows
-from common.errors import UserError
+from common.text.data import load_rows
+from common.base.errors import UserError
 for arguments in json.loads(sys.argv[1]):
     try:
         loaded = load_rows(arguments[0], None, *arguments[1:])

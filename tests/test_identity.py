@@ -7,10 +7,10 @@ import shutil
 import pytest
 from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_tokenizer
 
-from common import identity
-from common.checkpoint import METADATA_FILE
-from common.naming import Subject
-from common.results import load_model_results, write_samples
+from common.results import identity
+from common.checkpoint.writer import METADATA_FILE
+from common.results.naming import Subject
+from common.results.documents import load_model_results, write_samples
 
 TASKS = ["--tasks", "arc,perplexity", "--windows", 2, "--window-length", 48]
 SMALL = ["--data", "demo", "--limit", 3, *TASKS]
@@ -258,7 +258,7 @@ def test_a_changed_original_is_refused(tiny, tmp_path):
 
 
 def test_a_stale_baseline_is_not_compared_with(made, tiny, tmp_path, capsys):
-    from common.comparison import compare_all, incomparable, other_data
+    from common.reporting.comparison import compare_all, incomparable, other_data
 
     shutil.copytree(made[1], tmp_path / "results")
     results = load_model_results(tmp_path / "results" / tiny.name)

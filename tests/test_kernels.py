@@ -14,8 +14,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("there is a card: test_cuda.py runs the kernels themselves", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed: its kernels are tested where it is")
 
-from common import adaround, grid  # noqa: E402
-from common.grid import Grid  # noqa: E402
+from common.solvers import adaround  # noqa: E402
+from common.numerics import grid  # noqa: E402
+from common.numerics.grid import Grid  # noqa: E402
 from common.kernels import forms, inference, products_triton, rounding, rounding_triton  # noqa: E402
 from common.kernels import inference_triton as kernels  # noqa: E402
 from common.kernels.rounding import search_range  # noqa: E402

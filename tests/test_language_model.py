@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import WORDS, build_tiny, tiny_tokenizer
 
-from common.architecture import let_head_finish_logits
-from common.decoding import STEPS_AT_ONCE, Decoder
-from common.language_model import HarnessModel
-from common.runtime import load_model
+from common.model.architecture import let_head_finish_logits
+from common.running.decoding import STEPS_AT_ONCE, Decoder
+from common.tasks.language_model import HarnessModel
+from common.running.runtime import load_model
 
 
 @pytest.fixture(scope="module",

@@ -32,14 +32,38 @@ def test_no_circle_of_imports():
 
 
 def test_the_grid_calls_no_kernel():
-    assert imports("common.grid") == {"common.errors"}
+    assert imports("common.numerics.grid") == {"common.base.errors"}
 
 
 def test_one_module_knows_the_checkpoint_format():
-    assert [name for name, file in FILES.items() if "config_groups" in file.read_text()] == ["common.checkpoint_format"]
+    assert [name for name, file in FILES.items() if "config_groups" in file.read_text()] == ["common.checkpoint.format"]
 
 
 def test_triton_is_imported_in_one_place():
     """Elsewhere only by the kernels themselves."""
     importing = {name for name in FILES if any(part.endswith("_triton") for part in imports(name))}
     assert {name for name in importing if not name.endswith("_triton")} == {"common.kernels.dispatch"}
+
+
+# From the bottom up: a module imports from its own room and from those above it in this list. Between the rooms
+# stand the few modules of `common` itself.
+ROOMS = ("base", "demo", "numerics", "kernels", "text", "model", "solvers", "walk", "checkpoint", "metadata", "results", "running",
+         "cli", "tasks", "verification", "reporting", "quantization", "evaluation", "baseline", "run_all", "batch")
+
+
+def room(name: str) -> str:
+    return name.split(".")[1]
+
+
+def test_imports_go_downwards():
+    upwards = {(name, other) for name in FILES if name != "common" for other in imports(name) if other != "common"
+               if ROOMS.index(room(other)) > ROOMS.index(room(name))}
+    assert not upwards
+
+
+def test_rooms_are_small():
+    assert len(list((ROOT / "common").glob("*.*"))) <= 10
+    assert {room(name) for name in FILES if name != "common"} == set(ROOMS)
+    sources = [file for folder in (ROOT, ROOT / "common", ROOT / "tests", ROOT / "benchmarks")
+               for file in (folder.glob("*.py") if folder == ROOT else folder.rglob("*.py"))]
+    assert {file.name: lines for file in sources if (lines := len(file.read_text().splitlines())) > 350} == {}

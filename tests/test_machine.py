@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import device, machine
-from common.errors import UserError
-from common.machine import Driver, Machine
+from common.base import device, machine
+from common.base.errors import UserError
+from common.base.machine import Driver, Machine
 
 HEADER = """Tue Nov 24 10:00:00 2026
 +-----------------------------------------------------------------------------------------+

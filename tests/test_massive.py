@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import ROOT, build_tiny, run_script, tiny_tokenizer
 
-from common.calibration import Windows
+from common.text.windows import Windows
 from common.tasks.perplexity import perplexity
-from common.runtime import load_model
+from common.running.runtime import load_model
 
 METHODS = {"gptq": [], "awq": [], "hqq": [], "smoothquant": [], "adaround": ["--iterations", 40], "quarot": []}
 CPU = torch.device("cpu")

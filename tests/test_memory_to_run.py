@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import build_tiny
 
-from common import evaluation, host_memory, runtime
-from common.models import SourceModel
-from common.naming import Subject
+from common import evaluation
+from common.base import host_memory
+from common.running import runtime
+from common.model.source import SourceModel
+from common.results.naming import Subject
 from common.tasks import evaluate, perplexity, speed
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_tokenizer
 
-from common.checkpoint import METADATA_FILE
+from common.checkpoint.writer import METADATA_FILE
 
 SMALL = [
     "--data",
@@ -131,8 +131,8 @@ def with_metadata(described, target, change):
 
 
 def test_a_baseline_that_contradicts_the_metadata(described, tiny, tiny_models, tmp_path, capsys):
-    from common.errors import UserError
-    from common.naming import subject_of
+    from common.base.errors import UserError
+    from common.results.naming import subject_of
 
     other = str(tiny_models["llama", False])
     with pytest.raises(UserError, match=f"was made from {tiny}, not from {other}; leave"):
@@ -166,7 +166,7 @@ def test_damaged_metadata_is_one_line(described, tiny, tmp_path, change):
 def test_metadata_that_lacks_something_stops_the_evaluation_before_its_tasks(
     described, tmp_path, monkeypatch, key
 ):
-    from common import runtime
+    from common.running import runtime
 
     def no_model(*_):
         raise AssertionError("a model was loaded")
@@ -194,7 +194,7 @@ def test_names_that_are_taken_and_flags_that_do_not_fit(bare, tiny, tmp_path):
 
 
 def test_null_is_not_quantized(tiny, tmp_path):
-    from common.naming import subject_of
+    from common.results.naming import subject_of
 
     folder = copy(tiny, tmp_path / "plain", quantization_config=None)
     assert subject_of(folder, results_dir=tmp_path).configuration == "baseline"
@@ -250,7 +250,7 @@ def test_two_models_of_one_name_share_nothing(two_owners):
 
 
 def test_names_by_source(tmp_path, monkeypatch):
-    from common.naming import filed_as
+    from common.results.naming import filed_as
 
     monkeypatch.chdir(tmp_path)
     results = tmp_path / "results"

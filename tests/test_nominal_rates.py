@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from common import significance
-from common.significance import GAIN, LOSS, NO_LOSS
+from common.reporting import significance
+from common.reporting.significance import GAIN, LOSS, NO_LOSS
 
 sys.path.append(str(ROOT / "benchmarks"))
 

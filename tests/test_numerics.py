@@ -8,13 +8,13 @@ from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_token
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from common.adaround import learn_rounding
-from common.checkpoint import METADATA_FILE
-from common.grid import Grid, dequantize, min_max, grouped, quantize
+from common.solvers.adaround import learn_rounding
+from common.checkpoint.writer import METADATA_FILE
+from common.numerics.grid import Grid, dequantize, min_max, grouped, quantize
 from common.kernels.rounding import search_range
-from common.ranges import choose_ranges
-from common.rounding import damped, output_error, refine, solve
-from common.scaling import power_ratio
+from common.solvers.ranges import choose_ranges
+from common.solvers.rounding import damped, output_error, refine, solve
+from common.walk.scaling import power_ratio
 
 METHODS = {"gptq": [], "awq": [], "hqq": [], "smoothquant": [], "adaround": ["--iterations", "5"], "quarot": []}
 

@@ -8,14 +8,14 @@ import torch
 from conftest import ARCHITECTURES, ROOT, run_script
 from test_rotation_and_scaling import BOUNDS, all_logits, hidden_rotation
 
-from common.architecture import family_of
-from common.checkpoint import METADATA_FILE
-from common.grid import Grid, round_clipped, round_per_token, round_per_vector
-from common.hadamard import factors, hadamard, rotate, rotation
-from common.method import Layer
-from common.models import SourceModel
-from common.online import KEYS_FILE, KeyForm, OnlineTransforms, enable_attention
-from common.runtime import load_model
+from common.model.architecture import family_of
+from common.checkpoint.writer import METADATA_FILE
+from common.numerics.grid import Grid, round_clipped, round_per_token, round_per_vector
+from common.numerics.hadamard import factors, hadamard, rotate, rotation
+from common.walk.method import Layer
+from common.model.source import SourceModel
+from common.model.online import KEYS_FILE, KeyForm, OnlineTransforms, enable_attention
+from common.running.runtime import load_model
 from quantize_quarot import align, input_squares, rotate_ends, rotate_layer, rotate_online, rotate_values
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import ROOT, assert_user_error, run_script
 
-from common import layers, streams
-from common.inputs import InputSums, Needs, add_in_parts
+from common.walk import layers, streams
+from common.walk.inputs import InputSums, Needs, add_in_parts
 
 
 LENGTH = 64

@@ -16,9 +16,9 @@ import torch
 from conftest import ROOT, run_script
 from safetensors.torch import load_file
 
-from common import parallel
-from common.checkpoint_format import open_checkpoint, stored_codes, stored_parts, weight_format
-from common.errors import UserError
+from common.base import parallel
+from common.checkpoint.format import open_checkpoint, stored_codes, stored_parts, weight_format
+from common.base.errors import UserError
 
 COMMON = ["--calib-data", "demo", "--calib-samples", "5", "--calib-length", "64", "--device", "cpu"]
 
@@ -61,7 +61,7 @@ SHARES = {"adaround": 0.9}
 IN_TURN = """
 import json, runpy, sys
 sys.path.insert(0, "")
-from common import parallel
+from common.base import parallel
 from torch import distributed
 
 scripts, stop = json.loads(sys.argv[1]), parallel.stop

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, assert_user_error, run_script
 
-from common.identity import checkpoint_hash
-from common.results import CONFIGURATIONS, load_all
+from common.results.identity import checkpoint_hash
+from common.results.documents import CONFIGURATIONS, load_all
 
 README = "# Title\n\nbefore\n<!-- results:begin -->\n<!-- results:end -->\nafter\n"
 
@@ -141,7 +141,7 @@ def batch(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("common.check.show_problems", lambda *_: None)          # it would ask the hub for the model
+    monkeypatch.setattr("common.run_all.check.show_problems", lambda *_: None)          # it would ask the hub for the model
 
     def run(*arguments):
         from common.batch import main
@@ -280,7 +280,7 @@ def test_a_batch_without_metadata_run_again(real_batch):
     (["--overw"], "its --overwrite"),
 ])
 def test_options_passed_on_are_checked_before_anything_starts(batch, words, said):
-    from common.errors import UserError
+    from common.base.errors import UserError
 
     (batch.folder / "quantize_smoothquant.py").write_text(STAND_INS["quantize_hqq.py"])
     with pytest.raises(UserError) as error:
@@ -382,7 +382,7 @@ def test_a_gpu_for_each_configuration(batch, capfd, monkeypatch):
     status = json.loads((batch.folder / "results/tiny/status.json").read_text())
     assert [status[name]["state"] for name, _ in lines] == ["done"] * 4
     assert "[hqq-8bit] checked" in capfd.readouterr().out
-    from common.errors import UserError
+    from common.base.errors import UserError
 
     with pytest.raises(UserError, match="--gpus 4: this machine has 3; use --gpus 3"):
         batch("--gpus", "4")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, assert_user_error, run_script
 
-from common.checkpoint import METADATA_FILE
-from common.unfinished import UnfinishedFolder
+from common.checkpoint.writer import METADATA_FILE
+from common.checkpoint.unfinished import UnfinishedFolder
 
 LAYERS = 8
 METHODS = {"gptq": [], "awq": ["--embedding-bits", 8], "hqq": [], "smoothquant": [], "adaround": ["--iterations", 15],

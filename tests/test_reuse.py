@@ -9,12 +9,12 @@ from conftest import ROOT, assert_user_error, build_tiny, run_script
 from test_identity import TASKS, compare, perplexities, quantize
 from test_report_and_batch import STAND_INS, batch, real_batch  # noqa: F401
 
-from common import identity, reuse
-from common.checkpoint import METADATA_FILE
-from common.errors import UserError
-from common.naming import Subject
-from common.files import write_json
-from common.results import write_samples
+from common.results import identity, reuse
+from common.checkpoint.writer import METADATA_FILE
+from common.base.errors import UserError
+from common.results.naming import Subject
+from common.base.files import write_json
+from common.results.documents import write_samples
 
 ALL_AGREES = "nothing to resume"
 
@@ -99,10 +99,10 @@ def test_the_code_that_decides_codes(method, monkeypatch):
     monkeypatch.setattr(identity, "_module_file", lambda root, name: seen.add(name) or original(root, name))
     identity.code_hash.cache_clear()
     found = reuse.quantization_code_hash(method)
-    assert {f"quantize_{method}", "common.rounding", "common.layers", "common.calibration",
-            "common.checkpoint"} <= seen
-    assert ("common.adaround" in seen) is (method == "adaround") and "quantize_awq" not in seen
-    assert not {"common.verification", "common.runtime", "common.naming", "common.machine", "common.evaluation"} & seen
+    assert {f"quantize_{method}", "common.solvers.rounding", "common.walk.layers", "common.text.windows",
+            "common.checkpoint.writer"} <= seen
+    assert ("common.solvers.adaround" in seen) is (method == "adaround") and "quantize_awq" not in seen
+    assert not {"common.verification", "common.running.runtime", "common.results.naming", "common.base.machine", "common.evaluation"} & seen
     assert found != reuse.quantization_code_hash("awq") != identity.code_hash()
 
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from conftest import ARCHITECTURES
 
-from common.architecture import FAMILIES
-from common.errors import UserError
-from common.grid import Grid
-from common.hadamard import hadamard, rotation
-from common.inputs import Needs, new_sums
-from common.method import Layer
-from common.models import SourceModel
-from common.scaling import fold_scale, shared_by_heads
+from common.model.architecture import FAMILIES
+from common.base.errors import UserError
+from common.numerics.grid import Grid
+from common.numerics.hadamard import hadamard, rotation
+from common.walk.inputs import Needs, new_sums
+from common.walk.method import Layer
+from common.model.source import SourceModel
+from common.walk.scaling import fold_scale, shared_by_heads
 from quantize_quarot import balance, rotate_ends, rotate_layer
 
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-from common.architecture import FAMILIES
-from common.errors import UserError
-from common.grid import Grid, QuantizedLinear, dequantize, grouped, min_max, quantize
-from common.inputs import InputStatistics, InputSums, Needs
+from common.model.architecture import FAMILIES
+from common.base.errors import UserError
+from common.numerics.grid import Grid, QuantizedLinear, dequantize, grouped, min_max, quantize
+from common.walk.inputs import InputStatistics, InputSums, Needs
 from common.kernels.rounding import search_range
-from common.ranges import choose_ranges, restore_gain
-from common.rounding import (
+from common.solvers.ranges import choose_ranges, restore_gain
+from common.solvers.rounding import (
     BLOCK,
     CATCH_UP_DAMPING,
     DAMPING,
@@ -247,9 +247,9 @@ def test_token_weights_count_in_the_lag_as_in_the_gram_matrix():
 def test_catching_up_brings_the_model_nearer_to_the_original(tiny_models, calibration_text,
                                                              tmp_path, architecture, tied):
     """On the very windows of the calibration, three bits: hidden states after the last layer, and the untouched linears."""
-    from common.calibration import calibration_windows
-    from common.models import load_tokenizer
-    from common.runtime import load_model
+    from common.text.windows import calibration_windows
+    from common.model.source import load_tokenizer
+    from common.running.runtime import load_model
 
     source = tiny_models[architecture, tied]
     windows = calibration_windows(str(calibration_text), load_tokenizer(source), 16, 64, 0, None).tokens

@@ -7,9 +7,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from common.data import DEMO_FOLDER
-from common.errors import UserError
-from common.metrics import macro_f1
+from common.text.data import DEMO_FOLDER
+from common.base.errors import UserError
+from common.tasks.metrics import macro_f1
 from common.tasks import arc, openmath, squad_v2
 from common.tasks.numbers import extract_number, parse_number
 from common.tasks.scoring import token_f1

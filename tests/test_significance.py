@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from common.comparison import adjusted_p_values, compare_samples
-from common.metrics import macro_f1, mean, median
-from common.significance import (GAIN, LOSS, NO_LOSS, Difference, Flips, difference, flips, holm,
+from common.reporting.comparison import adjusted_p_values, compare_samples
+from common.tasks.metrics import macro_f1, mean, median
+from common.reporting.significance import (GAIN, LOSS, NO_LOSS, Difference, Flips, difference, flips, holm,
                                  pair, swap_test, t_test, verdict)
 
 

@@ -18,10 +18,10 @@ from conftest import ROOT, WORDS, assert_user_error, build_tiny, run_script, tin
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from common import chat
-from common.calibration import calibration_windows, evaluation_windows, start_tokens
-from common.errors import UserError
-from common.language_model import HarnessModel
+from common.text import chat
+from common.text.windows import calibration_windows, evaluation_windows, start_tokens
+from common.base.errors import UserError
+from common.tasks.language_model import HarnessModel
 from common.tasks import squad_v2
 from common.tasks.harness import run_task
 from common.tasks.perplexity import CPU_WINDOWS, DEMO_WINDOWS, default_windows, perplexity
@@ -115,7 +115,7 @@ def test_plain_text_has_no_template_date(calibration_text):
 
 
 def test_results_say_which_date_the_prompts_have(on_day):
-    from common.data import Rows, demo_rows
+    from common.text.data import Rows, demo_rows
 
     tokenizer = llama_like()
     model = build_tiny("llama", tied=True).float().eval()

@@ -9,7 +9,7 @@ from conftest import ROOT, run_script
 from safetensors.torch import load_file, save_file
 
 from common import verification
-from common.checkpoint import METADATA_FILE
+from common.checkpoint.writer import METADATA_FILE
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_a_wrecked_linear_is_named_by_both_scripts(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("option, bits, name", [("--embedding-bits", 8, "model.embed_tokens"), ("--head-bits", 4, "lm_head")])
 def test_a_wrecked_embedding_or_head_is_named_by_both_scripts(tiny_models, tmp_path, monkeypatch, option, bits, name):
-    from common import vocabulary
+    from common.solvers import vocabulary
     search = vocabulary.search_range
 
     def quantize(output):

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.kernels.gpu import BFLOAT16, TRITON, supports
-from common.machine import look_for_compiler, missing_for_triton
-from common.progress import say
+from common.base.gpu import BFLOAT16, TRITON, supports
+from common.base.machine import look_for_compiler, missing_for_triton
+from common.base.progress import say
 
 
 class TritonKernels(NamedTuple):

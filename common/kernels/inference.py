@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.grid import codes_per_token
+from common.numerics.grid import codes_per_token
 from common.kernels.dispatch import triton_kernels
 from common.kernels.forms import OFFSET, PackedWeight, Rotary, Rounded
-from common.kernels.gpu import TENSOR_CORES, supports
+from common.base.gpu import TENSOR_CORES, supports
 
 # Rows of activations up to which weights are unpacked inside the product; for more they are unpacked once, in a tile.
 FUSED_ROWS = 64

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.kernels import gpu
+from common.base import gpu
 
 # Added and subtracted, it leaves no room for a fraction: rounding to the nearest integer, half to even. The sum alone has the
 # integer as its last bits.

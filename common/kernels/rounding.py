@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.grid import Grid, grouped, min_max, power_, reciprocal_size, rounding_error
+from common.numerics.grid import Grid, grouped, min_max, power_, reciprocal_size, rounding_error
 from common.kernels.dispatch import triton_kernels
 
 # Candidates of the range search by bits: first and last share of the full range, and how many. They begin above 1, as a

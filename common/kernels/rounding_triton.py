@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.grid import Grid, smallest_scale
+from common.numerics.grid import Grid, smallest_scale
 from common.kernels import adam
 from common.kernels.launch_triton import nearest
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from common.data import Rows
-from common.errors import UserError
-from common.metrics import Metric, macro_f1
+from common.text.data import Rows
+from common.base.errors import UserError
+from common.tasks.metrics import Metric, macro_f1
 from common.tasks.harness import HarnessTask
 from common.tasks.scoring import mean_of
 from common.tasks.task import MetricKind, Record, of_field

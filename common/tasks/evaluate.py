@@ -6,16 +6,18 @@ import argparse
 import time
 from pathlib import Path
 
-from common import identity, metadata, overlap
+from common.results import identity
+from common.checkpoint import metadata
+from common.text import overlap
 from common.cli import configure_torch
-from common.device import device_and_dtype, dtype_name
-from common.errors import UserError
-from common.files import write_json
-from common.models import load_tokenizer
-from common.naming import Subject
-from common.progress import say
-from common.results import has_samples, load_samples, read_document, write_samples
-from common.runtime import load_for_running, weight_bytes
+from common.base.device import device_and_dtype, dtype_name
+from common.base.errors import UserError
+from common.base.files import write_json
+from common.model.source import load_tokenizer
+from common.results.naming import Subject
+from common.base.progress import say
+from common.results.documents import has_samples, load_samples, read_document, write_samples
+from common.running.runtime import load_for_running, weight_bytes
 from common.tasks.task import Evaluation, Record, Task, all_tasks, task_names
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import yaml
 
-from common import identity
-from common.chat import template_date
-from common.data import Rows, check_columns, demo_rows, load_rows
+from common.results import identity
+from common.text.chat import template_date
+from common.text.data import Rows, check_columns, demo_rows, load_rows
 from common.tasks.task import Evaluation, Record, Task
 
 SAMPLE_SEED = 1234
@@ -122,7 +122,7 @@ def run_task(task: HarnessTask, model, tokenizer, rows: Rows, demo: bool,
     import lm_eval.api.task
     from lm_eval.evaluator import evaluate
 
-    from common.language_model import HarnessModel
+    from common.tasks.language_model import HarnessModel
 
     lm_eval.api.task.tqdm = lambda items, **_: items  # its bar has no switch
     config = task.prompt()

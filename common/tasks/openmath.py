@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from common import metrics
-from common.data import Rows
-from common.errors import UserError
+from common.tasks import metrics
+from common.text.data import Rows
+from common.base.errors import UserError
 from common.tasks.harness import HarnessTask
 from common.tasks.numbers import extract_number, parse_number
 from common.tasks.scoring import mean_of

@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import identity
-from common.calibration import Windows, evaluation_windows, text_sample
-from common.cli import positive, two_or_more
-from common.device_memory import logits_at_once
-from common.divergence import summarise_divergence, token_divergence
-from common.errors import UserError
-from common.models import SourceModel, read_config
-from common.original import hidden_states, place_head
-from common.probe import check_finite
-from common.progress import say, track
-from common.reuse import check_original
+from common.results import identity
+from common.text.windows import Windows, evaluation_windows, text_sample
+from common.base.arguments import positive, two_or_more
+from common.base.device_memory import logits_at_once
+from common.numerics.divergence import summarise_divergence, token_divergence
+from common.base.errors import UserError
+from common.model.source import SourceModel, read_config
+from common.tasks.original import hidden_states, place_head
+from common.text.probe import check_finite
+from common.base.progress import say, track
+from common.results.reuse import check_original
 from common.tasks.task import Evaluation, MetricKind, Record, Task, of_field
 
 ADDRESS = "Salesforce/wikitext/wikitext-2-raw-v1:test"
@@ -138,7 +138,7 @@ def perplexity(model, windows: Windows, original: SourceModel | None = None,
 
     Every window's first token is context only, and no BOS is put before it, as in published tables.
     The record of each window is its mean negative log-likelihood and, where the original model is
-    given, the divergence from it at every token (`common.divergence`).
+    given, the divergence from it at every token (`common.numerics.divergence`).
 
     Args:
         references: the original's last hidden states [samples, length, hidden].

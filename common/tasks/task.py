@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from common import metrics
-from common.metrics import Metric
-from common.naming import Subject
+from common.tasks import metrics
+from common.tasks.metrics import Metric
+from common.results.naming import Subject
 
 # The record of one sample: what the model answered and its scores.
 Record = dict[str, Any]

@@ -1,0 +1,66 @@
+"""JSON files read, and files and folders that change in one step: whoever reads sees the old one or the new one, whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.base.errors import UserError
+
+
+def load_json(path: Path):
+    """What a JSON file holds. Raises OSError or ValueError, for callers with words of their own for it."""
+    return json.loads(path.read_text())
+
+
+def read_json(path: Path, remedy: str) -> dict:
+    """A JSON object from a file. Raises UserError, which ends with the remedy, when it is damaged."""
+    try:
+        content = load_json(path)
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        return content
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from None
+
+
+def json_or_none(path: Path) -> dict | None:
+    """A JSON object from a file that may as well not be there, or be damaged: None then."""
+    try:
+        content = load_json(path)
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file in one step."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, in a folder that is made; at the end of the block the file gets the name `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Its own for each of several writers.
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
+    yield unfinished
+    unfinished.rename(path)
+
+
+def replace_folder(finished: Path, folder: Path) -> None:
+    """Give a finished folder its real name. An older one there goes only now."""
+    if folder.exists():
+        old = folder.with_name(folder.name + ".replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        finished.rename(folder)
+        shutil.rmtree(old)
+    else:
+        finished.rename(folder)

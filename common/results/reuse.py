@@ -1,0 +1,139 @@
+"""What a checkpoint was made from, and whether a finished one answers for what is asked now.
+
+It does with the same options, from the same weights and calibration text, by the same code. What its
+metadata does not say is unknown, which is not the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common.checkpoint import metadata
+from common.checkpoint.writer import METADATA_FILE
+from common.base.errors import UserError
+from common.results.identity import code_hash, source_hash
+from common.model.source import resolve_folder
+from common.results.naming import Subject, source_of
+
+# What a checkpoint is made from besides options, and how it is called.
+MADE_FROM = {"model": "files of --model", "calibration": "text of --calib-data", "code": "quantization code"}
+# Modules that quantize scripts import to check, name or describe what they make.
+_BESIDE_CODES = (
+    "common.numerics.divergence",
+    "common.base.errors",
+    "common.base.files",
+    "common.results.identity",
+    "common.base.machine",
+    "common.checkpoint.metadata",
+    "common.results.naming",
+    "common.text.overlap",
+    "common.base.progress",
+    "common.results.documents",
+    "common.results.reuse",
+    "common.base.stopwatch",
+    "common.verification",
+)
+# Options of a quantize script that change nothing in the checkpoint, and those that matter only
+# where there is calibration.
+_WITHOUT_EFFECT = (
+    "output",
+    "overwrite",
+    "resume",
+    "save_metadata",
+    "data_root",
+    "device",
+    "device_memory",
+    "dtype",
+    "model",
+)
+_OF_CALIBRATION = ("calib_data", "calib_samples", "calib_length", "seed")
+_DAMAGED = f"{METADATA_FILE} is damaged; quantize again with --overwrite"
+
+
+def quantization_code_hash(method: str) -> str:
+    """SHA-256 of the code that decides the codes of a method's checkpoints, as `code_hash`."""
+    return code_hash(entry=f"quantize_{method}", beside=_BESIDE_CODES)
+
+
+def made_from(model: str, method: str, results_dir: Path) -> dict[str, str]:
+    """The hashes of what a checkpoint of `model` is made from, as far as they are known before it is
+    opened. Raises UserError where the model cannot be had.
+    """
+    model_hash = source_hash(resolve_folder(model), results_dir)
+    return {"model": model_hash, "code": quantization_code_hash(method)}
+
+
+def recorded_sources(record: dict) -> dict:
+    """The hashes of what metadata says a checkpoint was made from, by the keys of MADE_FROM; of an
+    earlier version it says less. Raises UserError for damaged metadata.
+    """
+    try:
+        calibration = (record["calibration"] or {}).get("fingerprint")
+        return {**record.get("made_from", {}), "calibration": calibration}
+    except (TypeError, AttributeError):
+        raise UserError(_DAMAGED) from None
+
+
+def changed_sources(then: dict, now: dict[str, str]) -> list[str]:
+    """In what a checkpoint was made from other things than those there now, in words."""
+    return [
+        f"{'other' if then.get(key) else 'unknown'} {MADE_FROM[key]}"
+        for key, found in now.items()
+        if then.get(key) != found
+    ]
+
+
+def changed_options(
+    record: dict, options: argparse.Namespace, method: str, dtype: str
+) -> list[str]:
+    """In what the options that a checkpoint was made with differ from those asked for, in words;
+    only those that decide its weights count. One that is not recorded is unknown, not the same.
+
+    Args:
+        dtype: what --dtype comes to.
+    Raises:
+        UserError: damaged metadata.
+    """
+    try:
+        made, grid = record["options"], record["grid"]
+        found = [
+            ("method", record["method"], method),
+            ("--model", source_of(record["model"]["source"]), source_of(options.model)),
+            ("--dtype", record["compute_dtype"], dtype),
+        ]
+        ignored = {*_WITHOUT_EFFECT, *(_OF_CALIBRATION if record["calibration"] is None else ())}
+        for name, now in vars(options).items():
+            then = made.get(name, "unknown")
+            if name == "group_size" and now == str(grid["group_size"] or "channel"):
+                then = now  # what auto came to
+            if name not in ignored:
+                found.append(
+                    (
+                        f"--{name.replace('_', '-')}",
+                        then,
+                        str(now) if isinstance(now, Path) else now,
+                    )
+                )
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(_DAMAGED) from None
+    return [f"{name} {then}, not {now}" for name, then, now in found if then != now]
+
+
+def check_original(subject: Subject, results_dir: Path) -> None:
+    """Refuse a 16-bit model with other files than the checkpoint's metadata says it was made from.
+
+    Raises:
+        UserError: naming both.
+    """
+    record = metadata.read(subject.folder)
+    then = record and recorded_sources(record).get("model")
+    try:
+        now = then and source_hash(resolve_folder(subject.original), results_dir)
+    except UserError:
+        return  # a model that cannot be had is not compared with either
+    if then != now:
+        raise UserError(
+            f"{subject.original} has changed since {subject.folder} was made from it, or is another "
+            "model; quantize again with --overwrite, or name the right one with --baseline"
+        )

@@ -1,0 +1,78 @@
+"""What the batch does not know itself: options that it passes on to the methods' scripts."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from common.base.errors import UserError
+from common.base.progress import say
+
+# Options that the batch itself gives every script; of two the last would count, for each
+# configuration alike.
+_OWN_OPTIONS = ("model", "bits", "output", "overwrite", "device", "device_memory", "dtype",
+                "data_root")
+
+
+def method_parser(method: str) -> argparse.ArgumentParser:
+    """The parser of a method's script."""
+    return importlib.import_module(f"quantize_{method}").argument_parser()
+
+
+def share_out(words: list[str], methods: set[str]) -> dict[str, list[str]]:
+    """What is passed on to each method: the options that its script takes. A line says which are
+    left out for which.
+
+    Raises:
+        UserError: an option that no script takes.
+    """
+    shared: dict[str, list[str]] = {method: [] for method in sorted(methods)}
+    left_out = []
+    for option in _options(words):
+        refusals = {method: refusal for method in shared
+                    if (refusal := _refusal(method, option)) is not None}
+        if len(refusals) == len(shared):
+            unknown = (f"unknown option {' '.join(option)}: neither the batch nor a method script "
+                       "that it runs has it; see --help of run_all_quantization.sh and of those")
+            raise UserError(next(filter(None, refusals.values()), unknown))
+        for method in shared.keys() - refusals.keys():
+            shared[method] += option
+        if refusals:
+            left_out.append(f"{' '.join(option)} for {', '.join(refusals)}")
+    if left_out:
+        say(f"options left out where a script does not take them: {'; '.join(left_out)}")
+    return shared
+
+
+def _options(words: list[str]) -> list[list[str]]:
+    """Words parted into options, each with its value where that is a word of its own."""
+    parted: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") or not parted:
+            parted.append([])
+        parted[-1].append(word)
+    return parted
+
+
+def _refusal(method: str, option: list[str]) -> str | None:
+    """Why a method's script does not take an option's value, empty where it has no such option;
+    None if it takes it.
+    """
+    parser = method_parser(method)
+
+    def refuse(message: str):
+        raise UserError(f"{message} (it is passed to quantize_{method}.py, whose --help lists its "
+                        "options)")
+
+    parser.error = refuse
+    # Only parsing knows --bits=3 and --bit 3 for what they are.
+    parser.set_defaults(**dict.fromkeys(_OWN_OPTIONS))
+    try:
+        found, unknown = parser.parse_known_args(option)
+        if own := [name for name in _OWN_OPTIONS if getattr(found, name) is not None]:
+            return (f"{' '.join(option)} cannot be passed on: the batch itself tells each script "
+                    f"its --{own[0].replace('_', '-')}; see --help for what it takes, or run "
+                    f"quantize_{method}.py on its own")
+        return "" if unknown else None
+    except UserError as error:
+        return str(error)

@@ -1,0 +1,156 @@
+"""Models whose linears, embedding and head stay packed in memory and are unpacked inside the matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from common.model.architecture import FAMILIES, fill_buffers
+from common.checkpoint.format import open_checkpoint, stored_parts, unknown_form, weight_format
+from common.checkpoint.format import stored_codes
+from common.base.errors import UserError
+from common.numerics.grid import Grid
+from common.kernels.forms import PackedWeight, Rounded, pack
+from common.kernels.inference import integer_matmul, packed_matmul, round_rows, unpack
+from common.model.online import CONFIG_KEY
+
+PACKED_BITS = (4, 8)
+
+
+class PackedLinear(nn.Module):
+    """A linear on packed weights.
+
+    Args:
+        bias: [out] or None.
+        activation_bits: 8 for inputs rounded per token as they come; a product of integers then.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, activation_bits: int | None = None):
+        super().__init__()
+        self.activation_bits = activation_bits
+        self.put(weight, bias)
+
+    def put(self, weight: PackedWeight, bias: Tensor | None) -> None:
+        """Replace the weights and the bias."""
+        self._bits = weight.bits
+        for name, tensor in (("packed", weight.packed), ("scale", weight.scale), ("zero_point", weight.zero_point),
+                             ("bias", bias)):
+            self.register_buffer(name, tensor)
+
+    @property
+    def codes(self) -> PackedWeight:
+        return PackedWeight(self.packed, self.scale, self.zero_point, self._bits)
+
+    def forward(self, inputs: Tensor | Rounded) -> Tensor:
+        """Args: inputs: [..., in], or [rows, in] rounded already."""
+        if self.activation_bits is None:
+            output = packed_matmul(inputs, self.codes)
+        elif isinstance(inputs, Rounded):
+            output = integer_matmul(inputs, self.codes)
+        else:
+            rounded = round_rows(inputs.reshape(-1, inputs.shape[-1]), self.activation_bits)
+            output = integer_matmul(rounded, self.codes).view(*inputs.shape[:-1], -1)
+        return output if self.bias is None else output + self.bias
+
+
+def stack(linears: list[PackedLinear]) -> PackedLinear:
+    """One linear of all output channels of several that share their input; those become views of it."""
+    def joined(tensors: list[Tensor | None]) -> Tensor | None:
+        return None if tensors[0] is None else torch.cat(tensors)
+
+    codes = [linear.codes for linear in linears]
+    whole = replace(codes[0], packed=joined([part.packed for part in codes]), scale=joined([part.scale for part in codes]),
+                    zero_point=joined([part.zero_point for part in codes]))
+    bias = joined([linear.bias for linear in linears])
+    start = 0
+    for linear, part in zip(linears, codes, strict=True):
+        rows = slice(start, start + len(part.packed))
+        linear.put(whole[rows], None if bias is None else bias[rows])
+        start = rows.stop
+    return PackedLinear(whole, bias, linears[0].activation_bits)
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding whose rows are int8 codes with a scale each.
+
+    Args:
+        factor: what the family's own embedding multiplies by, if by anything.
+    """
+
+    def __init__(self, rows: PackedLinear, dtype: torch.dtype, factor: Tensor | None = None):
+        super().__init__()
+        self.rows, self.dtype = rows, dtype
+        self.factor = None if factor is None else factor.to(dtype)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = unpack(self.rows.codes[tokens.reshape(-1)], self.dtype).view(*tokens.shape, -1)
+        return hidden if self.factor is None else hidden * self.factor
+
+
+def can_be_packed(config: dict, names: Iterable[str]) -> bool:
+    """Whether a checkpoint can run on packed weights: only what is known exactly, anything else is left to transformers.
+
+    Args:
+        config: the content of its config.json.
+        names: of all tensors in its files.
+    """
+    if CONFIG_KEY in config or unknown_form(config, names):
+        return False
+    stored = weight_format(config)
+    return all(grid.bits in PACKED_BITS for grid in (stored.grid, *stored.ends.values()))
+
+
+def load_packed(folder: Path, device: torch.device, dtype: torch.dtype):
+    """The model in a checkpoint folder with its quantized weights packed.
+
+    Raises:
+        UserError: tensors are missing, damaged or do not fit the configuration.
+    """
+    content, tensors = open_checkpoint(folder)
+    stored = weight_format(content)
+    ends = stored.ends
+    config = AutoConfig.for_model(**{key: value for key, value in content.items() if key != "quantization_config"})
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+    def linear(name: str, grid: Grid, bits: int | None = None) -> PackedLinear:
+        parts = stored_parts(lambda part: tensors.read(part).to(device), tensors, name)
+        bias = tensors.read(f"{name}.bias").to(device, dtype) if f"{name}.bias" in tensors else None
+        try:
+            codes, zero_point = stored_codes(parts, grid)
+            return PackedLinear(pack(codes, parts["weight_scale"], zero_point, grid.bits), bias, bits)
+        except KeyError as error:
+            raise UserError(f"{folder}: {name} lacks its {error.args[0]}; quantize again") from None
+
+    decoder = model.model
+    fill_buffers(model, device)
+    for index, layer in enumerate(decoder.layers):
+        for name in FAMILIES[config.model_type].linears:
+            layer.set_submodule(name, linear(f"model.layers.{index}.{name}", stored.grid, stored.activation_bits))
+    if ends:
+        if "model.embed_tokens" in ends or config.tie_word_embeddings:
+            rows = linear("model.embed_tokens", next(iter(ends.values())))
+            factor = getattr(decoder.embed_tokens, "embed_scale", None)
+            decoder.embed_tokens = PackedEmbedding(rows, dtype, factor)
+            if config.tie_word_embeddings:
+                model.lm_head = rows
+        if "lm_head" in ends and not config.tie_word_embeddings:
+            model.lm_head = linear("lm_head", ends["lm_head"])
+    for name, parameter in list(model.named_parameters()):
+        if name != "lm_head.weight" or not config.tie_word_embeddings:
+            owner, _, leaf = name.rpartition(".")
+            value = nn.Parameter(tensors.read(name).to(device, dtype), requires_grad=False)
+            if value.shape != parameter.shape:
+                raise UserError(f"{folder}: {name} does not fit its config.json")
+            setattr(model.get_submodule(owner), leaf, value)
+    if isinstance(model.lm_head, nn.Linear) and config.tie_word_embeddings:
+        model.lm_head.weight = decoder.embed_tokens.weight
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()

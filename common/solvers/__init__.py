@@ -1,0 +1,1 @@
+"""Which integers stand for a matrix of weights: functions of weights and statistics, whatever model they come from."""

@@ -1,0 +1,146 @@
+"""Learned rounding (AdaRound): up or down for each weight, by gradient descent on the output error.
+
+A weight is represented as scale · (clip(⌊w / scale⌋ + h + zero_point) - zero_point) with h between 0 (down) and 1 (up),
+h = clip(1.2 sigmoid(v) - 0.1, 0, 1) (Nagel et al. 2020, arXiv 2004.10568, equation 23). A regulariser that grows sharper as β
+falls drives every h to 0 or 1 (equation 24).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.base import parallel
+from common.numerics.grid import Grid, QuantizedLinear, grouped
+from common.kernels.adam import EPSILON, MOMENT_DECAY, VARIANCE_DECAY
+from common.kernels.dispatch import triton_kernels, use_triton
+
+STRETCH, OFFSET = 1.2, -0.1
+BETA_START, BETA_END = 20.0, 2.0
+# Share of the iterations before the regulariser sets in.
+WARM_UP = 0.2
+
+
+@dataclass
+class SoftRounding:
+    """The rounding of one linear as it is learned. v, low and the codes are [out, in]; scale and zero_point [out, groups]."""
+
+    low: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    grid: Grid
+    v: Tensor
+
+    @classmethod
+    def start(cls, weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> SoftRounding:
+        """h starts as the fraction w / scale - ⌊w / scale⌋, so that the soft weights are the true ones."""
+        position = (grouped(weight, grid) / scale.unsqueeze(-1)).flatten(1)
+        low = position.floor()
+        share = ((position - low) - OFFSET) / STRETCH
+        return cls(low, scale, zero_point, grid, torch.logit(share))
+
+    def h(self) -> Tensor:
+        return (STRETCH * torch.sigmoid(self.v) + OFFSET).clamp(0.0, 1.0)
+
+    def weight(self, h: Tensor) -> Tensor:
+        """The weights [out, in] for some h."""
+        zero = self.zero_point.unsqueeze(-1)
+        codes = (grouped(self.low + h, self.grid) + zero).clamp(self.grid.code_min, self.grid.code_max)
+        return ((codes - zero) * self.scale.unsqueeze(-1)).flatten(1)
+
+    def codes(self) -> Tensor:
+        """The hard codes [out, in] int8: up where v >= 0."""
+        up = (self.v >= 0).to(self.low.dtype)
+        codes = grouped(self.low + up, self.grid) + self.zero_point.unsqueeze(-1)
+        return codes.clamp(self.grid.code_min, self.grid.code_max).to(torch.int8).flatten(1)
+
+    def rounded(self) -> QuantizedLinear:
+        """The hard codes with their scales."""
+        return QuantizedLinear(self.codes(), self.scale, self.zero_point, self.grid)
+
+    def settled(self) -> float:
+        """Share of h within 0.01 of 0 or 1."""
+        h = self.h()
+        return ((h < 0.01) | (h > 0.99)).float().mean().item()
+
+
+def beta_at(step: int, iterations: int) -> float | None:
+    """The regulariser's exponent at a step, falling along a cosine; None during the warm-up."""
+    start = WARM_UP * iterations
+    if step < start:
+        return None
+    progress = (step - start) / max(iterations - start, 1)
+    return BETA_END + 0.5 * (BETA_START - BETA_END) * (1 + math.cos(progress * math.pi))
+
+
+def regulariser_gradient(h: Tensor, beta: float) -> Tensor:
+    """Derivative by h of sum(1 - |2h - 1|^beta)."""
+    centred = 2 * h - 1
+    return -2 * beta * centred.abs().pow(beta - 1) * centred.sign()
+
+
+class Learning:
+    """Adam on v for the loss tr(D G Dᵀ) / u + strength · Σ (1 - |2h - 1|^β), with D [out, in] the error of the soft weights.
+
+    u, the mean s² G of a weight, lets `strength` weigh the regulariser alike in every layer.
+    """
+
+    def __init__(self, soft: SoftRounding, weight: Tensor, gram: Tensor):
+        self.soft, self.target, self.gram = soft, weight.contiguous(), gram
+        steps = soft.scale.unsqueeze(-1).expand(-1, -1, weight.shape[1] // soft.scale.shape[1]).flatten(1)
+        self.unit = parallel.mean(steps.square() * gram.diagonal())
+        # Before Adam's state, as it takes intermediate tensors of its own.
+        self.difference = soft.weight(soft.h()) - self.target
+        self.moment, self.variance = torch.zeros_like(soft.v), torch.zeros_like(soft.v)
+        if not use_triton(soft.v):
+            low = grouped(soft.low, soft.grid) + soft.zero_point.unsqueeze(-1)
+            # Where both neighbours are clipped to the same code, h has no effect.
+            inside = ((low >= soft.grid.code_min) & (low < soft.grid.code_max)).flatten(1)
+            self._factor = 2 * steps / self.unit * inside
+
+    def gradient(self, strength: float, beta: float | None) -> Tensor:
+        """The loss's derivative by v [out, in]; beta None leaves the regulariser out."""
+        return self._by_v(self.difference @ self.gram, strength, beta)
+
+    def _by_v(self, product: Tensor, strength: float, beta: float | None) -> Tensor:
+        """The same from D G [out, in]."""
+        sigmoid = torch.sigmoid(self.soft.v)
+        h = (STRETCH * sigmoid + OFFSET).clamp_(0.0, 1.0)
+        gradient = product.mul_(self._factor)
+        if beta is not None:
+            gradient += strength * regulariser_gradient(h, beta)
+        return gradient.mul_(STRETCH * sigmoid * (1 - sigmoid) * ((h > 0) & (h < 1)))
+
+    def step(self, strength: float, beta: float | None, rate: float) -> None:
+        """One step; `rate` holds the learning rate and Adam's corrections for its start from zero."""
+        soft, product = self.soft, self.difference @ self.gram
+        if kernels := triton_kernels(soft.v):
+            kernels.rounding.learning_step(soft.v, soft.low, soft.scale, soft.zero_point, self.target, product, self.unit,
+                                           self.moment, self.variance, self.difference, soft.grid, strength, beta, rate)
+            return
+        gradient = self._by_v(product, strength, beta)
+        self.moment.lerp_(gradient, 1 - MOMENT_DECAY)
+        self.variance.lerp_(gradient.square_(), 1 - VARIANCE_DECAY)
+        soft.v.addcdiv_(self.moment, self.variance.sqrt().add_(EPSILON), value=-rate)
+        self.difference = soft.weight(soft.h()).sub_(self.target)
+
+
+def learn_rounding(weight: Tensor, gram: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, iterations: int,
+                   strength: float, learning_rate: float) -> SoftRounding:
+    """Learn the rounding of one or more stacked linears through the Gram matrix of their input.
+
+    The loss is tr(D G Dᵀ), exact over all calibration tokens; its gradient by the weights is 2 D G. Adam, as in the paper.
+
+    Args:
+        weight: [out, in] float32; gram: [in, in]; scale, zero_point: [out, groups].
+    """
+    soft = SoftRounding.start(weight, scale, zero_point, grid)
+    learning = Learning(soft, weight, gram)
+    for step in range(iterations):
+        rate = learning_rate * math.sqrt(1 - VARIANCE_DECAY ** (step + 1))
+        rate /= 1 - MOMENT_DECAY ** (step + 1)
+        learning.step(strength, beta_at(step, iterations), rate)
+    return soft

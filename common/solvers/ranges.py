@@ -1,0 +1,104 @@
+"""The range that each group of weights is rounded over, chosen for a small output error.
+
+`choose_ranges` does it before the codes are found, `restore_gain` corrects the scales after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from common.numerics.grid import Grid, QuantizedLinear, min_max, round_scale, rounding_error
+from common.kernels.rounding import TILE_ELEMENTS, search_range
+
+# Candidates of `choose_ranges`: share of each group's full range.
+RANGE_CANDIDATES = tuple(torch.linspace(1.04, 0.55, 16).tolist())
+
+
+def choose_ranges(weight: Tensor, gram: Tensor, grid: Grid, scale_dtype: torch.dtype,
+                  sweeps: int = 1) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point of each group for nearest rounding, by the output error with all the
+    other groups' errors.
+
+    Group after group, the candidate range that minimises tr(D G Dᵀ), the rest of D as it stands, is
+    taken.
+
+    Args:
+        weight: [out, in] float32; gram: [in, in].
+        sweeps: how often all groups are gone through.
+    Returns:
+        scale and zero_point, each [out, groups].
+    """
+    scale, zero_point = search_range(weight, grid, gram.diagonal(), scale_dtype=scale_dtype)
+    difference = QuantizedLinear.nearest(weight, scale, zero_point, grid).dequantize() - weight
+    size = weight.shape[1] // scale.shape[1]
+    for _ in range(sweeps):
+        for group in range(scale.shape[1]):
+            span = slice(group * size, (group + 1) * size)
+            values, block = weight[:, span], gram[span, span]
+            current = difference[:, span]
+            # The pull of the other groups' errors.
+            others = difference @ gram[:, span] - current @ block
+            best = _best_range(values, current, scale[:, group], zero_point[:, group], block,
+                               others, grid, scale_dtype)
+            difference[:, span], scale[:, group], zero_point[:, group] = best
+    return scale, zero_point
+
+
+def _best_range(values: Tensor, current: Tensor, scale: Tensor, zero_point: Tensor, block: Tensor,
+                others: Tensor, grid: Grid, scale_dtype: torch.dtype,
+                ) -> tuple[Tensor, Tensor, Tensor]:
+    """The best of the current range and all candidates for one group: error [out, group], scale and
+    zero_point [out].
+
+    All candidates are tried at once, so that a GPU sees few large operations; rows go in tiles that
+    fit a CPU's cache.
+    """
+    results = []
+    shares = torch.tensor(RANGE_CANDIDATES, device=values.device).unsqueeze(1)
+    rows = max(1, TILE_ELEMENTS[values.device.type] // (len(RANGE_CANDIDATES) * values.shape[1]))
+    tensors = values, current, scale, zero_point, others
+    for tile in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
+        part, part_current, part_scale, part_zero, pull = tile
+        scales, zeros = min_max(part.unsqueeze(0), grid, shares, scale_dtype)  # [candidates, rows]
+        scales = torch.cat([scales, part_scale.unsqueeze(0)])
+        zeros = torch.cat([zeros, part_zero.unsqueeze(0)])
+        errors = rounding_error(part.unsqueeze(0), scales, zeros, grid)
+        # What is there now may not be nearest rounding's error; it stays a candidate as it is.
+        errors[-1] = part_current
+        best = ((errors @ block + 2 * pull) * errors).sum(-1).argmin(0)
+        row = torch.arange(len(part), device=part.device)
+        results.append((errors[best, row], scales[best, row], zeros[best, row]))
+    return tuple(torch.cat(column) for column in zip(*results, strict=True))
+
+
+# Bits from which `restore_gain` acts. Measured at 4 on eight models; at 3 the demo model gets worse
+# by it (KL 0.349 -> 0.365 as its file gives it, 0.431 -> 0.442 at a spread of 0.2): errors are so
+# large there that gain is worth trading for noise.
+GAIN_BITS = 4
+
+
+def restore_gain(weight: Tensor, rounded: QuantizedLinear, gram: Tensor | None,
+                 scale_dtype: torch.dtype) -> QuantizedLinear:
+    """The same codes with scales with which the output of each row, regressed on the original one,
+    has slope one; below GAIN_BITS bits with the scales as they are.
+
+    Ranges that are searched, and scales that are fitted, for the smallest error leave outputs too
+    small: clipped weights are the largest and always move inwards, and least squares trades gain
+    for noise. A layer's error hardly shows it, but all layers shrink alike, and with them the few
+    massive activations that attention rests on.
+
+    Args:
+        weight: [out, in] float32.
+        gram: [in, in], None for inputs of which nothing is known: the weights themselves are
+            regressed.
+    """
+    if rounded.grid.bits < GAIN_BITS:
+        return rounded
+    values, product = rounded.dequantize(), weight if gram is None else weight @ gram
+    gain = (values * product).sum(1) / (weight * product).sum(1)
+    # A row without output, or whose output is lost, has no gain to restore.
+    gain = torch.where((gain > 0.5) & (gain < 2.0), gain, 1.0)
+    return replace(rounded, scale=round_scale(rounded.scale / gain.unsqueeze(1), scale_dtype))

@@ -1,0 +1,1 @@
+"""Text and questions: rows of data sets, chat templates, token windows, the probe text, overlap with calibration text."""

@@ -1,0 +1,1 @@
+"""The way of the hidden states through a model, layer by layer, and what a method does with each layer."""

@@ -1,0 +1,213 @@
+"""The walk over decoder layers: statistics, the method's rounding, propagation, a record per linear.
+
+What differs from method to method is in its `Method`; all the rest is here, and the same for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from common.base import parallel
+from common.model.architecture import Family, LinearGroup
+from common.walk.collecting import catch_up_layer, collect_statistics
+from common.base.errors import UserError
+from common.numerics.grid import Grid, QuantizedLinear
+from common.walk.inputs import group_inputs
+from common.walk.method import Layer, Method
+from common.model.source import SourceModel
+from common.text.probe import check_finite, overflow
+from common.base.progress import say, track
+from common.walk.resume import Resumption, replay
+from common.base.stopwatch import Stopwatch
+from common.walk.streams import Streams, advance, cut, embed_chunks, hidden_bytes, home_of, run_layer
+
+# Is handed index, module, codes by linear, and record of each finished layer.
+LayerReceiver = Callable[[int, nn.Module, dict[str, QuantizedLinear], dict], None]
+
+
+@dataclass
+class WalkResult:
+    """What the walk leaves behind, beside the layers it handed on.
+
+    linears: by full name, bits, group_size and relative_output_error, which is ‖x(Q - W)ᵀ‖ / ‖xWᵀ‖ over the probe text.
+    probe_logits, baseline_probe_logits: [length, vocabulary] of the quantized and of the original model.
+    layer_notes: by layer index, what the method recorded.
+    """
+
+    linears: dict[str, dict]
+    layer_notes: list[dict[str, float]]
+    probe_logits: Tensor
+    baseline_probe_logits: Tensor
+
+
+@torch.no_grad()
+def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Tensor | None,
+                   probe: Tensor, finished: LayerReceiver, watch: Stopwatch,
+                   round_embedding_and_head: Callable[[], None] = lambda: None,
+                   resumption: Resumption | None = None) -> WalkResult:
+    """Quantize every decoder layer in turn; each sees the output of the quantized layers before it.
+
+    Args:
+        windows: calibration tokens [samples, length], or None for a method that needs none.
+        probe: tokens [1, length] of a fixed text that travels along; errors and recorded logits are measured on it.
+        finished: called with (index, layer, codes, record) once a layer holds its dequantized weights.
+        round_embedding_and_head: called before the first layer, to round embedding and head.
+        resumption: layers that need not be quantized again; the streams are led through them as they were then.
+    Raises:
+        UserError: a layer whose codes or scales are not finite, or activations that overflow; names the layer or the head.
+    """
+    records = list(resumption.records) if resumption else []
+    resumed = len(records)
+    with watch("load"):
+        streams = _start(source, method, windows, probe, round_embedding_and_head)
+        source.move_ends(torch.device("cpu"))
+    for index in track(range(source.num_layers), f"{method.name} {grid.bits}-bit layers", unit="layers"):
+        with watch("load"):
+            module = source.load_layer(index)
+            layer = Layer(index, module, grid, source.storage_dtype)
+        with watch("record"):
+            streams.reference = run_layer(module, streams.reference, streams.probe_arguments[index])
+        if windows is not None:
+            layer.inputs = streams.hidden
+            layer.forward = partial(run_layer, module, arguments=streams.arguments[index])
+        if method.rewrite_layer:
+            with watch("statistics"):
+                method.rewrite_layer(layer)
+                round_to_storage(module, source.family, source.storage_dtype)
+        if index < resumed:
+            with watch("resume"):
+                replay(layer, method, streams, source.device, resumption.restore)
+        else:
+            codes, record = _quantize_layer(layer, method, streams, source, watch)
+            records.append(record)
+            with watch("write"):
+                finished(index, module, codes, record)
+        with watch("propagate"):
+            streams.probed = run_layer(module, streams.probed, streams.probe_arguments[index])
+            if windows is not None and not method.original_inputs and index + 1 < source.num_layers:
+                advance(layer.forward, streams.hidden, source.device)
+        source.release_layer(index)
+        del layer
+    # Embedding and head come back to the GPU, which may not have room for both.
+    streams.hidden = streams.originals = None
+    linears = {name: linear for record in records for name, linear in record["linears"].items()}
+    with watch("record"):
+        source.move_ends(source.device)
+        logits = source.logits(streams.probed)[0], source.original_logits(streams.reference)[0]
+        for found in logits:
+            check_finite(found, f"{source.name}, the last layer or the head", source.dtype)
+        return WalkResult(linears, [record["notes"] for record in records], *logits)
+
+
+def _start(source: SourceModel, method: Method, windows: Tensor | None, probe: Tensor,
+           round_embedding_and_head: Callable[[], None]) -> Streams:
+    """The streams before the first layer, the model's small parts rewritten and rounded."""
+    reference = source.embed(probe)
+    if method.rewrite_model:
+        method.rewrite_model(source)
+        round_to_storage(source.model, source.family, source.storage_dtype)
+    chunks, home, originals = (), source.device, None
+    catches_up = _catches_up(method, source.family)
+    if windows is not None:
+        chunks = cut(source, windows)
+        home = home_of((2 if catches_up else 1) * hidden_bytes(source, windows), source.device)
+    if catches_up and windows is not None:
+        originals = embed_chunks(source, chunks, home)
+    round_embedding_and_head()
+    hidden, arguments = None, None
+    if windows is not None:
+        hidden, arguments = embed_chunks(source, chunks, home), source.layer_arguments(windows.shape[1])
+        if originals is not None:
+            # Chunks that nothing has changed yet are the same tensors, which need to pass through the first layer once.
+            hidden = [old if torch.equal(old, new) else new for old, new in zip(originals, hidden, strict=True)]
+    return Streams(reference, source.embed(probe), hidden, originals,
+                   source.layer_arguments(probe.shape[1]), arguments)
+
+
+def _catches_up(method: Method, family: Family) -> bool:
+    """Whether linears are made to recover the stream's lag; says so where they cannot be."""
+    if method.catch_up and family.normalises_output:
+        say(f"{family.model_type} normalises what attention and MLP add to the residual stream, so "
+            "linears cannot catch up with its lag: --catch-up does nothing")
+    return bool(method.catch_up) and not family.normalises_output
+
+
+def _quantize_layer(layer: Layer, method: Method, streams: Streams, source: SourceModel,
+                    watch: Stopwatch) -> tuple[dict[str, QuantizedLinear], dict]:
+    """Quantize a layer and put the dequantized weights into it. Returns the codes and the record of the layer."""
+    module = layer.module
+    if streams.hidden is not None:
+        with watch("statistics"):
+            layer.statistics = collect_statistics(layer, source.device, method, streams.originals)
+            layer.targets = streams.originals
+            catch_up_layer(layer, method.catch_up)
+    with watch("solve"):
+        layer.choose_scale_type(source.storage_dtype)
+        if method.prepare_layer:
+            method.prepare_layer(layer)
+            round_to_storage(module, source.family, source.storage_dtype)
+            layer.choose_scale_type(source.storage_dtype)
+    with watch("record"):
+        inputs: dict[LinearGroup, Tensor] = {}
+        with group_inputs(module, inputs.__setitem__):
+            run_layer(module, streams.probed, streams.probe_arguments[layer.index])
+    with watch("solve"):
+        codes = _exchange(layer, method.quantize_layer(layer))
+    with watch("record"):
+        found = [_install(layer, name, codes[name], inputs[group], method)
+                 for group in layer.family.groups for name in group.linears]
+        errors, finite = torch.stack([torch.stack(pair) for pair in found]).T.tolist()
+    linears = {}
+    for name, error, is_finite in zip(layer.family.linears, errors, finite, strict=True):
+        if not is_finite:
+            raise UserError(f"{layer.where(name)}: quantization gave NaN or Inf; use other calibration data or --dtype float32")
+        if not math.isfinite(error):
+            raise overflow(layer.where(name), streams.probed.dtype)
+        linears[layer.where(name)] = {"bits": layer.grid.bits, "group_size": layer.grid.group_size,
+                                      "relative_output_error": error}
+    return codes, {"linears": linears, "notes": layer.notes}
+
+
+def _exchange(layer: Layer, codes: dict[str, QuantizedLinear]) -> dict[str, QuantizedLinear]:
+    """The codes of all rows, out of those that each process found; of the notes, the least of all processes."""
+    if parallel.size() == 1:
+        return codes
+    whole = {}
+    for name in layer.family.linears:
+        found, count = codes[name], layer.module.get_submodule(name).out_features
+        whole[name] = QuantizedLinear(*(parallel.join_rows(tensor, count)
+                                        for tensor in (found.codes, found.scale, found.zero_point)), layer.grid)
+    for notes in parallel.gather(layer.notes):
+        for key, value in notes.items():
+            layer.notes[key] = min(value, layer.notes.get(key, value))
+    return whole
+
+
+def round_to_storage(module: nn.Module, family: Family, dtype: torch.dtype) -> None:
+    """Round what is stored as it is (norms, biases, embedding, head) to the stored type, so that memory equals file."""
+    quantized = {f"{name}.weight" for name in family.linears}
+    for name, parameter in module.named_parameters():
+        if not parameter.is_meta and name not in quantized:
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+
+
+def _install(layer: Layer, name: str, quantized: QuantizedLinear, inputs: Tensor,
+             method: Method) -> tuple[Tensor, Tensor]:
+    """Put the dequantized weights into the layer; returns the relative output error, and whether all is finite as 0 or 1."""
+    linear = layer.module.get_submodule(name)
+    weight = quantized.dequantize(linear.weight.dtype)
+    before = nn.functional.linear(inputs, linear.weight).float()
+    method.install_rounding(linear)
+    if round_inputs := method.round_inputs:
+        change = nn.functional.linear(round_inputs(inputs), weight).float() - before
+    else:
+        change = nn.functional.linear(inputs, weight - linear.weight).float()
+    error = change.norm() / before.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    linear.weight.data = weight
+    return error, (torch.isfinite(quantized.scale).all() & torch.isfinite(weight).all()).float()
