@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""Regenerate README's tables, the plots, docs/report.html and CSV files, from results/ and docs/results/ alone.
+"""Regenerate README's tables, the plots, docs/report.html and CSV files, from results/ and
+docs/results/ alone.
 
     python analyze_results.py
-    python analyze_results.py --results-dir /tmp/results --readme /tmp/README.md --figures-dir /tmp/figures
+    python analyze_results.py --results-dir /tmp/results --readme /tmp/README.md --figures-dir
+    /tmp/figures
 
-results/ holds this machine's runs, docs/results/ the documented run, which comes with the project. Each is marked as what it is.
+results/ holds this machine's runs, docs/results/ the documented run, which comes with the project.
+Each is marked as what it is.
 """
 
 import argparse
@@ -13,40 +16,70 @@ import os
 from pathlib import Path
 
 from common import cli
-from common.reporting.comparison import compare_all
 from common.base.errors import UserError
-from common.results.identity import checkpoint_hash
-from common.model.source import MODELS_FOLDER
-from common.reporting.plots import draw_all
 from common.base.progress import say
-from common.reporting.report import in_table_order, page, replace_between_markers, section, write_csv
-from common.results.documents import DOCUMENTED_FOLDER, RESULTS_FOLDER, ModelResults, load_all, of_one_size
+from common.model.source import MODELS_FOLDER
+from common.reporting.comparison import compare_all
+from common.reporting.plots import draw_all
+from common.reporting.report import (
+    in_table_order,
+    page,
+    replace_between_markers,
+    section,
+    write_csv,
+)
+from common.results.documents import (
+    DOCUMENTED_FOLDER,
+    RESULTS_FOLDER,
+    ModelResults,
+    load_all,
+    of_one_size,
+)
+from common.results.identity import checkpoint_hash
 
 README = Path("README.md")
 
 
 def say_what_is_stale(results: ModelResults, results_dir: Path) -> None:
-    """Name the configurations whose checkpoint is another by now than the one that was evaluated."""
+    """Name the configurations whose checkpoint is another by now than the one that was
+    evaluated."""
     for name, document in results.documents.items():
         folder = MODELS_FOLDER / results.name / name
         if "checkpoint" in document and (folder / "config.json").is_file():
-            with contextlib.suppress(UserError):                                # verify_model.py says what is broken
+            with contextlib.suppress(UserError):  # verify_model.py says what is broken
                 if checkpoint_hash(folder, results_dir) != document["checkpoint"]:
-                    say(f"{results.name} {name}: the figures are of another checkpoint than {folder} holds now; evaluate it "
-                        "again")
+                    say(
+                        f"{results.name} {name}: the figures are of another checkpoint than "
+                        f"{folder} holds now; evaluate it "
+                        "again"
+                    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results-dir", type=Path, default=RESULTS_FOLDER, help="local runs (default: %(default)s)")
-    parser.add_argument("--documented-dir", type=Path,
-                        help=f"the documented run (default: {DOCUMENTED_FOLDER}; none where both "
-                             "--results-dir and --readme are others)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--results-dir", type=Path, default=RESULTS_FOLDER, help="local runs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--documented-dir",
+        type=Path,
+        help=f"the documented run (default: {DOCUMENTED_FOLDER}; none where both "
+        "--results-dir and --readme are others)",
+    )
     parser.add_argument("--readme", type=Path, default=README, help="default: %(default)s")
-    parser.add_argument("--figures-dir", type=Path, default=Path("docs/figures"), help="default: %(default)s")
-    parser.add_argument("--report", type=Path, help="HTML page with everything in it (default: report.html beside the figures' "
-                                                    "folder)")
-    parser.add_argument("--tables-dir", type=Path, help="CSV files (default: tables beside the figures' folder)")
+    parser.add_argument(
+        "--figures-dir", type=Path, default=Path("docs/figures"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        help="HTML page with everything in it (default: report.html beside the figures' folder)",
+    )
+    parser.add_argument(
+        "--tables-dir", type=Path, help="CSV files (default: tables beside the figures' folder)"
+    )
     options = parser.parse_args()
     report = options.report or options.figures_dir.parent / "report.html"
     tables = options.tables_dir or options.figures_dir.parent / "tables"
@@ -57,25 +90,47 @@ def main() -> None:
         folders[True] = DOCUMENTED_FOLDER
         if options.results_dir.resolve() == DOCUMENTED_FOLDER.resolve():
             folders[False] = None
-    models = in_table_order([results for documented, folder in folders.items() if folder
-                             for results in map(of_one_size, load_all(folder, documented))])
+    models = in_table_order(
+        [
+            results
+            for documented, folder in folders.items()
+            if folder
+            for results in map(of_one_size, load_all(folder, documented))
+        ]
+    )
     if not models:
-        raise UserError(f"{options.results_dir} holds no results; run common/evaluation.py or run_all_quantization.sh first")
+        raise UserError(
+            f"{options.results_dir} holds no results; run common/evaluation.py or "
+            f"run_all_quantization.sh first"
+        )
     drawn = []
     for results in models:
         if not results.documented:
             say_what_is_stale(results, options.results_dir)
         comparisons = compare_all(folders[results.documented], results)
         place = Path("documented" if results.documented else "", results.name)
-        drawn.append((results, comparisons, draw_all(results, comparisons, options.figures_dir / place)))
+        drawn.append(
+            (results, comparisons, draw_all(results, comparisons, options.figures_dir / place))
+        )
         write_csv(results, comparisons, tables / place)
-    sections = [section(results, comparisons, [(caption, Path(os.path.relpath(file, options.readme.parent)).as_posix())
-                                               for caption, file in figures])
-                for results, comparisons, figures in drawn]
+    sections = [
+        section(
+            results,
+            comparisons,
+            [
+                (caption, Path(os.path.relpath(file, options.readme.parent)).as_posix())
+                for caption, file in figures
+            ],
+        )
+        for results, comparisons, figures in drawn
+    ]
     replace_between_markers(options.readme, "\n\n".join(sections))
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(page(drawn), encoding="utf-8")
-    say(f"{options.readme}: tables of {', '.join(results.title for results in models)}; {report}; CSV in {tables}")
+    say(
+        f"{options.readme}: tables of {', '.join(results.title for results in models)}; {report}; "
+        f"CSV in {tables}"
+    )
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@
     python quantize_adaround.py --bits 4 --output models/Llama-3.2-1B-Instruct/adaround-4bit
     python quantize_adaround.py --model demo --iterations 200
 
-Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", https://arxiv.org/abs/2004.10568. Layer by
-layer (--reconstruction layer) the output error tr((Q - W) G (Q - W)ᵀ) of each linear is minimised through the Gram matrix G
-of its input: the exact gradient over all calibration tokens, without keeping an activation. With --reconstruction block
-the error of a whole decoder layer's output is minimised on the calibration windows (BRECQ, https://arxiv.org/abs/2102.05426).
-Input channels are equalised first (--equalize), as rounding learned on top of uneven channels keeps their error; the scales are
-AWQ's (https://arxiv.org/abs/2306.00978).
+Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization",
+https://arxiv.org/abs/2004.10568. Layer by layer (--reconstruction layer) the output error tr((Q -
+W) G (Q - W)ᵀ) of each linear is minimised through the Gram matrix G
+of its input: the exact gradient over all calibration tokens, without keeping an activation. With
+--reconstruction block the error of a whole decoder layer's output is minimised on the calibration
+windows (BRECQ, https://arxiv.org/abs/2102.05426). Input channels are equalised first (--equalize),
+as rounding learned on top of uneven channels keeps their error; the scales are AWQ's
+(https://arxiv.org/abs/2306.00978).
 """
 
 import argparse
@@ -18,28 +20,32 @@ import torch
 from torch import Tensor
 
 from common import cli
-from common.base.arguments import positive
 from common.base import parallel
-from common.solvers.adaround import SoftRounding, beta_at, learn_rounding
-from common.model.architecture import LinearGroup
+from common.base.arguments import positive
 from common.base.errors import UserError
+from common.model.architecture import LinearGroup
 from common.numerics.grid import QuantizedLinear
-from common.walk.inputs import InputStatistics, Needs
-from common.walk.method import Layer, Method
 from common.quantization import run
+from common.solvers.adaround import SoftRounding, beta_at, learn_rounding
 from common.solvers.ranges import choose_ranges, restore_gain
 from common.solvers.rounding import damped
+from common.walk.inputs import InputStatistics, Needs
+from common.walk.method import Layer, Method
 from common.walk.scaling import equalize
 
 ITERATIONS, DEMO_ITERATIONS = 150, 60
-# Added to the Gram matrix's diagonal, as a share of its mean: a learned rounding fits the calibration text all too well.
+# Added to the Gram matrix's diagonal, as a share of its mean: a learned rounding fits the
+# calibration text all too well.
 DAMPING = 1.0
-# Weight of the regulariser, and how far Adam could carry a v in all (from one end of h to the other is about 5): with less of
-# either up to a third of the roundings stay undecided (docs/quantization_methods_deep_dive.md).
+# Weight of the regulariser, and how far Adam could carry a v in all (from one end of h to the other
+# is about 5): with less of either up to a third of the roundings stay undecided
+# (docs/quantization_methods_deep_dive.md).
 STRENGTH, TRAVEL = 1.0, 50.0
-# Windows of a step of the block's reconstruction, weight of its error, in units of what it starts from, and travel there.
+# Windows of a step of the block's reconstruction, weight of its error, in units of what it starts
+# from, and travel there.
 BLOCK_BATCH, BLOCK_ERROR_WEIGHT, BLOCK_TRAVEL = 4, 0.1, 20.0
-# Where |v| starts from there: far enough from 0 to remember the layer-wise rounding, near enough to change it.
+# Where |v| starts from there: far enough from 0 to remember the layer-wise rounding, near enough to
+# change it.
 BLOCK_START = 1.0
 
 
@@ -52,11 +58,13 @@ def quantize_layer(layer: Layer, iterations: int, block: bool) -> dict[str, Quan
 
     def learn(weight: Tensor, gram: Tensor) -> SoftRounding:
         scale, zero_point = choose_ranges(weight, gram, layer.grid, layer.scale_dtype)
-        return learn_rounding(weight, gram, scale, zero_point, layer.grid, iterations, STRENGTH,
-                              TRAVEL / iterations)
+        return learn_rounding(
+            weight, gram, scale, zero_point, layer.grid, iterations, STRENGTH, TRAVEL / iterations
+        )
 
-    def quantize_group(group: LinearGroup, weight: Tensor,
-                       statistics: InputStatistics) -> QuantizedLinear:
+    def quantize_group(
+        group: LinearGroup, weight: Tensor, statistics: InputStatistics
+    ) -> QuantizedLinear:
         if block:
             settled.append(learned[group].settled())
             return learned[group].rounded()
@@ -76,7 +84,8 @@ def quantize_layer(layer: Layer, iterations: int, block: bool) -> dict[str, Quan
 
 
 def reconstruct(layer: Layer, learned: list[SoftRounding], iterations: int) -> None:
-    """Minimise the error of the layer's output over batches of windows, plus the regulariser, starting from `learned`.
+    """Minimise the error of the layer's output over batches of windows, plus the regulariser,
+    starting from `learned`.
 
     The error is relative to each token's size, as in `collecting`, against the original model's
     output where that is known.
@@ -84,15 +93,25 @@ def reconstruct(layer: Layer, learned: list[SoftRounding], iterations: int) -> N
     inputs = torch.cat(layer.inputs)
     device = next(layer.module.parameters()).device
     with torch.no_grad():
-        targets = torch.cat(layer.targets or [layer.forward(chunk.to(device)).to(chunk.device) for chunk in layer.inputs])
+        targets = torch.cat(
+            layer.targets
+            or [layer.forward(chunk.to(device)).to(chunk.device) for chunk in layer.inputs]
+        )
         for rounding in learned:
-            rounding.v = torch.where(rounding.v >= 0, BLOCK_START, -BLOCK_START).requires_grad_(True)
+            rounding.v = torch.where(rounding.v >= 0, BLOCK_START, -BLOCK_START).requires_grad_(
+                True
+            )
     originals = {name: layer.module.get_submodule(name).weight for name in layer.family.linears}
     count = sum(rounding.v.numel() for rounding in learned)
 
     def error(chosen: torch.Tensor | slice) -> torch.Tensor:
-        output, target = layer.forward(inputs[chosen].to(device)).float(), targets[chosen].to(device).float()
-        return ((output - target).square().mean(-1) / target.square().mean(-1).clamp(min=1e-12)).mean()
+        output, target = (
+            layer.forward(inputs[chosen].to(device)).float(),
+            targets[chosen].to(device).float(),
+        )
+        return (
+            (output - target).square().mean(-1) / target.square().mean(-1).clamp(min=1e-12)
+        ).mean()
 
     with torch.no_grad():
         for group, rounding in zip(layer.family.groups, learned, strict=True):
@@ -120,9 +139,13 @@ def reconstruct(layer: Layer, learned: list[SoftRounding], iterations: int) -> N
 
 
 def _set_weights(layer: Layer, group: LinearGroup, stacked: torch.Tensor) -> None:
-    """Put the rows of a tensor [out, in], which may carry a gradient, in the place of the weights of a group's linears."""
+    """Put the rows of a tensor [out, in], which may carry a gradient, in the place of the weights
+    of a group's linears.
+    """
     linears = [layer.module.get_submodule(name) for name in group.linears]
-    for linear, weight in zip(linears, stacked.split([linear.out_features for linear in linears]), strict=True):
+    for linear, weight in zip(
+        linears, stacked.split([linear.out_features for linear in linears]), strict=True
+    ):
         dtype = linear.weight.dtype
         del linear.weight
         linear.weight = weight.to(dtype)
@@ -130,13 +153,26 @@ def _set_weights(layer: Layer, group: LinearGroup, stacked: torch.Tensor) -> Non
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = cli.quantization_parser(__doc__, bits=4)
-    parser.add_argument("--iterations", type=positive, metavar="N",
-                        help=f"gradient steps per layer (default: {ITERATIONS}; {DEMO_ITERATIONS} with demo text)")
-    parser.add_argument("--reconstruction", choices=("layer", "block"), default="layer",
-                        help="learn each linear's rounding alone, or then all of a decoder layer's together (default: "
-                             "%(default)s)")
-    parser.add_argument("--equalize", action=argparse.BooleanOptionalAction, default=True,
-                        help="even out input channels before learning (default: %(default)s)")
+    parser.add_argument(
+        "--iterations",
+        type=positive,
+        metavar="N",
+        help=f"gradient steps per layer (default: {ITERATIONS}; {DEMO_ITERATIONS} with demo text)",
+    )
+    parser.add_argument(
+        "--reconstruction",
+        choices=("layer", "block"),
+        default="layer",
+        help="learn each linear's rounding alone, or then all of a decoder layer's together "
+        "(default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--equalize",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="even out input channels before learning (default: %(default)s)",
+    )
     cli.add_catch_up(parser)
     return parser
 
@@ -144,14 +180,26 @@ def argument_parser() -> argparse.ArgumentParser:
 def main() -> None:
     options = argument_parser().parse_args()
     cli.resolve_sizes(options)
-    options.iterations = options.iterations or (DEMO_ITERATIONS if options.calib_data == "demo" else ITERATIONS)
+    options.iterations = options.iterations or (
+        DEMO_ITERATIONS if options.calib_data == "demo" else ITERATIONS
+    )
     block = options.reconstruction == "block"
     if block and parallel.size() > 1:
-        raise UserError("--reconstruction block learns a layer as a whole, in one process; start it without torchrun")
+        raise UserError(
+            "--reconstruction block learns a layer as a whole, in one process; start it without "
+            "torchrun"
+        )
     needs = Needs.GRAM | (Needs.MAGNITUDES if options.equalize else Needs.NOTHING)
-    run(options, Method("adaround", lambda layer: quantize_layer(layer, options.iterations, block),
-                        needs, prepare_layer=equalize if options.equalize else None,
-                        catch_up=options.catch_up))
+    run(
+        options,
+        Method(
+            "adaround",
+            lambda layer: quantize_layer(layer, options.iterations, block),
+            needs,
+            prepare_layer=equalize if options.equalize else None,
+            catch_up=options.catch_up,
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@
     python quantize_awq.py --model demo
 
 Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration",
-https://arxiv.org/abs/2306.00978. A scale s = a^r / w^(1 - r) per input channel, a the mean |x| and w the mean relative
-weight, is multiplied into the weights and divided out of the norm or linear before them. r, identity included, is the one
-with the smallest output error tr((Q - W) G (Q - W)ᵀ), which the Gram matrix G gives over all calibration tokens
-without keeping an activation. The clipping of each group's range is then chosen by the same error.
+https://arxiv.org/abs/2306.00978. A scale s = a^r / w^(1 - r) per input channel, a the mean |x| and
+w the mean relative weight, is multiplied into the weights and divided out of the norm or linear
+before them. r, identity included, is the one with the smallest output error tr((Q - W) G (Q - W)ᵀ),
+which the Gram matrix G gives over all calibration tokens without keeping an activation. The
+clipping of each group's range is then chosen by the same error.
 """
 
 import argparse
@@ -18,10 +19,10 @@ from torch import Tensor
 from common import cli
 from common.model.architecture import LinearGroup
 from common.numerics.grid import QuantizedLinear
-from common.walk.inputs import InputStatistics, Needs
-from common.walk.method import Layer, Method
 from common.quantization import run
 from common.solvers.ranges import choose_ranges, restore_gain
+from common.walk.inputs import InputStatistics, Needs
+from common.walk.method import Layer, Method
 from common.walk.scaling import equalize
 
 
@@ -29,8 +30,10 @@ def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
     """Codes of every linear: ranges clipped by the output error, nearest codes, and the gain that
     clipping costs restored.
     """
-    def quantize_group(_: LinearGroup, weight: Tensor,
-                       statistics: InputStatistics) -> QuantizedLinear:
+
+    def quantize_group(
+        _: LinearGroup, weight: Tensor, statistics: InputStatistics
+    ) -> QuantizedLinear:
         ranges = choose_ranges(weight, statistics.gram, layer.grid, layer.scale_dtype)
         rounded = QuantizedLinear.nearest(weight, *ranges, layer.grid)
         return restore_gain(weight, rounded, statistics.gram, layer.scale_dtype)
@@ -46,8 +49,16 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = argument_parser().parse_args()
-    run(options, Method("awq", quantize_layer, Needs.GRAM | Needs.MAGNITUDES,
-                        prepare_layer=equalize, catch_up=options.catch_up))
+    run(
+        options,
+        Method(
+            "awq",
+            quantize_layer,
+            Needs.GRAM | Needs.MAGNITUDES,
+            prepare_layer=equalize,
+            catch_up=options.catch_up,
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -1,40 +1,56 @@
 #!/usr/bin/env python3
-"""GPTQ: round the weights one input channel at a time, let later channels make up for the error of earlier ones.
+"""GPTQ: round the weights one input channel at a time, let later channels make up for the error of
+earlier ones.
 
     python quantize_gptq.py --bits 4 --output models/Llama-3.2-1B-Instruct/gptq-4bit
     python quantize_gptq.py --model demo --bits 8
 
-Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
-https://arxiv.org/abs/2210.17323. One calibration pass collects the Gram matrix G of each linear's input; the output
-error of rounded weights Q is then tr((Q - W) G (Q - W)ᵀ), exactly, over all calibration tokens. Linears that read the
-same tensor are solved together. The order of channels is that of descending Gᵢᵢ, with groups as stored. The solver is in
+Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", https://arxiv.org/abs/2210.17323. One calibration pass collects the Gram matrix G of
+each linear's input; the output error of rounded weights Q is then tr((Q - W) G (Q - W)ᵀ), exactly,
+over all calibration tokens. Linears that read the same tensor are solved together. The order of
+channels is that of descending Gᵢᵢ, with groups as stored. The solver is in
 common/solvers/rounding.py, the walk of one layer in common/walk/gptq.py, as QuaRot uses them too.
 """
 
 import argparse
 
 from common import cli
-from common.walk.gptq import SWEEPS, gptq_layer
-from common.walk.method import Method
 from common.quantization import run
 from common.solvers.rounding import DAMPING
+from common.walk.gptq import SWEEPS, gptq_layer
+from common.walk.method import Method
 
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = cli.quantization_parser(__doc__, bits=4)
-    parser.add_argument("--damping", type=float, default=DAMPING,
-                        help="added to G's diagonal, as a share of its mean (default: %(default)s)")
-    parser.add_argument("--sweeps", type=int, default=SWEEPS,
-                        help="refinements of the rounded weights: scales refitted, then codes one by one (default: "
-                             "%(default)s)")
+    parser.add_argument(
+        "--damping",
+        type=float,
+        default=DAMPING,
+        help="added to G's diagonal, as a share of its mean (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sweeps",
+        type=int,
+        default=SWEEPS,
+        help="refinements of the rounded weights: scales refitted, then codes one by one (default: "
+        "%(default)s)",
+    )
     cli.add_catch_up(parser)
     return parser
 
 
 def main() -> None:
     options = argument_parser().parse_args()
-    run(options, Method("gptq", lambda layer: gptq_layer(layer, options.damping, options.sweeps),
-                        catch_up=options.catch_up))
+    run(
+        options,
+        Method(
+            "gptq",
+            lambda layer: gptq_layer(layer, options.damping, options.sweeps),
+            catch_up=options.catch_up,
+        ),
+    )
 
 
 if __name__ == "__main__":

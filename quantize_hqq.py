@@ -4,11 +4,13 @@
     python quantize_hqq.py --bits 4 --output models/Llama-3.2-1B-Instruct/hqq-4bit
     python quantize_hqq.py --model demo --bits 8
 
-Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models", https://mobiusml.github.io/hqq_blog.
-Each group's scale and zero-point minimise the l_p error sum |w - q|^p. The half-quadratic idea splits that in two easy
-steps taken in turn: fixed errors turn l_p into weighted least squares (weights |w - q|^(p - 2)), whose scale and
-zero-point have a closed form; fixed scale and zero-point turn it into rounding. The best step is kept, not the last.
-The zero-point is an integer, as the checkpoint format stores it; the authors' is a float.
+Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models",
+https://mobiusml.github.io/hqq_blog. Each group's scale and zero-point minimise the l_p error sum |w
+- q|^p. The half-quadratic idea splits that in two easy
+steps taken in turn: fixed errors turn l_p into weighted least squares (weights |w - q|^(p - 2)),
+whose scale and zero-point have a closed form; fixed scale and zero-point turn it into rounding. The
+best step is kept, not the last. The zero-point is an integer, as the checkpoint format stores it;
+the authors' is a float.
 """
 
 import argparse
@@ -17,23 +19,40 @@ import torch
 from torch import Tensor
 
 from common import cli
-from common.numerics.grid import (Grid, QuantizedLinear, grouped, power_, reciprocal_size, round_scale,
-                         rounding_error)
-from common.walk.inputs import Needs
 from common.kernels.rounding import search_range
-from common.walk.method import Layer, Method
+from common.numerics.grid import (
+    Grid,
+    QuantizedLinear,
+    grouped,
+    power_,
+    reciprocal_size,
+    round_scale,
+    rounding_error,
+)
 from common.quantization import run
 from common.solvers.ranges import restore_gain
+from common.walk.inputs import Needs
+from common.walk.method import Layer, Method
 
-# p from 4 bits on, and below; chosen on several models (docs/quantization_methods_deep_dive.md). A small one gives up the few large
-# weights of a group, a large one serves them alone, which coarse steps do not allow.
+# p from 4 bits on, and below; chosen on several models (docs/quantization_methods_deep_dive.md). A
+# small one gives up the few large weights of a group, a large one serves them alone, which coarse
+# steps do not allow.
 LP_NORM, COARSE_LP_NORM = 8.0, 4.0
 STEPS = 4
 
 
-def half_quadratic(groups: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, lp_norm: float, steps: int,
-                   scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Improve scale and zero-point [out, groups] of weights [out, groups, group]; the l_p error never rises."""
+def half_quadratic(
+    groups: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    grid: Grid,
+    lp_norm: float,
+    steps: int,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Improve scale and zero-point [out, groups] of weights [out, groups, group]; the l_p error
+    never rises.
+    """
     best_scale, best_zero, best_loss = scale, zero_point, torch.full_like(scale, torch.inf)
     # High powers of small weights would be nothing in float32.
     unit = reciprocal_size(groups)
@@ -59,11 +78,15 @@ def half_quadratic(groups: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid
                 centred = codes - code_mean.unsqueeze(-1)
                 fitted = (share * centred * groups).sum(-1) / (share * centred.square()).sum(-1)
                 scale = round_scale(torch.where(fitted > 0, fitted, scale), scale_dtype)
-                zero_point = (code_mean - weight_mean / scale).round().clamp(grid.code_min, grid.code_max)
+                zero_point = (
+                    (code_mean - weight_mean / scale).round().clamp(grid.code_min, grid.code_max)
+                )
     return best_scale, best_zero
 
 
-def quantize_weight(weight: Tensor, grid: Grid, lp_norm: float, scale_dtype: torch.dtype) -> QuantizedLinear:
+def quantize_weight(
+    weight: Tensor, grid: Grid, lp_norm: float, scale_dtype: torch.dtype
+) -> QuantizedLinear:
     """Codes of a weight [out, in]: the range searched first, then half-quadratic steps, at last the
     gain restored.
     """
@@ -75,8 +98,12 @@ def quantize_weight(weight: Tensor, grid: Grid, lp_norm: float, scale_dtype: tor
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = cli.quantization_parser(__doc__, bits=4)
-    parser.add_argument("--lp-norm", type=float, metavar="P",
-                        help=f"p of the l_p error (default: {LP_NORM:g}; with 2 and 3 bits {COARSE_LP_NORM:g})")
+    parser.add_argument(
+        "--lp-norm",
+        type=float,
+        metavar="P",
+        help=f"p of the l_p error (default: {LP_NORM:g}; with 2 and 3 bits {COARSE_LP_NORM:g})",
+    )
     return parser
 
 
@@ -87,8 +114,12 @@ def main() -> None:
 
     def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
         # One by one: what they read does not matter here, and stacked they need twice the memory.
-        return {name: quantize_weight(layer.own_weight(name), layer.grid, options.lp_norm,
-                                      layer.scale_dtype) for name in layer.family.linears}
+        return {
+            name: quantize_weight(
+                layer.own_weight(name), layer.grid, options.lp_norm, layer.scale_dtype
+            )
+            for name in layer.family.linears
+        }
 
     run(options, Method("hqq", quantize_layer, needs=Needs.NOTHING))
 

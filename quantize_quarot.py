@@ -5,17 +5,21 @@
     python quantize_quarot.py --model demo --head-bits 8
     python quantize_quarot.py --model demo --act-bits 4 --kv-bits 4
 
-Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", https://arxiv.org/abs/2404.00456. The gain of
-every RMSNorm is multiplied into the linears that read it; then a random Hadamard rotation R1 of the hidden state is
-multiplied into all that reads or writes it, and a Hadamard rotation R2 of each value head into v_proj and o_proj. What is
-left free, the scales between v_proj and o_proj and between up_proj and down_proj, is balanced first. All of this folds into
-the weights, in float64: the rotated model is a plain model with the same function. Its embedding and head are no longer the
-same matrix, so a tied head is stored on its own. Weights are quantized to W4A16.
+Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs",
+https://arxiv.org/abs/2404.00456. The gain of every RMSNorm is multiplied into the linears that read
+it; then a random Hadamard rotation R1 of the hidden state is multiplied into all that reads or
+writes it, and a Hadamard rotation R2 of each value head into v_proj and o_proj. What is left free,
+the scales between v_proj and o_proj and between up_proj and down_proj, is balanced first. All of
+this folds into
+the weights, in float64: the rotated model is a plain model with the same function. Its embedding
+and head are no longer the same matrix, so a tied head is stored on its own. Weights are quantized
+to W4A16.
 
-With --act-bits or --kv-bits the inputs of the linears and the key-value cache are rounded as the model runs, after the
-paper's online rotations R3 of queries and keys and R4 of down_proj's input. With --act-bits R1 is not folded: what the norms
-put out is rotated as it comes, and before that each channel is scaled, in the norm's gain or in up_proj, by what does the
-least harm (`align`). A tied head stays tied then, unless --head-bits rounds it alone. Such a checkpoint does not load
+With --act-bits or --kv-bits the inputs of the linears and the key-value cache are rounded as the
+model runs, after the paper's online rotations R3 of queries and keys and R4 of down_proj's input.
+With --act-bits R1 is not folded: what the norms put out is rotated as it comes, and before that
+each channel is scaled, in the norm's gain or in up_proj, by what does the least harm (`align`). A
+tied head stays tied then, unless --head-bits rounds it alone. Such a checkpoint does not load
 plainly, by intent; verify_model.py and common/evaluation.py run it.
 """
 
@@ -26,23 +30,29 @@ from torch import Tensor, nn
 
 from common import cli
 from common.base import parallel
+from common.base.progress import say
 from common.model.architecture import Family, LinearGroup, family_of
-from common.walk.gptq import SWEEPS, gptq_layer, ranges_of_rotated_weights
+from common.model.online import (
+    KeyForm,
+    OnlineTransforms,
+    attach,
+    attention_inputs,
+    enable_attention,
+)
+from common.model.source import MODELS_FOLDER, SourceModel
 from common.numerics.grid import QuantizedLinear
 from common.numerics.hadamard import factors, rotate, rotation
+from common.quantization import run
+from common.results.naming import filed_as
+from common.walk.gptq import SWEEPS, gptq_layer, ranges_of_rotated_weights
 from common.walk.inputs import group_inputs
 from common.walk.method import Layer, Method
-from common.model.source import MODELS_FOLDER, SourceModel
-from common.results.naming import filed_as
-from common.model.online import KeyForm, OnlineTransforms, attach, attention_inputs, enable_attention
-from common.base.progress import say
-from common.quantization import run
 from common.walk.scaling import fold_scale
 
 # Rotated inputs are even, and need no more damping than the GPTQ paper's.
 DAMPING = 0.01
-# Shares of their range that activations and cache keep. The paper's is 0.9 for all activations; the best for each token loses
-# a sixth less (docs/quantization_methods_deep_dive.md).
+# Shares of their range that activations and cache keep. The paper's is 0.9 for all activations; the
+# best for each token loses a sixth less (docs/quantization_methods_deep_dive.md).
 ACTIVATION_CLIPS, KV_CLIP = (1.0, 0.9, 0.8, 0.7, 0.6), 0.95
 # Of the calibration text, for `align` and `key_form`.
 ALIGN_TOKENS = 16384
@@ -51,22 +61,28 @@ ROWS = 16384
 
 
 def times(weight: Tensor, matrix: Tensor) -> Tensor:
-    """weight [..., in] @ matrix in float64, some rows at a time, returned in the weight's own type."""
+    """weight [..., in] @ matrix in float64, some rows at a time, returned in the weight's own
+    type."""
     matrix = matrix.to(weight.device)
     return torch.cat([(part.double() @ matrix).to(weight.dtype) for part in weight.split(ROWS)])
 
 
 def fuse_norm(family: Family, norm: nn.Module, linears: list[nn.Linear]) -> None:
-    """Multiply an RMSNorm's gain [hidden] into the columns of the linears that read it; the gain becomes one."""
+    """Multiply an RMSNorm's gain [hidden] into the columns of the linears that read it; the gain
+    becomes one.
+    """
     gain = family.gain(norm).double()
     for linear in linears:
-        linear.weight.data = torch.cat([(part.double() * gain).to(part.dtype)
-                                        for part in linear.weight.data.split(ROWS)])
+        linear.weight.data = torch.cat(
+            [(part.double() * gain).to(part.dtype) for part in linear.weight.data.split(ROWS)]
+        )
     family.set_gain(norm, torch.ones_like(norm.weight))
 
 
-def rotate_ends(source: SourceModel, hidden: Tensor) -> None:
-    """Rotate what writes the hidden state first and reads it last: embedding and head. hidden: R1 [hidden, hidden]."""
+def rotate_vocabulary(source: SourceModel, hidden: Tensor) -> None:
+    """Rotate what writes the hidden state first and reads it last: embedding and head. hidden: R1
+    [hidden, hidden].
+    """
     source.untie()
     fuse_norm(source.family, source.model.model.norm, [source.model.lm_head])
     embedding, head = source.model.model.embed_tokens, source.model.lm_head
@@ -131,7 +147,9 @@ def rotate_layer(module: nn.Module, hidden: Tensor | None, value: Tensor) -> Non
 
 
 def rotate_values(module: nn.Module, value: Tensor) -> None:
-    """Balance and rotate, head by head, what v_proj hands to o_proj. value: R2 [head size, head size]."""
+    """Balance and rotate, head by head, what v_proj hands to o_proj. value: R2 [head size, head
+    size].
+    """
     group = family_of(module).writing[0]
     v_proj, o_proj = module.get_submodule(group.fed_by), module.get_submodule(group.linears[0])
     balance_group(module, group)
@@ -145,11 +163,13 @@ def rotate_values(module: nn.Module, value: Tensor) -> None:
 
 
 def align(layer: Layer) -> None:
-    """Scale the input channels of q/k/v, gate/up and down_proj so that rounding rotated inputs to few bits does the least harm.
+    """Scale the input channels of q/k/v, gate/up and down_proj so that rounding rotated inputs to
+    few bits does the least harm.
 
-    A rotated token is rounded in steps that follow its length, and an error reaches the output through all weights alike, so the
-    expected error is E‖Dx‖² ‖W D⁻¹‖² up to a factor. Of all diagonal D the one with d² = ‖column of W‖ / root mean square of x
-    has the smallest, (Σ ‖column‖ rms)². (Full matrices in place of D are the subject of arXiv 2603.04359.)
+    A rotated token is rounded in steps that follow its length, and an error reaches the output
+    through all weights alike, so the expected error is E‖Dx‖² ‖W D⁻¹‖² up to a factor. Of all
+    diagonal D the one with d² = ‖column of W‖ / root mean square of x has the smallest, (Σ ‖column‖
+    rms)². (Full matrices in place of D are the subject of arXiv 2603.04359.)
     """
     squares = input_squares(layer)
     for group in layer.family.groups:
@@ -162,12 +182,15 @@ def align(layer: Layer) -> None:
 
 
 def input_squares(layer: Layer) -> dict[LinearGroup, Tensor]:
-    """For each linear group the sum of squares [in] of its inputs' channels. Of down_proj's, among which a few tokens are hundreds of
-    times as large as the others, every token counts as one of length one.
+    """For each linear group the sum of squares [in] of its inputs' channels. Of down_proj's, among
+    which a few tokens are hundreds of times as large as the others, every token counts as one of
+    length one.
     """
     device, down = next(layer.module.parameters()).device, layer.family.writing[1]
-    sums = {group: torch.zeros(group.in_features(layer.module), device=device)
-            for group in layer.family.groups}
+    sums = {
+        group: torch.zeros(group.in_features(layer.module), device=device)
+        for group in layer.family.groups
+    }
 
     def receive(group: LinearGroup, inputs: Tensor) -> None:
         tokens = inputs.float().flatten(0, -2).square()
@@ -198,8 +221,9 @@ def key_form(layer: Layer) -> KeyForm:
     with attention_inputs(layer.module, receive):
         tokens = some_forward(layer)
     tokens = parallel.add(torch.tensor(float(tokens), device=device))
-    return KeyForm.fitted(*(parallel.add(total) / tokens
-                            for total in (mean, key_square, query_square)))
+    return KeyForm.fitted(
+        *(parallel.add(total) / tokens for total in (mean, key_square, query_square))
+    )
 
 
 def some_forward(layer: Layer) -> int:
@@ -213,9 +237,12 @@ def some_forward(layer: Layer) -> int:
     return seen
 
 
-def rotate_online(module: nn.Module, transforms: OnlineTransforms,
-                  keys: KeyForm | None = None) -> None:
-    """Let a decoder layer apply its online rotations as it runs, and undo them in the weights that read what they turn."""
+def rotate_online(
+    module: nn.Module, transforms: OnlineTransforms, keys: KeyForm | None = None
+) -> None:
+    """Let a decoder layer apply its online rotations as it runs, and undo them in the weights that
+    read what they turn.
+    """
     family = family_of(module)
     turned = (*family.reading, family.writing[1]) if transforms.hidden else family.writing[1:]
     for name in [name for group in turned for name in group.linears]:
@@ -226,13 +253,26 @@ def rotate_online(module: nn.Module, transforms: OnlineTransforms,
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = cli.quantization_parser(__doc__, bits=4)
-    parser.add_argument("--damping", type=float, default=DAMPING,
-                        help="added to the Gram matrix's diagonal, as a share of its mean (default: %(default)s)")
-    parser.add_argument("--sweeps", type=int, default=SWEEPS,
-                        help="refinements of the rounded weights (default: %(default)s)")
+    parser.add_argument(
+        "--damping",
+        type=float,
+        default=DAMPING,
+        help="added to the Gram matrix's diagonal, as a share of its mean (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sweeps",
+        type=int,
+        default=SWEEPS,
+        help="refinements of the rounded weights (default: %(default)s)",
+    )
     for flag, what in (("--act-bits", "inputs of the linears"), ("--kv-bits", "key-value cache")):
-        parser.add_argument(flag, type=int, choices=(4, 8), help=f"round the {what} to so many bits as the model runs; the "
-                            "checkpoint then loads through this project only (default: 16-bit)")
+        parser.add_argument(
+            flag,
+            type=int,
+            choices=(4, 8),
+            help=f"round the {what} to so many bits as the model runs; the "
+            "checkpoint then loads through this project only (default: 16-bit)",
+        )
     cli.add_catch_up(parser)
     return parser
 
@@ -241,7 +281,13 @@ def main() -> None:
     options = argument_parser().parse_args()
     transforms = None
     if options.act_bits or options.kv_bits:
-        transforms = OnlineTransforms(options.act_bits, options.kv_bits, ACTIVATION_CLIPS, KV_CLIP, hidden=bool(options.act_bits))
+        transforms = OnlineTransforms(
+            options.act_bits,
+            options.kv_bits,
+            ACTIVATION_CLIPS,
+            KV_CLIP,
+            hidden=bool(options.act_bits),
+        )
         name = f"quarot-w{options.bits}a{options.act_bits or 16}kv{options.kv_bits or 16}"
         options.output = options.output or MODELS_FOLDER / filed_as(options.model) / name
     rotations: dict[str, Tensor] = {}
@@ -252,13 +298,15 @@ def main() -> None:
         folds = not source.family.normalises_output
         if folds and not options.act_bits:
             rotations["hidden"] = rotation(source.config.hidden_size, options.seed)
-            rotate_ends(source, rotations["hidden"])
+            rotate_vocabulary(source, rotations["hidden"])
         elif options.head_bits:
             source.untie()
         if not folds and not options.act_bits:
-            say(f"{source.family.model_type} normalises what attention and MLP add to the residual "
+            say(
+                f"{source.family.model_type} normalises what attention and MLP add to the residual "
                 "stream, so R1 does not fold into the weights and value heads alone are rotated; "
-                "with --act-bits the hidden state is rotated as it comes")
+                "with --act-bits the hidden state is rotated as it comes"
+            )
         if transforms:
             enable_attention(source.model)
 
@@ -277,9 +325,18 @@ def main() -> None:
     def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
         return gptq_layer(layer, options.damping, options.sweeps, ranges_of_rotated_weights)
 
-    run(options, Method("quarot", quantize_layer, online=transforms,
-                        catch_up=options.catch_up, rewrite_model=rewrite_model, unties=True,
-                        rewrite_layer=rewrite_layer))
+    run(
+        options,
+        Method(
+            "quarot",
+            quantize_layer,
+            online=transforms,
+            catch_up=options.catch_up,
+            rewrite_model=rewrite_model,
+            unties=True,
+            rewrite_layer=rewrite_layer,
+        ),
+    )
 
 
 if __name__ == "__main__":

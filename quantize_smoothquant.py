@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""SmoothQuant: 8-bit weights and 8-bit activations (W8A8); the activations' outliers are moved into the weights first.
+"""SmoothQuant: 8-bit weights and 8-bit activations (W8A8); the activations' outliers are moved into
+the weights first.
 
     python quantize_smoothquant.py --output models/Llama-3.2-1B-Instruct/smoothquant-8bit
     python quantize_smoothquant.py --model demo --alpha 0.8
 
-Xiao et al. 2022, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
-https://arxiv.org/abs/2211.10438. Each input channel is divided by s = max|x|^α / max|W|^(1 - α) (equation 4) and its weights
-multiplied by it. Weights are then rounded per output channel, activations per token as they come, both symmetric. With
---alpha auto every linear group gets the α, or no smoothing, with the smallest output error over a sample of its inputs.
+Xiao et al. 2022, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language
+Models", https://arxiv.org/abs/2211.10438. Each input channel is divided by s = max|x|^α / max|W|^(1
+- α) (equation 4) and its weights multiplied by it. Weights are then rounded per output channel,
+activations per token as they come, both symmetric. With
+--alpha auto every linear group gets the α, or no smoothing, with the smallest output error over a
+sample of its inputs.
 """
 
 import argparse
@@ -17,12 +20,12 @@ from torch import Tensor
 
 from common import cli
 from common.base.arguments import share
+from common.kernels.rounding import search_range
 from common.model.architecture import LinearGroup
 from common.numerics.grid import Grid, QuantizedLinear, min_max, round_per_token, rounding_error
-from common.walk.inputs import InputStatistics, Needs
-from common.kernels.rounding import search_range
-from common.walk.method import Layer, Method
 from common.quantization import run
+from common.walk.inputs import InputStatistics, Needs
+from common.walk.method import Layer, Method
 from common.walk.scaling import fold_all, largest_weight, power_ratio, shared_by_heads
 
 ACTIVATION_BITS = 8
@@ -30,19 +33,26 @@ ALPHA = 0.85
 ALPHAS = (0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 
-def rounded_error(weight: Tensor, inputs: Tensor, scale: Tensor, grid: Grid, scale_dtype: torch.dtype) -> Tensor:
-    """Mean relative squared output error over inputs [tokens, in] when weight [out, in] and inputs are smoothed by scale and
-    rounded. Relative, as a few tokens hundreds of times the usual size would decide alone otherwise.
+def rounded_error(
+    weight: Tensor, inputs: Tensor, scale: Tensor, grid: Grid, scale_dtype: torch.dtype
+) -> Tensor:
+    """Mean relative squared output error over inputs [tokens, in] when weight [out, in] and inputs
+    are smoothed by scale and rounded. Relative, as a few tokens hundreds of times the usual size
+    would decide alone otherwise.
     """
     smoothed = weight * scale
-    rounded = smoothed + rounding_error(smoothed, *min_max(smoothed, grid, scale_dtype=scale_dtype), grid)
+    rounded = smoothed + rounding_error(
+        smoothed, *min_max(smoothed, grid, scale_dtype=scale_dtype), grid
+    )
     outputs = round_per_token(inputs / scale, ACTIVATION_BITS) @ rounded.T
     expected = inputs @ weight.T
     return ((outputs - expected).square().sum(1) / expected.square().sum(1).clamp(min=1e-12)).mean()
 
 
 def smoothing_scale(layer: Layer, group: LinearGroup, alpha: float | None) -> Tensor:
-    """The smoothing scale [in] of a linear group for one α, or the best of ALPHAS and none at all for None."""
+    """The smoothing scale [in] of a linear group for one α, or the best of ALPHAS and none at all
+    for None.
+    """
     statistics = layer.statistics[group]
     weights = [layer.weight(name) for name in group.linears]
     largest = largest_weight(weights)
@@ -54,7 +64,10 @@ def smoothing_scale(layer: Layer, group: LinearGroup, alpha: float | None) -> Te
         return scale_for(alpha)
     stacked = torch.cat(weights)
     candidates = [torch.ones_like(largest), *map(scale_for, ALPHAS)]
-    errors = [rounded_error(stacked, statistics.sample, scale, layer.grid, layer.scale_dtype) for scale in candidates]
+    errors = [
+        rounded_error(stacked, statistics.sample, scale, layer.grid, layer.scale_dtype)
+        for scale in candidates
+    ]
     return torch.stack(candidates)[torch.stack(errors).argmin()]
 
 
@@ -65,10 +78,13 @@ def prepare_layer(layer: Layer, alpha: float | None) -> None:
 
 def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
     """Nearest codes of every linear, ranges searched with each channel's mean square."""
-    def quantize_group(_: LinearGroup, weight: Tensor,
-                       statistics: InputStatistics) -> QuantizedLinear:
-        ranges = search_range(weight, layer.grid, statistics.mean_square,
-                              scale_dtype=layer.scale_dtype)
+
+    def quantize_group(
+        _: LinearGroup, weight: Tensor, statistics: InputStatistics
+    ) -> QuantizedLinear:
+        ranges = search_range(
+            weight, layer.grid, statistics.mean_square, scale_dtype=layer.scale_dtype
+        )
         return QuantizedLinear.nearest(weight, *ranges, layer.grid)
 
     return layer.quantize_groups(quantize_group)
@@ -80,10 +96,20 @@ def _alpha(text: str) -> float | None:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = cli.quantization_parser(__doc__, bits=8)
-    parser.add_argument("--alpha", type=_alpha, default=ALPHA, metavar="X|auto",
-                        help="migration strength between 0 and 1, or auto: the best for each group (default: %(default)s)")
-    parser.add_argument("--group-size", choices=("channel",), default="channel",
-                        help="one scale per output channel, as int8 kernels need it")
+    parser.add_argument(
+        "--alpha",
+        type=_alpha,
+        default=ALPHA,
+        metavar="X|auto",
+        help="migration strength between 0 and 1, or auto: the best for each group (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--group-size",
+        choices=("channel",),
+        default="channel",
+        help="one scale per output channel, as int8 kernels need it",
+    )
     parser.set_defaults(symmetric=True)
     return parser
 
@@ -92,9 +118,18 @@ def main() -> None:
     options = argument_parser().parse_args()
     # The best α is searched on some of the inputs.
     needs = Needs.MAGNITUDES | (Needs.SAMPLES if options.alpha is None else Needs.NOTHING)
-    run(options, Method("smoothquant", quantize_layer, needs, original_inputs=True,
-                        prepare_layer=lambda layer: prepare_layer(layer, options.alpha),
-                        activation_bits=ACTIVATION_BITS), bits=(8,))
+    run(
+        options,
+        Method(
+            "smoothquant",
+            quantize_layer,
+            needs,
+            original_inputs=True,
+            prepare_layer=lambda layer: prepare_layer(layer, options.alpha),
+            activation_bits=ACTIVATION_BITS,
+        ),
+        bits=(8,),
+    )
 
 
 if __name__ == "__main__":

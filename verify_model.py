@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Verify a quantized checkpoint: complete, loads plainly, codes and scales in order, the recorded logits reproduced.
+"""Verify a quantized checkpoint: complete, loads plainly, codes and scales in order, the recorded
+logits reproduced.
 
     python verify_model.py --model-path models/Llama-3.2-1B-Instruct/gptq-4bit
 
@@ -19,7 +20,9 @@ MARKS = {True: "PASS", False: "FAIL", None: "SKIP"}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model-path", type=Path, required=True, help="checkpoint folder")
     cli.add_device_arguments(parser)
     options = parser.parse_args()
@@ -30,8 +33,11 @@ def main() -> int:
         say(f"{MARKS[check.passed]}  {check.name}: {check.detail}")
         failed |= check.passed is False
         skipped += [check.name] if check.passed is None else []
-    passed = f"not fully verified, skipped without metadata: {', '.join(skipped)}" if skipped \
+    passed = (
+        f"not fully verified, skipped without metadata: {', '.join(skipped)}"
+        if skipped
         else "verified"
+    )
     say(f"{options.model_path}: {'verification failed' if failed else passed}")
     return int(failed)
 

@@ -36,7 +36,8 @@ class Driver:
                 self.peak = max(self.peak or 0.0, self.now)
 
     def settle(self) -> float | None:
-        """Wait until an earlier process's memory is free, begin a new peak. Returns what is in use."""
+        """Wait until an earlier process's memory is free, begin a new peak. Returns what is in
+        use."""
         before = None
         for _ in range(20):
             if self.now is None or (before is not None and self.now >= before):

@@ -3,8 +3,9 @@
 
     python benchmarks/decode_speed.py --output decode.json
 
-Random weights, rounded to nearest. A prompt of 64 random tokens, 128 new ones; medians over several runs in one process. The
-roofline is the time that reading weights and cache once takes at the bandwidth of a large copy, measured in the same run.
+Random weights, rounded to nearest. A prompt of 64 random tokens, 128 new ones; medians over several
+runs in one process. The roofline is the time that reading weights and cache once takes at the
+bandwidth of a large copy, measured in the same run.
 """
 
 import argparse
@@ -19,19 +20,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import torch  # noqa: E402
-from shape import SHAPE, random_model  # noqa: E402
+import torch
+from shape import SHAPE, random_model
 
-from common import metadata  # noqa: E402
-from common.model.architecture import family_of  # noqa: E402
-from common.cli import configure_torch, quiet_libraries  # noqa: E402
-from common.running.decoding import STEPS_AT_ONCE, Decoder  # noqa: E402
-from common.base.device import resolve_device  # noqa: E402
-from common.model.fused import fuse_layers  # noqa: E402
-from common.numerics.grid import Grid, grouped, min_max, quantize  # noqa: E402
-from common.kernels.forms import PackedWeight, pack  # noqa: E402
-from common.running.packed import PackedEmbedding, PackedLinear  # noqa: E402
-from common.running.runtime import weight_bytes  # noqa: E402
+from common import metadata
+from common.base.device import resolve_device
+from common.cli import configure_torch, quiet_libraries
+from common.kernels.forms import PackedWeight, pack
+from common.model.architecture import family_of
+from common.model.fused import fuse_layers
+from common.numerics.grid import Grid, grouped, min_max, quantize
+from common.running.decoding import STEPS_AT_ONCE, Decoder
+from common.running.packed import PackedEmbedding, PackedLinear
+from common.running.runtime import weight_bytes
 
 PROMPT, NEW, CACHE, REPEATS = 64, 128, 2048, 5
 
@@ -43,9 +44,14 @@ class Form:
     ends: bool = False
 
 
-FORMS = {"bf16": Form(None), "W4A16 g128": Form(Grid(4, 128)), "W4A16 g128, int8 ends": Form(Grid(4, 128), ends=True),
-         "W4A16 g128 symmetric": Form(Grid(4, 128, True)), "W8A16": Form(Grid(8, None, True)),
-         "W8A8": Form(Grid(8, None, True), 8)}
+FORMS = {
+    "bf16": Form(None),
+    "W4A16 g128": Form(Grid(4, 128)),
+    "W4A16 g128, int8 ends": Form(Grid(4, 128), ends=True),
+    "W4A16 g128 symmetric": Form(Grid(4, 128, True)),
+    "W8A16": Form(Grid(8, None, True)),
+    "W8A8": Form(Grid(8, None, True), 8),
+}
 
 
 def packed(weight: torch.Tensor, grid: Grid) -> PackedWeight:
@@ -63,8 +69,10 @@ def build(form: Form, device: torch.device):
     for layer in model.model.layers:
         for name in family_of(layer).linears:
             weight = layer.get_submodule(name).weight
-            layer.set_submodule(name, PackedLinear(packed(weight, form.grid), None, form.activation_bits))
-    if form.ends:
+            layer.set_submodule(
+                name, PackedLinear(packed(weight, form.grid), None, form.activation_bits)
+            )
+    if form.vocabulary:
         rows = PackedLinear(packed(model.lm_head.weight, Grid(8, None, True)), None)
         model.model.embed_tokens, model.lm_head = PackedEmbedding(rows, torch.bfloat16), rows
     return model
@@ -90,9 +98,15 @@ def measure(model, batch: int) -> dict:
         times.append((middle - start, now() - middle))
     prefill, decode = (statistics.median(column) for column in zip(*times[1:], strict=True))
     cache = decoder.cache.numel() * decoder.cache.element_size() * (PROMPT + NEW / 2) / CACHE
-    return {"prefill_tokens_per_second": batch * PROMPT / prefill, "decode_tokens_per_second": batch * NEW / decode,
-            "latency_seconds": prefill + decode, "step_seconds": decode / NEW, "cache_bytes_read": cache,
-            "memory_bytes": torch.cuda.memory_allocated(), "peak_bytes": torch.cuda.max_memory_allocated()}
+    return {
+        "prefill_tokens_per_second": batch * PROMPT / prefill,
+        "decode_tokens_per_second": batch * NEW / decode,
+        "latency_seconds": prefill + decode,
+        "step_seconds": decode / NEW,
+        "cache_bytes_read": cache,
+        "memory_bytes": torch.cuda.memory_allocated(),
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+    }
 
 
 def bandwidth() -> float:
@@ -111,7 +125,9 @@ def bandwidth() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--output", type=Path, help="JSON of everything")
@@ -120,8 +136,12 @@ def main() -> None:
     configure_torch(0)
     device = resolve_device("cuda")
     rate = bandwidth()
-    results = {"device": metadata.describe_device(device), "versions": metadata.versions(), "copy_bytes_per_second": rate,
-               "rows": []}
+    results = {
+        "device": metadata.describe_device(device),
+        "versions": metadata.versions(),
+        "copy_bytes_per_second": rate,
+        "rows": [],
+    }
     print(f"{results['device']['name']}, copy {rate / 1e12:.2f} TB/s", flush=True)
     for name in options.forms:
         model = build(FORMS[name], device)
@@ -134,10 +154,16 @@ def main() -> None:
             row = {"form": name, "batch": batch, "weight_bytes": weights, **measure(model, batch)}
             row["roofline_share"] = (weights + row["cache_bytes_read"]) / rate / row["step_seconds"]
             results["rows"].append(row)
-            print(f"RESULT {name}, batch {batch}: prefill {row['prefill_tokens_per_second']:.0f}, decode "
-                  f"{row['decode_tokens_per_second']:.0f} tokens/s, latency {row['latency_seconds']:.3f} s, weights "
-                  f"{weights / 2**30:.2f} GiB, in use {row['memory_bytes'] / 2**30:.2f} GiB, roofline "
-                  f"{row['roofline_share']:.0%}", flush=True)
+            print(
+                f"RESULT {name}, batch {batch}: prefill {row['prefill_tokens_per_second']:.0f}, "
+                f"decode "
+                f"{row['decode_tokens_per_second']:.0f} tokens/s, latency "
+                f"{row['latency_seconds']:.3f} s, weights "
+                f"{weights / 2**30:.2f} GiB, in use {row['memory_bytes'] / 2**30:.2f} GiB, "
+                f"roofline "
+                f"{row['roofline_share']:.0%}",
+                flush=True,
+            )
         del model
     if options.output:
         options.output.write_text(json.dumps(results, indent=1))

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""The comparison behind README.md and docs/, in as little time on a borrowed card as gives honest figures.
+"""The comparison behind README.md and docs/, in as little time on a borrowed card as gives honest
+figures.
 
     python benchmarks/documented_run.py --data-root ../shared/data
 
-What `run_all_quantization.sh --demo` does, in another order: configurations are quantized one after the other, as their times
-count; then all are evaluated at once, as their answers do not depend on how long they took; then speed is measured one by one.
-Real data sets; calibration 64 x 2048 tokens of calib/pile_style_mix. Results go to docs/results/, which analyze_results.py
-makes the tables of.
+What `run_all_quantization.sh --demo` does, in another order: configurations are quantized one after
+the other, as their times count; then all are evaluated at once, as their answers do not depend on
+how long they took; then speed is measured one by one. Real data sets; calibration 64 x 2048 tokens
+of calib/pile_style_mix. Results go to docs/results/, which analyze_results.py makes the tables of.
 """
 
 import argparse
@@ -21,17 +22,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import lm_eval.evaluator  # noqa: E402, F401
-from scripts import processes  # noqa: E402
-from transformers import LlamaForCausalLM, pipelines  # noqa: E402, F401
+import lm_eval.evaluator  # noqa: F401
+from scripts import processes
+from transformers import LlamaForCausalLM, pipelines  # noqa: F401
 
-from common.tasks import language_model  # noqa: E402, F401
-from common.running import packed  # noqa: E402, F401
-from common.base.files import write_json  # noqa: E402
-from common.model.source import DEMO_NAME, MODELS_FOLDER, resolve_folder  # noqa: E402
-from common.results.documents import CONFIGURATIONS, DOCUMENTED_FOLDER, STATUS_FILE  # noqa: E402
+from common.base.files import write_json
+from common.model.source import DEMO_NAME, MODELS_FOLDER, resolve_folder
+from common.results.documents import CONFIGURATIONS, DOCUMENTED_FOLDER, STATUS_FILE
+from common.running import packed  # noqa: F401
+from common.tasks import language_model  # noqa: F401
 
-CALIBRATION = ["--calib-data", "calib/pile_style_mix", "--calib-samples", "64", "--calib-length", "2048"]
+CALIBRATION = [
+    "--calib-data",
+    "calib/pile_style_mix",
+    "--calib-samples",
+    "64",
+    "--calib-length",
+    "2048",
+]
 
 
 def script(words: list[str], log: Path) -> None:
@@ -45,7 +53,9 @@ def script(words: list[str], log: Path) -> None:
 
 
 def start(words: list[str], configuration: str) -> multiprocessing.Process:
-    process = processes().Process(target=script, args=(words, Path("logs") / DEMO_NAME / f"{configuration}.log"))
+    process = processes().Process(
+        target=script, args=(words, Path("logs") / DEMO_NAME / f"{configuration}.log")
+    )
     process.start()
     return process
 
@@ -55,14 +65,21 @@ def finish(process: multiprocessing.Process, configuration: str, status: dict[st
     process.join()
     if process.exitcode:
         lines = (Path("logs") / DEMO_NAME / f"{configuration}.log").read_text().strip().splitlines()
-        status[configuration] = {"state": "failed", "reason": lines[-1][:200] if lines else f"exit code {process.exitcode}"}
+        status[configuration] = {
+            "state": "failed",
+            "reason": lines[-1][:200] if lines else f"exit code {process.exitcode}",
+        }
     return not process.exitcode
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-root", required=True)
-    parser.add_argument("--only", default=",".join(CONFIGURATIONS), help="configurations (default: all)")
+    parser.add_argument(
+        "--only", default=",".join(CONFIGURATIONS), help="configurations (default: all)"
+    )
     parser.add_argument("--limit", help="samples per task, for a trial")
     parser.add_argument("--windows", help="perplexity windows, for a trial")
     parser.add_argument("--calib-samples", help="fewer, for a trial")
@@ -82,23 +99,53 @@ def main() -> None:
         (Path("logs") / DEMO_NAME / f"{configuration}.log").unlink(missing_ok=True)
     status: dict[str, dict] = {configuration: {"state": "done"} for configuration in chosen}
     data = ["--data-root", options.data_root]
-    less = [word for flag in ("limit", "windows") if getattr(options, flag) for word in (f"--{flag}", getattr(options, flag))]
+    less = [
+        word
+        for flag in ("limit", "windows")
+        if getattr(options, flag)
+        for word in (f"--{flag}", getattr(options, flag))
+    ]
     place = ["--results-dir", str(DOCUMENTED_FOLDER)]
     folders = {name: MODELS_FOLDER / DEMO_NAME / name for name in chosen}
 
     def quantize(name: str) -> list[str]:
         method, bits = CONFIGURATIONS[name]
-        calibration = [*CALIBRATION, *(["--calib-samples", options.calib_samples] if options.calib_samples else [])]
-        return [f"quantize_{method}.py", "--model", "demo", "--bits", str(bits), "--output", str(folders[name]), "--overwrite",
-                *data, *calibration]
+        calibration = [
+            *CALIBRATION,
+            *(["--calib-samples", options.calib_samples] if options.calib_samples else []),
+        ]
+        return [
+            f"quantize_{method}.py",
+            "--model",
+            "demo",
+            "--bits",
+            str(bits),
+            "--output",
+            str(folders[name]),
+            "--overwrite",
+            *data,
+            *calibration,
+        ]
 
     def evaluate(name: str) -> list[str]:
-        words = ["common/baseline.py", "--model", "demo"] if name == "baseline" else \
-            ["common/evaluation.py", "--model-path", str(folders[name])]
+        words = (
+            ["common/baseline.py", "--model", "demo"]
+            if name == "baseline"
+            else ["common/evaluation.py", "--model-path", str(folders[name])]
+        )
         return [*words, *data, *less, *place, "--tasks", "arc,squad_v2,openmath,perplexity"]
 
     def speed(name: str) -> list[str]:
-        return ["common/evaluation.py", "--model-path", str(folders[name]), *data, *less, *place, "--tasks", "speed"]
+        return [
+            "common/evaluation.py",
+            "--model-path",
+            str(folders[name]),
+            *data,
+            *less,
+            *place,
+            "--tasks",
+            "speed",
+        ]
 
     def one_by_one(words: Callable[[str], list[str]], names: list[str]) -> None:
         for name in names:
@@ -107,7 +154,9 @@ def main() -> None:
 
     one_by_one(quantize, [name for name in chosen if name != "baseline"])
     done("quantized")
-    running = {name: start(evaluate(name), name) for name in chosen if status[name]["state"] == "done"}
+    running = {
+        name: start(evaluate(name), name) for name in chosen if status[name]["state"] == "done"
+    }
     for name, process in running.items():
         finish(process, name, status)
     done("evaluated")

@@ -6,14 +6,15 @@
 Models of the shapes of Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B with random weights, within 6, 8
 and 12 GiB (`--device-memory`). Every run is a process of its own that ends in a line of JSON:
 
-driver_peak_gib: most memory of the card in use, less what was before (nvidia-smi, 20 times a second).
+driver_peak_gib: most memory of the card in use, less what was before (nvidia-smi, 20 times a
+second).
 reserved_peak_gib, allocated_peak_gib: the same by torch's allocator, since its peak was last reset.
 outside_gib: taken at the end beside torch's allocator, to hold against device_memory's margins.
 host_peak_gib: resident memory of the process.
 
 Methods quantize the first --layers layers, as layers come one after the other; for verify and the
-evaluation HQQ quantizes all. Calibration tokens are random. Evaluation is on the demo's questions or,
-with --data-root, on the real ones.
+evaluation HQQ quantizes all. Calibration tokens are random. Evaluation is on the demo's questions
+or, with --data-root, on the real ones.
 """
 
 import argparse
@@ -30,20 +31,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import lm_eval.evaluator  # noqa: E402, F401
-import quantization_speed  # noqa: E402
-import torch  # noqa: E402
-from card_memory import Driver  # noqa: E402
-from large_model import first_layers  # noqa: E402
-from scripts import processes, run_script  # noqa: E402
-from shape import write_random_shards  # noqa: E402
-from transformers import LlamaForCausalLM, pipelines  # noqa: E402, F401
+import lm_eval.evaluator  # noqa: F401
+import quantization_speed
+import torch
+from card_memory import Driver
+from large_model import first_layers
+from scripts import processes, run_script
+from shape import write_random_shards
+from transformers import LlamaForCausalLM, pipelines  # noqa: F401
 
-from common import evaluation  # noqa: E402, F401
-from common import metadata  # noqa: E402, F401
-from common.text.windows import Windows  # noqa: E402
-from common.cli import quiet_libraries  # noqa: E402
-from common.model.source import load_tokenizer, resolve_folder  # noqa: E402
+from common import (
+    evaluation,  # noqa: F401
+    metadata,  # noqa: F401
+)
+from common.cli import quiet_libraries
+from common.model.source import load_tokenizer, resolve_folder
+from common.text.windows import Windows
 
 COMMON = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192)
 SHAPES = {

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Microseconds of the packed products for many block shapes, beside the dense product: where their constants come from.
+"""Microseconds of the packed products for many block shapes, beside the dense product: where their
+constants come from.
 
     python benchmarks/packed_product_sweep.py
 
-The linears of the Llama-3.2-1B shape, 4 bits in groups of 128 and 8 bits. Weights rotate among copies that do not fit the
-cache; a captured graph of one call for each copy is replayed, and the median counts. Kernels are compiled by several processes
-first.
+The linears of the Llama-3.2-1B shape, 4 bits in groups of 128 and 8 bits. Weights rotate among
+copies that do not fit the cache; a captured graph of one call for each copy is replayed, and the
+median counts. Kernels are compiled by several processes first.
 """
 
 import argparse
@@ -20,22 +21,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-import triton  # noqa: E402
+import torch
+import triton
 
-from common.kernels import products_triton as kernels  # noqa: E402
-from common.kernels.forms import pack  # noqa: E402
-from common.kernels.inference import integer_matmul, packed_matmul, round_rows  # noqa: E402
+from common.kernels import products_triton as kernels
+from common.kernels.forms import pack
+from common.kernels.inference import integer_matmul, packed_matmul, round_rows
 
 SHAPES = {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}
 GROUP, COPIES = 128, 48
 # Output channels of a program, programs, warps, stages.
-FORMS = [form for form in itertools.product((64, 128), (132, 264, 528), (4, 8), (3, 5)) if form[0] == 128 or form[2] == 4]
+FORMS = [
+    form
+    for form in itertools.product((64, 128), (132, 264, 528), (4, 8), (3, 5))
+    if form[0] == 128 or form[2] == 4
+]
 # Output channels of a program, for one token.
 VECTOR_FORMS = [(members,) for members in (4, 8, 16, 32)]
 # Bits of the weights, whether the inputs are rounded, tokens.
-KINDS = {"W4A16, 1 token": (4, False, 1), "W4A16, 32 tokens": (4, False, 32), "W8A16, 1 token": (8, False, 1),
-         "W8A8, 1 token": (8, True, 1), "W8A8, 32 tokens": (8, True, 32)}
+KINDS = {
+    "W4A16, 1 token": (4, False, 1),
+    "W4A16, 32 tokens": (4, False, 32),
+    "W8A16, 1 token": (8, False, 1),
+    "W8A8, 1 token": (8, True, 1),
+    "W8A8, 32 tokens": (8, True, 32),
+}
 
 
 def products(kind: str, shape: tuple[int, int], copies: int) -> list[Callable[[], object]]:
@@ -44,7 +54,9 @@ def products(kind: str, shape: tuple[int, int], copies: int) -> list[Callable[[]
     out, channels = shape
     groups = channels // GROUP if bits == 4 else 1
     inputs = torch.randn(tokens, channels, device="cuda").bfloat16()
-    function, argument = (integer_matmul, round_rows(inputs, 8)) if rounded else (packed_matmul, inputs)
+    function, argument = (
+        (integer_matmul, round_rows(inputs, 8)) if rounded else (packed_matmul, inputs)
+    )
     weights = []
     for _ in range(copies):
         codes = torch.randint(-1 << bits - 1, 1 << bits - 1, shape, device="cuda").to(torch.int8)
@@ -64,7 +76,11 @@ def set_form(form: tuple[int, ...]) -> None:
         kernels._members = lambda weight: form[0]
         return
     kernels.BLOCK_OUT, programs, kernels.WARPS, stages = form
-    kernels.BLOCK_OUT_WIDE, kernels.FLOATS, kernels.INTEGERS = form[0], (programs, stages), (programs, stages)
+    kernels.BLOCK_OUT_WIDE, kernels.FLOATS, kernels.INTEGERS = (
+        form[0],
+        (programs, stages),
+        (programs, stages),
+    )
 
 
 def microseconds(calls: list[Callable[[], object]]) -> float:
@@ -86,7 +102,9 @@ def microseconds(calls: list[Callable[[], object]]) -> float:
 
 
 def compile_share(share: int, of: int) -> None:
-    """Compile every `of`-th form. One that needs more than the card has is met again when it is timed."""
+    """Compile every `of`-th form. One that needs more than the card has is met again when it is
+    timed.
+    """
     for kind in KINDS:
         calls = [products(kind, shape, 1)[0] for shape in SHAPES.values()]
         for form in forms(kind)[share::of]:
@@ -99,12 +117,21 @@ def compile_share(share: int, of: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--best", type=int, default=5, help="forms that are shown (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=14, help="that compile (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--best", type=int, default=5, help="forms that are shown (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=14, help="that compile (default: %(default)s)"
+    )
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=compile_share, args=(i, options.processes)) for i in range(options.processes)]
+    workers = [
+        context.Process(target=compile_share, args=(i, options.processes))
+        for i in range(options.processes)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -113,7 +140,9 @@ def main() -> None:
         dense = [torch.randn(shape, device="cuda").bfloat16() for _ in range(COPIES // 2)]
         for kind, (_, _, tokens) in KINDS.items():
             inputs = torch.randn(tokens, shape[1], device="cuda").bfloat16()
-            plain = microseconds([partial(torch.nn.functional.linear, inputs, weight) for weight in dense])
+            plain = microseconds(
+                [partial(torch.nn.functional.linear, inputs, weight) for weight in dense]
+            )
             calls, found = products(kind, shape, COPIES), []
             for form in forms(kind):
                 set_form(form)
@@ -121,7 +150,7 @@ def main() -> None:
                     found.append((microseconds(calls), form))
                 except triton.runtime.errors.OutOfResources:
                     continue
-            shown = ", ".join(f"{time:.1f} {form}" for time, form in sorted(found)[:options.best])
+            shown = ", ".join(f"{time:.1f} {form}" for time, form in sorted(found)[: options.best])
             print(f"{name}, {kind}: dense {plain:.1f}, packed {shown}", flush=True)
 
 

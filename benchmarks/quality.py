@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
-"""Perplexity and divergence of several models, each quantized by every method, from the same calibration tokens.
+"""Perplexity and divergence of several models, each quantized by every method, from the same
+calibration tokens.
 
-    python benchmarks/quality.py --data-root ../shared/data --models demo models/Other/baseline --output quality.json
+    python benchmarks/quality.py --data-root ../shared/data --models demo models/Other/baseline
+    --output quality.json
     python benchmarks/quality.py --data-root ../shared/data --models demo --seeds 0 1 2 --peers
 
-No default may be chosen on one model: give the demo model, others, and variants of both with the same function and other
-statistics. WikiText-2 test in windows of 2048; calibration 64 x 2048 tokens, groups of 64, asymmetric. With --peers other libraries
-(benchmarks/requirements.txt) quantize the same models from the same tokens; what is not installed is left out. A line for each run as
-it ends, then a table: perplexity relative to the baseline's by model, its mean and worst, and the mean divergence in nats.
+No default may be chosen on one model: give the demo model, others, and variants of both with the
+same function and other statistics. WikiText-2 test in windows of 2048; calibration 64 x 2048
+tokens, groups of 64, asymmetric. With --peers other libraries (benchmarks/requirements.txt)
+quantize the same models from the same tokens; what is not installed is left out. A line for each
+run as
+it ends, then a table: perplexity relative to the baseline's by model, its mean and worst, and the
+mean divergence in nats.
 """
 
 import argparse
@@ -22,27 +27,33 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import torch  # noqa: E402
-from peers import PEERS  # noqa: E402
-from scripts import quantize  # noqa: E402
+import torch
+from peers import PEERS
+from scripts import quantize
 
-from common.text.windows import calibration_windows, evaluation_windows  # noqa: E402
-from common.base.arguments import positive, two_or_more  # noqa: E402
-from common.cli import configure_torch, quiet_libraries  # noqa: E402
-from common.base.device import DTYPES, resolve_device  # noqa: E402
-from common.model.source import SourceModel, resolve_folder  # noqa: E402
-from common.tasks.original import last_hidden_states  # noqa: E402
-from common.running.runtime import load_model  # noqa: E402
-from common.tasks import perplexity  # noqa: E402
+from common.base.arguments import positive, two_or_more
+from common.base.device import DTYPES, resolve_device
+from common.cli import configure_torch, quiet_libraries
+from common.model.source import SourceModel, resolve_folder
+from common.running.runtime import load_model
+from common.tasks import perplexity
+from common.tasks.original import last_hidden_states
+from common.text.windows import calibration_windows, evaluation_windows
 
 GROUP_SIZE = 64
 # What is run: a name, the script and its options.
 RUNS = {
-    "gptq-4bit": ("gptq", ["--bits", "4"]), "awq-4bit": ("awq", ["--bits", "4"]), "hqq-4bit": ("hqq", ["--bits", "4"]),
-    "adaround-4bit": ("adaround", ["--bits", "4"]), "quarot-4bit": ("quarot", ["--bits", "4"]),
-    "smoothquant-8bit": ("smoothquant", []), "gptq-8bit": ("gptq", ["--bits", "8"]),
-    "hqq-8bit": ("hqq", ["--bits", "8"]), "adaround-8bit": ("adaround", ["--bits", "8"]),
-    "gptq-3bit": ("gptq", ["--bits", "3"]), "quarot-3bit": ("quarot", ["--bits", "3"]),
+    "gptq-4bit": ("gptq", ["--bits", "4"]),
+    "awq-4bit": ("awq", ["--bits", "4"]),
+    "hqq-4bit": ("hqq", ["--bits", "4"]),
+    "adaround-4bit": ("adaround", ["--bits", "4"]),
+    "quarot-4bit": ("quarot", ["--bits", "4"]),
+    "smoothquant-8bit": ("smoothquant", []),
+    "gptq-8bit": ("gptq", ["--bits", "8"]),
+    "hqq-8bit": ("hqq", ["--bits", "8"]),
+    "adaround-8bit": ("adaround", ["--bits", "8"]),
+    "gptq-3bit": ("gptq", ["--bits", "3"]),
+    "quarot-3bit": ("quarot", ["--bits", "3"]),
     "quarot-w4a4kv4": ("quarot", ["--bits", "4", "--act-bits", "4", "--kv-bits", "4"]),
 }
 # Where there is no calibration, or nothing drawn, a seed changes nothing.
@@ -50,7 +61,9 @@ UNSEEDED = ("hqq", "hqq 4-bit g64")
 
 
 class Subject:
-    """A model to measure on: its windows of text, its perplexity, and its last hidden states, from which all divergences are."""
+    """A model to measure on: its windows of text, its perplexity, and its last hidden states, from
+    which all divergences are.
+    """
 
     def __init__(self, model: str, options: argparse.Namespace):
         self.name, self.options = model, options
@@ -58,8 +71,13 @@ class Subject:
         self.device, self.dtype = resolve_device("auto"), DTYPES[options.dtype]
         original = self.original()
         self.tokenizer = original.tokenizer
-        self.windows = evaluation_windows(perplexity.ADDRESS, self.tokenizer, options.windows, options.window_length,
-                                          options.data_root)
+        self.windows = evaluation_windows(
+            perplexity.ADDRESS,
+            self.tokenizer,
+            options.windows,
+            options.window_length,
+            options.data_root,
+        )
         self.states = last_hidden_states(original, self.windows.tokens)
         self.baseline = perplexity.perplexity(self.load(self.folder), self.windows)[0]["perplexity"]
 
@@ -72,30 +90,62 @@ class Subject:
     def calibration(self, seed: int) -> torch.Tensor:
         """Token windows [samples, length], the scripts' own."""
         options = self.options
-        return calibration_windows(options.calib_data, self.tokenizer, options.calib_samples, options.calib_length, seed,
-                                   options.data_root).tokens
+        return calibration_windows(
+            options.calib_data,
+            self.tokenizer,
+            options.calib_samples,
+            options.calib_length,
+            seed,
+            options.data_root,
+        ).tokens
 
     def measure(self, model) -> dict[str, float]:
         found = perplexity.perplexity(model, self.windows, self.original(), self.states)[0]
-        return {"perplexity": found["perplexity"], "ratio": found["perplexity"] / self.baseline,
-                "kl": found["divergence"]["kl_mean"]}
+        return {
+            "perplexity": found["perplexity"],
+            "ratio": found["perplexity"] / self.baseline,
+            "kl": found["divergence"]["kl_mean"],
+        }
 
 
-def by_script(script: str, extra: list[str], subject: Subject, seed: int) -> tuple[dict[str, float], float]:
-    """Quantize by one of our scripts. Returns what was measured and the seconds of the whole script."""
+def by_script(
+    script: str, extra: list[str], subject: Subject, seed: int
+) -> tuple[dict[str, float], float]:
+    """Quantize by one of our scripts. Returns what was measured and the seconds of the whole
+    script.
+    """
     options = subject.options
     group = [] if script == "smoothquant" else ["--group-size", str(GROUP_SIZE)]
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "checkpoint"
-        seconds = quantize(script, ["--model", subject.name, "--output", str(output), "--seed", str(seed), *group,
-                                    "--data-root", str(options.data_root), "--calib-data", options.calib_data,
-                                    "--calib-samples", str(options.calib_samples), "--calib-length",
-                                    str(options.calib_length), *extra])
+        seconds = quantize(
+            script,
+            [
+                "--model",
+                subject.name,
+                "--output",
+                str(output),
+                "--seed",
+                str(seed),
+                *group,
+                "--data-root",
+                str(options.data_root),
+                "--calib-data",
+                options.calib_data,
+                "--calib-samples",
+                str(options.calib_samples),
+                "--calib-length",
+                str(options.calib_length),
+                *extra,
+            ],
+        )
         return subject.measure(subject.load(output)), seconds
 
 
 def by_peer(function: Callable, subject: Subject, seed: int) -> tuple[dict[str, float], float]:
-    """The same by another library, seconds without loading. Raises ImportError where it is not installed."""
+    """The same by another library, seconds without loading. Raises ImportError where it is not
+    installed.
+    """
     model, windows = subject.load(subject.folder), subject.calibration(seed)
     start = time.perf_counter()
     function(model, windows, subject.tokenizer, group_size=GROUP_SIZE)
@@ -107,41 +157,73 @@ def jobs(options: argparse.Namespace) -> dict[str, tuple[Callable, bool]]:
     found = {}
     for run in options.runs:
         script, extra = RUNS[run] if run in RUNS else (run.split()[0], run.split()[1:])
-        found[run] = (lambda *what, script=script, extra=extra: by_script(script, extra, *what)), script not in UNSEEDED
+        found[run] = (
+            (lambda *what, script=script, extra=extra: by_script(script, extra, *what)),
+            script not in UNSEEDED,
+        )
     for name, function in PEERS.items() if options.peers else ():
-        found[name] = (lambda *what, function=function: by_peer(function, *what)), name not in UNSEEDED
+        found[name] = (
+            (lambda *what, function=function: by_peer(function, *what)),
+            name not in UNSEEDED,
+        )
     return found
 
 
 def table(records: list[dict], models: list[str]) -> str:
-    """Runs by models: means over seeds of the perplexity ratio, their mean and worst over models, and the mean divergence."""
+    """Runs by models: means over seeds of the perplexity ratio, their mean and worst over models,
+    and the mean divergence.
+    """
+
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
 
-    lines = ["| run | " + " | ".join(models) + " | mean | worst | KL, nats |", "|---|" + "---:|" * (len(models) + 3)]
+    lines = [
+        "| run | " + " | ".join(models) + " | mean | worst | KL, nats |",
+        "|---|" + "---:|" * (len(models) + 3),
+    ]
     for run in dict.fromkeys(record["run"] for record in records):
-        own = [[record for record in records if (record["run"], record["model"]) == (run, model)] for model in models]
+        own = [
+            [record for record in records if (record["run"], record["model"]) == (run, model)]
+            for model in models
+        ]
         ratios = [mean([record["ratio"] for record in some]) for some in own if some]
         shown = iter(ratios)
         cells = [f"{next(shown):.4f}" if some else "–" for some in own]
         divergence = mean([record["kl"] for some in own for record in some])
-        lines.append(f"| {run} | {' | '.join(cells)} | {mean(ratios):.4f} | {max(ratios):.4f} | {divergence:.4f} |")
+        lines.append(
+            f"| {run} | {' | '.join(cells)} | {mean(ratios):.4f} | {max(ratios):.4f} | "
+            f"{divergence:.4f} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["demo"], help="hub ids, folders or demo (default: demo)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=["demo"], help="hub ids, folders or demo (default: demo)"
+    )
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--calib-data", default="calib/pile_style_mix")
     parser.add_argument("--calib-samples", type=positive, default=64)
     parser.add_argument("--calib-length", type=positive, default=2048)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--runs", nargs="*", default=list(RUNS), help="names of RUNS, or a script and its options in quotes")
+    parser.add_argument(
+        "--runs",
+        nargs="*",
+        default=list(RUNS),
+        help="names of RUNS, or a script and its options in quotes",
+    )
     parser.add_argument("--peers", action="store_true", help="other libraries too")
     parser.add_argument("--windows", type=positive, help="of the text (default: all)")
     parser.add_argument("--window-length", type=two_or_more, default=2048)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="to evaluate in (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="float32",
+        help="to evaluate in (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, help="JSON of all records, written after each")
     options = parser.parse_args()
     quiet_libraries()
@@ -157,11 +239,27 @@ def main() -> None:
                 except ImportError as error:
                     print(f"{run}: not installed ({error})", flush=True)
                     break
-                records.append({"model": model, "run": run, "seed": seed, **found, "seconds": round(seconds, 1)})
-                print(f"RESULT {model} {run} seed {seed}: {found['perplexity']:.4f}, {found['ratio']:.4f} x, KL "
-                      f"{found['kl']:.4f}, {seconds:.1f} s", flush=True)
+                records.append(
+                    {
+                        "model": model,
+                        "run": run,
+                        "seed": seed,
+                        **found,
+                        "seconds": round(seconds, 1),
+                    }
+                )
+                print(
+                    f"RESULT {model} {run} seed {seed}: {found['perplexity']:.4f}, "
+                    f"{found['ratio']:.4f} x, KL "
+                    f"{found['kl']:.4f}, {seconds:.1f} s",
+                    flush=True,
+                )
                 if options.output:
-                    options.output.write_text(json.dumps({"calibration": options.calib_data, "records": records}, indent=1))
+                    options.output.write_text(
+                        json.dumps(
+                            {"calibration": options.calib_data, "records": records}, indent=1
+                        )
+                    )
                 gc.collect()
     print(table(records, options.models))
 

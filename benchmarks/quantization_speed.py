@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""Seconds and memory that quantizing a model of the Llama-3.2-1B shape takes, our methods beside other libraries.
+"""Seconds and memory that quantizing a model of the Llama-3.2-1B shape takes, our methods beside
+other libraries.
 
     python benchmarks/quantization_speed.py --output speed.json
     python benchmarks/quantization_speed.py --only gptq,hqq --peers ""
 
-Random weights and 128 x 2048 random tokens, the same for all. A model of one layer goes before, so that nothing is compiled or
-read for the first time. Our figures are a script's own, from the finished checkpoint's
-metadata: `work` is all but reading the model and writing the checkpoint. A peer (benchmarks/requirements.txt) is given the
-model in memory and timed without saving; one that is not installed is left out.
+Random weights and 128 x 2048 random tokens, the same for all. A model of one layer goes before, so
+that nothing is compiled or read for the first time. Our figures are a script's own, from the
+finished checkpoint's
+metadata: `work` is all but reading the model and writing the checkpoint. A peer
+(benchmarks/requirements.txt) is given the model in memory and timed without saving; one that is not
+installed is left out.
 """
 
 import argparse
@@ -21,22 +24,30 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import torch  # noqa: E402
-from peers import PEERS  # noqa: E402
-from scripts import quantize  # noqa: E402
-from shape import random_model, write_random_model  # noqa: E402
+import torch
+from peers import PEERS
+from scripts import quantize
+from shape import random_model, write_random_model
 
-from common import metadata  # noqa: E402
-from common import quantization  # noqa: E402
-from common.text.windows import Windows  # noqa: E402
-from common.checkpoint.writer import METADATA_FILE  # noqa: E402
-from common.cli import quiet_libraries  # noqa: E402
-from common.base.device import resolve_device  # noqa: E402
-from common.model.source import load_tokenizer, resolve_folder  # noqa: E402
+from common import (
+    metadata,
+    quantization,
+)
+from common.base.device import resolve_device
+from common.checkpoint.writer import METADATA_FILE
+from common.cli import quiet_libraries
+from common.model.source import load_tokenizer, resolve_folder
+from common.text.windows import Windows
 
 SAMPLES, LENGTH = 128, 2048
-METHODS = {"gptq": ["--group-size", "128"], "awq": ["--group-size", "128"], "hqq": ["--group-size", "64"], "smoothquant": [],
-           "quarot": ["--group-size", "128"], "adaround": ["--group-size", "128"]}
+METHODS = {
+    "gptq": ["--group-size", "128"],
+    "awq": ["--group-size", "128"],
+    "hqq": ["--group-size", "64"],
+    "smoothquant": [],
+    "quarot": ["--group-size", "128"],
+    "adaround": ["--group-size", "128"],
+}
 # Phases that are no work on the model's weights.
 NOT_WORK = ("load", "write", "calibration text", "total")
 
@@ -53,14 +64,22 @@ def ours(method: str, folder: Path, windows: Windows, scratch: Path) -> dict:
     quantization.calibration_windows = lambda *_, **__: windows
     output = scratch / method
     _forget_peak()
-    quantize(method, ["--model", str(folder), "--output", str(output), "--overwrite", *METHODS[method]])
+    quantize(
+        method, ["--model", str(folder), "--output", str(output), "--overwrite", *METHODS[method]]
+    )
     document = json.loads((output / METADATA_FILE).read_text())
     seconds = document["seconds"]
-    return {"seconds": seconds, "work": sum(value for phase, value in seconds.items() if phase not in NOT_WORK),
-            "total": seconds["total"], **document["memory"]}
+    return {
+        "seconds": seconds,
+        "work": sum(value for phase, value in seconds.items() if phase not in NOT_WORK),
+        "total": seconds["total"],
+        **document["memory"],
+    }
 
 
-def peer(name: str, windows: Windows, tokenizer, device: torch.device, changes: dict) -> dict | None:
+def peer(
+    name: str, windows: Windows, tokenizer, device: torch.device, changes: dict
+) -> dict | None:
     """Seconds and peak device memory of another library; None where it is not installed."""
     model = random_model(device, torch.bfloat16, **changes)
     _forget_peak()
@@ -77,12 +96,20 @@ def peer(name: str, windows: Windows, tokenizer, device: torch.device, changes: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(METHODS), help="our methods (default: %(default)s)")
-    parser.add_argument("--peers", default=",".join(PEERS), help="other libraries (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", default=",".join(METHODS), help="our methods (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--peers", default=",".join(PEERS), help="other libraries (default: %(default)s)"
+    )
     parser.add_argument("--layers", type=int, help="fewer layers, for a trial")
     parser.add_argument("--samples", type=int, default=SAMPLES)
-    parser.add_argument("--repeats", type=int, default=1, help="runs of each of ours; the median counts")
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="runs of each of ours; the median counts"
+    )
     parser.add_argument("--output", type=Path, help="JSON of everything")
     options = parser.parse_args()
     quiet_libraries()
@@ -90,28 +117,51 @@ def main() -> None:
     tokenizer = load_tokenizer(resolve_folder("demo"))
     changes = {"num_hidden_layers": options.layers} if options.layers else {}
     generator = torch.Generator().manual_seed(0)
-    windows = Windows(torch.randint(0, 128256, (options.samples, LENGTH), generator=generator), "random tokens", 0)
-    results = {"device": metadata.describe_device(device), "versions": metadata.versions(), "samples": options.samples,
-               "length": LENGTH, "ours": {}, "peers": {}}
+    windows = Windows(
+        torch.randint(0, 128256, (options.samples, LENGTH), generator=generator), "random tokens", 0
+    )
+    results = {
+        "device": metadata.describe_device(device),
+        "versions": metadata.versions(),
+        "samples": options.samples,
+        "length": LENGTH,
+        "ours": {},
+        "peers": {},
+    }
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_random_model(Path(scratch) / "model", tokenizer, device, **changes)
         methods = list(filter(None, options.only.split(",")))
-        small = write_random_model(Path(scratch) / "small", tokenizer, device, **{**changes, "num_hidden_layers": 1})
+        small = write_random_model(
+            Path(scratch) / "small", tokenizer, device, **{**changes, "num_hidden_layers": 1}
+        )
         for method in methods:
             ours(method, small, windows, Path(scratch))
         for method in methods:
-            runs = sorted((ours(method, folder, windows, Path(scratch)) for _ in range(options.repeats)),
-                          key=lambda run: run["work"])
+            runs = sorted(
+                (ours(method, folder, windows, Path(scratch)) for _ in range(options.repeats)),
+                key=lambda run: run["work"],
+            )
             found = results["ours"][method] = runs[len(runs) // 2]
-            phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in found["seconds"].items())
-            peak = f"{found['peak_device_bytes'] / 2**30:.2f} GiB" if found["peak_device_bytes"] else "–"
-            print(f"RESULT {method}: work {found['work']:.2f} s, peak {peak} ({phases})", flush=True)
+            phases = ", ".join(
+                f"{phase} {seconds:.2f}" for phase, seconds in found["seconds"].items()
+            )
+            peak = (
+                f"{found['peak_device_bytes'] / 2**30:.2f} GiB"
+                if found["peak_device_bytes"]
+                else "–"
+            )
+            print(
+                f"RESULT {method}: work {found['work']:.2f} s, peak {peak} ({phases})", flush=True
+            )
     for name in filter(None, options.peers.split(",")):
         found = peer(name, windows, tokenizer, device, changes)
         if found:
             results["peers"][name] = found
-            print(f"RESULT {name}: work {found['work']:.2f} s, peak {(found['peak_device_bytes'] or 0) / 2**30:.2f} GiB",
-                  flush=True)
+            print(
+                f"RESULT {name}: work {found['work']:.2f} s, peak "
+                f"{(found['peak_device_bytes'] or 0) / 2**30:.2f} GiB",
+                flush=True,
+            )
     if options.output:
         options.output.write_text(json.dumps(results, indent=1))
 

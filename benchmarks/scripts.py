@@ -1,4 +1,6 @@
-"""The quantize scripts, run in this process, and processes of their own for what is to be measured apart."""
+"""The quantize scripts, run in this process, and processes of their own for what is to be measured
+apart.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def quantize(script: str, options: list[str]) -> float:
 
 
 def run_script(script: str, options: list[str], fine: tuple[int, ...] = (0,)) -> None:
-    """Run a script of the project in this process. Raises RuntimeError where it ends with an exit code that is not `fine`."""
+    """Run a script of the project in this process. Raises RuntimeError where it ends with an exit
+    code that is not `fine`.
+    """
     sys.argv = [script, *options]
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -34,8 +38,9 @@ def run_script(script: str, options: list[str], fine: tuple[int, ...] = (0,)) ->
 
 @cache
 def processes() -> multiprocessing.context.BaseContext:
-    """Children are forked with everything imported, which takes ten seconds; where some package has touched the card while it
-    was imported, a forked child cannot use it, and they are spawned instead.
+    """Children are forked with everything imported, which takes ten seconds; where some package has
+    touched the card while it was imported, a forked child cannot use it, and they are spawned
+    instead.
     """
     trial = multiprocessing.get_context("fork").Process(target=_use_device)
     trial.start()

@@ -1,4 +1,6 @@
-"""A model of the Llama-3.2-1B shape with random weights: speed does not depend on what the weights are."""
+"""A model of the Llama-3.2-1B shape with random weights: speed does not depend on what the weights
+are.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,22 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SHAPE = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-             num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, max_position_embeddings=8192)
+SHAPE = dict(
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    tie_word_embeddings=True,
+    max_position_embeddings=8192,
+)
 
 
-def random_model(device: torch.device, dtype: torch.dtype, eos_token_id: int = 2, **changes) -> LlamaForCausalLM:
+def random_model(
+    device: torch.device, dtype: torch.dtype, eos_token_id: int = 2, **changes
+) -> LlamaForCausalLM:
     """The model on `device`; `changes` replace entries of SHAPE."""
     config = LlamaConfig(**{**SHAPE, **changes}, eos_token_id=eos_token_id)
     torch.manual_seed(0)
@@ -70,6 +83,8 @@ def write_random_shards(folder: Path, tokenizer, shape: dict) -> None:
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         names.update(dict.fromkeys(shard, file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": names})
+    )
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,1 +1,3 @@
-"""The library that the quantization scripts share. README.md, "Layout", says what each module is for."""
+"""The library that the quantization scripts share. README.md, "Layout", says what each module is
+for.
+"""

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The 16-bit baseline that every quantized model is compared with: fetch it, evaluate it.
 
-    python common/baseline.py
-    python common/baseline.py --model demo
+python common/baseline.py
+python common/baseline.py --model demo
 """
 
 from __future__ import annotations
@@ -23,14 +23,20 @@ from common.results.naming import baseline_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="hub id, folder, or demo (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="hub id, folder, or demo (default: %(default)s)"
+    )
     add_evaluation_arguments(parser)
     add_reuse_argument(parser)
     options = parser.parse_args()
     folder = resolve_folder(options.model)
     load_config(folder)
-    evaluate_model(baseline_of(options.model, folder, options.results_dir), options, options.reuse, twice=True)
+    evaluate_model(
+        baseline_of(options.model, folder, options.results_dir), options, options.reuse, twice=True
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The batch behind run_all_quantization.sh: every configuration in processes of its own, one after the other, or several at
-once with a GPU each.
+"""The batch behind run_all_quantization.sh: every configuration in processes of its own, one after
+the other, or several at once with a GPU each.
 
-A configuration that fails is recorded with its reason and does not stop the rest. What is finished is kept
-where it was made with the same options, and results where they are of the same checkpoint, data, device and code.
+A configuration that fails is recorded with its reason and does not stop the rest. What is finished
+is kept where it was made with the same options, and results where they are of the same checkpoint,
+data, device and code.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ from pathlib import Path
 
 import torch
 
-from common.run_all import check
-from common.text.windows import text_sample
-from common.checkpoint.writer import METADATA_FILE
 from common.base.arguments import gibibytes, positive
-from common.cli import resolve_sizes, run
 from common.base.device import DTYPES
 from common.base.errors import UserError
 from common.base.files import write_json
-from common.results.identity import checkpoint_hash
-from common.model.source import DEFAULT_MODEL, MODELS_FOLDER
-from common.results.naming import filed_as, source_of
-from common.run_all.passed_on import method_parser, share_out
 from common.base.progress import say
+from common.checkpoint.writer import METADATA_FILE
+from common.cli import resolve_sizes, run
+from common.model.source import DEFAULT_MODEL, MODELS_FOLDER
 from common.results.documents import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE, read_document
+from common.results.identity import checkpoint_hash
+from common.results.naming import filed_as, source_of
 from common.results.reuse import changed_sources, made_from
+from common.run_all import check
+from common.run_all.passed_on import method_parser, share_out
+from common.text.windows import text_sample
 
 _REASON_LENGTH = 200
 
@@ -56,13 +57,16 @@ class Batch:
     # By method, the options that its script is told.
     passed_on: dict[str, list[str]]
     status: dict[str, dict] = field(default_factory=dict)
-    # GPUs that no configuration is using; None without --gpus, when nothing is said about which to use.
+    # GPUs that no configuration is using; None without --gpus, when nothing is said about which to
+    # use.
     free: queue.Queue[str] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
     def gpu(self) -> Iterator[dict[str, str]]:
-        """While open a GPU belongs to the caller; gives the environment that lets processes see that one alone."""
+        """While open a GPU belongs to the caller; gives the environment that lets processes see
+        that one alone.
+        """
         if self.free is None:
             yield {}
             return
@@ -79,8 +83,13 @@ class Batch:
         with self.lock:
             before = self.status.get(configuration, {})
             kept = {"made": before["made"]} if "made" in before else {}
-            self.status[configuration] = {"state": state, **({"reason": reason} if reason else {}),
-                                          "source": source_of(self.model), **kept, **more}
+            self.status[configuration] = {
+                "state": state,
+                **({"reason": reason} if reason else {}),
+                "source": source_of(self.model),
+                **kept,
+                **more,
+            }
             write_json(self.results / self.name / STATUS_FILE, self.status)
 
     def quantization_options(self, method: str) -> list[str]:
@@ -95,19 +104,27 @@ class StepFailed(Exception):
 
 
 def step(title: str, command: list[str], log: Path, gpu: dict[str, str]) -> str:
-    """Run one script, showing its output and keeping it in `log`. Raises StepFailed with its error line.
+    """Run one script, showing its output and keeping it in `log`. Raises StepFailed with its error
+    line.
     Returns its first warning of something wrecked, the worst.
 
     Args:
-        gpu: environment that says which GPU to use; lines are shown with the configuration's name when it says so.
+        gpu: environment that says which GPU to use; lines are shown with the configuration's name
+            when it says so.
     """
     prefix = f"[{log.stem}] " if gpu else ""
     say(f"{prefix}--- {title}")
     log.parent.mkdir(parents=True, exist_ok=True)
     last, error, wrecked = "", "", ""
     with log.open("a") as file:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                                   env={**os.environ, **gpu})
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**os.environ, **gpu},
+        )
         for line in process.stdout:
             sys.stdout.write(prefix + line)
             sys.stdout.flush()
@@ -120,7 +137,9 @@ def step(title: str, command: list[str], log: Path, gpu: dict[str, str]) -> str:
         code = process.wait()
     if code:
         if code < 0:
-            error = error or f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
+            error = error or f"killed by signal {-code}" + (
+                " (out of memory?)" if code == -9 else ""
+            )
         raise StepFailed((error or last or f"exit code {code}")[:_REASON_LENGTH])
     return wrecked
 
@@ -140,26 +159,41 @@ def run_configuration(batch: Batch, configuration: str) -> bool:
             verified = _run_steps(batch, configuration, folder, log, gpu, verified)
     except (StepFailed, UserError) as failure:
         say(f"=== {configuration} failed: {failure}")
-        batch.note(configuration, "warning" if folder.is_dir() and wanted else "failed", str(failure))
+        batch.note(
+            configuration, "warning" if folder.is_dir() and wanted else "failed", str(failure)
+        )
         return False
     batch.note(configuration, "done", **({"verified": verified} if verified else {}))
     return True
 
 
-def _run_steps(batch: Batch, configuration: str, folder: Path, log: Path, gpu: dict[str, str],
-               verified: str | None) -> str | None:
-    """Quantize what is not there yet, verify, evaluate. Returns the hash of the checkpoint that was verified.
+def _run_steps(
+    batch: Batch,
+    configuration: str,
+    folder: Path,
+    log: Path,
+    gpu: dict[str, str],
+    verified: str | None,
+) -> str | None:
+    """Quantize what is not there yet, verify, evaluate. Returns the hash of the checkpoint that was
+    verified.
 
     Args:
         verified: the hash of the one that an earlier run verified.
     Raises:
-        StepFailed: a step ended with an error, what is there was made with other options, or a part of it is wrecked.
+        StepFailed: a step ended with an error, what is there was made with other options, or a part
+            of it is wrecked.
     """
     wanted = CONFIGURATIONS[configuration]
     evaluate = [*batch.device, *batch.evaluation, "--results-dir", str(batch.results)]
     evaluate += [] if batch.overwrite else ["--reuse"]
     if wanted is None:
-        step("evaluate", [sys.executable, "common/baseline.py", "--model", batch.model, *evaluate], log, gpu)
+        step(
+            "evaluate",
+            [sys.executable, "common/baseline.py", "--model", batch.model, *evaluate],
+            log,
+            gpu,
+        )
         return None
     method, bits = wanted
     found = None if batch.overwrite or (folder / METADATA_FILE).is_file() else _hash(batch, folder)
@@ -169,9 +203,24 @@ def _run_steps(batch: Batch, configuration: str, folder: Path, log: Path, gpu: d
     else:
         # What is there is not made again: --resume ends at once, or refuses it for its options.
         extra = ["--overwrite"] if batch.overwrite else ["--resume"] if folder.is_dir() else []
-        wrecked = step("quantize", [sys.executable, f"quantize_{method}.py", "--model", batch.model,
-                                    "--bits", str(bits), "--output", str(folder), *batch.device,
-                                    *batch.passed_on.get(method, []), *extra], log, gpu)
+        wrecked = step(
+            "quantize",
+            [
+                sys.executable,
+                f"quantize_{method}.py",
+                "--model",
+                batch.model,
+                "--bits",
+                str(bits),
+                "--output",
+                str(folder),
+                *batch.device,
+                *batch.passed_on.get(method, []),
+                *extra,
+            ],
+            log,
+            gpu,
+        )
         found = _hash(batch, folder)
         made = {"checkpoint": found, "options": batch.quantization_options(method)}
         if found and not (folder / METADATA_FILE).is_file():
@@ -181,11 +230,28 @@ def _run_steps(batch: Batch, configuration: str, folder: Path, log: Path, gpu: d
     if reason := batch.status[configuration].get("made", {}).get("wrecked"):
         raise StepFailed(reason)
     if found is None or found != verified or batch.overwrite:
-        step("verify", [sys.executable, "verify_model.py", "--model-path", str(folder), *batch.device], log, gpu)
+        step(
+            "verify",
+            [sys.executable, "verify_model.py", "--model-path", str(folder), *batch.device],
+            log,
+            gpu,
+        )
     else:
         say(f"{configuration}: verified before")
-    step("evaluate", [sys.executable, "common/evaluation.py", "--model-path", str(folder), "--baseline", batch.model,
-                      *evaluate], log, gpu)
+    step(
+        "evaluate",
+        [
+            sys.executable,
+            "common/evaluation.py",
+            "--model-path",
+            str(folder),
+            "--baseline",
+            batch.model,
+            *evaluate,
+        ],
+        log,
+        gpu,
+    )
     return found
 
 
@@ -205,47 +271,86 @@ def _check_made(batch: Batch, configuration: str, method: str, folder: Path, fou
     Raises:
         StepFailed: naming the way out.
     """
-    made, asked = batch.status.get(configuration, {}).get("made", {}), batch.quantization_options(method)
+    made, asked = (
+        batch.status.get(configuration, {}).get("made", {}),
+        batch.quantization_options(method),
+    )
     if made.get("checkpoint") != found:
         reason = "it is not known what it was made with"
     elif made.get("options") != asked:
         both = made.get("options", []), asked
         then, now = (" ".join(words) or "the defaults" for words in both)
         reason = f"it was made with {then}, not {now}"
-    elif changes := changed_sources(made.get("made_from", {}), made_from(batch.model, method, batch.results)):
+    elif changes := changed_sources(
+        made.get("made_from", {}), made_from(batch.model, method, batch.results)
+    ):
         reason = f"it was made with {', '.join(changes)}"
     else:
         return
-    raise StepFailed(f"{folder} has no metadata and {reason}; --overwrite makes it again; to keep it, "
-                     "move it away first")
+    raise StepFailed(
+        f"{folder} has no metadata and {reason}; --overwrite makes it again; to keep it, "
+        "move it away first"
+    )
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        prog="run_all_quantization.sh", allow_abbrev=False,
-        description="Baseline and all quantization methods: quantized, verified, evaluated, README regenerated. "
-                    "Arguments that are not listed here are passed to the method scripts that take them, such as "
-                    "--group-size 64.")
-    parser.add_argument("--demo", action="store_true", help="the demo model with the demo's data: 15 to 30 minutes on 2 "
-                                                            "cores (calibration 16 x 512 tokens)")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="hub id, folder, or demo (default: %(default)s)")
-    parser.add_argument("--only", metavar="A,B", help=f"configurations to run, of {', '.join(CONFIGURATIONS)}")
-    parser.add_argument("--overwrite", action="store_true", help="run finished configurations again")
+        prog="run_all_quantization.sh",
+        allow_abbrev=False,
+        description="Baseline and all quantization methods: quantized, verified, evaluated, README "
+        "regenerated. "
+        "Arguments that are not listed here are passed to the method scripts that take them, such "
+        "as "
+        "--group-size 64.",
+    )
+    parser.add_argument(
+        "--demo",
+        action="store_true",
+        help="the demo model with the demo's data: 15 to 30 minutes on 2 "
+        "cores (calibration 16 x 512 tokens)",
+    )
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="hub id, folder, or demo (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only", metavar="A,B", help=f"configurations to run, of {', '.join(CONFIGURATIONS)}"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="run finished configurations again"
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="samples per evaluation task")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), help="default: auto")
-    parser.add_argument("--device-memory", type=gibibytes, metavar="GIB",
-                        help="GPU memory that a process may take (default: what is free)")
+    parser.add_argument(
+        "--device-memory",
+        type=gibibytes,
+        metavar="GIB",
+        help="GPU memory that a process may take (default: what is free)",
+    )
     parser.add_argument("--dtype", choices=("auto", *DTYPES), help="type to compute in")
     parser.add_argument("--data-root", help="where data sets are looked up before the hub")
-    parser.add_argument("--gpus", type=positive, metavar="N", help="run N configurations at once, each on a GPU of its own")
-    parser.add_argument("--results-dir", type=Path, default=RESULTS_FOLDER, help="default: %(default)s")
-    parser.add_argument("--check", action="store_true", help="run nothing; show what on this machine would stop or slow a run")
+    parser.add_argument(
+        "--gpus",
+        type=positive,
+        metavar="N",
+        help="run N configurations at once, each on a GPU of its own",
+    )
+    parser.add_argument(
+        "--results-dir", type=Path, default=RESULTS_FOLDER, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="run nothing; show what on this machine would stop or slow a run",
+    )
     options, passed_on = parser.parse_known_args()
     if options.demo:
         options.model = "demo"
     unknown = set((options.only or "baseline").split(",")) - set(CONFIGURATIONS)
     if unknown:
-        parser.error(f"unknown configuration {', '.join(sorted(unknown))}; known are {', '.join(CONFIGURATIONS)}")
+        parser.error(
+            f"unknown configuration {', '.join(sorted(unknown))}; known are "
+            f"{', '.join(CONFIGURATIONS)}"
+        )
     return options, passed_on
 
 
@@ -253,14 +358,20 @@ def _methods(configurations: list[str]) -> set[str]:
     return {CONFIGURATIONS[name][0] for name in configurations if CONFIGURATIONS[name]}
 
 
-def _samples(options: argparse.Namespace, configurations: list[str], shared: dict[str, list[str]]) -> list[tuple]:
+def _samples(
+    options: argparse.Namespace, configurations: list[str], shared: dict[str, list[str]]
+) -> list[tuple]:
     """The rows that a run reads, as `check.lines` takes them.
 
     Args:
         shared: by method, the options that its script is told.
     """
-    found = [] if source_of(options.model) == "demo" and not options.data_root else check.evaluation_samples(options.limit)
-    for method in sorted(_methods(configurations) - {"hqq"}):                   # which reads no calibration data
+    found = (
+        []
+        if source_of(options.model) == "demo" and not options.data_root
+        else check.evaluation_samples(options.limit)
+    )
+    for method in sorted(_methods(configurations) - {"hqq"}):  # which reads no calibration data
         words = ["--model", options.model, *shared.get(method, [])]
         told = method_parser(method).parse_args(words)
         resolve_sizes(told)
@@ -270,11 +381,16 @@ def _samples(options: argparse.Namespace, configurations: list[str], shared: dic
 
 
 def _gpus(count: int) -> queue.Queue[str]:
-    """The first `count` GPUs, as CUDA_VISIBLE_DEVICES names them. Raises UserError when there are fewer."""
+    """The first `count` GPUs, as CUDA_VISIBLE_DEVICES names them. Raises UserError when there are
+    fewer.
+    """
     present = torch.cuda.device_count()
     if count > present:
-        raise UserError(f"--gpus {count}: this machine has {present}; use --gpus {present}" if present else
-                        "no CUDA device was found; leave --gpus out, or check the driver with nvidia-smi")
+        raise UserError(
+            f"--gpus {count}: this machine has {present}; use --gpus {present}"
+            if present
+            else "no CUDA device was found; leave --gpus out, or check the driver with nvidia-smi"
+        )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else map(str, range(present))
     free: queue.Queue[str] = queue.Queue()
@@ -285,21 +401,44 @@ def _gpus(count: int) -> queue.Queue[str]:
 
 def main() -> int:
     options, passed_on = parse()
-    asked = options.model, options.device or "auto", Path(options.data_root) if options.data_root else None
+    asked = (
+        options.model,
+        options.device or "auto",
+        Path(options.data_root) if options.data_root else None,
+    )
     # Without a script it is shown as "Not started".
-    chosen = [name for name in (options.only.split(",") if options.only else CONFIGURATIONS)
-              if CONFIGURATIONS[name] is None or Path(f"quantize_{CONFIGURATIONS[name][0]}.py").is_file()]
-    shared = share_out(passed_on, _methods(chosen) or _methods(list(CONFIGURATIONS))) if passed_on else {}
+    chosen = [
+        name
+        for name in (options.only.split(",") if options.only else CONFIGURATIONS)
+        if CONFIGURATIONS[name] is None or Path(f"quantize_{CONFIGURATIONS[name][0]}.py").is_file()
+    ]
+    shared = (
+        share_out(passed_on, _methods(chosen) or _methods(list(CONFIGURATIONS)))
+        if passed_on
+        else {}
+    )
     if options.check:
         return check.report(*asked, _samples(options, chosen, shared))
     check.show_problems(*asked)
-    device = [part for name in ("device", "device_memory", "dtype", "data_root") if getattr(options, name)
-              for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
+    device = [
+        part
+        for name in ("device", "device_memory", "dtype", "data_root")
+        if getattr(options, name)
+        for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
+    ]
     name = filed_as(options.model, options.results_dir)
     status_file = options.results_dir / name / STATUS_FILE
-    batch = Batch(options.model, name, options.results_dir, options.overwrite, device, options.dtype or "auto",
-                  ["--limit", str(options.limit)] if options.limit else [], shared,
-                  read_document(status_file) if status_file.is_file() else {})
+    batch = Batch(
+        options.model,
+        name,
+        options.results_dir,
+        options.overwrite,
+        device,
+        options.dtype or "auto",
+        ["--limit", str(options.limit)] if options.limit else [],
+        shared,
+        read_document(status_file) if status_file.is_file() else {},
+    )
     if options.gpus:
         batch.free = _gpus(options.gpus)
     start = time.monotonic()
@@ -310,11 +449,20 @@ def main() -> int:
     else:
         rest = [name for name in chosen if name != "baseline"]
         with ThreadPoolExecutor(options.gpus or 1) as pool:
-            failed += [name for name, fine in zip(rest, pool.map(partial(run_configuration, batch), rest), strict=True)
-                       if not fine]
-    readme = subprocess.run([sys.executable, "analyze_results.py", "--results-dir", str(options.results_dir)])
-    say(f"{len(chosen)} configurations in {time.monotonic() - start:.0f} s"
-        + (f"; failed: {', '.join(failed)}" if failed else ""))
+            failed += [
+                name
+                for name, fine in zip(
+                    rest, pool.map(partial(run_configuration, batch), rest), strict=True
+                )
+                if not fine
+            ]
+    readme = subprocess.run(
+        [sys.executable, "analyze_results.py", "--results-dir", str(options.results_dir)]
+    )
+    say(
+        f"{len(chosen)} configurations in {time.monotonic() - start:.0f} s"
+        + (f"; failed: {', '.join(failed)}" if failed else "")
+    )
     return 1 if failed or readme.returncode else 0
 
 

@@ -1,4 +1,5 @@
-"""The arguments that scripts share, and how an error ends a script: one clear line and exit code 2."""
+"""The arguments that scripts share, and how an error ends a script: one clear line and exit
+code 2."""
 
 from __future__ import annotations
 
@@ -13,29 +14,37 @@ from pathlib import Path
 
 import torch
 
-from common.text import windows
-from common.base.device import DTYPES
 from common.base.arguments import gibibytes, positive, share
+from common.base.device import DTYPES
 from common.base.errors import UserError
 from common.model.source import DEFAULT_MODEL
 from common.solvers.rounding import CATCH_UP
+from common.text import windows
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main and end the process: 0 or what main returns; 2 with one line for what the user can mend."""
+    """Run a script's main and end the process: 0 or what main returns; 2 with one line for what the
+    user can mend.
+    """
     quiet_libraries()
     try:
         code = main() or 0
     except UserError as error:
         code = fail(str(error))
     except torch.cuda.OutOfMemoryError:
-        code = fail("the GPU ran out of memory; lower --calib-length or --calib-samples, raise --device-memory if you set "
-                    "it, close other programs on the GPU, or use --device cpu")
+        code = fail(
+            "the GPU ran out of memory; lower --calib-length or --calib-samples, raise "
+            "--device-memory if you set "
+            "it, close other programs on the GPU, or use --device cpu"
+        )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
-        code = fail(f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space or choose "
-                    "another --output")
+        code = fail(
+            f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space or "
+            f"choose "
+            "another --output"
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -75,63 +84,134 @@ def quiet_libraries() -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model, --device, --device-memory, --dtype, --data-root."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="hub id, folder, or demo (default: %(default)s)")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="hub id, folder, or demo (default: %(default)s)"
+    )
     add_device_arguments(parser)
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """--device, --device-memory, --dtype, --data-root."""
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
-                        help="where to compute; auto takes CUDA when there is one")
-    parser.add_argument("--device-memory", type=gibibytes, metavar="GIB",
-                        help="GPU memory that the process may take, its CUDA context included (default: what is free when it "
-                             "starts)")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
-                        help="type to compute in; auto is float32 on a CPU, bfloat16 on CUDA, and "
-                             "float16 on cards before compute capability 8.0 (RTX 20)")
-    parser.add_argument("--data-root", type=Path, metavar="DIR",
-                        help="look for data sets as DIR/<owner>/<name>/<config>/<split>.parquet before the hub")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="where to compute; auto takes CUDA when there is one",
+    )
+    parser.add_argument(
+        "--device-memory",
+        type=gibibytes,
+        metavar="GIB",
+        help="GPU memory that the process may take, its CUDA context included (default: what is "
+        "free when it "
+        "starts)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="type to compute in; auto is float32 on a CPU, bfloat16 on CUDA, and "
+        "float16 on cards before compute capability 8.0 (RTX 20)",
+    )
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        metavar="DIR",
+        help="look for data sets as DIR/<owner>/<name>/<config>/<split>.parquet before the hub",
+    )
 
 
 def quantization_parser(description: str, bits: int) -> argparse.ArgumentParser:
-    """A parser with the arguments of every quantize script; `bits` is the method's default width."""
+    """A parser with the arguments of every quantize script; `bits` is the method's default
+    width."""
     # A method may say anew, after these, what it takes of an option.
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     conflict_handler="resolve")
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        conflict_handler="resolve",
+    )
     add_model_arguments(parser)
-    parser.add_argument("--bits", type=int, default=bits, help="bits per weight (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="checkpoint folder (default: models/<model>/<method>-<bits>bit)")
-    parser.add_argument("--group-size", type=_group_size, default="auto", metavar="N|auto|channel",
-                        help="input channels that share a scale; auto is the largest of 128, 64, 32 that divides all "
-                             "linears, channel one scale per output channel")
-    parser.add_argument("--symmetric", action="store_true", help="no zero-points: codes are centred on zero")
-    parser.add_argument("--head-bits", type=int, choices=(4, 8),
-                        help="round the head too, if it is not the embedding's own matrix (default: 16-bit)")
-    parser.add_argument("--embedding-bits", type=int, choices=(8,),
-                        help="round the embedding too, and with it a head that shares its matrix (default: 16-bit)")
-    parser.add_argument("--calib-data", metavar="DATA",
-                        help="calibration text: a data set (owner/name[/config][:split]), a .txt, .jsonl or .parquet "
-                             f"file, or demo (default: {windows.DEFAULT_DATA}; demo for the demo model)")
-    parser.add_argument("--calib-samples", type=positive, metavar="N",
-                        help=f"calibration windows (default: {windows.DEFAULT_SAMPLES}; {windows.DEMO_SAMPLES} "
-                             "with demo text)")
-    parser.add_argument("--calib-length", type=positive, metavar="N",
-                        help=f"tokens per window, cut to the model's context (default: {windows.DEFAULT_LENGTH}; "
-                             f"{windows.DEMO_LENGTH} with demo text)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the calibration sample (default: %(default)s)")
-    parser.add_argument("--save-metadata", action=argparse.BooleanOptionalAction, default=True,
-                        help="write quantization_metadata.json into the checkpoint")
+    parser.add_argument(
+        "--bits", type=int, default=bits, help="bits per weight (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="checkpoint folder (default: models/<model>/<method>-<bits>bit)"
+    )
+    parser.add_argument(
+        "--group-size",
+        type=_group_size,
+        default="auto",
+        metavar="N|auto|channel",
+        help="input channels that share a scale; auto is the largest of 128, 64, 32 that divides "
+        "all "
+        "linears, channel one scale per output channel",
+    )
+    parser.add_argument(
+        "--symmetric", action="store_true", help="no zero-points: codes are centred on zero"
+    )
+    parser.add_argument(
+        "--head-bits",
+        type=int,
+        choices=(4, 8),
+        help="round the head too, if it is not the embedding's own matrix (default: 16-bit)",
+    )
+    parser.add_argument(
+        "--embedding-bits",
+        type=int,
+        choices=(8,),
+        help="round the embedding too, and with it a head that shares its matrix (default: 16-bit)",
+    )
+    parser.add_argument(
+        "--calib-data",
+        metavar="DATA",
+        help="calibration text: a data set (owner/name[/config][:split]), a .txt, .jsonl or "
+        ".parquet "
+        f"file, or demo (default: {windows.DEFAULT_DATA}; demo for the demo model)",
+    )
+    parser.add_argument(
+        "--calib-samples",
+        type=positive,
+        metavar="N",
+        help=f"calibration windows (default: {windows.DEFAULT_SAMPLES}; {windows.DEMO_SAMPLES} "
+        "with demo text)",
+    )
+    parser.add_argument(
+        "--calib-length",
+        type=positive,
+        metavar="N",
+        help=f"tokens per window, cut to the model's context (default: {windows.DEFAULT_LENGTH}; "
+        f"{windows.DEMO_LENGTH} with demo text)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the calibration sample (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--save-metadata",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write quantization_metadata.json into the checkpoint",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on with what an interrupted run of the same command left; the result is the same, bit for bit")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with what an interrupted run of the same command left; the result is the same, "
+        "bit for bit",
+    )
     return parser
 
 
 def add_catch_up(parser: argparse.ArgumentParser) -> None:
     """--catch-up, for the methods that walk through the quantized layers with Gram matrices."""
-    parser.add_argument("--catch-up", type=share, default=CATCH_UP, metavar="SHARE",
-                        help="share of the quantized layers' accumulated error that each layer is made to recover; 0 spares a "
-                             "second pass (default: %(default)s)")
+    parser.add_argument(
+        "--catch-up",
+        type=share,
+        default=CATCH_UP,
+        metavar="SHARE",
+        help="share of the quantized layers' accumulated error that each layer is made to recover; "
+        "0 spares a "
+        "second pass (default: %(default)s)",
+    )
 
 
 def resolve_sizes(options: argparse.Namespace) -> None:
@@ -139,8 +219,12 @@ def resolve_sizes(options: argparse.Namespace) -> None:
     if options.calib_data is None:
         options.calib_data = "demo" if options.model == "demo" else windows.DEFAULT_DATA
     demo = options.calib_data == "demo"
-    options.calib_samples = options.calib_samples or (windows.DEMO_SAMPLES if demo else windows.DEFAULT_SAMPLES)
-    options.calib_length = options.calib_length or (windows.DEMO_LENGTH if demo else windows.DEFAULT_LENGTH)
+    options.calib_samples = options.calib_samples or (
+        windows.DEMO_SAMPLES if demo else windows.DEFAULT_SAMPLES
+    )
+    options.calib_length = options.calib_length or (
+        windows.DEMO_LENGTH if demo else windows.DEFAULT_LENGTH
+    )
 
 
 def configure_torch(seed: int) -> None:

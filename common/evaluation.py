@@ -4,9 +4,10 @@
     python common/evaluation.py --model-path models/Llama-3.2-1B-Instruct/gptq-4bit
     python common/evaluation.py --model-path models/SmolLM2-135M-Instruct/baseline --limit 20
 
-Tasks run in lm-eval with the task files in common/tasks, on the same samples and prompts for every configuration.
-Metrics go to results/<model>/<configuration>.json, a record for each sample to results/<model>/samples/, both with what they
-were made from. A quantized model that does not say what it was made from is told with --baseline.
+Tasks run in lm-eval with the task files in common/tasks, on the same samples and prompts for every
+configuration. Metrics go to results/<model>/<configuration>.json, a record for each sample to
+results/<model>/samples/, both with what they were made from. A quantized model that does not say
+what it was made from is told with --baseline.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import argparse
 
 from common.base.arguments import positive
 from common.cli import add_device_arguments, run
-from common.results.naming import subject_of
 from common.results.documents import RESULTS_FOLDER
+from common.results.naming import subject_of
 from common.tasks.evaluate import evaluate_model
 from common.tasks.task import all_tasks, task_names
 
@@ -33,23 +34,44 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_arguments(parser)
     known = task_names()
     limits = ", ".join(f"{task.name} {task.limit}" for task in all_tasks() if task.limit)
-    parser.add_argument("--limit", type=positive, metavar="N",
-                        help=f"samples per task (default: {limits}; the demo's own tasks whole)")
-    parser.add_argument("--tasks", type=_tasks, default=known, metavar="A,B",
-                        help=f"what to evaluate (default: {','.join(known)})")
-    parser.add_argument("--data", choices=("auto", "demo", "hub"), default="auto",
-                        help="the demo's own tasks or the real data sets; auto is demo for the demo model without "
-                             "--data-root")
+    parser.add_argument(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help=f"samples per task (default: {limits}; the demo's own tasks whole)",
+    )
+    parser.add_argument(
+        "--tasks",
+        type=_tasks,
+        default=known,
+        metavar="A,B",
+        help=f"what to evaluate (default: {','.join(known)})",
+    )
+    parser.add_argument(
+        "--data",
+        choices=("auto", "demo", "hub"),
+        default="auto",
+        help="the demo's own tasks or the real data sets; auto is demo for the demo model without "
+        "--data-root",
+    )
     for task in all_tasks():
         task.add_arguments(parser)
-    parser.add_argument("--results-dir", type=Path, default=RESULTS_FOLDER, metavar="DIR",
-                        help="where results go (default: %(default)s)")
+    parser.add_argument(
+        "--results-dir",
+        type=Path,
+        default=RESULTS_FOLDER,
+        metavar="DIR",
+        help="where results go (default: %(default)s)",
+    )
 
 
 def add_reuse_argument(parser: argparse.ArgumentParser) -> None:
     """--reuse, for the batch."""
-    parser.add_argument("--reuse", action="store_true",
-                        help="evaluate only what has no results of the same checkpoint, data, device and code yet")
+    parser.add_argument(
+        "--reuse",
+        action="store_true",
+        help="evaluate only what has no results of the same checkpoint, data, device and code yet",
+    )
 
 
 def _tasks(text: str) -> tuple[str, ...]:
@@ -57,19 +79,30 @@ def _tasks(text: str) -> tuple[str, ...]:
     known = task_names()
     unknown = [task for task in chosen if task not in known]
     if unknown or not chosen:
-        raise argparse.ArgumentTypeError(f"unknown task {', '.join(unknown)}; known are {', '.join(known)}")
+        raise argparse.ArgumentTypeError(
+            f"unknown task {', '.join(unknown)}; known are {', '.join(known)}"
+        )
     return chosen
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model-path", type=Path, required=True, help="checkpoint or model folder")
-    parser.add_argument("--baseline", help="the 16-bit model that a quantized one was made from: hub id, folder, or "
-                                           "demo (default: what its metadata says)")
+    parser.add_argument(
+        "--baseline",
+        help="the 16-bit model that a quantized one was made from: hub id, folder, or "
+        "demo (default: what its metadata says)",
+    )
     add_evaluation_arguments(parser)
     add_reuse_argument(parser)
     options = parser.parse_args()
-    evaluate_model(subject_of(options.model_path, options.baseline, options.results_dir), options, options.reuse)
+    evaluate_model(
+        subject_of(options.model_path, options.baseline, options.results_dir),
+        options,
+        options.reuse,
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,12 @@
 `common/checkpoint/metadata.py` has the functions, for the modules below this one.
 """
 
-from common.checkpoint.metadata import describe_device, peak_memory, quantization_facts, read, versions
+from common.checkpoint.metadata import (
+    describe_device,
+    peak_memory,
+    quantization_facts,
+    read,
+    versions,
+)
 
 __all__ = ["describe_device", "peak_memory", "quantization_facts", "read", "versions"]

@@ -1,4 +1,5 @@
-"""One quantization run, from options to a finished checkpoint. Every quantize script ends up here."""
+"""One quantization run, from options to a finished checkpoint. Every quantize script ends up
+here."""
 
 from __future__ import annotations
 
@@ -12,33 +13,51 @@ import torch
 from torch import Tensor, nn
 
 from common import metadata
-from common.text import overlap, probe
 from common.base import parallel
-from common.results import reuse
-from common.text.windows import Windows, calibration_windows
-from common.checkpoint.writer import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
-from common.cli import configure_torch, resolve_sizes
 from common.base.device import device_and_dtype, dtype_name
 from common.base.errors import UserError
+from common.base.progress import say
+from common.base.stopwatch import Stopwatch
+from common.checkpoint.writer import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
+from common.cli import configure_torch, resolve_sizes
+from common.model.source import (
+    MODELS_FOLDER,
+    SourceModel,
+    load_config,
+    load_tokenizer,
+    resolve_folder,
+)
 from common.numerics.grid import SUPPORTED_BITS, Grid, resolve_group_size
+from common.results import reuse
+from common.results.documents import RESULTS_FOLDER
+from common.results.naming import filed_as
+from common.solvers.vocabulary import VocabularyRounding
+from common.text import overlap, probe
+from common.text.windows import Windows, calibration_windows
+from common.verification import wrecked
 from common.walk.inputs import Needs
 from common.walk.layers import WalkResult, quantize_model
 from common.walk.method import Method
-from common.model.source import MODELS_FOLDER, SourceModel, load_config, load_tokenizer, resolve_folder
-from common.results.naming import filed_as
-from common.base.progress import say
-from common.results.documents import RESULTS_FOLDER
 from common.walk.resume import Resumption
-from common.base.stopwatch import Stopwatch
-from common.verification import wrecked
-from common.solvers.vocabulary import VocabularyRounding
 
 # Options that change nothing in the result.
-_WITHOUT_EFFECT = ("output", "overwrite", "resume", "save_metadata", "data_root", "device",
-                   "device_memory", "dtype", "calib_data", "model")
+_WITHOUT_EFFECT = (
+    "output",
+    "overwrite",
+    "resume",
+    "save_metadata",
+    "data_root",
+    "device",
+    "device_memory",
+    "dtype",
+    "calib_data",
+    "model",
+)
 
 
-def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUPPORTED_BITS) -> Path:
+def run(
+    options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUPPORTED_BITS
+) -> Path:
     """Quantize as the options say and write the checkpoint.
 
     Args:
@@ -51,8 +70,10 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
     """
     started = time.perf_counter()
     if options.bits not in bits:
-        raise UserError(f"{method.name} does not support {options.bits} bits; "
-                        f"use --bits {' or '.join(map(str, bits))}")
+        raise UserError(
+            f"{method.name} does not support {options.bits} bits; "
+            f"use --bits {' or '.join(map(str, bits))}"
+        )
     device, dtype = device_and_dtype(options)
     configure_torch(options.seed)
     parallel.start(device)
@@ -78,8 +99,11 @@ def run(options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUP
         document["seconds"]["total"] = round(time.perf_counter() - started, 3)
         writer.finish(document if options.save_metadata else None)
     say(_summary(output, document))
-    verdict = "verify_model.py will fail" if options.save_metadata else \
-        "saved without metadata, so verify_model.py cannot know"
+    verdict = (
+        "verify_model.py will fail"
+        if options.save_metadata
+        else "saved without metadata, so verify_model.py cannot know"
+    )
     for name, error in wrecked({**result.linears, **rounding.records}):
         say(f"warning: {name} is wrecked, its output is off by {error:.2f} of its size; {verdict}")
     return output
@@ -107,8 +131,14 @@ class _Run:
     probe_tokens: Tensor
 
     @classmethod
-    def begin(cls, options: argparse.Namespace, method: Method, output: Path, device: torch.device,
-              dtype: torch.dtype) -> _Run:
+    def begin(
+        cls,
+        options: argparse.Namespace,
+        method: Method,
+        output: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> _Run:
         """Open the model and read the calibration text.
 
         Raises:
@@ -119,16 +149,29 @@ class _Run:
             made_from = reuse.made_from(options.model, method.name, RESULTS_FOLDER)
             source = SourceModel(options.model, device, dtype)
             if options.head_bits and source.tied and not method.unties:
-                raise UserError(f"{source.name} shares its head with the embedding, so --head-bits "
-                                "has nothing to act on; --embedding-bits 8 rounds both")
+                raise UserError(
+                    f"{source.name} shares its head with the embedding, so --head-bits "
+                    "has nothing to act on; --embedding-bits 8 rounds both"
+                )
             size = resolve_group_size(options.group_size, source.in_features())
             grid = Grid(options.bits, size, options.symmetric)
         windows = None
         if method.needs != Needs.NOTHING:
             with watch("calibration text"):
                 windows = _windows(options, source.tokenizer, source.config)
-        return cls(options, method, output, device, dtype, watch, made_from, source, grid, windows,
-                   probe.probe_tokens(source.tokenizer))
+        return cls(
+            options,
+            method,
+            output,
+            device,
+            dtype,
+            watch,
+            made_from,
+            source,
+            grid,
+            windows,
+            probe.probe_tokens(source.tokenizer),
+        )
 
     def headline(self) -> str:
         grid, windows = self.grid, self.windows
@@ -139,35 +182,59 @@ class _Run:
         if windows is not None:
             samples, length = windows.tokens.shape
             text = f"calibration {samples} x {length} tokens of {windows.source}"
-        return (f"{self.method.name} {grid.bits}-bit, {size}, {kind}: {self.source.name} on "
-                f"{self.device} in {dtype_name(self.dtype)}, {text}")
+        return (
+            f"{self.method.name} {grid.bits}-bit, {size}, {kind}: {self.source.name} on "
+            f"{self.device} in {dtype_name(self.dtype)}, {text}"
+        )
 
     def writer(self) -> CheckpointWriter:
-        return CheckpointWriter(self.output, self.source, self.grid, self.method.activation_bits,
-                                self.method.online, self._fingerprint(), self.options.resume)
+        return CheckpointWriter(
+            self.output,
+            self.source,
+            self.grid,
+            self.method.activation_bits,
+            self.method.online,
+            self._fingerprint(),
+            self.options.resume,
+        )
 
     def _fingerprint(self) -> dict:
         """All that decides a checkpoint's codes, for a run that goes on with another's layers."""
         options = vars(self.options).items()
-        return {"method": self.method.name, "model": self.source.name,
-                **{reuse.MADE_FROM[key]: found[:16] for key, found in self.made_from.items()},
-                "calibration": self.windows and self.windows.fingerprint[:16],
-                **{f"--{name.replace('_', '-')}": value for name, value in options
-                   if name not in _WITHOUT_EFFECT},
-                "device": metadata.describe_device(self.device)["name"],
-                "processes": parallel.size(),
-                "type": dtype_name(self.dtype),
-                **{f"version of {name}": found for name, found in metadata.versions().items()}}
+        return {
+            "method": self.method.name,
+            "model": self.source.name,
+            **{reuse.MADE_FROM[key]: found[:16] for key, found in self.made_from.items()},
+            "calibration": self.windows and self.windows.fingerprint[:16],
+            **{
+                f"--{name.replace('_', '-')}": value
+                for name, value in options
+                if name not in _WITHOUT_EFFECT
+            },
+            "device": metadata.describe_device(self.device)["name"],
+            "processes": parallel.size(),
+            "type": dtype_name(self.dtype),
+            **{f"version of {name}": found for name, found in metadata.versions().items()},
+        }
 
     def walk(self, writer: CheckpointWriter | None, rounding: VocabularyRounding) -> WalkResult:
         """Quantize the model, each layer written as it is finished."""
         own = None if self.windows is None else parallel.share(self.windows.tokens)
-        return quantize_model(self.source, self.method, self.grid, own, self.probe_tokens,
-                              writer.write_layer if writer else lambda *_: None, self.watch,
-                              rounding, _resumption(writer))
+        return quantize_model(
+            self.source,
+            self.method,
+            self.grid,
+            own,
+            self.probe_tokens,
+            writer.write_layer if writer else lambda *_: None,
+            self.watch,
+            rounding,
+            _resumption(writer),
+        )
 
-    def document(self, result: WalkResult, vocabulary: dict[str, dict], weight_bytes: int,
-                 folder: Path) -> dict:
+    def document(
+        self, result: WalkResult, vocabulary: dict[str, dict], weight_bytes: int, folder: Path
+    ) -> dict:
         """The metadata, but for the total time.
 
         Args:
@@ -175,8 +242,10 @@ class _Run:
             weight_bytes: of the checkpoint's tensors, which lies in `folder`.
         """
         options, method, grid, source = self.options, self.method, self.grid, self.source
-        given = {name: str(value) if isinstance(value, Path) else value
-                 for name, value in vars(options).items()}
+        given = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(options).items()
+        }
         return {
             "format_version": metadata.VERSION,
             "method": method.name,
@@ -184,9 +253,12 @@ class _Run:
             "grid": {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric},
             "activation_bits": method.activation_bits,
             "online_transforms": asdict(method.online) if method.online else None,
-            "model": {"name": source.name, "source": options.model,
-                      "architecture": source.config.model_type,
-                      "storage_dtype": dtype_name(source.storage_dtype)},
+            "model": {
+                "name": source.name,
+                "source": options.model,
+                "architecture": source.config.model_type,
+                "storage_dtype": dtype_name(source.storage_dtype),
+            },
             "options": given,
             "seed": options.seed,
             "calibration": self._calibration(),
@@ -208,28 +280,37 @@ class _Run:
         if self.windows is None:
             return None
         passages = [self.source.tokenizer.decode(window) for window in self.windows.tokens]
-        return {**self.windows.describe(), "passages": overlap.pack(passages)}
+        return {**self.windows.describe(), "passages": overlap.encode(passages)}
 
     def _probe(self, result: WalkResult) -> dict:
         tokens = self.probe_tokens
         logits, baseline = result.probe_logits, result.baseline_probe_logits
-        return {"tokens": tokens.shape[1],
-                "baseline_perplexity": probe.perplexity(baseline, tokens),
-                "perplexity": probe.perplexity(logits, tokens),
-                "divergence": probe.divergence(baseline, logits),
-                **probe.sample_logits(logits)}
+        return {
+            "tokens": tokens.shape[1],
+            "baseline_perplexity": probe.perplexity(baseline, tokens),
+            "perplexity": probe.perplexity(logits, tokens),
+            "divergence": probe.divergence(baseline, logits),
+            **probe.sample_logits(logits),
+        }
 
     def _sizes(self, weight_bytes: int, folder: Path) -> dict:
         before = self.source.tensors.total_bytes()
-        return {"bytes": {"baseline_weights": before,
-                          "baseline_folder": folder_bytes(self.source.folder),
-                          "quantized_weights": weight_bytes,
-                          "quantized_folder": folder_bytes(folder)},
-                "compression_ratio": round(before / weight_bytes, 4)}
+        return {
+            "bytes": {
+                "baseline_weights": before,
+                "baseline_folder": folder_bytes(self.source.folder),
+                "quantized_weights": weight_bytes,
+                "quantized_folder": folder_bytes(folder),
+            },
+            "compression_ratio": round(before / weight_bytes, 4),
+        }
 
 
-def _check_finished(output: Path, options: argparse.Namespace, method: Method, dtype: torch.dtype) -> None:
-    """Refuse a finished checkpoint that was made with other options or from other things than are there now.
+def _check_finished(
+    output: Path, options: argparse.Namespace, method: Method, dtype: torch.dtype
+) -> None:
+    """Refuse a finished checkpoint that was made with other options or from other things than are
+    there now.
 
     Raises:
         UserError: naming them and the way out.
@@ -237,7 +318,9 @@ def _check_finished(output: Path, options: argparse.Namespace, method: Method, d
     record = metadata.read(output)
     changes = reuse.changed_options(record, options, method.name, dtype_name(dtype))
     then = reuse.recorded_sources(record)
-    changes += reuse.changed_sources(then, reuse.made_from(options.model, method.name, RESULTS_FOLDER))
+    changes += reuse.changed_sources(
+        then, reuse.made_from(options.model, method.name, RESULTS_FOLDER)
+    )
     # To compare the text it has to be read and cut into tokens, by the tokenizer of the same model.
     if not changes and record["calibration"] is not None:
         folder = resolve_folder(options.model)
@@ -245,13 +328,23 @@ def _check_finished(output: Path, options: argparse.Namespace, method: Method, d
         changes = reuse.changed_sources(then, {"calibration": windows.fingerprint})
     if changes:
         more = f" and {len(changes) - 2} more" if len(changes) > 2 else ""
-        raise UserError(f"{output} was made with {', '.join(changes[:2])}{more}; --overwrite makes it again; to "
-                        "keep it, move it away first")
+        raise UserError(
+            f"{output} was made with {', '.join(changes[:2])}{more}; --overwrite makes it again; "
+            f"to "
+            "keep it, move it away first"
+        )
 
 
 def _windows(options: argparse.Namespace, tokenizer, config) -> Windows:
     length = min(options.calib_length, config.max_position_embeddings)
-    return calibration_windows(options.calib_data, tokenizer, options.calib_samples, length, options.seed, options.data_root)
+    return calibration_windows(
+        options.calib_data,
+        tokenizer,
+        options.calib_samples,
+        length,
+        options.seed,
+        options.data_root,
+    )
 
 
 def _first_only(writer: CheckpointWriter) -> AbstractContextManager[CheckpointWriter | None]:
@@ -274,7 +367,10 @@ def _resumption(writer: CheckpointWriter | None) -> Resumption:
 
 def _summary(output: Path, document: dict) -> str:
     sizes, found = document["bytes"], document["probe"]
-    return (f"{output}: {sizes['quantized_weights'] / 1e6:.1f} MB of weights ({document['compression_ratio']:.2f} x "
-            f"smaller), {document['seconds']['total']:.1f} s, peak host memory "
-            f"{document['memory']['peak_host_bytes'] / 2**30:.2f} GiB, perplexity of the probe text "
-            f"{found['baseline_perplexity']:.2f} -> {found['perplexity']:.2f}")
+    return (
+        f"{output}: {sizes['quantized_weights'] / 1e6:.1f} MB of weights "
+        f"({document['compression_ratio']:.2f} x "
+        f"smaller), {document['seconds']['total']:.1f} s, peak host memory "
+        f"{document['memory']['peak_host_bytes'] / 2**30:.2f} GiB, perplexity of the probe text "
+        f"{found['baseline_perplexity']:.2f} -> {found['perplexity']:.2f}"
+    )

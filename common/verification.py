@@ -10,23 +10,33 @@ import torch
 from transformers import AutoConfig
 
 from common import metadata
-from common.text import probe
-from common.checkpoint.writer import file_hashes
-from common.checkpoint.format import (REQUIRED_PARTS, decompress, family_of, open_checkpoint,
-                                      stored_codes, stored_parts, unknown_form, weight_format)
 from common.base.device import dtype_name
 from common.base.device_memory import logits_at_once
 from common.base.errors import UserError
-from common.numerics.grid import Grid
-from common.model.source import TensorReader
+from common.checkpoint.format import (
+    REQUIRED_PARTS,
+    decompress,
+    family_of,
+    open_checkpoint,
+    stored_codes,
+    stored_parts,
+    unknown_form,
+    weight_format,
+)
+from common.checkpoint.writer import file_hashes
 from common.model.online import CONFIG_KEY
+from common.model.source import TensorReader
+from common.numerics.grid import Grid
 from common.running.runtime import load_model
+from common.text import probe
 
 # Perplexity of the probe text may be this many times the baseline's.
 PERPLEXITY_RATIO = {8: 1.1, 4: 2.0, 3: 5.0, 2: 1000.0}
-# From so many bits on no linear's output may be off by more than this share of its size: something else is wrong then.
+# From so many bits on no linear's output may be off by more than this share of its size: something
+# else is wrong then.
 ERROR_BITS, OUTPUT_ERROR = 4, 0.5
-# Logits may differ from the recorded ones by this share of their spread: rounding in float32, or in a 16-bit type.
+# Logits may differ from the recorded ones by this share of their spread: rounding in float32, or in
+# a 16-bit type.
 LOGITS_TOLERANCE = {"float32": 1e-3, "other": 0.08}
 GENERATION_PROMPT, GENERATION_TOKENS = "The three most important things about water are", 24
 
@@ -41,14 +51,18 @@ class Check:
 
 
 def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
-    """Run all checks on a checkpoint, yielding each as it is done. Stops early where nothing further can work.
+    """Run all checks on a checkpoint, yielding each as it is done. Stops early where nothing
+    further can work.
 
     Raises:
         UserError: the folder is no checkpoint of the quantize scripts at all.
     """
     config, tensors = open_checkpoint(folder)
     if reason := unknown_form(config):
-        raise UserError(f"{folder} is not a checkpoint of the quantize scripts, but of a form that they do not write: {reason}")
+        raise UserError(
+            f"{folder} is not a checkpoint of the quantize scripts, but of a form that they do not "
+            f"write: {reason}"
+        )
     complete = _complete(folder, config, tensors)
     yield complete
     if not complete.passed:
@@ -71,19 +85,27 @@ def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[C
     yield _refused(folder, loaded) if CONFIG_KEY in config else Check("plain load", True, loaded)
     tokens = probe.probe_tokens(tokenizer)
     logits = _logits(model, tokens.to(device))
-    finite = bool(torch.isfinite(logits).all()) and all(_is_finite(parameter) for parameter in model.parameters())
-    yield Check("no NaN or Inf", finite, "weights and logits are finite" if finite else "NaN or Inf found")
+    finite = bool(torch.isfinite(logits).all()) and all(
+        _is_finite(parameter) for parameter in model.parameters()
+    )
+    yield Check(
+        "no NaN or Inf", finite, "weights and logits are finite" if finite else "NaN or Inf found"
+    )
     try:
         yield _output_errors(record)
         yield from _recorded(record, logits, tokens, dtype)
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError):
-        yield Check("recorded logits", False, f"{metadata.METADATA_FILE} is damaged; quantize again")
+        yield Check(
+            "recorded logits", False, f"{metadata.METADATA_FILE} is damaged; quantize again"
+        )
     yield _generation(model, tokenizer, device)
 
 
 @torch.inference_mode()
 def _logits(model, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits [length, vocabulary] of tokens [1, length], on the host: beside unpacked weights a card may lack the room."""
+    """Logits [length, vocabulary] of tokens [1, length], on the host: beside unpacked weights a
+    card may lack the room.
+    """
     hidden = model.model(tokens, use_cache=False).last_hidden_state[0]
     positions = logits_at_once(256, model.config.vocab_size, hidden.device)
     return torch.cat([model.lm_head(part).float().cpu() for part in hidden.split(positions)])
@@ -99,34 +121,65 @@ def _refused(folder: Path, loaded: str) -> Check:
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError:
-        return Check("plain load", True, f"refused, as it should be: it rounds activations online; here {loaded}")
+        return Check(
+            "plain load",
+            True,
+            f"refused, as it should be: it rounds activations online; here {loaded}",
+        )
     return Check("plain load", False, "transformers loads it without the online rotations it needs")
 
 
 def _complete(folder: Path, config: dict, tensors: TensorReader) -> Check:
-    wanted = [file for file in ("tokenizer.json", "tokenizer_config.json") if not (folder / file).is_file()]
+    wanted = [
+        file
+        for file in ("tokenizer.json", "tokenizer_config.json")
+        if not (folder / file).is_file()
+    ]
     layers, family = config["num_hidden_layers"], family_of(config)
     parts = REQUIRED_PARTS[weight_format(config).form]
-    names = [f"model.layers.{i}.{linear}.{part}" for i in range(layers)
-             for linear in family.linears for part in parts]
+    names = [
+        f"model.layers.{i}.{linear}.{part}"
+        for i in range(layers)
+        for linear in family.linears
+        for part in parts
+    ]
     names += [f"model.layers.{i}.{norm}.weight" for i in range(layers) for norm in family.norms]
     names += ["model.embed_tokens.weight", "model.norm.weight"]
     if not config.get("tie_word_embeddings"):
-        names.append("lm_head.weight_packed" if "lm_head.weight_packed" in tensors else "lm_head.weight")
+        names.append(
+            "lm_head.weight_packed" if "lm_head.weight_packed" in tensors else "lm_head.weight"
+        )
     wanted += [name for name in names if name not in tensors]
     if wanted:
-        return Check("files complete", False, f"missing: {', '.join(wanted[:3])}"
-                                              f"{f' and {len(wanted) - 3} more' if len(wanted) > 3 else ''}")
-    return Check("files complete", True, f"{len(tensors.names())} tensors, tokenizer, configuration")
+        return Check(
+            "files complete",
+            False,
+            f"missing: {', '.join(wanted[:3])}"
+            f"{f' and {len(wanted) - 3} more' if len(wanted) > 3 else ''}",
+        )
+    return Check(
+        "files complete", True, f"{len(tensors.names())} tensors, tokenizer, configuration"
+    )
 
 
 def _unchanged(folder: Path, record: dict | None) -> Check:
     if record is None or not isinstance(record.get("files"), dict):
-        return Check("files unchanged", None, "saved without metadata, or by an earlier version: no hashes to compare with")
+        return Check(
+            "files unchanged",
+            None,
+            "saved without metadata, or by an earlier version: no hashes to compare with",
+        )
     found = file_hashes(folder)
-    changed = sorted(name for name in {*found, *record["files"]} if found.get(name) != record["files"].get(name))
-    return Check("files unchanged", not changed, f"differ from what was saved: {', '.join(changed[:3])}" if changed else
-                 f"{len(found)} files have the hashes they were saved with")
+    changed = sorted(
+        name for name in {*found, *record["files"]} if found.get(name) != record["files"].get(name)
+    )
+    return Check(
+        "files unchanged",
+        not changed,
+        f"differ from what was saved: {', '.join(changed[:3])}"
+        if changed
+        else f"{len(found)} files have the hashes they were saved with",
+    )
 
 
 def _codes(config: dict, tensors: TensorReader) -> Iterator[Check]:
@@ -144,11 +197,20 @@ def _codes(config: dict, tensors: TensorReader) -> Iterator[Check]:
                     bad_scales.append(name)
                 elif not torch.isfinite(decompress(state, grid)).all():
                     damaged.append(name)
-            except (UserError, RuntimeError, ValueError, IndexError, KeyError, AssertionError) as error:
+            except (
+                UserError,
+                RuntimeError,
+                ValueError,
+                IndexError,
+                KeyError,
+                AssertionError,
+            ) as error:
                 damaged.append(f"{name} ({(str(error).splitlines() or [''])[0][:80]})")
     total = config["num_hidden_layers"] * len(linears)
     yield _listed("tensors readable", damaged, f"{total} linears unpack")
-    yield _listed("codes within range", bad_codes, f"{grid.bits}-bit codes and zero-points of {total} linears")
+    yield _listed(
+        "codes within range", bad_codes, f"{grid.bits}-bit codes and zero-points of {total} linears"
+    )
     yield _listed("scales positive", bad_scales, f"scales of {total} linears")
 
 
@@ -156,18 +218,32 @@ def _in_range(state: dict, grid: Grid) -> bool:
     """Whether shapes fit together and codes and zero-points lie in the grid's range."""
     codes, zero_point = stored_codes(state, grid)
     rows, columns = state["weight_shape"].tolist() if "weight_shape" in state else codes.shape
-    right_shape = codes.shape == (rows, columns) and state["weight_scale"].shape == (rows, grid.groups(columns))
+    right_shape = codes.shape == (rows, columns) and state["weight_scale"].shape == (
+        rows,
+        grid.groups(columns),
+    )
     if zero_point is not None:
         right_shape &= zero_point.shape == state["weight_scale"].shape
-    return right_shape and all(tensor is None or (tensor.min() >= grid.code_min and tensor.max() <= grid.code_max)
-                               for tensor in (codes, zero_point))
+    return right_shape and all(
+        tensor is None or (tensor.min() >= grid.code_min and tensor.max() <= grid.code_max)
+        for tensor in (codes, zero_point)
+    )
 
 
 def wrecked(linears: dict[str, dict]) -> list[tuple[str, float]]:
-    """Names and relative output errors of recorded linears whose error no rounding to their bits explains, the worst first."""
-    errors = {name: linear["relative_output_error"] for name, linear in linears.items() if linear["bits"] >= ERROR_BITS}
+    """Names and relative output errors of recorded linears whose error no rounding to their bits
+    explains, the worst first.
+    """
+    errors = {
+        name: linear["relative_output_error"]
+        for name, linear in linears.items()
+        if linear["bits"] >= ERROR_BITS
+    }
     # NaN, which a record can hold, is no error that is small enough.
-    return sorted(((name, error) for name, error in errors.items() if not error <= OUTPUT_ERROR), key=lambda pair: -pair[1])
+    return sorted(
+        ((name, error) for name, error in errors.items() if not error <= OUTPUT_ERROR),
+        key=lambda pair: -pair[1],
+    )
 
 
 def _output_errors(record: dict | None) -> Check:
@@ -178,9 +254,15 @@ def _output_errors(record: dict | None) -> Check:
     found = wrecked(errors)
     if found:
         named = ", ".join(f"{name} ({error:.2f})" for name, error in found[:3])
-        return Check("output errors", False, f"{len(found)} linears are off by more than {OUTPUT_ERROR} of their output: {named}")
+        return Check(
+            "output errors",
+            False,
+            f"{len(found)} linears are off by more than {OUTPUT_ERROR} of their output: {named}",
+        )
     worst = max(linear["relative_output_error"] for linear in errors.values())
-    return Check("output errors", True, f"{len(errors)} linears, off by at most {worst:.3f} of their output")
+    return Check(
+        "output errors", True, f"{len(errors)} linears, off by at most {worst:.3f} of their output"
+    )
 
 
 def _listed(name: str, offenders: list[str], fine: str) -> Check:
@@ -189,31 +271,49 @@ def _listed(name: str, offenders: list[str], fine: str) -> Check:
     return Check(name, True, fine)
 
 
-def _recorded(record: dict | None, logits: torch.Tensor, tokens: torch.Tensor, dtype: torch.dtype) -> Iterator[Check]:
+def _recorded(
+    record: dict | None, logits: torch.Tensor, tokens: torch.Tensor, dtype: torch.dtype
+) -> Iterator[Check]:
     found = probe.perplexity(logits, tokens)
     if record is None:
         yield Check("recorded logits", None, "saved without metadata: nothing to compare with")
-        yield Check("perplexity", None, f"{found:.2f} on the probe text; saved without metadata, no baseline known: "
-                                        "compare_to_baseline.py takes it as --baseline")
+        yield Check(
+            "perplexity",
+            None,
+            f"{found:.2f} on the probe text; saved without metadata, no baseline known: "
+            "compare_to_baseline.py takes it as --baseline",
+        )
         return
     expected = record["probe"]
     exact = record["compute_dtype"] == "float32" == dtype_name(dtype)
     tolerance = LOGITS_TOLERANCE["float32" if exact else "other"]
     same_text = expected["tokens"] == tokens.shape[1]
     difference = probe.sample_difference(logits, expected) if same_text else float("inf")
-    yield Check("recorded logits", difference <= tolerance,
-                f"differ by {difference:.1e} of their spread (allowed {tolerance:.0e})" if same_text
-                else "the tokenizer no longer cuts the probe text as it did")
+    yield Check(
+        "recorded logits",
+        difference <= tolerance,
+        f"differ by {difference:.1e} of their spread (allowed {tolerance:.0e})"
+        if same_text
+        else "the tokenizer no longer cuts the probe text as it did",
+    )
     allowed = PERPLEXITY_RATIO[record["bits"]]
     ratio = found / expected["baseline_perplexity"]
-    yield Check("perplexity", ratio <= allowed, f"{found:.2f} on the probe text, {ratio:.3f} x the baseline's "
-                                                f"{expected['baseline_perplexity']:.2f} (allowed {allowed:g} x)")
+    yield Check(
+        "perplexity",
+        ratio <= allowed,
+        f"{found:.2f} on the probe text, {ratio:.3f} x the baseline's "
+        f"{expected['baseline_perplexity']:.2f} (allowed {allowed:g} x)",
+    )
 
 
 def _generation(model, tokenizer, device: torch.device) -> Check:
     prompt = tokenizer(GENERATION_PROMPT, return_tensors="pt").to(device)
     with torch.inference_mode():
-        output = model.generate(**prompt, max_new_tokens=GENERATION_TOKENS, do_sample=False,
-                                pad_token_id=tokenizer.eos_token_id)
-    text = tokenizer.decode(output[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True)
+        output = model.generate(
+            **prompt,
+            max_new_tokens=GENERATION_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    text = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     return Check("generation", bool(text.strip()), f"{GENERATION_PROMPT} {' '.join(text.split())}")

@@ -3,8 +3,8 @@
     python tests/compile_kernels.py          every kernel for every card, and every branch for one
     python tests/compile_kernels.py --all    all launches for every card, assembled too; much longer
 
-The launches are those that the code itself chooses for a card and the linears of Llama models of 1, 3
-and 8 billion weights, and no program may take more shared memory than the card has. Triton's
+The launches are those that the code itself chooses for a card and the linears of Llama models of 1,
+3 and 8 billion weights, and no program may take more shared memory than the card has. Triton's
 interpreter, in which the other tests run, lets pass what the compiler refuses.
 """
 
@@ -20,19 +20,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
-from triton.compiler import CompiledKernel  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
 
-from common.numerics.grid import Grid  # noqa: E402
-from common.kernels import dispatch, inference, rounding_triton  # noqa: E402
-from common.base import gpu  # noqa: E402
-from common.kernels.forms import PackedWeight, Rotary, Rounded  # noqa: E402
+from common.base import gpu
+from common.kernels import dispatch, inference, rounding_triton
+from common.kernels.forms import PackedWeight, Rotary, Rounded
+from common.numerics.grid import Grid
 
 # Compute capabilities of RTX 20, A100, RTX 30, RTX 40, H100, B200, RTX 50, and the KiB of shared
 # memory that a program may take there.
@@ -239,8 +239,8 @@ _run = JITFunction.run
 
 
 def _compile(kernel: JITFunction, arguments: tuple, constants: dict) -> CompiledKernel:
-    """Compile as for tensors that begin at multiples of 16 bytes: the widest loads, and with them the
-    most shared memory.
+    """Compile as for tensors that begin at multiples of 16 bytes: the widest loads, and with them
+    the most shared memory.
     """
 
     def real(value):
@@ -299,7 +299,8 @@ def check(capability: tuple[int, int], key: tuple, compiled: CompiledKernel) -> 
 def main() -> int:
     everything = "--all" in sys.argv[1:]
     if not everything:
-        # Assembling and LLVM's optimisation are half of the time, and change nothing that is checked.
+        # Assembling and LLVM's optimisation are half of the time, and change nothing that is
+        # checked.
         os.environ["DISABLE_LLVM_OPT"] = "1"
         add_stages = CUDABackend.add_stages
 
@@ -326,7 +327,8 @@ def main() -> int:
                 failures.append(f"{capability} {key}: {problem}")
         count += len(keys)
         print(
-            f"{capability[0]}.{capability[1]}: {len(keys)} of {len(found)} launches, shared memory up "
+            f"{capability[0]}.{capability[1]}: {len(keys)} of {len(found)} launches, shared memory "
+            f"up "
             f"to {most} of {CARDS[capability] << 10} bytes, {time.perf_counter() - start:.0f} s",
             flush=True,
         )

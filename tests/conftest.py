@@ -1,4 +1,6 @@
-"""Tiny random models of every supported architecture, the demo model, and a way to run the scripts as a user does."""
+"""Tiny random models of every supported architecture, the demo model, and a way to run the scripts
+as a user does.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +14,23 @@ import sys
 import traceback
 from pathlib import Path
 
-# Triton reads this when it is imported, which many packages do. Where there is a card its kernels run on that.
+# Triton reads this when it is imported, which many packages do. Where there is a card its kernels
+# run on that.
 if not shutil.which("nvidia-smi"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 
-WORDS = ("the river runs past a small town where people read write count trade sing and build boats of pine wood "
-         "each year in spring when water is high they race seven boats from bridge to bridge").split()
+WORDS = (
+    "the river runs past a small town where people read write count trade sing and build boats of "
+    "pine wood "
+    "each year in spring when water is high they race seven boats from bridge to bridge"
+).split()
 
 
 def pytest_collection_modifyitems(items):
@@ -60,23 +66,45 @@ def tiny_tokenizer():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<|start|>", "<|end|>"],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|start|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    fast.chat_template = ("{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
-                          "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
     return fast
 
 
 # What a family has beside Llama's: of two layers one slides, or is without rotary embedding.
 OWN_FIELDS = {
-    "gemma3_text": dict(sliding_window=24, sliding_window_pattern=2, query_pre_attn_scalar=24,
-                        final_logit_softcapping=20.0),
-    "granite": dict(embedding_multiplier=6.0, residual_multiplier=0.3, attention_multiplier=0.2,
-                    logits_scaling=0.5),
-    "phi3": dict(sliding_window=40, rope_parameters={
-        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}),
+    "gemma3_text": dict(
+        sliding_window=24,
+        sliding_window_pattern=2,
+        query_pre_attn_scalar=24,
+        final_logit_softcapping=20.0,
+    ),
+    "granite": dict(
+        embedding_multiplier=6.0,
+        residual_multiplier=0.3,
+        attention_multiplier=0.2,
+        logits_scaling=0.5,
+    ),
+    "phi3": dict(
+        sliding_window=40,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+        },
+    ),
     "smollm3": dict(no_rope_layer_interval=2),
 }
 
@@ -92,16 +120,27 @@ def build_tiny(architecture: str, tied: bool, seed: int = 0, layers: int = 2, **
     from common.model.architecture import FAMILIES
 
     sizes = dict(
-        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
-        tie_word_embeddings=tied, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-        sliding_window=None)
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        sliding_window=None,
+    )
     own = OWN_FIELDS.get(architecture, {})
     config = AutoConfig.for_model(architecture, **{**sizes, **own, **fields})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
-        # Norm gains and biases away from their trivial initial values, weights larger than the usual 0.02.
+        # Norm gains and biases away from their trivial initial values, weights larger than the
+        # usual 0.02.
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5).sub_(FAMILIES[architecture].gain_offset)
         elif name.endswith("bias"):
@@ -113,8 +152,13 @@ def build_tiny(architecture: str, tied: bool, seed: int = 0, layers: int = 2, **
 
 # Those whose layers compute what Llama's do, and those that run as transformers wrote them.
 FUSED = [("llama", True), ("llama", False), ("mistral", False), ("qwen2", True), ("qwen3", False)]
-ARCHITECTURES = [*FUSED, ("gemma3_text", True), ("granite", True), ("phi3", False),
-                 ("smollm3", True)]
+ARCHITECTURES = [
+    *FUSED,
+    ("gemma3_text", True),
+    ("granite", True),
+    ("phi3", False),
+    ("smollm3", True),
+]
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +166,9 @@ def tiny_models(tmp_path_factory) -> dict[tuple[str, bool], Path]:
     """Folders of tiny models, by (architecture, tied)."""
     folders = {}
     for architecture, tied in ARCHITECTURES:
-        folder = tmp_path_factory.mktemp("tiny") / f"tiny-{architecture}-{'tied' if tied else 'untied'}"
+        folder = (
+            tmp_path_factory.mktemp("tiny") / f"tiny-{architecture}-{'tied' if tied else 'untied'}"
+        )
         build_tiny(architecture, tied).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
         folders[architecture, tied] = folder
@@ -137,7 +183,9 @@ def tiny(tiny_models) -> Path:
 
 @pytest.fixture(scope="session")
 def calibration_text(tmp_path_factory) -> Path:
-    """A local text file of random sentences, enough for a few thousand tokens of the tiny tokenizer."""
+    """A local text file of random sentences, enough for a few thousand tokens of the tiny
+    tokenizer.
+    """
     import random
 
     rng = random.Random(5)
@@ -150,8 +198,8 @@ def calibration_text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The demo checkpoint, built on first use; skipped without access to the package index."""
-    from common.model.demo import DEMO_NAME, prepare_demo_model
     from common.base.errors import UserError
+    from common.model.demo import DEMO_NAME, prepare_demo_model
 
     try:
         return prepare_demo_model(ROOT / "models" / DEMO_NAME / "baseline")
@@ -167,19 +215,31 @@ def shared_data() -> Path:
 
 
 def oracle(module: str):
-    """An authors' package that tests/run.sh installs beside the environment; skips where it is not there."""
+    """An authors' package that tests/run.sh installs beside the environment; skips where it is not
+    there.
+    """
     folder = str(ROOT / ".venv" / "oracle")
     if folder not in sys.path:
         sys.path.append(folder)
     return pytest.importorskip(module, reason="not installed; run bash tests/run.sh")
 
 
-def run_script(*arguments, cwd: Path = ROOT, inline: bool = True, **environment: str) -> subprocess.CompletedProcess:
-    """Run a script of the project: here, which spares its imports, or with inline=False in a process of its own."""
+def run_script(
+    *arguments, cwd: Path = ROOT, inline: bool = True, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run a script of the project: here, which spares its imports, or with inline=False in a
+    process of its own.
+    """
     words = list(map(str, arguments))
     if not inline or environment:
-        return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=600,
-                              env={**os.environ, **environment})
+        return subprocess.run(
+            [sys.executable, *words],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env={**os.environ, **environment},
+        )
     out, err = io.StringIO(), io.StringIO()
     before = sys.argv, sys.path.copy(), os.getcwd()
     code: int | str | None = 0
@@ -191,7 +251,7 @@ def run_script(*arguments, cwd: Path = ROOT, inline: bool = True, **environment:
                 runpy.run_path(words[0], run_name="__main__")
             except SystemExit as end:
                 code = end.code
-            except BaseException:                                               # what Python itself would print
+            except BaseException:  # what Python itself would print
                 traceback.print_exc()
                 code = 1
     finally:

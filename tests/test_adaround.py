@@ -2,11 +2,19 @@
 
 import pytest
 import torch
-
-from common.solvers.adaround import BETA_END, BETA_START, Learning, SoftRounding, beta_at, learn_rounding, regulariser_gradient
-from common.numerics.grid import Grid, dequantize, quantize
-from common.solvers.rounding import output_error
 from test_rounding import problem
+
+from common.numerics.grid import Grid, dequantize, quantize
+from common.solvers.adaround import (
+    BETA_END,
+    BETA_START,
+    Learning,
+    SoftRounding,
+    beta_at,
+    learn_rounding,
+    regulariser_gradient,
+)
+from common.solvers.rounding import output_error
 
 GRIDS = [Grid(4, 32), Grid(2, 64), Grid(8, None), Grid(3, 32, True)]
 
@@ -37,7 +45,9 @@ def test_gradient_against_autograd(grid, beta, generator):
     v = soft.v.clone().requires_grad_(True)
     h = (1.2 * torch.sigmoid(v) - 0.1).clamp(0, 1)
     steps, zero = widened(scale, 64), widened(zero_point, 64)
-    rounded = ((torch.floor(weight / steps) + h + zero).clamp(grid.code_min, grid.code_max) - zero) * steps
+    rounded = (
+        (torch.floor(weight / steps) + h + zero).clamp(grid.code_min, grid.code_max) - zero
+    ) * steps
     difference = rounded - weight
     loss = (difference @ gram @ difference.T).trace() / (steps.square() * gram.diagonal()).mean()
     if beta is not None:
@@ -72,8 +82,10 @@ def test_better_than_nearest_and_settled(grid, generator):
     weight, _, gram, scale, zero_point = problem(24, 128, grid, generator)
     soft = learn_rounding(weight, gram, scale, zero_point, grid, 400, 1.0, 20 / 400)
     nearest = quantize(weight, scale, zero_point, grid)
-    losses = [output_error(dequantize(codes, scale, zero_point, grid) - weight, gram).sum().item()
-              for codes in (soft.codes(), nearest)]
+    losses = [
+        output_error(dequantize(codes, scale, zero_point, grid) - weight, gram).sum().item()
+        for codes in (soft.codes(), nearest)
+    ]
     assert losses[0] < 0.9 * losses[1]
     assert soft.settled() > 0.95
-    assert (soft.codes().float() - nearest.float()).abs().max() <= 1           # only up or down
+    assert (soft.codes().float() - nearest.float()).abs().max() <= 1  # only up or down

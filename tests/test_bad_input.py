@@ -10,25 +10,44 @@ GPTQ, HQQ = ROOT / "quantize_gptq.py", ROOT / "quantize_hqq.py"
 NO_NETWORK = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent-cache"}
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--model", "no/such-model-at-all"], ["no/such-model-at-all", "--model demo"]),
-    (["--model", "./nowhere"], ["./nowhere", "does not exist"]),
-    (["--bits", "5"], ["5 bits", "--bits 2 or 3 or 4 or 8"]),
-    (["--group-size", "48"], ["group size 48 does not divide", "q_proj", "64 or 32 or auto or channel"]),
-    (["--calib-samples", "100000"], ["calibration data", "use at most --calib-samples"]),
-    (["--calib-data", "missing.txt"], ["missing.txt does not exist"]),
-    (["--calib-data", "nonsense"], ["nonsense is neither a file"]),
-    (["--output", "/proc/nowhere/x"], ["/proc/nowhere/x", "cannot be written"]),
-    (["--device", "cuda"], ["no CUDA device", "--device cpu"]),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--model", "no/such-model-at-all"], ["no/such-model-at-all", "--model demo"]),
+        (["--model", "./nowhere"], ["./nowhere", "does not exist"]),
+        (["--bits", "5"], ["5 bits", "--bits 2 or 3 or 4 or 8"]),
+        (
+            ["--group-size", "48"],
+            ["group size 48 does not divide", "q_proj", "64 or 32 or auto or channel"],
+        ),
+        (["--calib-samples", "100000"], ["calibration data", "use at most --calib-samples"]),
+        (["--calib-data", "missing.txt"], ["missing.txt does not exist"]),
+        (["--calib-data", "nonsense"], ["nonsense is neither a file"]),
+        (["--output", "/proc/nowhere/x"], ["/proc/nowhere/x", "cannot be written"]),
+        (["--device", "cuda"], ["no CUDA device", "--device cpu"]),
+    ],
+)
 def test_wrong_options(tiny, calibration_text, tmp_path, arguments, words):
     import torch
 
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     output = tmp_path / "out"
-    result = run_script(GPTQ, "--model", tiny, "--calib-data", calibration_text, "--calib-samples", 8, "--calib-length", 64,
-                        "--output", output, *arguments, **(NO_NETWORK if "no/such-model-at-all" in arguments else {}))
+    result = run_script(
+        GPTQ,
+        "--model",
+        tiny,
+        "--calib-data",
+        calibration_text,
+        "--calib-samples",
+        8,
+        "--calib-length",
+        64,
+        "--output",
+        output,
+        *arguments,
+        **(NO_NETWORK if "no/such-model-at-all" in arguments else {}),
+    )
     assert_user_error(result, *words)
     assert not output.exists() and not list(tmp_path.iterdir())
 
@@ -43,20 +62,34 @@ def edit_config(**values):
     def change(folder):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **values}))
+
     return change
 
 
-@pytest.mark.parametrize("change, words", [
-    (edit_config(model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"]), ["gpt_neox is not supported", "llama"]),
-    (edit_config(quantization_config={"quant_method": "gptq"}), ["quantized already"]),
-    (edit_config(intermediate_size=96), ["do not fit its config.json"]),
-    (lambda folder: (folder / "config.json").write_text("{"), ["config.json cannot be read"]),
-    (lambda folder: (folder / "config.json").unlink(), ["no config.json"]),
-    (lambda folder: (folder / "model.safetensors").unlink(), ["no model.safetensors"]),
-    (lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000]),
-     ["incomplete or damaged"]),
-    (lambda folder: (folder / "tokenizer.json").write_text("{}"), ["tokenizer cannot be loaded"]),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            edit_config(model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"]),
+            ["gpt_neox is not supported", "llama"],
+        ),
+        (edit_config(quantization_config={"quant_method": "gptq"}), ["quantized already"]),
+        (edit_config(intermediate_size=96), ["do not fit its config.json"]),
+        (lambda folder: (folder / "config.json").write_text("{"), ["config.json cannot be read"]),
+        (lambda folder: (folder / "config.json").unlink(), ["no config.json"]),
+        (lambda folder: (folder / "model.safetensors").unlink(), ["no model.safetensors"]),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(
+                (folder / "model.safetensors").read_bytes()[:5000]
+            ),
+            ["incomplete or damaged"],
+        ),
+        (
+            lambda folder: (folder / "tokenizer.json").write_text("{}"),
+            ["tokenizer cannot be loaded"],
+        ),
+    ],
+)
 def test_broken_models(tiny, tmp_path, change, words):
     model = broken_copy(tiny, tmp_path / "model", change)
     result = run_script(HQQ, "--model", model, "--output", tmp_path / "out")
@@ -66,28 +99,43 @@ def test_broken_models(tiny, tmp_path, change, words):
 
 def test_foreign_folders_given_to_verify_and_compare(tiny, tmp_path):
     (tmp_path / "empty").mkdir()
-    for script, flag in (("verify_model.py", "--model-path"), ("compare_to_baseline.py", "--quantized"),
-                         ("common/evaluation.py", "--model-path")):
+    for script, flag in (
+        ("verify_model.py", "--model-path"),
+        ("compare_to_baseline.py", "--quantized"),
+        ("common/evaluation.py", "--model-path"),
+    ):
         assert_user_error(run_script(ROOT / script, flag, tmp_path / "missing"), "missing")
         assert_user_error(run_script(ROOT / script, flag, tmp_path / "empty"), "no config.json")
-    for script, flag in (("verify_model.py", "--model-path"), ("compare_to_baseline.py", "--quantized")):
-        assert_user_error(run_script(ROOT / script, flag, tiny), "not a checkpoint of the quantize scripts")
+    for script, flag in (
+        ("verify_model.py", "--model-path"),
+        ("compare_to_baseline.py", "--quantized"),
+    ):
+        assert_user_error(
+            run_script(ROOT / script, flag, tiny), "not a checkpoint of the quantize scripts"
+        )
 
 
 def test_an_output_that_is_no_checkpoint_is_never_replaced(tiny, tmp_path):
     output = tmp_path / "precious"
     output.mkdir()
     (output / "thesis.txt").write_text("years of work")
-    assert_user_error(run_script(HQQ, "--model", tiny, "--output", output, "--overwrite"), "not a checkpoint")
+    assert_user_error(
+        run_script(HQQ, "--model", tiny, "--output", output, "--overwrite"), "not a checkpoint"
+    )
     assert (output / "thesis.txt").read_text() == "years of work"
 
 
 @pytest.mark.parametrize("limit, left", [(30000, True), (9000, False)])
 def test_disk_full(tiny, tmp_path, limit, left):
-    """A writer that cannot write half-way: the size limit of a file stands in for the full disk. Finished layers are kept."""
-    code = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.argv = sys.argv[1:]; "
-            f"sys.path.insert(0, {str(ROOT)!r}); import runpy; runpy.run_path(sys.argv[0], run_name='__main__')")
+    """A writer that cannot write half-way: the size limit of a file stands in for the full disk.
+    Finished layers are kept.
+    """
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.argv = sys.argv[1:]; "
+        f"sys.path.insert(0, {str(ROOT)!r}); import runpy; runpy.run_path(sys.argv[0], "
+        f"run_name='__main__')"
+    )
     arguments = [HQQ, "--model", tiny, "--output", tmp_path / "out"]
     assert_user_error(run_script("-c", code, *arguments, inline=False), "cannot write")
     assert [file.name for file in tmp_path.iterdir()] == (["out.unfinished"] if left else [])

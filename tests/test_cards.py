@@ -7,16 +7,16 @@ import torch
 from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_tokenizer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common.model import fused
+from common.base import gpu
 from common.base.device import resolve_dtype
 from common.base.errors import UserError
-from common.numerics.grid import Grid, codes_per_token
-from common.walk.inputs import root_weights
 from common.kernels import dispatch, inference, rounding
-from common.base import gpu
 from common.kernels.forms import PackedWeight, Rotary, Rounded
-from common.tasks.language_model import HarnessModel
+from common.model import fused
+from common.numerics.grid import Grid, codes_per_token
 from common.running.runtime import load_for_running, load_model
+from common.tasks.language_model import HarnessModel
+from common.walk.inputs import root_weights
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def launched(monkeypatch):
     """A function that makes the card one of some compute capability, and returns the list of the
-    kernels that are called from then on. Tensors on it have no memory, kernels return nothing of use.
+    kernels that are called from then on. Tensors on it have no memory, kernels return nothing of
+    use.
     """
     pytest.importorskip("triton", reason="triton is not installed")
     from common.kernels import inference_triton, products_triton, rounding_triton

@@ -12,11 +12,11 @@ from stub_data import build_datasets
 from stub_hub import StubHub
 
 from common import batch
-from common.run_all import check, check_lines
 from common.base import machine
-from common.run_all.check_lines import FAIL, GB, GIB, PASS, SKIP, WARN, Line, ModelFacts
 from common.base.errors import UserError
 from common.base.machine import Card, Driver, Obstacle
+from common.run_all import check, check_lines
+from common.run_all.check_lines import FAIL, GB, GIB, PASS, SKIP, WARN, Line, ModelFacts
 
 LLAMA = ModelFacts("meta-llama/Llama-3.2-1B-Instruct", 2.47 * GB, 2.47 * GB)
 CARD = Card("NVIDIA GeForce RTX 3060", "8.6", 12288, 11000)
@@ -142,7 +142,9 @@ def test_data(tmp_path):
     assert line(True, None, {}, []) == Line("Data", PASS, "the demo's own")
     assert line(False, tmp_path / "none", {}, []).state == FAIL
     places = {"owner/a": "on the hub", "owner/b": "in the cache", "owner/c": "on the hub"}
-    assert line(False, None, places, []).found == "on the hub owner/a, owner/c; in the cache owner/b"
+    assert (
+        line(False, None, places, []).found == "on the hub owner/a, owner/c; in the cache owner/b"
+    )
     problems = ["data set owner/d cannot be fetched: x; give a file", "data file e does not exist"]
     assert line(False, tmp_path, places, problems) == Line(
         "Data",
@@ -252,30 +254,49 @@ def served(tmp_path_factory):
 
 
 def test_data_that_a_run_would_not_get(tiny, served, tmp_path):
-    """It would stop at once. Those of the options that are given are looked up, and of those alone."""
+    """It would stop at once. Those of the options that are given are looked up, and of those
+    alone."""
     words = ["-m", "common.batch", "--check", "--model", tiny, "--device", "cpu"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     found = run_script(*words, **offline)
     said = " ".join(found.stdout.split())
     assert found.returncode == 1 and "FAIL Data" in said and "-> unset it, or give" in said
-    for name in ("HuggingFaceH4/ultrachat_200k", "allenai/ai2_arc", "rajpurkar/squad_v2", "Salesforce/wikitext"):
+    for name in (
+        "HuggingFaceH4/ultrachat_200k",
+        "allenai/ai2_arc",
+        "rajpurkar/squad_v2",
+        "Salesforce/wikitext",
+    ):
         assert f"data set {name}" in said
     root = tmp_path / "data"
-    for name, part in (("allenai/ai2_arc", "ARC-Challenge/test"), ("rajpurkar/squad_v2", "squad_v2/validation"),
-                       ("nvidia/OpenMathInstruct-2", "train_sample"), ("Salesforce/wikitext", "wikitext-2-raw-v1/test")):
+    for name, part in (
+        ("allenai/ai2_arc", "ARC-Challenge/test"),
+        ("rajpurkar/squad_v2", "squad_v2/validation"),
+        ("nvidia/OpenMathInstruct-2", "train_sample"),
+        ("Salesforce/wikitext", "wikitext-2-raw-v1/test"),
+    ):
         (root / name / part).parent.mkdir(parents=True)
         (root / name / f"{part}.parquet").touch()
     (tmp_path / "own.txt").write_text("some text")
-    for more, missing in (([], "HuggingFaceH4/ultrachat_200k"), (["--calib-data", "own.txt"], "own.txt"),
-                          (["--calib-data", tmp_path / "own.txt"], None), (["--only", "baseline,hqq-4bit"], None)):
+    for more, missing in (
+        ([], "HuggingFaceH4/ultrachat_200k"),
+        (["--calib-data", "own.txt"], "own.txt"),
+        (["--calib-data", tmp_path / "own.txt"], None),
+        (["--only", "baseline,hqq-4bit"], None),
+    ):
         found = run_script(*words, "--data-root", root, *more, **offline)
         assert found.returncode == (1 if missing else 0), found.stdout
-        assert ("FAIL" in found.stdout) is (missing is not None) and (missing or "PASS") in found.stdout
+        assert ("FAIL" in found.stdout) is (missing is not None) and (
+            missing or "PASS"
+        ) in found.stdout
         assert "ai2_arc cannot" not in found.stdout
 
 
 def test_unknown_options_are_refused():
-    assert_user_error(run_script(ROOT / "common/batch.py", "--check", "--nonsense", "3"), "unknown option --nonsense 3")
+    assert_user_error(
+        run_script(ROOT / "common/batch.py", "--check", "--nonsense", "3"),
+        "unknown option --nonsense 3",
+    )
 
 
 def test_the_command(tiny, served, tmp_path):

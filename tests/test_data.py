@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import tiny_tokenizer
 
-from common.text.windows import calibration_windows, evaluation_windows
-from common.text.data import DataName, load_rows
 from common.base.errors import UserError
+from common.text.data import DataName, load_rows
+from common.text.windows import calibration_windows, evaluation_windows
 
 
 def test_addresses():
@@ -22,7 +22,11 @@ def test_addresses():
 
 
 def test_data_root_comes_before_the_hub(tmp_path):
-    for folder, split in (("own/er/config", "test"), ("own/plain", "train"), ("own/part/default", "train_sample")):
+    for folder, split in (
+        ("own/er/config", "test"),
+        ("own/plain", "train"),
+        ("own/part/default", "train_sample"),
+    ):
         (tmp_path / folder).mkdir(parents=True)
         pq.write_table(pa.table({"text": [folder]}), tmp_path / folder / f"{split}.parquet")
     assert load_rows("own/er/config:test", tmp_path).rows == [{"text": "own/er/config"}]
@@ -47,7 +51,9 @@ def test_local_files(tmp_path):
 
 def test_windows_are_seeded_and_whole(calibration_text):
     tokenizer = tiny_tokenizer()
-    first, again, other = (calibration_windows(str(calibration_text), tokenizer, 6, 50, seed) for seed in (0, 0, 1))
+    first, again, other = (
+        calibration_windows(str(calibration_text), tokenizer, 6, 50, seed) for seed in (0, 0, 1)
+    )
     assert first.tokens.shape == (6, 50)
     assert torch.equal(first.tokens, again.tokens) and first.fingerprint == again.fingerprint
     assert first.fingerprint != other.fingerprint
@@ -56,7 +62,14 @@ def test_windows_are_seeded_and_whole(calibration_text):
 
 
 def test_chat_rows_go_through_the_chat_template(tmp_path):
-    rows = [{"messages": [{"role": "user", "content": "the river"}, {"role": "assistant", "content": "runs high"}]}] * 40
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "the river"},
+                {"role": "assistant", "content": "runs high"},
+            ]
+        }
+    ] * 40
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tokenizer = tiny_tokenizer()
     windows = calibration_windows(str(tmp_path / "chat.jsonl"), tokenizer, 2, 40, 0)
@@ -68,4 +81,7 @@ def test_evaluation_windows_follow_each_other(calibration_text):
     tokenizer = tiny_tokenizer()
     windows = evaluation_windows(str(calibration_text), tokenizer, 3, 20)
     text = calibration_text.read_text()
-    assert tokenizer.decode(windows.tokens.flatten()) == text[:len(tokenizer.decode(windows.tokens.flatten()))]
+    assert (
+        tokenizer.decode(windows.tokens.flatten())
+        == text[: len(tokenizer.decode(windows.tokens.flatten()))]
+    )

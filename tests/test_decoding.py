@@ -1,4 +1,6 @@
-"""Packed models and the decoder, on CPU through the twins of their kernels, against transformers' own load and generate."""
+"""Packed models and the decoder, on CPU through the twins of their kernels, against transformers'
+own load and generate.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,18 @@ from conftest import ARCHITECTURES, FUSED, run_script
 from transformers import AutoModelForCausalLM
 
 from common.model.architecture import FAMILIES, let_head_finish_logits
-from common.running.decoding import Decoder, can_decode
 from common.model.fused import fuse_layers
+from common.running.decoding import Decoder, can_decode
 from common.running.packed import PackedLinear, load_packed
 from common.running.runtime import load_model
 
 CPU = torch.device("cpu")
-FORMS = {"gptq": ["--bits", "4", "--group-size", "32"], "hqq": ["--bits", "8", "--symmetric"], "smoothquant": [],
-         "quarot": ["--bits", "4", "--group-size", "32", "--head-bits", "8", "--embedding-bits", "8"]}
+FORMS = {
+    "gptq": ["--bits", "4", "--group-size", "32"],
+    "hqq": ["--bits", "8", "--symmetric"],
+    "smoothquant": [],
+    "quarot": ["--bits", "4", "--group-size", "32", "--head-bits", "8", "--embedding-bits", "8"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +36,7 @@ def greedy(model, prompt: list[int], steps: int) -> list[int]:
     with torch.inference_mode():
         for _ in range(steps):
             tokens.append(model(torch.tensor([tokens])).logits[0, -1].argmax().item())
-    return tokens[len(prompt):]
+    return tokens[len(prompt) :]
 
 
 @pytest.mark.parametrize(("architecture", "tied"), FUSED)
@@ -48,19 +54,38 @@ def test_decoder_writes_what_forward_passes_do(tiny_models, prompts, architectur
     assert greedy(model, prompts[0], 9) == expected[0]
 
 
-@pytest.mark.parametrize(("architecture", "tied"),
-                         [pair for pair in ARCHITECTURES if pair not in FUSED])
-@pytest.mark.parametrize("options", [
-    ("gptq", "--bits", 4, "--group-size", 32), ("smoothquant",),
-    ("hqq", "--bits", 8, "--symmetric", "--embedding-bits", 8)], ids=lambda options: options[0])
-def test_other_families_run_packed_through_their_own_layers(tiny_models, tmp_path, architecture,
-                                                            tied, options):
+@pytest.mark.parametrize(
+    ("architecture", "tied"), [pair for pair in ARCHITECTURES if pair not in FUSED]
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("gptq", "--bits", 4, "--group-size", 32),
+        ("smoothquant",),
+        ("hqq", "--bits", 8, "--symmetric", "--embedding-bits", 8),
+    ],
+    ids=lambda options: options[0],
+)
+def test_other_families_run_packed_through_their_own_layers(
+    tiny_models, tmp_path, architecture, tied, options
+):
     """Neither decoded through graphs nor fused, and the head gives the same logits as the model."""
     method, *options = options
     output = tmp_path / method
-    result = run_script(f"quantize_{method}.py", "--model", tiny_models[architecture, tied],
-                        "--output", output, "--calib-samples", "2", "--calib-length", "64",
-                        "--calib-data", "demo", *options)
+    result = run_script(
+        f"quantize_{method}.py",
+        "--model",
+        tiny_models[architecture, tied],
+        "--output",
+        output,
+        "--calib-samples",
+        "2",
+        "--calib-length",
+        "64",
+        "--calib-data",
+        "demo",
+        *options,
+    )
     assert result.returncode == 0, result.stderr
     plain = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     tokens = torch.randint(2, 320, (2, 60), generator=torch.Generator().manual_seed(4))
@@ -78,11 +103,25 @@ def test_other_families_run_packed_through_their_own_layers(tiny_models, tmp_pat
     assert isinstance(model.get_submodule(name), PackedLinear)
 
 
-@pytest.mark.parametrize(("method", "architecture"), [*((method, "qwen2") for method in FORMS), ("gptq", "llama")])
+@pytest.mark.parametrize(
+    ("method", "architecture"), [*((method, "qwen2") for method in FORMS), ("gptq", "llama")]
+)
 def test_packed_model_equals_plain_load(tiny_models, tmp_path, prompts, method, architecture):
     output = tmp_path / method
-    run_script(f"quantize_{method}.py", "--model", tiny_models[architecture, True], "--output", output, "--calib-samples", "2",
-               "--calib-length", "64", "--calib-data", "demo", *FORMS[method])
+    run_script(
+        f"quantize_{method}.py",
+        "--model",
+        tiny_models[architecture, True],
+        "--output",
+        output,
+        "--calib-samples",
+        "2",
+        "--calib-length",
+        "64",
+        "--calib-data",
+        "demo",
+        *FORMS[method],
+    )
     plain, _ = load_model(output, CPU, torch.float32)
     # On dense weights transformers rounds inputs in the linears, which a decoder would not see.
     assert can_decode(plain, 32) == (method != "smoothquant")
@@ -91,13 +130,17 @@ def test_packed_model_equals_plain_load(tiny_models, tmp_path, prompts, method, 
     assert isinstance(packed.model.layers[0].mlp.down_proj, PackedLinear)
     tokens = torch.tensor([prompts[1]])
     with torch.inference_mode():
-        torch.testing.assert_close(packed(tokens).logits, plain(tokens).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            packed(tokens).logits, plain(tokens).logits, rtol=1e-4, atol=1e-4
+        )
         decoder = Decoder(packed, 1, 32)
         decoder.start([prompts[1]])
         # One row runs through products that take norms, gate and sums with them.
         assert all(layer.one_row for layer in decoder.layers)
         written = [decoder.tokens[0].item(), *decoder.run(1)[:, 0].tolist()]
-        torch.testing.assert_close(packed(tokens).logits, plain(tokens).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            packed(tokens).logits, plain(tokens).logits, rtol=1e-4, atol=1e-4
+        )
     assert written == greedy(plain, prompts[1], 9)
 
 

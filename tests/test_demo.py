@@ -1,4 +1,6 @@
-"""The demo model in depth: its scaling keeps the function, and quantizing it keeps most of its quality."""
+"""The demo model in depth: its scaling keeps the function, and quantizing it keeps most of its
+quality.
+"""
 
 import json
 
@@ -6,12 +8,14 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, ROOT, build_tiny, oracle, run_script
 
-from common.text.data import demo_rows, demo_text
 from common.model import demo as demo
 from common.model.demo import take_off_grid
+from common.text.data import demo_rows, demo_text
 
 
-@pytest.mark.parametrize("architecture, tied", [(a, t) for a, t in ARCHITECTURES if a in ("llama", "mistral")])
+@pytest.mark.parametrize(
+    "architecture, tied", [(a, t) for a, t in ARCHITECTURES if a in ("llama", "mistral")]
+)
 def test_off_grid_scaling_leaves_logits_unchanged(architecture, tied):
     model = build_tiny(architecture, tied).double()
     tokens = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -23,19 +27,21 @@ def test_off_grid_scaling_leaves_logits_unchanged(architecture, tied):
         after = model(tokens).logits
     assert (before - after).abs().max() < 1e-6 * before.abs().max()
     changed = [name for name in state if not torch.equal(state[name], original[name])]
-    assert len(changed) == 2 * 9                                                # seven linears and two norms of each layer
+    assert len(changed) == 2 * 9  # seven linears and two norms of each layer
 
 
 def on_file_grid(weight: torch.Tensor) -> torch.Tensor:
-    """A weight [out, in] rounded as the demo model's file is: groups of 32, 16 levels from the least to the largest value."""
+    """A weight [out, in] rounded as the demo model's file is: groups of 32, 16 levels from the
+    least to the largest value.
+    """
     groups = weight.unflatten(1, (-1, 32))
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     return (((groups - low) / (high - low) * 15).round() / 15 * (high - low) + low).flatten(1)
 
 
 def squared_steps(weight: torch.Tensor) -> float:
-    """Mean squared error of rounding to the file's grid, in units of that of weights that lie anywhere: a step²/12. What the grid holds by
-    construction, each group's ends, is left out."""
+    """Mean squared error of rounding to the file's grid, in units of that of weights that lie
+    anywhere: a step²/12. What the grid holds by construction, each group's ends, is left out."""
     groups = weight.unflatten(1, (-1, 32))
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     error = (on_file_grid(weight).unflatten(1, (-1, 32)) - groups) / ((high - low) / 15)
@@ -45,13 +51,18 @@ def squared_steps(weight: torch.Tensor) -> float:
 def test_no_weight_is_left_on_the_files_grid():
     """Nearest rounding in the file's own form would else be free, for whoever has that form."""
     model = build_tiny("llama", False).float()
-    state = {name: on_file_grid(tensor) if tensor.dim() == 2 else tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {
+        name: on_file_grid(tensor) if tensor.dim() == 2 else tensor.clone()
+        for name, tensor in model.state_dict().items()
+    }
     names = [name for name in state if "_proj" in name]
     assert max(squared_steps(state[name]) for name in names) < 1e-6
     mild, chosen = ({name: tensor.clone() for name, tensor in state.items()} for _ in range(2))
     take_off_grid(mild, model.config, spread=0.02)
     take_off_grid(chosen, model.config)
-    mild, chosen = (sum(squared_steps(scaled[name]) for name in names) / len(names) for scaled in (mild, chosen))
+    mild, chosen = (
+        sum(squared_steps(scaled[name]) for name in names) / len(names) for scaled in (mild, chosen)
+    )
     assert mild < 0.5 and chosen > 0.9
 
 
@@ -62,10 +73,17 @@ def test_a_demo_model_of_an_earlier_version_is_made_anew(tmp_path, monkeypatch, 
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_text("old")
     monkeypatch.setattr(demo, "_fetch_gguf", lambda scratch: scratch)
-    monkeypatch.setattr(demo, "_convert", lambda _, new: [(new / name).write_text("new")
-                                                          for name in ("config.json", "model.safetensors")])
+    monkeypatch.setattr(
+        demo,
+        "_convert",
+        lambda _, new: [
+            (new / name).write_text("new") for name in ("config.json", "model.safetensors")
+        ],
+    )
     assert demo.prepare_demo_model(folder) == folder
-    assert (folder / "config.json").read_text() == "new" and "earlier version" in "".join(capsys.readouterr())
+    assert (folder / "config.json").read_text() == "new" and "earlier version" in "".join(
+        capsys.readouterr()
+    )
     (folder / "config.json").write_text("kept")
     demo.prepare_demo_model(folder)
     assert (folder / "config.json").read_text() == "kept"
@@ -75,12 +93,14 @@ def test_demo_tasks_have_the_hubs_columns():
     arc, squad, math = (demo_rows(name).rows for name in ("arc", "squad", "openmath"))
     assert len(arc) >= 120 and len(squad) >= 80 and len(math) >= 100
     for row in arc:
-        assert set(row) == {"id", "question", "choices", "answerKey"} and row["choices"]["label"] == list("ABCD")
+        assert set(row) == {"id", "question", "choices", "answerKey"} and row["choices"][
+            "label"
+        ] == list("ABCD")
         assert len(set(row["choices"]["text"])) == 4 and row["answerKey"] in "ABCD"
     for row in squad:
         assert set(row) == {"id", "title", "context", "question", "answers"}
         for text, start in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True):
-            assert row["context"][start:start + len(text)] == text
+            assert row["context"][start : start + len(text)] == text
     assert len({row["context"] for row in squad}) >= 16
     assert 0.3 <= sum(not row["answers"]["text"] for row in squad) / len(squad) <= 0.37
     for row in math:
@@ -90,61 +110,108 @@ def test_demo_tasks_have_the_hubs_columns():
 
 
 def test_demo_texts_share_no_paragraph():
-    paragraphs = [{p for text in demo_text(part) for p in text.split("\n\n") if p.strip()}
-                  for part in ("calibration", "evaluation")]
+    paragraphs = [
+        {p for text in demo_text(part) for p in text.split("\n\n") if p.strip()}
+        for part in ("calibration", "evaluation")
+    ]
     assert not paragraphs[0] & paragraphs[1]
     assert min(map(len, paragraphs)) > 100
 
 
 def evaluate(folder, results, *options):
-    result = run_script(ROOT / "common/evaluation.py", "--model-path", folder, "--results-dir", results, *options)
+    result = run_script(
+        ROOT / "common/evaluation.py", "--model-path", folder, "--results-dir", results, *options
+    )
     assert result.returncode == 0, result.stderr
     file = next(results.glob(f"*/{folder.name}.json"))
     return json.loads(file.read_text())["tasks"]
 
 
 def test_demo_model_end_to_end(demo_model, tmp_path):
-    """Four bits keep most of the quality; the scores are well above chance. A small calibration keeps this short."""
+    """Four bits keep most of the quality; the scores are well above chance. A small calibration
+    keeps this short.
+    """
     output = tmp_path / "gptq-4bit"
-    result = run_script(ROOT / "quantize_gptq.py", "--model", "demo", "--output", output, "--calib-samples", 8)
+    result = run_script(
+        ROOT / "quantize_gptq.py", "--model", "demo", "--output", output, "--calib-samples", 8
+    )
     assert result.returncode == 0, result.stderr
     options = ["--limit", 40, "--tasks", "arc,perplexity", "--windows", 4]
-    baseline, quantized = (evaluate(folder, tmp_path / "results", *options) for folder in (demo_model, output))
+    baseline, quantized = (
+        evaluate(folder, tmp_path / "results", *options) for folder in (demo_model, output)
+    )
     assert baseline["arc"]["accuracy"] > 0.5
     ratio = quantized["perplexity"]["perplexity"] / baseline["perplexity"]["perplexity"]
     assert 1.0 < ratio < 1.3
 
 
 # Calibration and evaluation of the figures in docs/performance.md.
-CALIBRATION = ["--calib-data", "calib/pile_style_mix", "--calib-samples", 32, "--calib-length", 512, "--group-size", 64]
+CALIBRATION = [
+    "--calib-data",
+    "calib/pile_style_mix",
+    "--calib-samples",
+    32,
+    "--calib-length",
+    512,
+    "--group-size",
+    64,
+]
 PERPLEXITY = ["--tasks", "perplexity", "--windows", 20, "--window-length", 1024]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_perplexity_on_wikitext(demo_model, shared_data, tmp_path):
-    """The stated ratios: GPTQ-4bit 1.25, GPTQ-8bit and HQQ-8bit 1.005; HQQ-4bit not worse than the hqq package."""
+    """The stated ratios: GPTQ-4bit 1.25, GPTQ-8bit and HQQ-8bit 1.005; HQQ-4bit not worse than the
+    hqq package.
+    """
     from common.model.architecture import family_of
-    from common.text.windows import evaluation_windows
     from common.running.runtime import load_model
     from common.tasks.perplexity import perplexity
+    from common.text.windows import evaluation_windows
 
     quantizer = oracle("hqq.core.quantize").Quantizer
-    found = {"baseline": evaluate(demo_model, tmp_path, *PERPLEXITY, "--data-root", shared_data)["perplexity"]["perplexity"]}
+    found = {
+        "baseline": evaluate(demo_model, tmp_path, *PERPLEXITY, "--data-root", shared_data)[
+            "perplexity"
+        ]["perplexity"]
+    }
     for method, bits in (("gptq", 4), ("gptq", 8), ("hqq", 4), ("hqq", 8)):
         output = tmp_path / f"{method}-{bits}bit"
-        result = run_script(ROOT / f"quantize_{method}.py", "--model", "demo", "--bits", bits, "--output", output,
-                            "--data-root", shared_data, *CALIBRATION)
+        result = run_script(
+            ROOT / f"quantize_{method}.py",
+            "--model",
+            "demo",
+            "--bits",
+            bits,
+            "--output",
+            output,
+            "--data-root",
+            shared_data,
+            *CALIBRATION,
+        )
         assert result.returncode == 0, result.stderr
-        found[output.name] = evaluate(output, tmp_path, *PERPLEXITY, "--data-root", shared_data)["perplexity"]["perplexity"]
+        found[output.name] = evaluate(output, tmp_path, *PERPLEXITY, "--data-root", shared_data)[
+            "perplexity"
+        ]["perplexity"]
     model, tokenizer = load_model(demo_model, torch.device("cpu"), torch.float32)
     for layer in model.model.layers:
         for name in family_of(layer).linears:
             weight = layer.get_submodule(name).weight
-            codes, meta = quantizer.quantize(weight.data, nbits=4, group_size=64, optimize=True, axis=1, device="cpu",
-                                             compute_dtype=torch.float32, bitpack=False)
+            codes, meta = quantizer.quantize(
+                weight.data,
+                nbits=4,
+                group_size=64,
+                optimize=True,
+                axis=1,
+                device="cpu",
+                compute_dtype=torch.float32,
+                bitpack=False,
+            )
             weight.data = quantizer.dequantize(codes, meta).view_as(weight).float()
-    windows = evaluation_windows("Salesforce/wikitext/wikitext-2-raw-v1:test", tokenizer, 20, 1024, shared_data)
+    windows = evaluation_windows(
+        "Salesforce/wikitext/wikitext-2-raw-v1:test", tokenizer, 20, 1024, shared_data
+    )
     found["hqq package"] = perplexity(model, windows)[0]["perplexity"]
     print({name: round(value, 3) for name, value in found.items()})
     ratios = {name: value / found["baseline"] for name, value in found.items()}

@@ -7,20 +7,19 @@ import torch
 from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_tokenizer
 from transformers import LlamaConfig
 
-from common.checkpoint import format
-from common.running import decoding, runtime
 from common.base import device_memory
-from common.tasks import language_model
-from common.walk import layers, streams
-from common.solvers import vocabulary
-from common.text.windows import Windows
-from common.running.decoding import Decoder, can_decode
 from common.base.errors import UserError
-from common.tasks.language_model import HarnessModel
-from common.walk.method import Method
+from common.checkpoint import format
 from common.model.source import SourceModel, TensorReader
+from common.running import decoding, runtime
+from common.running.decoding import Decoder, can_decode
+from common.solvers import vocabulary
+from common.tasks import language_model, perplexity
+from common.tasks.language_model import HarnessModel
 from common.tasks.original import last_hidden_states, place_head
-from common.tasks import perplexity
+from common.text.windows import Windows
+from common.walk import layers, streams
+from common.walk.method import Method
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 GIB = 2**30
@@ -97,8 +96,13 @@ def test_next_to_nothing_is_refused(card):
 def test_resolve_device_sets_the_limit(card, monkeypatch):
     from common.base import device
 
-    facts = {"is_available": True, "device_count": 1, "get_arch_list": ["sm_80", "sm_90"],
-             "get_device_name": "a card", "get_device_capability": (8, 9)}
+    facts = {
+        "is_available": True,
+        "device_count": 1,
+        "get_arch_list": ["sm_80", "sm_90"],
+        "get_device_name": "a card",
+        "get_device_capability": (8, 9),
+    }
     for name, value in facts.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     assert device.resolve_device("cuda", 6) == CARD and card.fraction * 8 == pytest.approx(5)

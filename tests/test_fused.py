@@ -1,4 +1,6 @@
-"""Fused layers, with the kernels' twins in the place of the kernels, against transformers' own layers."""
+"""Fused layers, with the kernels' twins in the place of the kernels, against transformers' own
+layers.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,25 @@ def test_fused_layers(tiny_models, monkeypatch, architecture, tied):
     model = copy.deepcopy(plain)
     fused.fuse_layers(model)
     seen = []
-    monkeypatch.setattr(fused, "rotate_heads", lambda *tensors, original=fused.rotate_heads: (seen.append(1), original(*tensors)))
+    monkeypatch.setattr(
+        fused,
+        "rotate_heads",
+        lambda *tensors, original=fused.rotate_heads: (seen.append(1), original(*tensors)),
+    )
     tokens = torch.randint(2, 320, (3, 50), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         for cached in (False, True):
             expected = plain(tokens, use_cache=cached).logits
-            torch.testing.assert_close(model(tokens, use_cache=cached).logits, expected, rtol=1e-4, atol=1e-4)
-        assert len(seen) == 2 * len(model.model.layers)                         # with a cache attention stays transformers' own
+            torch.testing.assert_close(
+                model(tokens, use_cache=cached).logits, expected, rtol=1e-4, atol=1e-4
+            )
+        assert len(seen) == 2 * len(
+            model.model.layers
+        )  # with a cache attention stays transformers' own
     # Under autograd nothing is fused.
-    weights = [one.model.layers[0].self_attn.q_proj.weight.requires_grad_(True) for one in (plain, model)]
+    weights = [
+        one.model.layers[0].self_attn.q_proj.weight.requires_grad_(True) for one in (plain, model)
+    ]
     for one in (plain, model):
         one(tokens, use_cache=False).logits.square().mean().backward()
     assert torch.equal(weights[0].grad, weights[1].grad)
@@ -43,6 +55,8 @@ def test_sliding_windows_are_left_to_transformers(tiny_models, monkeypatch):
     tokens = torch.randint(2, 320, (1, 50), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = plain(tokens, use_cache=False).logits
-        torch.testing.assert_close(model(tokens, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model(tokens, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4
+        )
         plain.config.sliding_window = None
         assert (plain(tokens, use_cache=False).logits - expected).abs().max() > 1e-3

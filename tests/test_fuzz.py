@@ -1,4 +1,6 @@
-"""Damaged checkpoints and results given to verify, compare and analyze: an error, never a traceback, never a wrong "ok"."""
+"""Damaged checkpoints and results given to verify, compare and analyze: an error, never a
+traceback, never a wrong "ok".
+"""
 
 import copy
 import json
@@ -19,15 +21,32 @@ NONSENSE = (None, -1, 0, 7, 1e30, "", "x", [], {}, True, [None], {"a": 1})
 @pytest.fixture(scope="module")
 def checkpoint(tiny, calibration_text, tmp_path_factory):
     output = tmp_path_factory.mktemp("checkpoint") / "gptq-4bit"
-    result = run_script(ROOT / "quantize_gptq.py", "--model", tiny, "--output", output, "--calib-data", calibration_text,
-                        "--calib-samples", 4, "--calib-length", 64)
+    result = run_script(
+        ROOT / "quantize_gptq.py",
+        "--model",
+        tiny,
+        "--output",
+        output,
+        "--calib-data",
+        calibration_text,
+        "--calib-samples",
+        4,
+        "--calib-length",
+        64,
+    )
     assert result.returncode == 0, result.stderr
     return output
 
 
 def paths(value, prefix=()):
     """The path of every value inside a JSON document."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in items:
         yield (*prefix, key)
         yield from paths(inner, (*prefix, key))
@@ -62,24 +81,38 @@ def damage_json(file, rng):
 
 def cut(file, rng):
     content = file.read_bytes()
-    file.write_bytes(content[:rng.randrange(len(content))])
+    file.write_bytes(content[: rng.randrange(len(content))])
 
 
 def flip(file, rng):
     content = bytearray(file.read_bytes())
     # The first bytes hold the header, where one wrong bit does the most.
-    place = rng.randrange(min(len(content), 2000)) if rng.random() < 0.5 else rng.randrange(len(content))
+    place = (
+        rng.randrange(min(len(content), 2000))
+        if rng.random() < 0.5
+        else rng.randrange(len(content))
+    )
     content[place] ^= 1 << rng.randrange(8)
     file.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("damage, name", [
-    (damage_json, "config.json"), (cut, "config.json"), (cut, "model-00001-of-00003.safetensors"),
-    (flip, "model-00002-of-00003.safetensors"), (flip, "model-00003-of-00003.safetensors"),
-    (damage_json, "model.safetensors.index.json"), (cut, "tokenizer.json"),
-], ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    "damage, name",
+    [
+        (damage_json, "config.json"),
+        (cut, "config.json"),
+        (cut, "model-00001-of-00003.safetensors"),
+        (flip, "model-00002-of-00003.safetensors"),
+        (flip, "model-00003-of-00003.safetensors"),
+        (damage_json, "model.safetensors.index.json"),
+        (cut, "tokenizer.json"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_damaged_checkpoints_are_never_verified(checkpoint, tmp_path, damage, name):
-    """With metadata the hashes tell; without, it has to be found some other way or be harmless, but in good order."""
+    """With metadata the hashes tell; without, it has to be found some other way or be harmless, but
+    in good order.
+    """
     rng = random.Random(f"{damage.__name__} {name}")
     for trial in range(8):
         folder = tmp_path / str(trial)
@@ -116,43 +149,84 @@ def test_compare_with_a_damaged_checkpoint(checkpoint, tmp_path, name):
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)
     (folder / name).write_text((folder / name).read_text()[:200])
-    result = run_script(ROOT / "compare_to_baseline.py", "--quantized", folder, "--results-dir", tmp_path / "results")
+    result = run_script(
+        ROOT / "compare_to_baseline.py",
+        "--quantized",
+        folder,
+        "--results-dir",
+        tmp_path / "results",
+    )
     assert_user_error(result, name)
 
 
-@pytest.mark.parametrize("name", ["baseline.json", "gptq-4bit.json", "samples/gptq-4bit.jsonl.gz", "status.json"])
+@pytest.mark.parametrize(
+    "name", ["baseline.json", "gptq-4bit.json", "samples/gptq-4bit.jsonl.gz", "status.json"]
+)
 def test_analyze_with_truncated_results(tmp_path, name):
     source = ROOT / "results" / "SmolLM2-135M-Instruct"
     if not source.is_dir():
         pytest.skip("the documented run's results are not here")
     shutil.copytree(source, tmp_path / "results" / "SmolLM2-135M-Instruct")
     file = tmp_path / "results" / "SmolLM2-135M-Instruct" / name
-    file.write_bytes(file.read_bytes()[:len(file.read_bytes()) // 2])
+    file.write_bytes(file.read_bytes()[: len(file.read_bytes()) // 2])
     (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
-    result = run_script(ROOT / "analyze_results.py", "--results-dir", tmp_path / "results", "--readme", tmp_path / "README.md",
-                        "--tables-dir", tmp_path / "tables", "--report", tmp_path / "report.html", cwd=tmp_path)
-    if name.startswith("samples"):                                              # the others are still shown
+    result = run_script(
+        ROOT / "analyze_results.py",
+        "--results-dir",
+        tmp_path / "results",
+        "--readme",
+        tmp_path / "README.md",
+        "--tables-dir",
+        tmp_path / "tables",
+        "--report",
+        tmp_path / "report.html",
+        cwd=tmp_path,
+    )
+    if name.startswith("samples"):  # the others are still shown
         assert result.returncode == 0 and f"{file.name} is missing or damaged" in result.stdout
     else:
         assert_user_error(result, file.name)
 
 
 def test_no_code_and_no_pickle_from_a_folder(tiny, calibration_text, tmp_path):
-    """A model folder that brings code, and one with pickled weights: the code is not run, the pickle not opened."""
+    """A model folder that brings code, and one with pickled weights: the code is not run, the
+    pickle not opened.
+    """
     folder = tmp_path / "with-code"
     shutil.copytree(tiny, folder)
-    (folder / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\nfrom transformers import LlamaConfig as Trap\n")
+    (folder / "trap.py").write_text(
+        f"open({str(tmp_path / 'sprung')!r}, 'w')\nfrom transformers import LlamaConfig as Trap\n"
+    )
     config = json.loads((folder / "config.json").read_text())
     for model_type in (config["model_type"], "trap"):
-        (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type, "auto_map": {
-            "AutoConfig": "trap.Trap", "AutoModelForCausalLM": "trap.Trap"}}))
-        run_script(ROOT / "quantize_hqq.py", "--model", folder, "--output", tmp_path / f"out-{model_type}")
+        (folder / "config.json").write_text(
+            json.dumps(
+                {
+                    **config,
+                    "model_type": model_type,
+                    "auto_map": {"AutoConfig": "trap.Trap", "AutoModelForCausalLM": "trap.Trap"},
+                }
+            )
+        )
+        run_script(
+            ROOT / "quantize_hqq.py", "--model", folder, "--output", tmp_path / f"out-{model_type}"
+        )
         assert not (tmp_path / "sprung").exists()
     pickled = tmp_path / "pickled"
     shutil.copytree(tiny, pickled)
     (pickled / "model.safetensors").unlink()
     torch.save({"x": torch.ones(1)}, pickled / "pytorch_model.bin")
-    assert_user_error(run_script(ROOT / "quantize_hqq.py", "--model", pickled, "--output", tmp_path / "out"), "safetensors")
-    result = run_script(ROOT / "common" / "evaluation.py", "--model-path", pickled, "--tasks", "speed", "--results-dir",
-                        tmp_path / "results")
+    assert_user_error(
+        run_script(ROOT / "quantize_hqq.py", "--model", pickled, "--output", tmp_path / "out"),
+        "safetensors",
+    )
+    result = run_script(
+        ROOT / "common" / "evaluation.py",
+        "--model-path",
+        pickled,
+        "--tasks",
+        "speed",
+        "--results-dir",
+        tmp_path / "results",
+    )
     assert_user_error(result, "only safetensors weights are read")

@@ -1,4 +1,5 @@
-"""The integer grid against the definition written out in float64, and against compressed-tensors."""
+"""The integer grid against the definition written out in float64, and against
+compressed-tensors."""
 
 import numpy as np
 import pytest
@@ -6,12 +7,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.checkpoint.format import compress, decompress, stored_codes
 from common.base.errors import UserError
-from common.numerics.grid import Grid, QuantizedLinear, dequantize, min_max, grouped, quantize, resolve_group_size
+from common.checkpoint.format import compress, decompress, stored_codes
 from common.kernels.rounding import SEARCH, search_range
+from common.numerics.grid import (
+    Grid,
+    QuantizedLinear,
+    dequantize,
+    grouped,
+    min_max,
+    quantize,
+    resolve_group_size,
+)
 
-GRIDS = [Grid(bits, size, symmetric) for bits in (2, 3, 4, 8) for size in (32, None) for symmetric in (False, True)]
+GRIDS = [
+    Grid(bits, size, symmetric)
+    for bits in (2, 3, 4, 8)
+    for size in (32, None)
+    for symmetric in (False, True)
+]
 
 
 def by_definition(weight, scale, zero_point, grid):
@@ -45,7 +59,9 @@ def test_search_is_never_worse_than_the_full_range(grid, generator):
     importance = torch.rand(64, generator=generator) * 10 + 0.01
 
     def error(scale, zero_point):
-        difference = dequantize(quantize(weight, scale, zero_point, grid), scale, zero_point, grid) - weight
+        difference = (
+            dequantize(quantize(weight, scale, zero_point, grid), scale, zero_point, grid) - weight
+        )
         return grouped(difference.square() * importance, grid).sum(-1)
 
     searched = error(*search_range(weight, grid, importance))
@@ -62,10 +78,19 @@ def test_the_larger_end_is_kept_and_the_best_of_the_other_found(grid, generator)
     pairs = zip(groups, scale.flatten().double(), zero_point.flatten().double(), strict=True)
     for values, step, zero in pairs:
         low, high = min(values.min(), 0.0), max(values.max(), 0.0)
-        ends = ((low * share, high) if high > -low else (low, high * share)
-                for share in [1.0, *np.linspace(*span)])
-        tries = [np.array([(top - bottom) / levels, np.round(grid.code_min - bottom * levels / (top - bottom))])
-                 for bottom, top in ends]
+        ends = (
+            (low * share, high) if high > -low else (low, high * share)
+            for share in [1.0, *np.linspace(*span)]
+        )
+        tries = [
+            np.array(
+                [
+                    (top - bottom) / levels,
+                    np.round(grid.code_min - bottom * levels / (top - bottom)),
+                ]
+            )
+            for bottom, top in ends
+        ]
 
         def error(step, zero, values=values):
             codes = np.clip(np.round(values / step) + zero, grid.code_min, grid.code_max)
@@ -78,10 +103,19 @@ def test_the_larger_end_is_kept_and_the_best_of_the_other_found(grid, generator)
 
 
 @settings(max_examples=60, deadline=None)
-@given(bits=st.sampled_from([2, 3, 4, 8]), symmetric=st.booleans(), rows=st.integers(1, 7), groups=st.integers(1, 3),
-       size=st.sampled_from([32, 64, None]), seed=st.integers(0, 2**31), magnitude=st.sampled_from([1e-4, 1.0, 300.0]),
-       constant=st.booleans())
-def test_packing_gives_back_the_same_weights(bits, symmetric, rows, groups, size, seed, magnitude, constant):
+@given(
+    bits=st.sampled_from([2, 3, 4, 8]),
+    symmetric=st.booleans(),
+    rows=st.integers(1, 7),
+    groups=st.integers(1, 3),
+    size=st.sampled_from([32, 64, None]),
+    seed=st.integers(0, 2**31),
+    magnitude=st.sampled_from([1e-4, 1.0, 300.0]),
+    constant=st.booleans(),
+)
+def test_packing_gives_back_the_same_weights(
+    bits, symmetric, rows, groups, size, seed, magnitude, constant
+):
     generator = torch.Generator().manual_seed(seed)
     grid = Grid(bits, size, symmetric)
     weight = torch.randn(rows, groups * (size or 32), generator=generator) * magnitude
@@ -102,7 +136,10 @@ def test_zero_rows_stay_zero():
     weight = torch.zeros(2, 64)
     scale, zero_point = search_range(weight, grid)
     assert (scale > 0).all()
-    assert dequantize(quantize(weight, scale, zero_point, grid), scale, zero_point, grid).abs().max() == 0
+    assert (
+        dequantize(quantize(weight, scale, zero_point, grid), scale, zero_point, grid).abs().max()
+        == 0
+    )
 
 
 def test_group_size_that_does_not_divide_names_linears_and_ways_out():
@@ -110,7 +147,9 @@ def test_group_size_that_does_not_divide_names_linears_and_ways_out():
     assert resolve_group_size("auto", sizes) == 64
     assert resolve_group_size("channel", sizes) is None
     assert resolve_group_size("64", sizes) == 64
-    with pytest.raises(UserError, match=r"group size 128 does not divide 576 \(q_proj\); use --group-size 64 or 32"):
+    with pytest.raises(
+        UserError, match=r"group size 128 does not divide 576 \(q_proj\); use --group-size 64 or 32"
+    ):
         resolve_group_size("128", sizes)
     with pytest.raises(UserError, match="channel"):
         resolve_group_size("auto", {"o_proj": 100})

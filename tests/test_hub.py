@@ -1,4 +1,6 @@
-"""Models from a hub: a server on this machine plays it, whole, gated, private, broken off in the middle, or not there at all."""
+"""Models from a hub: a server on this machine plays it, whole, gated, private, broken off in the
+middle, or not there at all.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,18 @@ for name in sys.argv[1:]:
 
 
 # What other repositories hold beside: Mistral's and Meta's own forms, older and converted ones.
-DUPLICATES = ("consolidated.safetensors", "consolidated.00.pth", "original/params.json", "original/consolidated.00.pth",
-              "pytorch_model.bin", "tokenizer.model.v3", "onnx/model.onnx", "onnx/config.json", "model.gguf", "README.md")
+DUPLICATES = (
+    "consolidated.safetensors",
+    "consolidated.00.pth",
+    "original/params.json",
+    "original/consolidated.00.pth",
+    "pytorch_model.bin",
+    "tokenizer.model.v3",
+    "onnx/model.onnx",
+    "onnx/config.json",
+    "model.gguf",
+    "README.md",
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +58,7 @@ def ask(served, tmp_path_factory):
     """Ask for models, as a script does, in a process that believes the stub is the hub."""
     home = tmp_path_factory.mktemp("hub")
     with StubHub(served) as hub:
+
         def run(*names: str, **environment: str) -> dict[str, str]:
             lines = hub.python(ASK, *names, home=home, **environment)
             return dict(line.split(" -> ", 1) for line in lines if " -> " in line)
@@ -60,10 +73,19 @@ def found(ask) -> dict[str, str]:
 
 def test_from_a_hub(found):
     assert "config.json" in found["owner/whole"] and "model.safetensors" in found["owner/whole"]
-    assert "owner/gated is gated: accept its licence" in found["owner/gated"] and "HF_TOKEN" in found["owner/gated"]
+    assert (
+        "owner/gated is gated: accept its licence" in found["owner/gated"]
+        and "HF_TOKEN" in found["owner/gated"]
+    )
     for name in ("owner/private", "owner/unheard-of"):
-        assert f"the hub has no model {name}, or it is private" in found[name] and "hf auth login" in found[name]
-    assert "cannot download owner/broken" in found["owner/broken"] and "--model demo" in found["owner/broken"]
+        assert (
+            f"the hub has no model {name}, or it is private" in found[name]
+            and "hf auth login" in found[name]
+        )
+    assert (
+        "cannot download owner/broken" in found["owner/broken"]
+        and "--model demo" in found["owner/broken"]
+    )
 
 
 def test_offline(found, ask):
@@ -83,4 +105,8 @@ def test_the_same_weights_in_other_forms_are_left_out(found, served, tiny):
     files = sorted(file.name for file in tiny.iterdir())
     assert found["owner/whole"] == str(files)
     whole = served / "models/owner/whole"
-    assert folder_bytes(whole) == folder_bytes(tiny) == sum((tiny / name).stat().st_size for name in files)
+    assert (
+        folder_bytes(whole)
+        == folder_bytes(tiny)
+        == sum((tiny / name).stat().st_size for name in files)
+    )

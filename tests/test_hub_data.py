@@ -12,8 +12,8 @@ import pytest
 from stub_data import build_datasets, mirror, write_split
 from stub_hub import COMMIT, StubHub
 
-from common.text.data import load_rows
 from common.base.errors import UserError
+from common.text.data import load_rows
 from common.text.sampling import BLOCK, SMALL, RowGroup, draw_rows
 
 ASK = """
@@ -128,18 +128,35 @@ def test_rows_are_fetched_once_and_kept(hub, home, online):
 
 
 def test_where_rows_are_without_fetching_them(hub, home, online, tmp_path):
-    """In the cache if this very sample was fetched, else on the hub, which has to answer for the data set."""
-    code = ASK.replace("load_rows(arguments[0], None, *arguments[1:])", "locate_rows(*arguments)").replace(
-        '{"rows": loaded.rows, "source": loaded.source}', "loaded").replace("load_rows", "locate_rows")
-    other, unknown = [MATH, None, 7, 1234, None, None], ["no/such-data:train", None, 3, 0, None, None]
+    """In the cache if this very sample was fetched, else on the hub, which has to answer for the
+    data set.
+    """
+    code = (
+        ASK.replace("load_rows(arguments[0], None, *arguments[1:])", "locate_rows(*arguments)")
+        .replace('{"rows": loaded.rows, "source": loaded.source}', "loaded")
+        .replace("load_rows", "locate_rows")
+    )
+    other, unknown = (
+        [MATH, None, 7, 1234, None, None],
+        ["no/such-data:train", None, 3, 0, None, None],
+    )
     wanted = [[address, None, *rest] for address, *rest in WANTED]
 
     def where(home, **environment) -> list:
-        return [json.loads(line) for line in hub.python(code, json.dumps([*wanted, other, unknown]), home=home, **environment)]
+        return [
+            json.loads(line)
+            for line in hub.python(
+                code, json.dumps([*wanted, other, unknown]), home=home, **environment
+            )
+        ]
 
     before = hub.by_repository.copy()
     *kept, more, wrong = where(home)
-    assert kept == ["in the cache"] * 4 and more == "on the hub" and "no/such-data:train cannot" in wrong["error"]
+    assert (
+        kept == ["in the cache"] * 4
+        and more == "on the hub"
+        and "no/such-data:train cannot" in wrong["error"]
+    )
     assert where(tmp_path)[:5] == ["on the hub"] * 5 and before == hub.by_repository
     *kept, more, wrong = where(home, HF_HUB_OFFLINE="1")
     assert kept == ["in the cache"] * 4 and "not fetched before; unset it" in more["error"]
@@ -220,8 +237,8 @@ def test_blocks_are_drawn_evenly():
 # OpenMathInstruct-2 has 14 million rows in 32 files. Row groups: small, large, one for each file.
 @pytest.mark.parametrize("rows_of_group", [1000, 50_000, 437_500])
 def test_the_budget_holds(rows_of_group):
-    """190 bytes a row in the two columns. As README says, one row group larger than that is taken: with one for each file
-    83 MB instead of 40."""
+    """190 bytes a row in the two columns. As README says, one row group larger than that is taken:
+    with one for each file 83 MB instead of 40."""
     cost = 190 * rows_of_group
     groups = groups_of([rows_of_group] * (14_000_000 // rows_of_group), cost)
     budget = 40_000_000

@@ -19,8 +19,8 @@ CONFIGURATIONS = ("baseline", "gptq-4bit", "hqq-4bit", "smoothquant-8bit")
 COMMAND = ["bash", "run_all_quantization.sh", "--only", ",".join(CONFIGURATIONS), "--limit", "8"]
 # What a comparison cannot give twice.
 MEASURED = {"seconds"}
-# Bytes of each data set that were sent when this was written, in MB; half as much again is allowed. The ends of files are
-# fetched in pieces of 64 KB at least.
+# Bytes of each data set that were sent when this was written, in MB; half as much again is allowed.
+# The ends of files are fetched in pieces of 64 KB at least.
 SENT = {
     "HuggingFaceH4/ultrachat_200k": 4.48,
     "nvidia/OpenMathInstruct-2": 0.33,
@@ -111,7 +111,9 @@ def test_with_a_hub_and_then_without(project, tmp_path):
 
 
 def check_traffic(sent: dict[str, int], served: Path) -> None:
-    """The model once, without Meta's own form; of the data no more than is needed, large splits in part."""
+    """The model once, without Meta's own form; of the data no more than is needed, large splits in
+    part.
+    """
     stored = {
         path: sum(file.stat().st_size for file in (served / path).rglob("*") if file.is_file())
         for path in (

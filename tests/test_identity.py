@@ -7,10 +7,10 @@ import shutil
 import pytest
 from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_tokenizer
 
-from common.results import identity
 from common.checkpoint.writer import METADATA_FILE
-from common.results.naming import Subject
+from common.results import identity
 from common.results.documents import load_model_results, write_samples
+from common.results.naming import Subject
 
 TASKS = ["--tasks", "arc,perplexity", "--windows", 2, "--window-length", 48]
 SMALL = ["--data", "demo", "--limit", 3, *TASKS]
@@ -142,7 +142,9 @@ def test_other_limits(place, tiny, flags, words, kept):
 
 
 def test_a_quick_comparison_does_not_take_the_baseline_from_others(place, tiny, tmp_path):
-    """With other limits the baseline would be evaluated again, and another checkpoint left without a comparison."""
+    """With other limits the baseline would be evaluated again, and another checkpoint left without
+    a comparison.
+    """
     checkpoint, results = place
     other = shutil.copytree(checkpoint, tmp_path / "hqq-8bit")
     perplexities(compare(other, results))
@@ -309,7 +311,5 @@ def test_a_baseline_that_reads_other_tokens(place, own_tokenizer, tmp_path):
     assert_user_error(
         result, "cannot be compared", "other data of perplexity", "leave", "out of --tasks"
     )
-    found = compare(
-        place[0], tmp_path / "fresh", "--baseline", own_tokenizer, "--tasks", "arc"
-    )
+    found = compare(place[0], tmp_path / "fresh", "--baseline", own_tokenizer, "--tasks", "arc")
     assert found.returncode == 0, found.stderr

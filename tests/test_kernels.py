@@ -1,4 +1,6 @@
-"""Triton kernels, in Triton's interpreter, against their twins in plain torch; the twins against float64."""
+"""Triton kernels, in Triton's interpreter, against their twins in plain torch; the twins against
+float64.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,17 @@ import torch
 from conftest import ROOT
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("there is a card: test_cuda.py runs the kernels themselves", allow_module_level=True)
+    pytest.skip(
+        "there is a card: test_cuda.py runs the kernels themselves", allow_module_level=True
+    )
 pytest.importorskip("triton", reason="triton is not installed: its kernels are tested where it is")
 
-from common.solvers import adaround  # noqa: E402
-from common.numerics import grid  # noqa: E402
-from common.numerics.grid import Grid  # noqa: E402
-from common.kernels import forms, inference, products_triton, rounding, rounding_triton  # noqa: E402
-from common.kernels import inference_triton as kernels  # noqa: E402
-from common.kernels.rounding import search_range  # noqa: E402
+from common.kernels import forms, inference, products_triton, rounding, rounding_triton
+from common.kernels import inference_triton as kernels
+from common.kernels.rounding import search_range
+from common.numerics import grid
+from common.numerics.grid import Grid
+from common.solvers import adaround
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
@@ -32,13 +36,21 @@ def packed_weights(generator, out: int, channels: int, groups: int, bits: int, a
     half = 1 << bits - 1
     codes = torch.randint(-half, half, (out, channels), generator=generator).to(torch.int8)
     scale = (torch.rand(out, groups, generator=generator) + 0.5).to(torch.bfloat16)
-    zero = torch.randint(-half, half, (out, groups), generator=generator).to(torch.int8) if asymmetric else None
-    exact = codes.double().unflatten(1, (groups, -1)) - (0 if zero is None else zero.double().unsqueeze(2))
+    zero = (
+        torch.randint(-half, half, (out, groups), generator=generator).to(torch.int8)
+        if asymmetric
+        else None
+    )
+    exact = codes.double().unflatten(1, (groups, -1)) - (
+        0 if zero is None else zero.double().unsqueeze(2)
+    )
     return forms.pack(codes, scale, zero, bits), (exact * scale.double().unsqueeze(2)).flatten(1)
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize(("bits", "channels", "groups"), [(4, 576, 9), (4, 1024, 1), (4, 96, 6), (8, 192, 3), (8, 64, 1)])
+@pytest.mark.parametrize(
+    ("bits", "channels", "groups"), [(4, 576, 9), (4, 1024, 1), (4, 96, 6), (8, 192, 3), (8, 64, 1)]
+)
 def test_packed_matmul(generator, bits, channels, groups, asymmetric):
     packed, weight = packed_weights(generator, 21, channels, groups, bits, asymmetric)
     assert packed.shape == weight.shape and packed.packed.nbytes == weight.numel() * bits // 8
@@ -55,7 +67,10 @@ def test_packed_matmul(generator, bits, channels, groups, asymmetric):
         close(products_triton.packed_matmul(half, packed), half.double() @ weight.T, 1e-3)
 
 
-@pytest.mark.parametrize(("bits", "channels", "groups"), [(4, 576, 9), (4, 1024, 1), (4, 192, 6), (8, 576, 1), (8, 512, 4)])
+@pytest.mark.parametrize(
+    ("bits", "channels", "groups"),
+    [(4, 576, 9), (4, 1024, 1), (4, 192, 6), (8, 576, 1), (8, 512, 4)],
+)
 @pytest.mark.parametrize("members", [4, 32])
 def test_row_matmul(generator, monkeypatch, bits, channels, groups, members):
     """With a norm before it, a gate or a sum after it: kernel and twin against float64."""
@@ -63,36 +78,59 @@ def test_row_matmul(generator, monkeypatch, bits, channels, groups, members):
     # Several programs, the last of which is not full.
     out = 38 if members == 32 else 14
     packed, weight = packed_weights(generator, out, channels, groups, bits, groups > 1)
-    inputs, gain = torch.randn(1, channels, generator=generator), torch.rand(channels, generator=generator)
+    inputs, gain = (
+        torch.randn(1, channels, generator=generator),
+        torch.rand(channels, generator=generator),
+    )
     hidden = torch.randn(1, out, generator=generator)
     exact = inputs.double()
     normed = exact / (exact.square().mean() + 1e-5).sqrt() * gain
     gate, up = (normed @ weight.T).chunk(2, -1)
     for module, bound in ((inference, 1e-6), (products_triton, 1e-4)):
         close(module.row_matmul(inputs, packed, None, False, None, None), exact @ weight.T, bound)
-        close(module.row_matmul(inputs, packed, (gain, 1e-5), False, None, None), normed @ weight.T, bound)
-        close(module.row_matmul(inputs, packed, (gain, 1e-5), True, None, None), gate / (1 + (-gate).exp()) * up, 10 * bound)
+        close(
+            module.row_matmul(inputs, packed, (gain, 1e-5), False, None, None),
+            normed @ weight.T,
+            bound,
+        )
+        close(
+            module.row_matmul(inputs, packed, (gain, 1e-5), True, None, None),
+            gate / (1 + (-gate).exp()) * up,
+            10 * bound,
+        )
         target = hidden.clone()
-        assert module.row_matmul(inputs, packed, None, False, target, None).data_ptr() == target.data_ptr()
+        assert (
+            module.row_matmul(inputs, packed, None, False, target, None).data_ptr()
+            == target.data_ptr()
+        )
         close(target, hidden.double() + exact @ weight.T, bound)
 
 
 @pytest.mark.parametrize(("channels", "input_bits"), [(576, 8), (1024, 8), (576, 4)])
 def test_row_matmul_with_rounded_inputs(generator, channels, input_bits):
     packed, weight = packed_weights(generator, 38, channels, 1, 8, False)
-    inputs, gain = torch.randn(1, channels, generator=generator), torch.rand(channels, generator=generator)
+    inputs, gain = (
+        torch.randn(1, channels, generator=generator),
+        torch.rand(channels, generator=generator),
+    )
     expected = grid.round_per_token(inputs, input_bits).double() @ weight.T
     normed = inputs.double() / (inputs.double().square().mean() + 1e-5).sqrt() * gain
     # A value at a tie may go either way after the norm.
     gate, up = (grid.round_per_token(normed, input_bits) @ weight.T).chunk(2, -1)
     for module in (inference, products_triton):
         close(module.row_matmul(inputs, packed, None, False, None, input_bits), expected, 1e-6)
-        close(module.row_matmul(inputs, packed, (gain, 1e-5), True, None, input_bits), gate / (1 + (-gate).exp()) * up, 1e-2)
+        close(
+            module.row_matmul(inputs, packed, (gain, 1e-5), True, None, input_bits),
+            gate / (1 + (-gate).exp()) * up,
+            1e-2,
+        )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_row_matmul_rounds_inputs_to_16_bits(generator, bits):
-    """Every input within half a step of its block, also beside one that is a thousand times as large; and zeros stay zeros."""
+    """Every input within half a step of its block, also beside one that is a thousand times as
+    large; and zeros stay zeros.
+    """
     packed, weight = packed_weights(generator, 12, 576, 9, bits, True)
     inputs = torch.randn(1, 576, generator=generator)
     inputs[0, ::100] *= 1000
@@ -100,9 +138,13 @@ def test_row_matmul_rounds_inputs_to_16_bits(generator, bits):
     half_step = inputs.double().view(9, 64).abs().amax(1) / 65024
     bound = (weight.abs().view(12, 9, 64).sum(2) * half_step).sum(1)
     exact = inputs.double() @ weight.T
-    error = (products_triton.row_matmul(inputs, packed, None, False, None, None).double() - exact).abs()
+    error = (
+        products_triton.row_matmul(inputs, packed, None, False, None, None).double() - exact
+    ).abs()
     assert (error <= bound + 1e-5 * exact.abs()).all() and error.any()
-    assert not products_triton.row_matmul(torch.zeros(1, 576), packed, None, False, None, None).any()
+    assert not products_triton.row_matmul(
+        torch.zeros(1, 576), packed, None, False, None, None
+    ).any()
 
 
 @pytest.mark.parametrize("channels", [576, 1024, 48])
@@ -117,7 +159,9 @@ def test_integer_matmul(generator, channels):
 
 def test_round_rows_of_every_size(generator):
     """In float16 also where twice the largest value is infinite."""
-    inputs = ((torch.rand(40, 96, generator=generator) * 2 - 1) * torch.logspace(-6, 4.8, 40)[:, None]).half()
+    inputs = (
+        (torch.rand(40, 96, generator=generator) * 2 - 1) * torch.logspace(-6, 4.8, 40)[:, None]
+    ).half()
     expected = inference.round_rows(inputs, 8)
     found = kernels.round_rows(inputs, 8)
     assert torch.isfinite(expected.values()).all()
@@ -125,7 +169,10 @@ def test_round_rows_of_every_size(generator):
 
 
 def test_add_rms_norm(generator):
-    hidden, update = torch.randn(3, 100, generator=generator), torch.randn(3, 100, generator=generator)
+    hidden, update = (
+        torch.randn(3, 100, generator=generator),
+        torch.randn(3, 100, generator=generator),
+    )
     gain = torch.rand(100, generator=generator)
     for added in (None, update):
         first, second = hidden.clone(), hidden.clone()
@@ -153,22 +200,28 @@ def test_attend(generator, length, normed):
     for row, position in enumerate(positions.tolist()):
         vectors = projected[row].double().view(-1, size)
         turned = []
-        for head, vector in enumerate(vectors[:heads + key_heads]):
+        for head, vector in enumerate(vectors[: heads + key_heads]):
             if normed:
                 vector = vector / (vector.square().mean() + 1e-6).sqrt() * gains[int(head >= heads)]
             # As complex numbers: channel c is the real part, c + size / 2 the imaginary one.
-            number = torch.complex(vector[:size // 2], vector[size // 2:]) * torch.exp(1j * angle[position, :size // 2].double())
+            number = torch.complex(vector[: size // 2], vector[size // 2 :]) * torch.exp(
+                1j * angle[position, : size // 2].double()
+            )
             turned.append(torch.cat([number.real, number.imag]))
         after[0, row, :, position] = torch.stack(turned[heads:])
-        after[1, row, :, position] = vectors[heads + key_heads:]
+        after[1, row, :, position] = vectors[heads + key_heads :]
         for head in range(heads):
-            key, value = after[:, row, head // (heads // key_heads), :position + 1]
+            key, value = after[:, row, head // (heads // key_heads), : position + 1]
             expected[row, head] = torch.softmax(0.3 * key @ turned[head], 0) @ value
     for function in (inference.attend, kernels.attend):
         keys, values = cached.clone()
-        rotary = inference.Rotary(angle.cos(), angle.sin(), (gains[0], gains[1], 1e-6) if normed else None)
-        for _ in range(2):                                                      # a second time: counters are back at zero
-            close(function(projected, rotary, positions, keys, values, 0.3), expected.flatten(1), 1e-5)
+        rotary = inference.Rotary(
+            angle.cos(), angle.sin(), (gains[0], gains[1], 1e-6) if normed else None
+        )
+        for _ in range(2):  # a second time: counters are back at zero
+            close(
+                function(projected, rotary, positions, keys, values, 0.3), expected.flatten(1), 1e-5
+            )
         close(keys, after[0], 1e-6)
         assert torch.equal(values.double(), after[1])
 
@@ -178,7 +231,9 @@ def test_rotate_heads(generator, batch):
     """Against complex numbers: channel c is the real part, c + size / 2 the imaginary one."""
     heads = torch.randn(2, 5, 3, 16, generator=generator)
     angle = torch.randn(batch, 5, 8, generator=generator)
-    numbers = torch.complex(heads[..., :8].double(), heads[..., 8:].double()) * torch.exp(1j * angle.double()).unsqueeze(2)
+    numbers = torch.complex(heads[..., :8].double(), heads[..., 8:].double()) * torch.exp(
+        1j * angle.double()
+    ).unsqueeze(2)
     for module in (inference, kernels):
         turned = heads.clone()
         module.rotate_heads(turned, angle.repeat(1, 1, 2).cos(), angle.repeat(1, 1, 2).sin())
@@ -191,7 +246,11 @@ def test_silu_mul(generator):
     expected = gate.double() / (1 + (-gate.double()).exp()) * up
     for module in (inference, kernels):
         close(module.silu_mul(gate, up), expected, 1e-6)
-        close(module.silu_mul(gate.contiguous(), up, 8).values(), grid.round_per_token(expected.float(), 8), 1e-3)
+        close(
+            module.silu_mul(gate.contiguous(), up, 8).values(),
+            grid.round_per_token(expected.float(), 8),
+            1e-3,
+        )
 
 
 def test_largest_index(generator):
@@ -244,10 +303,18 @@ def test_round_block(generator, form, channels):
 
 @pytest.mark.parametrize("form", GRIDS, ids=str)
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize(("weighted", "norm", "stored", "size"), [
-    (True, 2.0, torch.float32, 1.0), (False, 4.0, torch.float32, 1.0), (False, 8.0, torch.float32, 1.0),
-    (False, 8.0, torch.bfloat16, 1e-6), (True, 2.0, torch.float16, 2e-3),
-    (True, 2.0, torch.float16, 1e-6), (True, 2.0, torch.bfloat16, 1e-6)])
+@pytest.mark.parametrize(
+    ("weighted", "norm", "stored", "size"),
+    [
+        (True, 2.0, torch.float32, 1.0),
+        (False, 4.0, torch.float32, 1.0),
+        (False, 8.0, torch.float32, 1.0),
+        (False, 8.0, torch.bfloat16, 1e-6),
+        (True, 2.0, torch.float16, 2e-3),
+        (True, 2.0, torch.float16, 1e-6),
+        (True, 2.0, torch.bfloat16, 1e-6),
+    ],
+)
 def test_search_range(generator, form, weighted, norm, stored, size, keep):
     weight = torch.randn(21, 96, generator=generator) * size
     weight[3] = 0
@@ -260,8 +327,15 @@ def test_search_range(generator, form, weighted, norm, stored, size, keep):
     assert ((found[0] == 1) == (grid.grouped(weight, form).abs().amax(-1) == 0)).all()
 
     def losses(scale, zero_point):
-        error = grid.rounding_error(grid.grouped(weight, form), scale, zero_point, form).div(size).abs().pow(norm)
-        return (error if importance is None else error * grid.grouped(importance[None], form)).sum(-1)
+        error = (
+            grid.rounding_error(grid.grouped(weight, form), scale, zero_point, form)
+            .div(size)
+            .abs()
+            .pow(norm)
+        )
+        return (error if importance is None else error * grid.grouped(importance[None], form)).sum(
+            -1
+        )
 
     # Two candidates that are equally good may be told apart either way.
     assert (found[0] == expected[0]).float().mean() > 0.95
@@ -275,22 +349,46 @@ def test_learning_step(generator, form):
     gram = inputs.T @ inputs / 200
     soft = adaround.SoftRounding.start(weight, scale, zero_point, form)
     twin = adaround.Learning(soft, weight, gram)
-    other = adaround.Learning(adaround.SoftRounding(soft.low, scale, zero_point, form, soft.v.clone()), weight, gram)
+    other = adaround.Learning(
+        adaround.SoftRounding(soft.low, scale, zero_point, form, soft.v.clone()), weight, gram
+    )
     for beta in (None, 20.0, 2.5):
         twin.step(0.7, beta, 0.3)
-        rounding_triton.learning_step(other.soft.v, soft.low, scale, zero_point, weight, other.difference @ gram, other.unit,
-                                      other.moment, other.variance, other.difference, form, 0.7, beta, 0.3)
+        rounding_triton.learning_step(
+            other.soft.v,
+            soft.low,
+            scale,
+            zero_point,
+            weight,
+            other.difference @ gram,
+            other.unit,
+            other.moment,
+            other.variance,
+            other.difference,
+            form,
+            0.7,
+            beta,
+            0.3,
+        )
         close(other.soft.v, twin.soft.v, 1e-4)
         close(other.difference, twin.difference, 1e-3)
 
 
-@pytest.mark.parametrize("which", ["", pytest.param("--all", marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize(
+    "which", ["", pytest.param("--all", marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
 def test_every_kernel_compiles(tmp_path, which):
-    """For all cards from compute capability 7.5 to 12.0, on a machine without one, and none needs more
+    """For all cards from compute capability 7.5 to 12.0, on a machine without one, and none needs
+    more
     shared memory than the card has: the interpreter takes things that the compiler refuses.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, ROOT / "tests" / "compile_kernels.py", *which.split()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=3600 if which else 300,
-                            env={**environment, "TRITON_CACHE_DIR": str(tmp_path)})
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=3600 if which else 300,
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+    )
     assert result.returncode == 0, result.stdout + result.stderr

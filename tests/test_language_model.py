@@ -6,12 +6,13 @@ from conftest import WORDS, build_tiny, tiny_tokenizer
 
 from common.model.architecture import let_head_finish_logits
 from common.running.decoding import STEPS_AT_ONCE, Decoder
-from common.tasks.language_model import HarnessModel
 from common.running.runtime import load_model
+from common.tasks.language_model import HarnessModel
 
 
-@pytest.fixture(scope="module",
-                params=["llama", "qwen3", "gemma3_text", "granite", "phi3", "smollm3"])
+@pytest.fixture(
+    scope="module", params=["llama", "qwen3", "gemma3_text", "granite", "phi3", "smollm3"]
+)
 def harness(request):
     model = build_tiny(request.param, tied=False).float().eval()
     let_head_finish_logits(model)
@@ -23,18 +24,26 @@ def prompts(count, seed=0):
     import random
 
     rng = random.Random(seed)
-    return ["the river runs past a town. " + " ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(count)]
+    return [
+        "the river runs past a town. " + " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))
+        for _ in range(count)
+    ]
 
 
 def test_choices_side_by_side_score_as_if_alone(harness):
-    requests = [((p, c), harness.tok_encode(p), harness.tok_encode(" " + c)) for p in prompts(9)
-                for c in ("water", "seven boats", "build", "when water is high")]
+    requests = [
+        ((p, c), harness.tok_encode(p), harness.tok_encode(" " + c))
+        for p in prompts(9)
+        for c in ("water", "seven boats", "build", "when water is high")
+    ]
     found = harness._loglikelihood_tokens(requests)
     for (_, context, choice), (score, greedy) in zip(requests, found, strict=True):
         with torch.no_grad():
             logits = harness.model(torch.tensor([context + choice])).logits[0].double()
-        scores = torch.log_softmax(logits, -1)[len(context) - 1:-1]
-        assert score == pytest.approx(scores.gather(1, torch.tensor(choice).unsqueeze(1)).sum().item(), abs=1e-3)
+        scores = torch.log_softmax(logits, -1)[len(context) - 1 : -1]
+        assert score == pytest.approx(
+            scores.gather(1, torch.tensor(choice).unsqueeze(1)).sum().item(), abs=1e-3
+        )
         assert greedy == (scores.argmax(-1).tolist() == choice)
 
 
@@ -47,24 +56,29 @@ class Request:
 def test_generation_equals_greedy_generation_alone(harness, until):
     texts = prompts(7, seed=3)
     harness.batch_size = 3
-    found = harness.generate_until([Request(text, {"until": until, "max_gen_toks": 12}) for text in texts])
+    found = harness.generate_until(
+        [Request(text, {"until": until, "max_gen_toks": 12}) for text in texts]
+    )
     for text, answer in zip(texts, found, strict=True):
         ids = torch.tensor([harness.tok_encode(text)])
         with torch.no_grad():
             output = harness.model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=1)
-        expected = harness.tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
+        expected = harness.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         for stop in until:
             expected = expected.split(stop)[0]
         assert answer == expected
 
 
 def test_decoding_in_rounds_gives_the_same_answers(tiny_models):
-    """What runs on a card, on the CPU: several steps at once, rows that end leave, a shared prefix."""
+    """What runs on a card, on the CPU: several steps at once, rows that end leave, a shared
+    prefix."""
     model, tokenizer = load_model(tiny_models["llama", True], torch.device("cpu"), torch.float32)
     harness = HarnessModel(model, tokenizer)
     generator = torch.Generator().manual_seed(9)
     prefix = torch.randint(2, 320, (6,), generator=generator).tolist()
-    prompts = [torch.randint(2, 320, (length,), generator=generator).tolist() for length in (9, 4, 7, 1, 3)]
+    prompts = [
+        torch.randint(2, 320, (length,), generator=generator).tolist() for length in (9, 4, 7, 1, 3)
+    ]
     with torch.inference_mode():
         shared = harness._prefix_cache(prefix)
         for until, most in (([], 20), (["e"], 20), ([" the", "\n"], 3)):

@@ -5,12 +5,15 @@ from graphlib import TopologicalSorter
 
 from conftest import ROOT
 
-FILES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
-         for file in (ROOT / "common").rglob("*.py")}
+FILES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in (ROOT / "common").rglob("*.py")
+}
 
 
 def imports(name: str) -> set[str]:
-    """The project's modules that a module imports, anywhere in it but for the type checker alone."""
+    """The project's modules that a module imports, anywhere in it but for the type checker
+    alone."""
     found = set()
     waiting = [ast.parse(FILES[name].read_text())]
     while waiting:
@@ -28,7 +31,9 @@ def imports(name: str) -> set[str]:
 
 def test_no_circle_of_imports():
     """Those inside functions included."""
-    TopologicalSorter({name: imports(name) for name in FILES}).prepare()        # raises CycleError, which names it
+    TopologicalSorter(
+        {name: imports(name) for name in FILES}
+    ).prepare()  # raises CycleError, which names it
 
 
 def test_the_grid_calls_no_kernel():
@@ -36,19 +41,44 @@ def test_the_grid_calls_no_kernel():
 
 
 def test_one_module_knows_the_checkpoint_format():
-    assert [name for name, file in FILES.items() if "config_groups" in file.read_text()] == ["common.checkpoint.format"]
+    assert [name for name, file in FILES.items() if "config_groups" in file.read_text()] == [
+        "common.checkpoint.format"
+    ]
 
 
 def test_triton_is_imported_in_one_place():
     """Elsewhere only by the kernels themselves."""
     importing = {name for name in FILES if any(part.endswith("_triton") for part in imports(name))}
-    assert {name for name in importing if not name.endswith("_triton")} == {"common.kernels.dispatch"}
+    assert {name for name in importing if not name.endswith("_triton")} == {
+        "common.kernels.dispatch"
+    }
 
 
-# From the bottom up: a module imports from its own room and from those above it in this list. Between the rooms
-# stand the few modules of `common` itself.
-ROOMS = ("base", "demo", "numerics", "kernels", "text", "model", "solvers", "walk", "checkpoint", "metadata", "results", "running",
-         "cli", "tasks", "verification", "reporting", "quantization", "evaluation", "baseline", "run_all", "batch")
+# From the bottom up: a module imports from its own room and from those above it in this list.
+# Between the rooms stand the few modules of `common` itself.
+ROOMS = (
+    "base",
+    "demo",
+    "numerics",
+    "kernels",
+    "text",
+    "model",
+    "solvers",
+    "walk",
+    "checkpoint",
+    "metadata",
+    "results",
+    "running",
+    "cli",
+    "tasks",
+    "verification",
+    "reporting",
+    "quantization",
+    "evaluation",
+    "baseline",
+    "run_all",
+    "batch",
+)
 
 
 def room(name: str) -> str:
@@ -56,14 +86,25 @@ def room(name: str) -> str:
 
 
 def test_imports_go_downwards():
-    upwards = {(name, other) for name in FILES if name != "common" for other in imports(name) if other != "common"
-               if ROOMS.index(room(other)) > ROOMS.index(room(name))}
+    upwards = {
+        (name, other)
+        for name in FILES
+        if name != "common"
+        for other in imports(name)
+        if other != "common"
+        if ROOMS.index(room(other)) > ROOMS.index(room(name))
+    }
     assert not upwards
 
 
 def test_rooms_are_small():
     assert len(list((ROOT / "common").glob("*.*"))) <= 10
     assert {room(name) for name in FILES if name != "common"} == set(ROOMS)
-    sources = [file for folder in (ROOT, ROOT / "common", ROOT / "tests", ROOT / "benchmarks")
-               for file in (folder.glob("*.py") if folder == ROOT else folder.rglob("*.py"))]
-    assert {file.name: lines for file in sources if (lines := len(file.read_text().splitlines())) > 350} == {}
+    sources = [
+        file
+        for folder in (ROOT, ROOT / "common", ROOT / "tests", ROOT / "benchmarks")
+        for file in (folder.glob("*.py") if folder == ROOT else folder.rglob("*.py"))
+    ]
+    assert {
+        file.name: lines for file in sources if (lines := len(file.read_text().splitlines())) > 350
+    } == {}

@@ -10,9 +10,9 @@ from conftest import build_tiny
 
 from common import evaluation
 from common.base import host_memory
-from common.running import runtime
 from common.model.source import SourceModel
 from common.results.naming import Subject
+from common.running import runtime
 from common.tasks import evaluate, perplexity, speed
 
 CPU = torch.device("cpu")
@@ -58,7 +58,9 @@ def test_memory_is_weights_and_what_a_full_context_takes(monkeypatch):
 
 
 def test_the_model_is_alone_when_it_is_measured(tiny, tmp_path, monkeypatch):
-    """Before, it was the process's peak, with the original's embedding and a cache as large as fits."""
+    """Before, it was the process's peak, with the original's embedding and a cache as large as
+    fits.
+    """
     events = []
     for module, name in (
         (perplexity, "hidden_states"),
@@ -76,7 +78,7 @@ def test_the_model_is_alone_when_it_is_measured(tiny, tmp_path, monkeypatch):
             ),
         )
     monkeypatch.setattr(
-        SourceModel, "move_ends", lambda self, device: events.append(f"ends to {device}")
+        SourceModel, "move_vocabulary", lambda self, device: events.append(f"ends to {device}")
     )
     parser = argparse.ArgumentParser()
     evaluation.add_evaluation_arguments(parser)

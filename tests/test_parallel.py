@@ -17,8 +17,8 @@ from conftest import ROOT, run_script
 from safetensors.torch import load_file
 
 from common.base import parallel
-from common.checkpoint.format import open_checkpoint, stored_codes, stored_parts, weight_format
 from common.base.errors import UserError
+from common.checkpoint.format import open_checkpoint, stored_codes, stored_parts, weight_format
 
 COMMON = ["--calib-data", "demo", "--calib-samples", "5", "--calib-length", "64", "--device", "cpu"]
 
@@ -27,11 +27,31 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(processes: int, *words) -> list[str]:
-    return list(map(str, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *words]))
+    return list(
+        map(
+            str,
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                processes,
+                *words,
+            ],
+        )
+    )
 
 
 def torchrun(processes: int, *words) -> subprocess.CompletedProcess:
-    return subprocess.run(command(processes, *words), cwd=ROOT, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    return subprocess.run(
+        command(processes, *words),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=ENVIRONMENT,
+    )
 
 
 def codes_of(folder) -> torch.Tensor:
@@ -40,24 +60,39 @@ def codes_of(folder) -> torch.Tensor:
     found = []
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)
-        for name in sorted(name.removesuffix(".weight_scale") for name in tensors if name.endswith("weight_scale")):
+        for name in sorted(
+            name.removesuffix(".weight_scale") for name in tensors if name.endswith("weight_scale")
+        ):
             state = stored_parts(tensors.__getitem__, tensors, name)
             found.append(stored_codes(state, grid)[0].flatten())
     return torch.cat(found)
 
 
 GROUPS = ["--group-size", "32"]
-OPTIONS = {"gptq": GROUPS, "awq": GROUPS, "smoothquant": [], "quarot": GROUPS, "hqq": GROUPS,
-           "adaround": [*GROUPS, "--iterations", "100"]}
+OPTIONS = {
+    "gptq": GROUPS,
+    "awq": GROUPS,
+    "smoothquant": [],
+    "quarot": GROUPS,
+    "hqq": GROUPS,
+    "adaround": [*GROUPS, "--iterations", "100"],
+}
 # AWQ stands for what scales channels, and so does what is marked slow.
-METHODS = ["gptq", "awq", *[pytest.param(method, marks=pytest.mark.slow)
-                            for method in ("smoothquant", "quarot", "hqq", "adaround")]]
-# AdaRound starts where its gradient is zero but for rounding, and Adam's first step takes only the sign.
+METHODS = [
+    "gptq",
+    "awq",
+    *[
+        pytest.param(method, marks=pytest.mark.slow)
+        for method in ("smoothquant", "quarot", "hqq", "adaround")
+    ],
+]
+# AdaRound starts where its gradient is zero but for rounding, and Adam's first step takes only the
+# sign.
 SHARES = {"adaround": 0.9}
 
 
-# Runs scripts one after the other: starting two processes takes longer than all that they do. They stay
-# together until the last, as processes that have parted find each other's old addresses.
+# Runs scripts one after the other: starting two processes takes longer than all that they do. They
+# stay together until the last, as processes that have parted find each other's old addresses.
 IN_TURN = """
 import json, runpy, sys
 sys.path.insert(0, "")
@@ -78,13 +113,24 @@ for words in scripts:
 
 @pytest.fixture(scope="module")
 def by_two(tiny_models, tmp_path_factory, request) -> tuple[Path, subprocess.CompletedProcess]:
-    """A folder with what two processes made with every method that is tested, and what they said."""
+    """A folder with what two processes made with every method that is tested, and what they
+    said."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "in_turn.py").write_text(IN_TURN)
     names = [item.name for item in request.session.items]
     wanted = [method for method in OPTIONS if any(f"one_gives[{method}]" in name for name in names)]
-    runs = [[f"quantize_{method}.py", "--model", str(tiny_models["qwen2", True]), "--output",
-             str(folder / method), *COMMON, *OPTIONS[method]] for method in wanted]
+    runs = [
+        [
+            f"quantize_{method}.py",
+            "--model",
+            str(tiny_models["qwen2", True]),
+            "--output",
+            str(folder / method),
+            *COMMON,
+            *OPTIONS[method],
+        ]
+        for method in wanted
+    ]
     result = torchrun(2, folder / "in_turn.py", json.dumps(runs))
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result
@@ -93,26 +139,33 @@ def by_two(tiny_models, tmp_path_factory, request) -> tuple[Path, subprocess.Com
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_give_what_one_gives(tiny_models, tmp_path, by_two, method):
     source, script, (folder, both) = tiny_models["qwen2", True], f"quantize_{method}.py", by_two
-    alone = run_script(script, "--model", source, "--output", tmp_path / "one", *COMMON, *OPTIONS[method])
+    alone = run_script(
+        script, "--model", source, "--output", tmp_path / "one", *COMMON, *OPTIONS[method]
+    )
     assert alone.returncode == 0, alone.stdout + alone.stderr
     shutil.copytree(folder / method, tmp_path / "two")
     lines = [line for line in both.stdout.splitlines() if f"{folder / method}:" in line]
-    assert sum("MB of weights" in line for line in lines) == 1                  # one process talks
+    assert sum("MB of weights" in line for line in lines) == 1  # one process talks
     one, two = codes_of(tmp_path / "one"), codes_of(tmp_path / "two")
     assert one.shape == two.shape and len(one) > 1000
     # Sums in another order: a weight that lies between two codes may go either way.
     assert (one == two).float().mean() > SHARES.get(method, 0.99)
-    documents = [json.loads((tmp_path / name / "quantization_metadata.json").read_text()) for name in ("one", "two")]
+    documents = [
+        json.loads((tmp_path / name / "quantization_metadata.json").read_text())
+        for name in ("one", "two")
+    ]
     assert [document["processes"] for document in documents] == [1, 2]
-    assert documents[1]["probe"]["perplexity"] == pytest.approx(documents[0]["probe"]["perplexity"], rel=0.01)
+    assert documents[1]["probe"]["perplexity"] == pytest.approx(
+        documents[0]["probe"]["perplexity"], rel=0.01
+    )
     assert documents[1]["linears"].keys() == documents[0]["linears"].keys()
     result = run_script("verify_model.py", "--model-path", tmp_path / "two")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 def kill_all(word: str) -> None:
-    """Kill -9 every process with a word in its command line, the last started first: torchrun's children have sessions of their
-    own.
+    """Kill -9 every process with a word in its command line, the last started first: torchrun's
+    children have sessions of their own.
     """
     for entry in sorted(Path("/proc").glob("[0-9]*"), key=lambda entry: -int(entry.name)):
         try:
@@ -124,14 +177,23 @@ def kill_all(word: str) -> None:
 
 @pytest.mark.slow
 def test_killed_and_resumed(deep, tmp_path):
-    """All processes are killed in the middle; going on with two gives the same bits as two that were left alone."""
+    """All processes are killed in the middle; going on with two gives the same bits as two that
+    were left alone.
+    """
     words = ["quantize_gptq.py", "--model", deep, "--group-size", "32", *COMMON, "--output"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert torchrun(2, *words, whole).returncode == 0
     progress = tmp_path / "parts.unfinished" / "progress.json"
-    process = subprocess.Popen(command(2, *words, parts), cwd=ROOT, env=ENVIRONMENT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (progress.is_file() and len(json.loads(progress.read_text())["layers"]) >= 3):
+    process = subprocess.Popen(
+        command(2, *words, parts),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not (
+        progress.is_file() and len(json.loads(progress.read_text())["layers"]) >= 3
+    ):
         time.sleep(0.005)
     kill_all(str(parts))
     process.wait()
@@ -139,8 +201,9 @@ def test_killed_and_resumed(deep, tmp_path):
     result = torchrun(2, *words, parts, "--resume")
     assert result.returncode == 0 and "resuming" in result.stdout, result.stdout + result.stderr
     assert torch.equal(codes_of(parts), codes_of(whole))
-    assert {file.name: file.read_bytes() for file in parts.glob("*.safetensors")} == \
-        {file.name: file.read_bytes() for file in whole.glob("*.safetensors")}
+    assert {file.name: file.read_bytes() for file in parts.glob("*.safetensors")} == {
+        file.name: file.read_bytes() for file in whole.glob("*.safetensors")
+    }
 
 
 def test_windows_are_shared_out(monkeypatch):

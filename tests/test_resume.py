@@ -1,4 +1,6 @@
-"""Interrupted runs: what is left is marked, can be gone on with, and gives the same bits; nobody writes over another."""
+"""Interrupted runs: what is left is marked, can be gone on with, and gives the same bits; nobody
+writes over another.
+"""
 
 import fcntl
 import json
@@ -12,21 +14,41 @@ import pytest
 import torch
 from conftest import ROOT, assert_user_error, run_script
 
-from common.checkpoint.writer import METADATA_FILE
 from common.checkpoint.unfinished import UnfinishedFolder
+from common.checkpoint.writer import METADATA_FILE
 
 LAYERS = 8
-METHODS = {"gptq": [], "awq": ["--embedding-bits", 8], "hqq": [], "smoothquant": [], "adaround": ["--iterations", 15],
-           "quarot": ["--act-bits", 4, "--kv-bits", 4, "--head-bits", 8]}
+METHODS = {
+    "gptq": [],
+    "awq": ["--embedding-bits", 8],
+    "hqq": [],
+    "smoothquant": [],
+    "adaround": ["--iterations", 15],
+    "quarot": ["--act-bits", 4, "--kv-bits", 4, "--head-bits", 8],
+}
 
 
 def command(method, model, output, text, *extra):
-    calibration = [] if method == "hqq" else ["--calib-data", text, "--calib-samples", 8, "--calib-length", 64]
-    return [ROOT / f"quantize_{method}.py", "--model", model, "--output", output, *METHODS[method], *calibration, *extra]
+    calibration = (
+        []
+        if method == "hqq"
+        else ["--calib-data", text, "--calib-samples", 8, "--calib-length", 64]
+    )
+    return [
+        ROOT / f"quantize_{method}.py",
+        "--model",
+        model,
+        "--output",
+        output,
+        *METHODS[method],
+        *calibration,
+        *extra,
+    ]
 
 
 def content(folder):
-    """Everything in a checkpoint, but for times, memory and the options of the run in the metadata."""
+    """Everything in a checkpoint, but for times, memory and the options of the run in the
+    metadata."""
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     record = json.loads(files.pop(METADATA_FILE))
     for key in ("seconds", "memory", "options"):
@@ -68,7 +90,8 @@ def test_resumed_is_bit_identical(deep, calibration_text, tmp_path, monkeypatch,
 
 @pytest.fixture
 def one_thread():
-    """Torch with one thread, also in processes forked off this one, where its others do not exist."""
+    """Torch with one thread, also in processes forked off this one, where its others do not
+    exist."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -80,7 +103,9 @@ def run_and_exit(*words):
 
 
 def kill_and_resume(method, model, text, folder, kills, seed):
-    """Run in processes of their own, killed -9 at random moments of the quantization, until one comes through."""
+    """Run in processes of their own, killed -9 at random moments of the quantization, until one
+    comes through.
+    """
     rng = random.Random(seed)
     # A fork spares the imports; CUDA does not survive one.
     start = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork").Process
@@ -92,7 +117,9 @@ def kill_and_resume(method, model, text, folder, kills, seed):
         process.start()
         before = progress.stat().st_mtime_ns if progress.is_file() else 0
         # From the moment that this run has touched its folder, it may be killed at any time.
-        while process.is_alive() and (not progress.is_file() or progress.stat().st_mtime_ns == before):
+        while process.is_alive() and (
+            not progress.is_file() or progress.stat().st_mtime_ns == before
+        ):
             time.sleep(0.002)
         time.sleep(rng.random() * 0.15)
         process.kill()
@@ -138,12 +165,23 @@ def test_only_the_same_run_is_gone_on_with(deep, tiny, calibration_text, tmp_pat
         run_script(*command("gptq", deep, output, calibration_text))
     other_text = tmp_path / "other.txt"
     other_text.write_text(calibration_text.read_text()[5000:])
-    for extra, words in ((["--damping", 0.3], ["--damping", "0.1 then", "0.3 now"]), (["--bits", 3], ["--bits", "4 then"]),
-                         (["--calib-data", other_text], ["calibration"]), (["--seed", 1], ["--seed"])):
+    for extra, words in (
+        (["--damping", 0.3], ["--damping", "0.1 then", "0.3 now"]),
+        (["--bits", 3], ["--bits", "4 then"]),
+        (["--calib-data", other_text], ["calibration"]),
+        (["--seed", 1], ["--seed"]),
+    ):
         changed = run_script(*command("gptq", deep, output, calibration_text, "--resume", *extra))
         assert_user_error(changed, "cannot resume", *words)
-    assert_user_error(run_script(*command("gptq", tiny, output, calibration_text, "--resume")), "cannot resume", "model")
-    assert_user_error(run_script(*command("awq", deep, output, calibration_text, "--resume")), "method gptq then, awq now")
+    assert_user_error(
+        run_script(*command("gptq", tiny, output, calibration_text, "--resume")),
+        "cannot resume",
+        "model",
+    )
+    assert_user_error(
+        run_script(*command("awq", deep, output, calibration_text, "--resume")),
+        "method gptq then, awq now",
+    )
     # A damaged shard is done again.
     shards = sorted((tmp_path / "out.unfinished").glob("*.safetensors"))
     assert len(shards) == 3
@@ -172,7 +210,11 @@ def test_damaged_progress(deep, calibration_text, tmp_path, monkeypatch):
         interrupt_after(patch, 3)
         run_script(*command("hqq", deep, output, calibration_text))
     (tmp_path / "out.unfinished" / "progress.json").write_text("{")
-    assert_user_error(run_script(*command("hqq", deep, output, calibration_text, "--resume")), "damaged", "without --resume")
+    assert_user_error(
+        run_script(*command("hqq", deep, output, calibration_text, "--resume")),
+        "damaged",
+        "without --resume",
+    )
 
 
 def test_two_processes_on_one_output(deep, calibration_text, tmp_path):
@@ -180,7 +222,10 @@ def test_two_processes_on_one_output(deep, calibration_text, tmp_path):
     handle = os.open(tmp_path / "out.unfinished" / "lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        assert_user_error(run_script(*command("hqq", deep, tmp_path / "out", calibration_text)), "another process is writing")
+        assert_user_error(
+            run_script(*command("hqq", deep, tmp_path / "out", calibration_text)),
+            "another process is writing",
+        )
         assert (tmp_path / "out.unfinished" / "lock").is_file()
     finally:
         os.close(handle)

@@ -1,4 +1,6 @@
-"""A finished checkpoint answers for the weights, the text, the type and the code that it was made from, and no others."""
+"""A finished checkpoint answers for the weights, the text, the type and the code that it was made
+from, and no others.
+"""
 
 import json
 import os
@@ -9,12 +11,12 @@ from conftest import ROOT, assert_user_error, build_tiny, run_script
 from test_identity import TASKS, compare, perplexities, quantize
 from test_report_and_batch import STAND_INS, batch, real_batch  # noqa: F401
 
-from common.results import identity, reuse
-from common.checkpoint.writer import METADATA_FILE
 from common.base.errors import UserError
-from common.results.naming import Subject
 from common.base.files import write_json
+from common.checkpoint.writer import METADATA_FILE
+from common.results import identity, reuse
 from common.results.documents import write_samples
+from common.results.naming import Subject
 
 ALL_AGREES = "nothing to resume"
 
@@ -36,7 +38,9 @@ def other_weights(model):
 
 
 def resume(model, output, *more, method="hqq"):
-    return run_script(ROOT / f"quantize_{method}.py", "--model", model, "--output", output, *more, "--resume")
+    return run_script(
+        ROOT / f"quantize_{method}.py", "--model", model, "--output", output, *more, "--resume"
+    )
 
 
 def edit(folder, change):
@@ -49,13 +53,15 @@ def edit(folder, change):
 def test_other_weights_in_the_same_folder(model, tmp_path):
     output = quantize(model, tmp_path / "out")
     before = {file.name: file.read_bytes() for file in output.iterdir()}
-    os.utime(model / "model.safetensors")                                       # written again, the same
+    os.utime(model / "model.safetensors")  # written again, the same
     (model / "LICENSE.txt").write_text("what another download brings along")
     assert ALL_AGREES in resume(model, output).stdout
     other_weights(model)
-    assert_user_error(resume(model, output), "was made with other files of --model; --overwrite makes it again")
+    assert_user_error(
+        resume(model, output), "was made with other files of --model; --overwrite makes it again"
+    )
     assert before == {file.name: file.read_bytes() for file in output.iterdir()}
-    edit(output, lambda record: record["made_from"].pop("model"))                    # of an earlier version
+    edit(output, lambda record: record["made_from"].pop("model"))  # of an earlier version
     assert_user_error(resume(model, output), "was made with unknown files of --model; --overwrite")
 
 
@@ -68,17 +74,45 @@ def test_another_text_in_the_same_file(tiny, calibration_text, tmp_path):
     assert ALL_AGREES in resume(tiny, output, *words, method="gptq").stdout
     text.write_text(calibration_text.read_text()[::-1])
     changed = resume(tiny, output, *words, method="gptq")
-    assert_user_error(changed, "was made with other text of --calib-data; --overwrite makes it again")
+    assert_user_error(
+        changed, "was made with other text of --calib-data; --overwrite makes it again"
+    )
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda record: record["made_from"].update(code="0" * 64), "was made with other quantization code; --overwrite makes it again"),
-    (lambda record: record["made_from"].pop("code"), "was made with unknown quantization code; --overwrite makes it again"),
-    (lambda record: record.pop("made_from"), "was made with unknown files of --model, unknown quantization code; --overwrite"),
-    (lambda record: record["options"].pop("lp_norm"), "was made with --lp-norm unknown, not 8.0; --overwrite makes it again"),
-    (lambda record: record["options"].pop("head_bits"), "was made with --head-bits unknown, not None; --overwrite"),
-    (lambda record: record.update(made_from=[]), "is damaged; quantize again with --overwrite"),
-], ids=["other code", "unknown code", "earlier version", "unknown option", "unknown option of None", "damaged"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda record: record["made_from"].update(code="0" * 64),
+            "was made with other quantization code; --overwrite makes it again",
+        ),
+        (
+            lambda record: record["made_from"].pop("code"),
+            "was made with unknown quantization code; --overwrite makes it again",
+        ),
+        (
+            lambda record: record.pop("made_from"),
+            "was made with unknown files of --model, unknown quantization code; --overwrite",
+        ),
+        (
+            lambda record: record["options"].pop("lp_norm"),
+            "was made with --lp-norm unknown, not 8.0; --overwrite makes it again",
+        ),
+        (
+            lambda record: record["options"].pop("head_bits"),
+            "was made with --head-bits unknown, not None; --overwrite",
+        ),
+        (lambda record: record.update(made_from=[]), "is damaged; quantize again with --overwrite"),
+    ],
+    ids=[
+        "other code",
+        "unknown code",
+        "earlier version",
+        "unknown option",
+        "unknown option of None",
+        "damaged",
+    ],
+)
 def test_what_metadata_does_not_say_is_not_the_same(made, tiny, tmp_path, change, words):
     output = shutil.copytree(made, tmp_path / "out")
     assert ALL_AGREES in resume(tiny, output).stdout
@@ -88,21 +122,44 @@ def test_what_metadata_does_not_say_is_not_the_same(made, tiny, tmp_path, change
 
 def test_another_type_to_compute_in(tiny, tmp_path):
     output = quantize(tiny, tmp_path / "out", "--dtype", "bfloat16")
-    assert_user_error(resume(tiny, output), "was made with --dtype bfloat16, not float32; --overwrite makes it again")
+    assert_user_error(
+        resume(tiny, output),
+        "was made with --dtype bfloat16, not float32; --overwrite makes it again",
+    )
     assert ALL_AGREES in resume(tiny, output, "--dtype", "bfloat16").stdout
 
 
 @pytest.mark.parametrize("method", ["gptq", "adaround", "hqq"])
 def test_the_code_that_decides_codes(method, monkeypatch):
-    """What rounds and what reads the text, not what checks or names the result, nor the other methods."""
+    """What rounds and what reads the text, not what checks or names the result, nor the other
+    methods.
+    """
     seen, original = set(), identity._module_file
-    monkeypatch.setattr(identity, "_module_file", lambda root, name: seen.add(name) or original(root, name))
+    monkeypatch.setattr(
+        identity, "_module_file", lambda root, name: seen.add(name) or original(root, name)
+    )
     identity.code_hash.cache_clear()
     found = reuse.quantization_code_hash(method)
-    assert {f"quantize_{method}", "common.solvers.rounding", "common.walk.layers", "common.text.windows",
-            "common.checkpoint.writer"} <= seen
-    assert ("common.solvers.adaround" in seen) is (method == "adaround") and "quantize_awq" not in seen
-    assert not {"common.verification", "common.running.runtime", "common.results.naming", "common.base.machine", "common.evaluation"} & seen
+    assert {
+        f"quantize_{method}",
+        "common.solvers.rounding",
+        "common.walk.layers",
+        "common.text.windows",
+        "common.checkpoint.writer",
+    } <= seen
+    assert ("common.solvers.adaround" in seen) is (
+        method == "adaround"
+    ) and "quantize_awq" not in seen
+    assert (
+        not {
+            "common.verification",
+            "common.running.runtime",
+            "common.results.naming",
+            "common.base.machine",
+            "common.evaluation",
+        }
+        & seen
+    )
     assert found != reuse.quantization_code_hash("awq") != identity.code_hash()
 
 
@@ -113,27 +170,52 @@ def test_unchanged_weights_are_read_once(model, tmp_path, monkeypatch):
     output = quantize(model, tmp_path / "out")
     read = []
     original = identity.hashlib.file_digest
-    monkeypatch.setattr(identity.hashlib, "file_digest", lambda file, name: read.append(file.name) or original(file, name))
+    monkeypatch.setattr(
+        identity.hashlib,
+        "file_digest",
+        lambda file, name: read.append(file.name) or original(file, name),
+    )
     assert ALL_AGREES in resume(model, output).stdout and not read
 
 
 def test_a_baseline_that_the_checkpoint_was_not_made_from(model, tmp_path):
-    """The model was moved, and another of its shape is named: perplexities of two unrelated models are no comparison."""
+    """The model was moved, and another of its shape is named: perplexities of two unrelated models
+    are no comparison.
+    """
     output = quantize(model, tmp_path / "out")
     moved, results = shutil.move(model, tmp_path / "moved"), tmp_path / "results"
     perplexities(compare(output, results, "--baseline", moved))
     other_weights(moved)
     compared = compare(output, results, "--baseline", moved, "--tasks", "arc", "--overwrite")
     assert_user_error(compared, "has changed since", "or is another model", "--baseline")
-    evaluated = run_script(ROOT / "common/evaluation.py", "--model-path", output, "--baseline", moved, "--results-dir",
-                           tmp_path / "fresh", "--data", "demo", "--limit", 2, *TASKS)
+    evaluated = run_script(
+        ROOT / "common/evaluation.py",
+        "--model-path",
+        output,
+        "--baseline",
+        moved,
+        "--results-dir",
+        tmp_path / "fresh",
+        "--data",
+        "demo",
+        "--limit",
+        2,
+        *TASKS,
+    )
     assert_user_error(evaluated, "has changed since", "or is another model", "--baseline")
 
 
-@pytest.mark.parametrize("key, value", [("device", {"type": "cuda"}), ("versions", {"torch": "1.0"})])
+@pytest.mark.parametrize(
+    "key, value", [("device", {"type": "cuda"}), ("versions", {"torch": "1.0"})]
+)
 def test_a_changed_original_is_refused_on_another_device_too(tmp_path, key, value):
     """Unless the checkpoint has been made again since: then it is evaluated again."""
-    shared = {"source": "tiny", "checkpoint": "1" * 64, "device": {"type": "cpu"}, "versions": {"torch": "2.0"}}
+    shared = {
+        "source": "tiny",
+        "checkpoint": "1" * 64,
+        "device": {"type": "cpu"},
+        "versions": {"torch": "2.0"},
+    }
     subject = Subject(tmp_path / "hqq-4bit", "tiny", "tiny", "hqq-4bit")
     document = {**shared, key: value, "tasks": {"perplexity": {"original": "2" * 64}}}
     write_json(tmp_path / "tiny" / "hqq-4bit.json", document)
@@ -153,9 +235,16 @@ def test_a_batch_on_other_weights(real_batch, model, metadata):  # noqa: F811
     assert real_batch(*words)[0] == 0
     other_weights(model)
     code, status = real_batch(*words)
-    assert code == 1 and status["baseline"]["state"] == "done" and status["hqq-4bit"]["state"] == "warning"
+    assert (
+        code == 1
+        and status["baseline"]["state"] == "done"
+        and status["hqq-4bit"]["state"] == "warning"
+    )
     assert "made with other files of --model" in status["hqq-4bit"]["reason"]
-    assert "--overwrite" in status["hqq-4bit"]["reason"] and "evaluate evaluation" not in real_batch.titles
+    assert (
+        "--overwrite" in status["hqq-4bit"]["reason"]
+        and "evaluate evaluation" not in real_batch.titles
+    )
     code, status = real_batch(*words, "--overwrite")
     assert code == 0 and status["hqq-4bit"]["state"] == "done"
 
@@ -167,20 +256,28 @@ def test_a_batch_without_metadata_after_a_change_of_the_code(real_batch):  # noq
     status["hqq-4bit"]["made"]["made_from"]["code"] = "0" * 64
     (real_batch.folder / "results" / real_batch.name / "status.json").write_text(json.dumps(status))
     code, status = real_batch(*words)
-    assert code == 1 and "was made with other quantization code; --overwrite" in status["hqq-4bit"]["reason"]
+    assert (
+        code == 1
+        and "was made with other quantization code; --overwrite" in status["hqq-4bit"]["reason"]
+    )
 
 
 def test_a_batch_marks_a_wrecked_checkpoint_without_metadata(batch, monkeypatch):  # noqa: F811
     """Its verification cannot know; the batch does, on a second run too."""
     monkeypatch.setattr("common.batch.checkpoint_hash", lambda *_: "1" * 64)
     monkeypatch.setattr("common.batch.made_from", lambda *_: {})
-    said = "lm_head is wrecked, its output is off by 0.98 of its size; saved without metadata, so verify_model.py cannot know"
-    (batch.folder / "quantize_hqq.py").write_text(f"{STAND_INS['quantize_hqq.py']}; print('warning: {said}'); print('more')")
+    said = (
+        "lm_head is wrecked, its output is off by 0.98 of its size; saved without metadata, so "
+        "verify_model.py cannot know"
+    )
+    (batch.folder / "quantize_hqq.py").write_text(
+        f"{STAND_INS['quantize_hqq.py']}; print('warning: {said}'); print('more')"
+    )
     for _ in range(2):
         assert batch("--only", "hqq-4bit", "--no-save-metadata") == 1
         status = json.loads((batch.folder / "results/tiny/status.json").read_text())["hqq-4bit"]
         assert status["state"] == "warning" and status["reason"] == said
     calls = [line.split()[0] for line in (batch.folder / "calls").read_text().splitlines()]
-    assert calls == ["quantize_hqq.py"]                                         # neither made again nor evaluated
+    assert calls == ["quantize_hqq.py"]  # neither made again nor evaluated
     (batch.folder / "quantize_hqq.py").write_text(STAND_INS["quantize_hqq.py"])
     assert batch("--only", "hqq-4bit", "--no-save-metadata", "--overwrite") == 0

@@ -1,21 +1,25 @@
-"""Rewrites that have to keep the model's function, in float32 and float64; Hadamard matrices of the orders models need."""
+"""Rewrites that have to keep the model's function, in float32 and float64; Hadamard matrices of the
+orders models need.
+"""
 
 import pytest
 import torch
 from conftest import ARCHITECTURES
 
-from common.model.architecture import FAMILIES
 from common.base.errors import UserError
+from common.model.architecture import FAMILIES
+from common.model.source import SourceModel
 from common.numerics.grid import Grid
 from common.numerics.hadamard import hadamard, rotation
 from common.walk.inputs import Needs, new_sums
 from common.walk.method import Layer
-from common.model.source import SourceModel
 from common.walk.scaling import fold_scale, shared_by_heads
-from quantize_quarot import balance, rotate_ends, rotate_layer
+from quantize_quarot import balance, rotate_layer, rotate_vocabulary
 
 
-@pytest.mark.parametrize("order", [1, 2, 4, 12, 20, 28, 36, 44, 60, 64, 76, 128, 140, 148, 576, 896, 1536, 2048])
+@pytest.mark.parametrize(
+    "order", [1, 2, 4, 12, 20, 28, 36, 44, 60, 64, 76, 128, 140, 148, 576, 896, 1536, 2048]
+)
 def test_hadamard(order):
     matrix = hadamard(order)
     assert matrix.abs().eq(1).all()
@@ -74,23 +78,29 @@ def test_rotation_leaves_logits_unchanged(tiny_models, tokens, architecture, tie
     source = SourceModel(folder, torch.device("cpu"), dtype)
     hidden, value = hidden_rotation(architecture), rotation(16, seed=1)
     if hidden is not None:
-        rotate_ends(source, hidden)
+        rotate_vocabulary(source, hidden)
         assert not source.tied
         assert source.model.model.norm.weight.eq(1).all()
     after = all_logits(source, tokens, lambda _, module: rotate_layer(module, hidden, value))
     assert (before - after).abs().max() < bound * before.abs().max()
 
 
-SEPARATE = (lambda attention: (attention.q_proj, attention.k_proj, attention.v_proj),
-            lambda mlp: (mlp.gate_proj, mlp.up_proj))
-READING = {**dict.fromkeys(FAMILIES, SEPARATE),
-           "phi3": (lambda attention: (attention.qkv_proj,), lambda mlp: (mlp.gate_up_proj,))}
+SEPARATE = (
+    lambda attention: (attention.q_proj, attention.k_proj, attention.v_proj),
+    lambda mlp: (mlp.gate_proj, mlp.up_proj),
+)
+READING = {
+    **dict.fromkeys(FAMILIES, SEPARATE),
+    "phi3": (lambda attention: (attention.qkv_proj,), lambda mlp: (mlp.gate_up_proj,)),
+}
 
 
 @pytest.mark.parametrize("architecture, tied", ARCHITECTURES)
 @torch.no_grad()
 def test_rescaled_channels_are_rotated_to_the_same_weights(tiny_models, architecture, tied):
-    """Models with the same function and other scales of their channels: nothing that rounding depends on is left of those."""
+    """Models with the same function and other scales of their channels: nothing that rounding
+    depends on is left of those.
+    """
     generator = torch.Generator().manual_seed(9)
     hidden, value = hidden_rotation(architecture), rotation(16, seed=1)
     source = SourceModel(str(tiny_models[architecture, tied]), torch.device("cpu"), torch.float64)
@@ -104,8 +114,10 @@ def test_rescaled_channels_are_rotated_to_the_same_weights(tiny_models, architec
 
         # A rotation of the hidden state takes the norms' gains into the weights, with their scales.
         if hidden is not None:
-            for norm, linears in ((module.input_layernorm, READING[architecture][0](attention)),
-                                  (module.post_attention_layernorm, READING[architecture][1](mlp))):
+            for norm, linears in (
+                (module.input_layernorm, READING[architecture][0](attention)),
+                (module.post_attention_layernorm, READING[architecture][1](mlp)),
+            ):
                 scale = factors(64)
                 norm.weight /= scale
                 for linear in linears:
@@ -131,7 +143,9 @@ def test_channels_that_nothing_feeds_or_reads(tiny):
     module.mlp.down_proj.weight[:, [5, 7]] = 0
     product = module.mlp.down_proj.weight @ module.mlp.up_proj.weight
     balance(module.mlp.up_proj, module.mlp.down_proj, (1, 1, 128))
-    assert torch.allclose(module.mlp.down_proj.weight @ module.mlp.up_proj.weight, product, rtol=1e-10)
+    assert torch.allclose(
+        module.mlp.down_proj.weight @ module.mlp.up_proj.weight, product, rtol=1e-10
+    )
     rows, columns = module.mlp.up_proj.weight.norm(dim=1), module.mlp.down_proj.weight.norm(dim=0)
     kept = torch.ones(128, dtype=torch.bool)
     kept[[3, 5, 7]] = False
@@ -141,7 +155,9 @@ def test_channels_that_nothing_feeds_or_reads(tiny):
 @pytest.mark.parametrize("dtype, bound", BOUNDS)
 @pytest.mark.parametrize("architecture, tied", ARCHITECTURES)
 @torch.no_grad()
-def test_scaling_leaves_logits_unchanged_and_statistics_true(tiny_models, tokens, architecture, tied, dtype, bound):
+def test_scaling_leaves_logits_unchanged_and_statistics_true(
+    tiny_models, tokens, architecture, tied, dtype, bound
+):
     folder = str(tiny_models[architecture, tied])
     before = all_logits(SourceModel(folder, torch.device("cpu"), dtype), tokens)
     generator = torch.Generator().manual_seed(5)
@@ -173,6 +189,7 @@ def test_every_group_is_fed_by_what_the_layer_has(tiny_models, architecture, tie
     layer = source.load_layer(0)
     for group in source.family.groups:
         assert layer.get_submodule(group.fed_by) is not None
-    linears = {name for name, module in layer.named_modules()
-               if isinstance(module, torch.nn.Linear)}
+    linears = {
+        name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)
+    }
     assert linears == set(source.family.linears)

@@ -1,15 +1,16 @@
-"""GPTQ's solver against the paper's algorithm, written independently in float64 with an explicit inverse."""
+"""GPTQ's solver against the paper's algorithm, written independently in float64 with an explicit
+inverse.
+"""
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script
 
-from common.model.architecture import FAMILIES
 from common.base.errors import UserError
-from common.numerics.grid import Grid, QuantizedLinear, dequantize, grouped, min_max, quantize
-from common.walk.inputs import InputStatistics, InputSums, Needs
 from common.kernels.rounding import search_range
+from common.model.architecture import FAMILIES
+from common.numerics.grid import Grid, QuantizedLinear, dequantize, grouped, min_max, quantize
 from common.solvers.ranges import choose_ranges, restore_gain
 from common.solvers.rounding import (
     BLOCK,
@@ -21,10 +22,13 @@ from common.solvers.rounding import (
     refine,
     solve,
 )
+from common.walk.inputs import InputStatistics, InputSums, Needs
 
 
 def gptq_by_the_paper(weight, gram, scale, zero_point, grid, damping):
-    """Algorithm 1 of arXiv 2210.17323 without blocks, in numpy float64, channels in order of the Gram's diagonal."""
+    """Algorithm 1 of arXiv 2210.17323 without blocks, in numpy float64, channels in order of the
+    Gram's diagonal.
+    """
     w, hessian = weight.double().numpy().copy(), gram.double().numpy().copy()
     scale, zero_point = scale.double().numpy(), zero_point.double().numpy()
     n = w.shape[1]
@@ -33,14 +37,14 @@ def gptq_by_the_paper(weight, gram, scale, zero_point, grid, damping):
     hessian = hessian[np.ix_(order, order)]
     hessian += np.eye(n) * damping * np.diag(hessian).mean()
     inverse = np.linalg.inv(hessian)
-    upper = np.linalg.cholesky(inverse).T                                       # inverse = upperᵀ upper
+    upper = np.linalg.cholesky(inverse).T  # inverse = upperᵀ upper
     w = w[:, order]
     codes = np.zeros(w.shape, dtype=np.int64)
     for j in range(n):
         s, z = scale[:, order[j] // size], zero_point[:, order[j] // size]
         codes[:, j] = np.clip(np.round(w[:, j] / s) + z, grid.code_min, grid.code_max)
         error = (w[:, j] - (codes[:, j] - z) * s) / upper[j, j]
-        w[:, j + 1:] -= np.outer(error, upper[j, j + 1:])
+        w[:, j + 1 :] -= np.outer(error, upper[j, j + 1 :])
     back = np.empty_like(codes)
     back[:, order] = codes
     return back
@@ -48,8 +52,11 @@ def gptq_by_the_paper(weight, gram, scale, zero_point, grid, damping):
 
 def correlated_inputs(tokens, channels, generator):
     mixing = torch.randn(channels, channels, generator=generator) / channels**0.5
-    return torch.randn(tokens, channels, generator=generator) @ (mixing + 0.3 * torch.eye(channels)) \
+    return (
+        torch.randn(tokens, channels, generator=generator)
+        @ (mixing + 0.3 * torch.eye(channels))
         * torch.exp(torch.randn(channels, generator=generator))
+    )
 
 
 def problem(rows, channels, grid, generator):
@@ -59,17 +66,22 @@ def problem(rows, channels, grid, generator):
     return weight, x, gram, *search_range(weight, grid, gram.diagonal())
 
 
-@pytest.mark.parametrize("grid", [Grid(4, 64), Grid(3, 32, True), Grid(8, None), Grid(2, 64)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [Grid(4, 64), Grid(3, 32, True), Grid(8, None), Grid(2, 64)], ids=str
+)
 def test_same_codes_as_the_paper(grid, generator):
     weight, _, gram, scale, zero_point = problem(24, 2 * BLOCK + 64, grid, generator)
     codes, damping = solve(weight, gram, scale, zero_point, grid, damping=0.01)
     expected = gptq_by_the_paper(weight, gram, scale, zero_point, grid, damping)
     same = (codes.numpy() == expected).mean()
-    # float32 against float64: a value on the edge between two codes may fall either way, and move later ones.
+    # float32 against float64: a value on the edge between two codes may fall either way, and move
+    # later ones.
     assert same > (0.995 if grid.bits < 8 else 0.97)
     assert np.abs(codes.numpy().astype(int) - expected).max() <= 2 ** max(0, grid.bits - 4) + 1
-    losses = [output_error(dequantize(c, scale, zero_point, grid) - weight, gram).sum().item()
-              for c in (codes, torch.from_numpy(expected))]
+    losses = [
+        output_error(dequantize(c, scale, zero_point, grid) - weight, gram).sum().item()
+        for c in (codes, torch.from_numpy(expected))
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
@@ -78,14 +90,19 @@ def test_loss_is_below_round_to_nearest(grid, generator):
     weight, _, gram, scale, zero_point = problem(32, 192, grid, generator)
     codes, _ = solve(weight, gram, scale, zero_point, grid)
     nearest = quantize(weight, scale, zero_point, grid)
-    losses = [output_error(dequantize(c, scale, zero_point, grid) - weight, gram).sum().item() for c in (codes, nearest)]
+    losses = [
+        output_error(dequantize(c, scale, zero_point, grid) - weight, gram).sum().item()
+        for c in (codes, nearest)
+    ]
     assert losses[0] < 0.8 * losses[1]
 
 
 def test_output_error_is_the_error_of_the_outputs(generator):
     grid = Grid(4, 64)
     weight, x, gram, scale, zero_point = problem(16, 64, grid, generator)
-    difference = dequantize(quantize(weight, scale, zero_point, grid), scale, zero_point, grid) - weight
+    difference = (
+        dequantize(quantize(weight, scale, zero_point, grid), scale, zero_point, grid) - weight
+    )
     direct = (x.double() @ difference.double().T).square().mean(0)
     assert torch.allclose(output_error(difference, gram).double(), direct, rtol=1e-4)
 
@@ -93,7 +110,7 @@ def test_output_error_is_the_error_of_the_outputs(generator):
 def test_dead_and_repeated_channels(generator):
     grid = Grid(4, 64)
     weight = torch.randn(8, 64, generator=generator)
-    x = torch.randn(40, 64, generator=generator)                                # fewer tokens than channels: rank deficient
+    x = torch.randn(40, 64, generator=generator)  # fewer tokens than channels: rank deficient
     x[:, 5] = 0
     x[:, 7] = x[:, 6]
     gram = x.T @ x / len(x)
@@ -107,7 +124,7 @@ def test_indefinite_gram_gets_more_damping_and_nan_is_named(generator):
     grid = Grid(4, 64)
     weight = torch.randn(8, 64, generator=generator)
     gram = torch.eye(64)
-    gram[0, 1] = gram[1, 0] = 1.02                                              # not positive definite
+    gram[0, 1] = gram[1, 0] = 1.02  # not positive definite
     scale, zero_point = search_range(weight, grid)
     _, damping = solve(weight, gram, scale, zero_point, grid, damping=0.001)
     assert damping > 0.001
@@ -125,7 +142,9 @@ def test_refinement_never_raises_the_loss(grid, generator):
     def loss(codes, scale):
         return output_error(dequantize(codes, scale, zero_point, grid) - weight, full)
 
-    refined, fitted = refine(weight, codes, scale, zero_point, gram, grid, torch.bfloat16, 2, damping)
+    refined, fitted = refine(
+        weight, codes, scale, zero_point, gram, grid, torch.bfloat16, 2, damping
+    )
     assert (loss(refined, fitted) <= loss(codes, scale) * (1 + 1e-4)).all()
     assert loss(refined, fitted).sum() < 0.998 * loss(codes, scale).sum()
     assert refined.min() >= grid.code_min and refined.max() <= grid.code_max
@@ -145,12 +164,16 @@ def test_chosen_ranges_beat_searched_ones(grid, generator):
 
 
 @pytest.mark.parametrize("massive", [False, True])
-@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(4, 64, True), Grid(3, 32), Grid(2, 64)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [Grid(4, 32), Grid(4, 64, True), Grid(3, 32), Grid(2, 64)], ids=str
+)
 def test_ranges_are_not_worse_than_full_ones_on_other_tokens(grid, massive, generator):
-    """Fitted on half of the tokens, held to the error on the other half, in float64; with a few tokens a hundred times as large
-    in both halves too.
+    """Fitted on half of the tokens, held to the error on the other half, in float64; with a few
+    tokens a hundred times as large in both halves too.
     """
-    weight = torch.randn(48, 128, generator=generator) * torch.exp(0.5 * torch.randn(48, 128, generator=generator))
+    weight = torch.randn(48, 128, generator=generator) * torch.exp(
+        0.5 * torch.randn(48, 128, generator=generator)
+    )
     inputs = correlated_inputs(2048, 128, generator)
     if massive:
         inputs[torch.tensor([0, 1, 700, 701])] *= 100
@@ -159,15 +182,25 @@ def test_ranges_are_not_worse_than_full_ones_on_other_tokens(grid, massive, gene
     def error(codes, ranges):
         return ((dequantize(codes, *ranges, grid) - weight).double() @ others.T).square().sum()
 
-    full, chosen = min_max(grouped(weight, grid), grid), choose_ranges(weight, gram, grid, torch.bfloat16)
-    assert error(quantize(weight, *chosen, grid), chosen) < error(quantize(weight, *full, grid), full)
+    full, chosen = (
+        min_max(grouped(weight, grid), grid),
+        choose_ranges(weight, gram, grid, torch.bfloat16),
+    )
+    assert error(quantize(weight, *chosen, grid), chosen) < error(
+        quantize(weight, *full, grid), full
+    )
     searched = search_range(weight, grid, gram.diagonal())
-    by_search, by_full = (error(solve(weight, gram, *ranges, grid)[0], ranges) for ranges in (searched, full))
-    # A diagonal does not see that massive tokens share a direction, which error feedback makes use of.
+    by_search, by_full = (
+        error(solve(weight, gram, *ranges, grid)[0], ranges) for ranges in (searched, full)
+    )
+    # A diagonal does not see that massive tokens share a direction, which error feedback makes use
+    # of.
     assert by_search < by_full * (1.05 if massive else 1.0)
 
 
-@pytest.mark.parametrize("grid", [Grid(4, 64), Grid(4, 32, True), Grid(8, None), Grid(4, None)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [Grid(4, 64), Grid(4, 32, True), Grid(8, None), Grid(4, None)], ids=str
+)
 def test_the_gain_that_clipping_costs_is_restored(grid, generator):
     """Each row's output, regressed on the original one in float64, has slope one; without, less."""
     weight, inputs, gram, *_ = problem(24, 192, grid, generator)
@@ -185,10 +218,12 @@ def test_the_gain_that_clipping_costs_is_restored(grid, generator):
     whole = weight.double().square().sum(1)
     torch.testing.assert_close((alone * weight).sum(1), whole, rtol=1e-4, atol=0)
     restored = restore_gain(weight, rounded, gram, torch.float32).scale
-    torch.testing.assert_close(slopes(restored), torch.ones(len(weight), dtype=torch.float64), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        slopes(restored), torch.ones(len(weight), dtype=torch.float64), rtol=0, atol=1e-4
+    )
     stored = restore_gain(weight, rounded, gram, torch.bfloat16).scale
     assert torch.equal(stored, stored.bfloat16().float())
-    assert (slopes(stored) - 1).abs().max() < 2 ** -7
+    assert (slopes(stored) - 1).abs().max() < 2**-7
 
 
 @pytest.mark.parametrize("bits", [2, 3])
@@ -206,7 +241,11 @@ def test_what_has_no_output_keeps_its_scales(generator):
     scale, zero_point = min_max(grouped(weight, grid), grid, 0.7, torch.float32)
     rounded = QuantizedLinear.nearest(weight, scale, zero_point, grid)
     restored = restore_gain(weight, rounded, gram, torch.float32).scale
-    assert torch.equal(restored[2], scale[2]) and torch.isfinite(restored).all() and not torch.equal(restored, scale)
+    assert (
+        torch.equal(restored[2], scale[2])
+        and torch.isfinite(restored).all()
+        and not torch.equal(restored, scale)
+    )
     without = restore_gain(weight, rounded, torch.zeros_like(gram), torch.float32)
     assert torch.equal(without.scale, scale)
 
@@ -216,7 +255,9 @@ def test_catching_up_is_damped_least_squares(share):
     """Against ridge regression of the lag on the inputs, by an augmented system in float64."""
     generator = torch.Generator().manual_seed(11)
     inputs = torch.randn(300, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
-    lag = inputs @ torch.randn(24, 10, generator=generator) * 0.1 + 0.3 * torch.randn(300, 10, generator=generator)
+    lag = inputs @ torch.randn(24, 10, generator=generator) * 0.1 + 0.3 * torch.randn(
+        300, 10, generator=generator
+    )
     weight = torch.randn(10, 24, generator=generator)
     sums = InputSums(24, torch.device("cpu"))
     for part, behind in zip(inputs.split(100), lag.split(100), strict=True):
@@ -224,8 +265,12 @@ def test_catching_up_is_damped_least_squares(share):
     statistics = sums.finish()
     changed = catch_up(weight, statistics.gram, statistics.lag, share)
     x, y = inputs.double() / 300**0.5, lag.double() / 300**0.5
-    ridge = (CATCH_UP_DAMPING * x.square().sum(0).mean()).sqrt() * torch.eye(24, dtype=torch.float64)
-    expected = torch.linalg.lstsq(torch.cat([x, ridge]), torch.cat([y, torch.zeros(24, 10, dtype=torch.float64)])).solution.T
+    ridge = (CATCH_UP_DAMPING * x.square().sum(0).mean()).sqrt() * torch.eye(
+        24, dtype=torch.float64
+    )
+    expected = torch.linalg.lstsq(
+        torch.cat([x, ridge]), torch.cat([y, torch.zeros(24, 10, dtype=torch.float64)])
+    ).solution.T
     assert torch.allclose(changed.double() - weight, share * expected, atol=1e-4)
     left = (lag - inputs @ (changed - weight).T).square().sum()
     assert left < lag.square().sum()
@@ -234,38 +279,70 @@ def test_catching_up_is_damped_least_squares(share):
 
 def test_token_weights_count_in_the_lag_as_in_the_gram_matrix():
     generator = torch.Generator().manual_seed(12)
-    inputs, lag = torch.randn(2, 15, 8, generator=generator), torch.randn(2, 15, 6, generator=generator)
+    inputs, lag = (
+        torch.randn(2, 15, 8, generator=generator),
+        torch.randn(2, 15, 6, generator=generator),
+    )
     weights = torch.rand(2, 15, generator=generator) + 0.1
     sums = InputSums(8, torch.device("cpu"))
     sums.add(inputs, weights, lag)
     statistics = sums.finish()
-    expected = torch.einsum("bt,bth,bti->hi", weights.double(), lag.double(), inputs.double()) / weights.sum()
+    expected = (
+        torch.einsum("bt,bth,bti->hi", weights.double(), lag.double(), inputs.double())
+        / weights.sum()
+    )
     assert torch.allclose(statistics.lag.double(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture, tied", [("llama", False), ("granite", True)])
-def test_catching_up_brings_the_model_nearer_to_the_original(tiny_models, calibration_text,
-                                                             tmp_path, architecture, tied):
-    """On the very windows of the calibration, three bits: hidden states after the last layer, and the untouched linears."""
-    from common.text.windows import calibration_windows
+def test_catching_up_brings_the_model_nearer_to_the_original(
+    tiny_models, calibration_text, tmp_path, architecture, tied
+):
+    """On the very windows of the calibration, three bits: hidden states after the last layer, and
+    the untouched linears.
+    """
     from common.model.source import load_tokenizer
     from common.running.runtime import load_model
+    from common.text.windows import calibration_windows
 
     source = tiny_models[architecture, tied]
-    windows = calibration_windows(str(calibration_text), load_tokenizer(source), 16, 64, 0, None).tokens
+    windows = calibration_windows(
+        str(calibration_text), load_tokenizer(source), 16, 64, 0, None
+    ).tokens
     cpu = torch.device("cpu")
     errors, weights = [], []
     with torch.no_grad():
         expected = load_model(source, cpu, torch.float32)[0].model(windows).last_hidden_state
         for share in (0.0, 0.5):
             output = tmp_path / str(share)
-            result = run_script(ROOT / "quantize_gptq.py", "--model", source, "--bits", 3, "--catch-up", share,
-                                "--output", output, "--calib-data", calibration_text, "--calib-samples", 16, "--calib-length", 64)
+            result = run_script(
+                ROOT / "quantize_gptq.py",
+                "--model",
+                source,
+                "--bits",
+                3,
+                "--catch-up",
+                share,
+                "--output",
+                output,
+                "--calib-data",
+                calibration_text,
+                "--calib-samples",
+                16,
+                "--calib-length",
+                64,
+            )
             assert result.returncode == 0, result.stderr
             model = load_model(output, cpu, torch.float32)[0]
-            errors.append((model.model(windows).last_hidden_state - expected).square().mean().item())
-            weights.append([model.model.layers[0].get_submodule(name).weight
-                            for name in FAMILIES[architecture].linears])
+            errors.append(
+                (model.model(windows).last_hidden_state - expected).square().mean().item()
+            )
+            weights.append(
+                [
+                    model.model.layers[0].get_submodule(name).weight
+                    for name in FAMILIES[architecture].linears
+                ]
+            )
     assert errors[1] < 0.97 * errors[0]
     same = [torch.equal(a, b) for a, b in zip(*weights, strict=True)]
     # In the first layer nothing lags yet, so both have the same codes there.
@@ -281,9 +358,11 @@ def test_statistics_hold_what_was_asked_for_and_say_what_was_not():
             sums.add(part)
         return sums.finish()
 
-    values = {Needs.GRAM: {"gram": inputs.T @ inputs / 40},
-              Needs.MAGNITUDES: {"abs_max": inputs.abs().amax(0), "abs_mean": inputs.abs().mean(0)},
-              Needs.SAMPLES: {"sample": inputs}}
+    values = {
+        Needs.GRAM: {"gram": inputs.T @ inputs / 40},
+        Needs.MAGNITUDES: {"abs_max": inputs.abs().amax(0), "abs_mean": inputs.abs().mean(0)},
+        Needs.SAMPLES: {"sample": inputs},
+    }
     scale = torch.rand(8) + 0.5
     for needs in (Needs.GRAM, Needs.MAGNITUDES, Needs.SAMPLES, ~Needs.NOTHING):
         statistics = found(needs)

@@ -7,9 +7,21 @@ import pytest
 from scipy import stats
 
 from common.reporting.comparison import adjusted_p_values, compare_samples
+from common.reporting.significance import (
+    GAIN,
+    LOSS,
+    NO_LOSS,
+    Difference,
+    Flips,
+    difference,
+    flips,
+    holm,
+    pair,
+    swap_test,
+    t_test,
+    verdict,
+)
 from common.tasks.metrics import macro_f1, mean, median
-from common.reporting.significance import (GAIN, LOSS, NO_LOSS, Difference, Flips, difference, flips, holm,
-                                 pair, swap_test, t_test, verdict)
 
 
 def means(before, after, clusters=None):
@@ -23,7 +35,9 @@ def test_interval_and_p_value_of_a_mean_are_students():
     assert found.value == pytest.approx((after - before).mean())
     assert (found.low, found.high) == pytest.approx(tuple(other.confidence_interval()))
     assert found.standard_error == pytest.approx((after - before).std(ddof=1) / 30**0.5)
-    less, greater = (stats.ttest_rel(after, before, alternative=side).pvalue for side in ("less", "greater"))
+    less, greater = (
+        stats.ttest_rel(after, before, alternative=side).pvalue for side in ("less", "greater")
+    )
     assert t_test(found) == pytest.approx((less, greater))
 
 
@@ -31,37 +45,52 @@ def test_swaps_are_scipys_permutation_test():
     rng = np.random.default_rng(1)
     before, after = rng.normal(0, 1, 9), rng.normal(-0.5, 1, 9)
     for side, p_value in zip(("less", "greater"), swap_test(means(before, after)), strict=True):
-        other = stats.permutation_test((after, before), lambda a, b: np.mean(a - b), permutation_type="samples",
-                                       alternative=side, n_resamples=np.inf)
+        other = stats.permutation_test(
+            (after, before),
+            lambda a, b: np.mean(a - b),
+            permutation_type="samples",
+            alternative=side,
+            n_resamples=np.inf,
+        )
         assert p_value == pytest.approx(other.pvalue)
 
 
 def test_swaps_of_clusters_by_hand():
-    """Three articles whose differences sum to -3, -1 and +1: of the eight ways to give signs one is below -3 and two are -3."""
+    """Three articles whose differences sum to -3, -1 and +1: of the eight ways to give signs one is
+    below -3 and two are -3.
+    """
     clusters = np.array(list("aaabbbc"))
     before, after = np.array([1, 1, 1, 1, 0, 0, 0.0]), np.array([0, 0, 0, 0, 0, 0, 1.0])
     sums = [-3, -1, 1]
-    swapped = [sum(s * d for s, d in zip(signs, sums, strict=True)) for signs in product((1, -1), repeat=3)]
+    swapped = [
+        sum(s * d for s, d in zip(signs, sums, strict=True)) for signs in product((1, -1), repeat=3)
+    ]
     expected = np.mean([one <= -3 for one in swapped]), np.mean([one >= -3 for one in swapped])
     assert swap_test(means(before, after, clusters)) == pytest.approx(expected) == (0.375, 0.875)
 
 
 def test_clusters_stay_together():
-    """Twenty articles of ten equal samples carry as much as twenty samples; unequal ones by a formula written out."""
+    """Twenty articles of ten equal samples carry as much as twenty samples; unequal ones by a
+    formula written out.
+    """
     rng = np.random.default_rng(2)
     values = np.repeat(rng.normal(0, 1, 20), 10)
     names = [f"article {i // 10:02d}" for i in range(200)]
-    together, few = difference(means(np.zeros(200), values, names)), difference(means(np.zeros(20), values[::10]))
+    together, few = (
+        difference(means(np.zeros(200), values, names)),
+        difference(means(np.zeros(20), values[::10])),
+    )
     assert (together.low, together.high) == pytest.approx((few.low, few.high))
     assert swap_test(means(np.zeros(200), values, names)) == pytest.approx(
-        swap_test(means(np.zeros(20), values[::10])))
+        swap_test(means(np.zeros(20), values[::10]))
+    )
     labels = rng.choice(5, 60, p=[0.5, 0.2, 0.1, 0.1, 0.1])
     values = rng.normal(size=60) + rng.normal(size=5)[labels]
     without = np.array([values[labels != label].mean() for label in range(5)])
     error = np.sqrt(4 / 5 * ((without - without.mean()) ** 2).sum())
     found = difference(means(np.zeros(60), values, labels))
     assert found.standard_error == pytest.approx(error)
-    degrees = 1 / sum((np.mean(labels == label) ** 2 for label in range(5))) - 1
+    degrees = 1 / sum(np.mean(labels == label) ** 2 for label in range(5)) - 1
     assert found.high - found.value == pytest.approx(stats.t.ppf(0.975, degrees) * error)
 
 
@@ -79,9 +108,14 @@ def test_metrics_are_those_of_the_resample():
     values = rng.integers(0, 20, 60).astype(float)
     for size in (60, 59, 2, 1) * 5:
         drawn = rng.integers(0, 60, size)
-        for metric, expected in ((macro_f1(gold, predicted), macro_f1_by_class([gold[i] for i in drawn],
-                                                                                [predicted[i] for i in drawn])),
-                                 (mean(values), values[drawn].mean()), (median(values), np.median(values[drawn]))):
+        for metric, expected in (
+            (
+                macro_f1(gold, predicted),
+                macro_f1_by_class([gold[i] for i in drawn], [predicted[i] for i in drawn]),
+            ),
+            (mean(values), values[drawn].mean()),
+            (median(values), np.median(values[drawn])),
+        ):
             assert metric.of_sums(metric.features[drawn].sum(0)) == pytest.approx(expected)
 
 
@@ -89,8 +123,14 @@ def test_interval_of_a_median_is_scipys():
     rng = np.random.default_rng(4)
     before, after = rng.exponential(10, 90).round(), rng.exponential(14, 90).round()
     found = difference(pair(median(np.concatenate([before, after]))))
-    other = stats.bootstrap((before, after), lambda b, a, axis: np.median(a, axis) - np.median(b, axis), paired=True,
-                            n_resamples=4000, method="percentile", rng=rng).confidence_interval
+    other = stats.bootstrap(
+        (before, after),
+        lambda b, a, axis: np.median(a, axis) - np.median(b, axis),
+        paired=True,
+        n_resamples=4000,
+        method="percentile",
+        rng=rng,
+    ).confidence_interval
     assert found.value == np.median(after) - np.median(before)
     assert (found.low, found.high) == pytest.approx((other.low, other.high), abs=1)
 
@@ -102,25 +142,40 @@ def test_mcnemar_is_the_exact_binomial_test(lost, won):
     found = flips(before, after)
     assert found == Flips(lost, won)
     for count, p_value in zip((lost, won), found.p_values, strict=True):
-        expected = stats.binomtest(count, lost + won, 0.5, alternative="greater").pvalue if lost + won else 1.0
+        expected = (
+            stats.binomtest(count, lost + won, 0.5, alternative="greater").pvalue
+            if lost + won
+            else 1.0
+        )
         assert p_value == pytest.approx(expected)
     # Without articles, swapping is the same test.
     assert swap_test(means(before, after)) == pytest.approx(found.p_values, abs=0.02)
 
 
 def test_holm_by_hand():
-    # 0.01 * 4 = 0.04; 0.02 * 3 = 0.06; 0.03 * 2 = 0.06; 0.5 * 1 = 0.5, none below the one before it.
-    assert holm({"d": 0.5, "a": 0.01, "c": 0.03, "b": 0.02}) == pytest.approx({"d": 0.5, "a": 0.04, "c": 0.06, "b": 0.06})
+    # 0.01 * 4 = 0.04; 0.02 * 3 = 0.06; 0.03 * 2 = 0.06; 0.5 * 1 = 0.5, none below the one before
+    # it.
+    assert holm({"d": 0.5, "a": 0.01, "c": 0.03, "b": 0.02}) == pytest.approx(
+        {"d": 0.5, "a": 0.04, "c": 0.06, "b": 0.06}
+    )
     assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
     assert holm({}) == {}
 
 
-@pytest.mark.parametrize("low, high, larger, p_loss, p_gain, expected", [
-    (-0.05, -0.01, True, 0.01, 0.99, LOSS), (-0.05, -0.01, True, 0.2, 0.8, "cannot tell with n = 50"),
-    (-0.05, -0.01, False, 0.99, 0.01, GAIN), (0.01, 0.05, False, 0.01, 0.99, LOSS),
-    (0.01, 0.05, True, 0.99, 0.01, GAIN), (0.01, 0.05, True, 0.8, 0.2, NO_LOSS), (-0.01, 0.03, True, 0.3, 0.7, NO_LOSS),
-    (-0.1, 0.1, True, 0.3, 0.7, "cannot tell with n = 50"),
-    (float("nan"), float("nan"), True, 1.0, 1.0, "cannot tell with n = 50")])
+@pytest.mark.parametrize(
+    "low, high, larger, p_loss, p_gain, expected",
+    [
+        (-0.05, -0.01, True, 0.01, 0.99, LOSS),
+        (-0.05, -0.01, True, 0.2, 0.8, "cannot tell with n = 50"),
+        (-0.05, -0.01, False, 0.99, 0.01, GAIN),
+        (0.01, 0.05, False, 0.01, 0.99, LOSS),
+        (0.01, 0.05, True, 0.99, 0.01, GAIN),
+        (0.01, 0.05, True, 0.8, 0.2, NO_LOSS),
+        (-0.01, 0.03, True, 0.3, 0.7, NO_LOSS),
+        (-0.1, 0.1, True, 0.3, 0.7, "cannot tell with n = 50"),
+        (float("nan"), float("nan"), True, 1.0, 1.0, "cannot tell with n = 50"),
+    ],
+)
 def test_verdicts(low, high, larger, p_loss, p_gain, expected):
     found = Difference((low + high) / 2, low, high, (high - low) / 4, 50, 50, 49.0)
     assert verdict(found, larger, 0.02, p_loss, p_gain) == expected
@@ -128,75 +183,127 @@ def test_verdicts(low, high, larger, p_loss, p_gain, expected):
 
 @pytest.mark.parametrize("count", [1, 2, 5, 50, 182, 183, 1000])
 def test_no_change_says_as_much_as_so_many_answers_can(count):
-    """Not one flip among n: the bound is the exact binomial one. n = 183 is the first that excludes 0.02."""
+    """Not one flip among n: the bound is the exact binomial one. n = 183 is the first that excludes
+    0.02.
+    """
     found = difference(means(np.ones(count), np.ones(count)), share=True)
     if count > 1:
         upper = stats.binomtest(0, count).proportion_ci(0.95, "exact").high
         assert (found.low, found.high) == pytest.approx((-upper, upper))
-        assert found.detectable >= 3 / count or count < 50                      # for few the rule of three is a rough one
+        assert (
+            found.detectable >= 3 / count or count < 50
+        )  # for few the rule of three is a rough one
     word = verdict(found, True, 0.02, 1.0, 1.0)
     assert word == (NO_LOSS if count >= 183 else f"cannot tell with n = {count}")
-    arc = [{"id": str(i), "acc": 1.0, "acc_norm": 1.0, "gold": "A", "predicted": "A"} for i in range(count)]
+    arc = [
+        {"id": str(i), "acc": 1.0, "acc_norm": 1.0, "gold": "A", "predicted": "A"}
+        for i in range(count)
+    ]
     assert {one.verdict() for one in compare_samples({"arc": arc}, {"arc": arc})} == {word}
 
 
 def test_an_article_without_a_change_is_one_observation():
-    """Six articles of 50 questions: without one change they say as much as six answers; with a change in each, as 300."""
+    """Six articles of 50 questions: without one change they say as much as six answers; with a
+    change in each, as 300.
+    """
     articles, before = np.repeat(np.arange(6), 50), np.ones(300)
     for changed, counted in ((0, 6), (3, 6 * 50**0.5), (6, 300)):
         after = np.where((articles < changed) & (np.arange(300) % 50 == 0), 0.0, 1.0)
         found = difference(means(before, after, articles), share=True)
         assert found.unseen == pytest.approx(1 - 0.025 ** (1 / counted))
-        assert found.value - found.low == pytest.approx(np.hypot(stats.t.ppf(0.975, 5) * found.standard_error, found.unseen))
+        assert found.value - found.low == pytest.approx(
+            np.hypot(stats.t.ppf(0.975, 5) * found.standard_error, found.unseen)
+        )
     # One answer lost and one won in each: the articles' sums are as before, and yet they changed.
-    before, after = np.where(np.arange(300) % 50 == 0, 0.0, 1.0), np.where(np.arange(300) % 50 == 1, 0.0, 1.0)
-    assert difference(means(before, after, articles), share=True).unseen == pytest.approx(1 - 0.025 ** (1 / 300))
+    before, after = (
+        np.where(np.arange(300) % 50 == 0, 0.0, 1.0),
+        np.where(np.arange(300) % 50 == 1, 0.0, 1.0),
+    )
+    assert difference(means(before, after, articles), share=True).unseen == pytest.approx(
+        1 - 0.025 ** (1 / 300)
+    )
 
 
 def openmath(differences):
-    return {"openmath": [{"id": str(i), "correct": float(one == 0), "absolute_difference": one}
-                         for i, one in enumerate(differences)]}
+    return {
+        "openmath": [
+            {"id": str(i), "correct": float(one == 0), "absolute_difference": one}
+            for i, one in enumerate(differences)
+        ]
+    }
 
 
 def test_a_silent_model_gains_nothing():
-    """Silent where it was worst: mean and median absolute difference are over problems that both answered."""
+    """Silent where it was worst: mean and median absolute difference are over problems that both
+    answered.
+    """
     rng = np.random.default_rng(9)
     before = rng.exponential(20, 200).round(1).tolist()
     after = [one if one < sorted(before)[120] else None for one in before]
     found = {one.kind.key: one for one in compare_samples(openmath(before), openmath(after))}
-    for key, metric in (("mean_absolute_difference", np.mean), ("median_absolute_difference", np.median)):
+    for key, metric in (
+        ("mean_absolute_difference", np.mean),
+        ("median_absolute_difference", np.median),
+    ):
         one = found[key]
-        assert one.baseline == one.quantized == pytest.approx(metric([x for x in after if x is not None]))
+        assert (
+            one.baseline
+            == one.quantized
+            == pytest.approx(metric([x for x in after if x is not None]))
+        )
         assert one.difference.samples == 120 and one.difference.value == 0 and one.verdict() != GAIN
     assert found["no_number"].verdict() == LOSS and found["no_number"].quantized == 0.4
-    nothing = {one.kind.key: one for one in compare_samples(openmath(before), openmath([None] * 200))}
+    nothing = {
+        one.kind.key: one for one in compare_samples(openmath(before), openmath([None] * 200))
+    }
     assert nothing["mean_absolute_difference"].verdict() == "cannot tell with n = 0"
 
 
 @pytest.mark.parametrize("key", ["f1", "exact_match"])
 def test_losses_in_one_article_are_one_piece_of_evidence(key):
-    """Twelve answers lost in one article of six and none elsewhere: McNemar's p would be 2^-12, an article's is 1/2."""
-    before = [{"id": str(i), "f1": 1.0, "exact_match": 1.0, "cluster": f"article {i // 20}"} for i in range(120)]
-    after = [{**one, "f1": float(i >= 12), "exact_match": float(i >= 12)} for i, one in enumerate(before)]
-    one = next(one for one in compare_samples({"squad_v2": before}, {"squad_v2": after}) if one.kind.key == key)
+    """Twelve answers lost in one article of six and none elsewhere: McNemar's p would be 2^-12, an
+    article's is 1/2.
+    """
+    before = [
+        {"id": str(i), "f1": 1.0, "exact_match": 1.0, "cluster": f"article {i // 20}"}
+        for i in range(120)
+    ]
+    after = [
+        {**one, "f1": float(i >= 12), "exact_match": float(i >= 12)} for i, one in enumerate(before)
+    ]
+    one = next(
+        one
+        for one in compare_samples({"squad_v2": before}, {"squad_v2": after})
+        if one.kind.key == key
+    )
     assert (one.p_loss, one.p_gain) == (0.5, 1.0) and one.difference.clusters == 6
-    assert one.difference.value == pytest.approx(-0.1) and one.verdict() == "cannot tell with n = 120"
+    assert (
+        one.difference.value == pytest.approx(-0.1) and one.verdict() == "cannot tell with n = 120"
+    )
 
 
 def test_gain_needs_holm_as_loss_does():
-    """Ten right answers more and none less, p = 0.001: a gain alone, and none among a hundred such comparisons."""
+    """Ten right answers more and none less, p = 0.001: a gain alone, and none among a hundred such
+    comparisons.
+    """
     before = openmath([1.0] * 10 + [0.0] * 90)
     after = openmath([0.0] * 100)
     for first, second, word in ((before, after, GAIN), (after, before, LOSS)):
-        one = next(one for one in compare_samples(first, second) if one.kind.key == "within_tolerance")
+        one = next(
+            one for one in compare_samples(first, second) if one.kind.key == "within_tolerance"
+        )
         assert min(one.p_loss, one.p_gain) == pytest.approx(2**-10) and one.verdict() == word
-        adjusted = adjusted_p_values({str(i): [one] for i in range(100)})["0", "openmath", "within_tolerance"]
+        adjusted = adjusted_p_values({str(i): [one] for i in range(100)})[
+            "0", "openmath", "within_tolerance"
+        ]
         assert min(adjusted) == pytest.approx(100 * 2**-10)
         assert one.verdict(*adjusted) not in (GAIN, LOSS)
 
 
 def samples(rng, count, accuracy, like=None, flip=0.0):
-    """Records of a made-up model: ARC-like answers and windows; of `like`, with a share of the answers drawn anew."""
+    """Records of a made-up model: ARC-like answers and windows; of `like`, with a share of the
+    answers drawn anew.
+    """
     if like is None:
         right = rng.random(count) < accuracy
         loss = rng.normal(3, 0.4, 40)
@@ -205,9 +312,20 @@ def samples(rng, count, accuracy, like=None, flip=0.0):
         again = rng.random(count) < flip
         right = np.where(again, rng.random(count) < accuracy, right)
         loss = np.array([sample["loss"] for sample in like["perplexity"]]) + rng.normal(0, 0.01, 40)
-    arc = [{"id": str(i), "acc": float(r), "acc_norm": float(r), "gold": "AB"[i % 2], "predicted": "AB"[(i + (not r)) % 2]}
-           for i, r in enumerate(right)]
-    return {"arc": arc, "perplexity": [{"id": str(i), "loss": float(one)} for i, one in enumerate(loss)]}
+    arc = [
+        {
+            "id": str(i),
+            "acc": float(r),
+            "acc_norm": float(r),
+            "gold": "AB"[i % 2],
+            "predicted": "AB"[(i + (not r)) % 2],
+        }
+        for i, r in enumerate(right)
+    ]
+    return {
+        "arc": arc,
+        "perplexity": [{"id": str(i), "loss": float(one)} for i, one in enumerate(loss)],
+    }
 
 
 def words(before, after):
@@ -226,7 +344,9 @@ def test_a_known_loss_is_called_a_loss():
 
 
 def test_the_baseline_against_itself_is_never_a_loss():
-    """The very same answers: no loss in 200 seeds. Answers that differ by chance alone: at most the nominal rate."""
+    """The very same answers: no loss in 200 seeds. Answers that differ by chance alone: at most the
+    nominal rate.
+    """
     alarms = {"accuracy": 0, "macro_f1": 0, "perplexity": 0}
     for seed in range(200):
         rng = np.random.default_rng(seed)
@@ -245,5 +365,7 @@ def test_the_detectable_difference_is_detected_four_times_in_five():
     rng = np.random.default_rng(8)
     size = difference(means(np.zeros(400), rng.normal(0, 1, 400))).detectable
     assert size == pytest.approx(2.8 / 400**0.5, rel=0.1)
-    hits = sum(difference(means(np.zeros(400), rng.normal(-size, 1, 400))).high < 0 for _ in range(300))
+    hits = sum(
+        difference(means(np.zeros(400), rng.normal(-size, 1, 400))).high < 0 for _ in range(300)
+    )
     assert 0.72 < hits / 300 < 0.88

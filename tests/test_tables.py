@@ -1,4 +1,6 @@
-"""Every number of README's accuracy, verdict and divergence tables, recomputed from the per-sample records with pandas alone."""
+"""Every number of README's accuracy, verdict and divergence tables, recomputed from the per-sample
+records with pandas alone.
+"""
 
 import csv
 import itertools
@@ -18,7 +20,8 @@ DATA = ["--data", "demo", "--limit", 60, "--windows", 4, "--window-length", 96]
 
 @pytest.fixture(scope="module")
 def evaluated(tiny_models, tmp_path_factory):
-    """A folder with results of a tiny model and two quantized ones, and the README made from them."""
+    """A folder with results of a tiny model and two quantized ones, and the README made from
+    them."""
     folder = tmp_path_factory.mktemp("evaluated")
     model, results = tiny_models["llama", True], folder / "results"
     common = [*DATA, "--results-dir", results]
@@ -26,15 +29,35 @@ def evaluated(tiny_models, tmp_path_factory):
     for name in CONFIGURATIONS[1:]:
         method, bits = name.removesuffix("bit").split("-")
         # Two bits in truth and whole channels, so that answers do change.
-        result = run_script(ROOT / f"quantize_{method}.py", "--model", model, "--bits", 2, "--output", folder / name,
-                            "--group-size", "channel",
-                            *(["--calib-data", "demo", "--calib-samples", 4, "--calib-length", 64] if method == "gptq" else []))
+        result = run_script(
+            ROOT / f"quantize_{method}.py",
+            "--model",
+            model,
+            "--bits",
+            2,
+            "--output",
+            folder / name,
+            "--group-size",
+            "channel",
+            *(
+                ["--calib-data", "demo", "--calib-samples", 4, "--calib-length", 64]
+                if method == "gptq"
+                else []
+            ),
+        )
         assert result.returncode == 0, result.stderr
         result = run_script(ROOT / "common/evaluation.py", "--model-path", folder / name, *common)
         assert result.returncode == 0, result.stderr
     (folder / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\n")
-    result = run_script(ROOT / "analyze_results.py", "--results-dir", results, "--readme", folder / "README.md",
-                        "--figures-dir", folder / "docs" / "figures")
+    result = run_script(
+        ROOT / "analyze_results.py",
+        "--results-dir",
+        results,
+        "--readme",
+        folder / "README.md",
+        "--figures-dir",
+        folder / "docs" / "figures",
+    )
     assert result.returncode == 0, result.stderr
     return folder, model.name
 
@@ -51,13 +74,18 @@ def tables(text: str) -> dict[str, dict[str, dict[str, str]]]:
             if header is None:
                 header = cells
             elif not set(line) <= set("|-: "):
-                found.setdefault(title, {})[cells[0]] = dict(zip(header[1:], cells[1:], strict=True))
+                found.setdefault(title, {})[cells[0]] = dict(
+                    zip(header[1:], cells[1:], strict=True)
+                )
     return found
 
 
 def records(folder, model, name) -> dict[str, pd.DataFrame]:
     frame = pd.read_json(folder / "results" / model / "samples" / f"{name}.jsonl.gz", lines=True)
-    return {task: part.dropna(axis=1, how="all").reset_index(drop=True) for task, part in frame.groupby("task")}
+    return {
+        task: part.dropna(axis=1, how="all").reset_index(drop=True)
+        for task, part in frame.groupby("task")
+    }
 
 
 def f1_of_classes(frame: pd.DataFrame) -> float:
@@ -73,20 +101,34 @@ def mean_of(column):
 
 
 COLUMNS = {
-    "ARC accuracy": ("arc", mean_of("acc")), "ARC F1": ("arc", f1_of_classes), "SQuAD v2 F1": ("squad_v2", mean_of("f1")),
-    "SQuAD v2 EM": ("squad_v2", mean_of("exact_match")), "OpenMath correct": ("openmath", mean_of("correct")),
+    "ARC accuracy": ("arc", mean_of("acc")),
+    "ARC F1": ("arc", f1_of_classes),
+    "SQuAD v2 F1": ("squad_v2", mean_of("f1")),
+    "SQuAD v2 EM": ("squad_v2", mean_of("exact_match")),
+    "OpenMath correct": ("openmath", mean_of("correct")),
     "OpenMath mean absolute difference": ("openmath", mean_of("absolute_difference")),
-    "OpenMath median absolute difference": ("openmath", lambda f: f["absolute_difference"].median()
-                                            if "absolute_difference" in f else math.nan),
-    "OpenMath no number": ("openmath", lambda f: f["absolute_difference"].isna().mean() if "absolute_difference" in f else 1.0),
+    "OpenMath median absolute difference": (
+        "openmath",
+        lambda f: f["absolute_difference"].median() if "absolute_difference" in f else math.nan,
+    ),
+    "OpenMath no number": (
+        "openmath",
+        lambda f: f["absolute_difference"].isna().mean() if "absolute_difference" in f else 1.0,
+    ),
     "Ratio [95%]": ("perplexity", lambda frame: math.exp(frame.loss.mean())),
 }
 
 
-def interval(before: pd.DataFrame, after: pd.DataFrame, metric, cluster: str | None, share: bool) -> tuple[float, float]:
-    """Student's t on the jackknife over clusters, widened by what no sample may have shown; written out by rows."""
+def interval(
+    before: pd.DataFrame, after: pd.DataFrame, metric, cluster: str | None, share: bool
+) -> tuple[float, float]:
+    """Student's t on the jackknife over clusters, widened by what no sample may have shown; written
+    out by rows.
+    """
     groups = before[cluster] if cluster else before.index.to_series()
-    left_out = [metric(after[groups != name]) - metric(before[groups != name]) for name in groups.unique()]
+    left_out = [
+        metric(after[groups != name]) - metric(before[groups != name]) for name in groups.unique()
+    ]
     degrees = len(before) ** 2 / (groups.value_counts() ** 2).sum() - 1
     error = np.std(left_out) * math.sqrt(len(left_out) - 1)
     rows = [slice(i, i + 1) for i in range(len(before))]
@@ -103,14 +145,23 @@ def drawn_interval(before: pd.DataFrame, after: pd.DataFrame, metric) -> tuple[f
     """A paired bootstrap by drawing rows, for a median; another random stream than the tables'."""
     rng = np.random.default_rng(99)
     drawn = [rng.integers(0, len(before), len(before)) for _ in range(400)]
-    return tuple(np.quantile([metric(after.iloc[rows]) - metric(before.iloc[rows]) for rows in drawn], [0.025, 0.975]))
+    return tuple(
+        np.quantile(
+            [metric(after.iloc[rows]) - metric(before.iloc[rows]) for rows in drawn], [0.025, 0.975]
+        )
+    )
 
 
 def swap_p_value(change: pd.Series, groups: pd.Series) -> float:
-    """One-sided p-value of a loss by giving each cluster's change either sign, all ways or 20,000 at random."""
+    """One-sided p-value of a loss by giving each cluster's change either sign, all ways or 20,000
+    at random.
+    """
     sums = change.groupby(groups).sum().to_numpy()
-    signs = np.array(list(itertools.product((1, -1), repeat=len(sums)))) if len(sums) <= 12 else \
-        np.random.default_rng(98).choice([1, -1], (20000, len(sums)))
+    signs = (
+        np.array(list(itertools.product((1, -1), repeat=len(sums))))
+        if len(sums) <= 12
+        else np.random.default_rng(98).choice([1, -1], (20000, len(sums)))
+    )
     return float((signs @ sums <= sums.sum() + 1e-9).mean())
 
 
@@ -135,53 +186,76 @@ def test_accuracy_table(evaluated):
             assert cell[0] == pytest.approx(value, rel=1e-3, abs=6e-4)
             if name != "baseline" and len(cell) == 4:
                 first, second = before[task], after[task]
-                if "absolute difference" in column:                             # problems that both answered
+                if "absolute difference" in column:  # problems that both answered
                     both = first.absolute_difference.notna() & second.absolute_difference.notna()
-                    first, second = first[both].reset_index(drop=True), second[both].reset_index(drop=True)
+                    first, second = (
+                        first[both].reset_index(drop=True),
+                        second[both].reset_index(drop=True),
+                    )
                 difference = metric(second) - metric(first)
                 assert cell[1] == pytest.approx(difference, rel=2e-3, abs=6e-4)
                 if "median" in column:
                     low, high = drawn_interval(first, second, metric)
-                    # Two bootstraps agree to a share of the interval's width, and to the digits shown.
+                    # Two bootstraps agree to a share of the interval's width, and to the digits
+                    # shown.
                     close = {"abs": 0.25 * (high - low) + 1e-3}
                 else:
-                    low, high = interval(first, second, metric, "cluster" if task == "squad_v2" else None,
-                                         "absolute difference" not in column)
+                    low, high = interval(
+                        first,
+                        second,
+                        metric,
+                        "cluster" if task == "squad_v2" else None,
+                        "absolute difference" not in column,
+                    )
                     close = {"rel": 2e-3, "abs": 6e-4}
-                assert cell[2:] == [pytest.approx(low, **close), pytest.approx(high, **close)], column
+                assert cell[2:] == [pytest.approx(low, **close), pytest.approx(high, **close)], (
+                    column
+                )
                 changed += difference != 0
-    assert changed >= 4                                                         # there was something to recompute
+    assert changed >= 4  # there was something to recompute
 
 
 def test_verdict_table(evaluated):
     folder, model = evaluated
     table = tables((folder / "README.md").read_text())["What the differences mean"]
     before = records(folder, model, "baseline")
-    fields = {"ARC accuracy": ("arc", "acc"), "SQuAD v2 EM": ("squad_v2", "exact_match"),
-              "OpenMath correct": ("openmath", "correct")}
+    fields = {
+        "ARC accuracy": ("arc", "acc"),
+        "SQuAD v2 EM": ("squad_v2", "exact_match"),
+        "OpenMath correct": ("openmath", "correct"),
+    }
     for column, (task, field) in fields.items():
         p_values = {}
         for name in CONFIGURATIONS[1:]:
             first, after = before[task][field], records(folder, model, name)[task][field]
-            lost, won = int(((first == 1) & (after == 0)).sum()), int(((first == 0) & (after == 1)).sum())
+            lost, won = (
+                int(((first == 1) & (after == 0)).sum()),
+                int(((first == 0) & (after == 1)).sum()),
+            )
             assert f"({lost}/{won}, " in table[name][column]
             changed = lost + won
             if task == "squad_v2":
                 p_values[name] = swap_p_value(after - first, before[task].cluster)
             else:
-                p_values[name] = sum(math.comb(changed, k) for k in range(lost, changed + 1)) / 2**changed
+                p_values[name] = (
+                    sum(math.comb(changed, k) for k in range(lost, changed + 1)) / 2**changed
+                )
         smallest, largest = sorted(p_values, key=p_values.get)
         adjusted = {smallest: min(1, 2 * p_values[smallest])}
         adjusted[largest] = max(adjusted[smallest], min(1, p_values[largest]))
         for name, expected in adjusted.items():
             cell = table[name][column]
-            if not cell.startswith("gain"):                                     # which shows its own p-value
-                assert numbers(cell)[-1] == pytest.approx(expected, rel=0.06, abs=0.015 if task == "squad_v2" else 0)
+            if not cell.startswith("gain"):  # which shows its own p-value
+                assert numbers(cell)[-1] == pytest.approx(
+                    expected, rel=0.06, abs=0.015 if task == "squad_v2" else 0
+                )
 
 
 def test_divergence_table(evaluated):
     folder, model = evaluated
-    table = tables((folder / "README.md").read_text())["Perplexity and divergence from the baseline"]
+    table = tables((folder / "README.md").read_text())[
+        "Perplexity and divergence from the baseline"
+    ]
     before = records(folder, model, "baseline")["perplexity"]
     for name in CONFIGURATIONS:
         windows = records(folder, model, name)["perplexity"]
@@ -189,14 +263,22 @@ def test_divergence_table(evaluated):
         value, error = numbers(row["Perplexity ± standard error"])
         assert value == pytest.approx(math.exp(windows.loss.mean()), abs=6e-3)
         assert error == pytest.approx(math.exp(windows.loss.mean()) * windows.loss.sem(), abs=6e-3)
-        for column, expected in (("KL mean", divergence.mean()), ("KL median", divergence.median()),
-                                 ("KL 99%", divergence.quantile(0.99)), ("KL 99.9%", divergence.quantile(0.999)),
-                                 ("Same top token, %", 100 * windows.same_top.sum() / len(divergence))):
-            assert numbers(row[column])[0] == pytest.approx(expected, rel=2e-3, abs=1e-7 if "KL" in column else 6e-3), column
+        for column, expected in (
+            ("KL mean", divergence.mean()),
+            ("KL median", divergence.median()),
+            ("KL 99%", divergence.quantile(0.99)),
+            ("KL 99.9%", divergence.quantile(0.999)),
+            ("Same top token, %", 100 * windows.same_top.sum() / len(divergence)),
+        ):
+            assert numbers(row[column])[0] == pytest.approx(
+                expected, rel=2e-3, abs=1e-7 if "KL" in column else 6e-3
+            ), column
         if name == "baseline":
-            assert divergence.mean() < 1e-5                                     # the noise floor
+            assert divergence.mean() < 1e-5  # the noise floor
         else:
-            assert numbers(row["Ratio [95%]"])[0] == pytest.approx(math.exp((windows.loss - before.loss).mean()), abs=6e-4)
+            assert numbers(row["Ratio [95%]"])[0] == pytest.approx(
+                math.exp((windows.loss - before.loss).mean()), abs=6e-4
+            )
 
 
 def test_report_stands_alone_and_csv_holds_everything(evaluated):
@@ -204,15 +286,31 @@ def test_report_stands_alone_and_csv_holds_everything(evaluated):
     page = (folder / "docs" / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 5
     assert not re.search(r'(?:src|href)="(?!data:)', page)
-    for title in ("Accuracy", "What the differences mean", "Perplexity and divergence from the baseline", "Efficiency", "Size"):
+    for title in (
+        "Accuracy",
+        "What the differences mean",
+        "Perplexity and divergence from the baseline",
+        "Efficiency",
+        "Size",
+    ):
         assert f"<h3>{title}</h3>" in page
     with (folder / "docs" / "tables" / model / "comparisons.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["configuration"] for row in rows} == set(CONFIGURATIONS[1:])
-    assert {"difference", "low", "high", "p_value_holm", "p_value_gain_holm", "verdict", "smallest_detectable"} <= set(rows[0])
+    assert {
+        "difference",
+        "low",
+        "high",
+        "p_value_holm",
+        "p_value_gain_holm",
+        "verdict",
+        "smallest_detectable",
+    } <= set(rows[0])
     measured = pd.read_csv(folder / "docs" / "tables" / model / "measurements.csv")
     document = json.loads((folder / "results" / model / "gptq-4bit.json").read_text())
-    one = measured[(measured.configuration == "gptq-4bit") & (measured.quantity == "tasks.arc.accuracy")]
+    one = measured[
+        (measured.configuration == "gptq-4bit") & (measured.quantity == "tasks.arc.accuracy")
+    ]
     assert one.value.item() == document["tasks"]["arc"]["accuracy"]
     assert len(pd.read_csv(folder / "docs" / "tables" / model / "error_by_layer.csv")) == 2 * 14
 
@@ -220,25 +318,42 @@ def test_report_stands_alone_and_csv_holds_everything(evaluated):
 def test_noise_floor_is_said(evaluated):
     folder, model = evaluated
     noise = json.loads((folder / "results" / model / "baseline.json").read_text())["noise"]
-    assert set(noise) == {"arc", "squad_v2", "openmath"} and all(task["changed"] <= 2 for task in noise.values())
+    assert set(noise) == {"arc", "squad_v2", "openmath"} and all(
+        task["changed"] <= 2 for task in noise.values()
+    )
     assert "Noise floor: the baseline evaluated twice" in (folder / "README.md").read_text()
 
 
 def test_compare_prints_the_same(evaluated):
     folder, model = evaluated
-    arguments = [ROOT / "compare_to_baseline.py", "--quantized", folder / "gptq-4bit", "--results-dir", folder / "results",
-                 *DATA]
+    arguments = [
+        ROOT / "compare_to_baseline.py",
+        "--quantized",
+        folder / "gptq-4bit",
+        "--results-dir",
+        folder / "results",
+        *DATA,
+    ]
     printed = run_script(*arguments)
     assert printed.returncode == 0, printed.stderr
-    assert "KL divergence from the baseline" in printed.stdout and "same most likely token" in printed.stdout
+    assert (
+        "KL divergence from the baseline" in printed.stdout
+        and "same most likely token" in printed.stdout
+    )
     found = run_script(*arguments, "--json")
     content = json.loads(found.stdout)
     table = tables((folder / "README.md").read_text())
     by_name = {row["metric"]: row for row in content["metrics"]}
-    for column, key in (("ARC accuracy", "accuracy"), ("SQuAD v2 F1", "f1"), ("OpenMath correct", "within_tolerance")):
+    for column, key in (
+        ("ARC accuracy", "accuracy"),
+        ("SQuAD v2 F1", "f1"),
+        ("OpenMath correct", "within_tolerance"),
+    ):
         shown = numbers(table["Accuracy"]["gptq-4bit"][column])
         row = by_name[key]
-        assert shown == pytest.approx([row["quantized"], row["difference"], row["low"], row["high"]], abs=6e-4)
+        assert shown == pytest.approx(
+            [row["quantized"], row["difference"], row["low"], row["high"]], abs=6e-4
+        )
     assert content["divergence"]["kl_mean"] > 0
     from pathlib import Path
 

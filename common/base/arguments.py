@@ -1,4 +1,6 @@
-"""Numbers on the command line, for argparse's `type`: each raises its ArgumentTypeError, in one line, for what is not one."""
+"""Numbers on the command line, for argparse's `type`: each raises its ArgumentTypeError, in one
+line, for what is not one.
+"""
 
 from __future__ import annotations
 

@@ -20,26 +20,34 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """What the arguments of `cli.add_device_arguments` say. Raises UserError, as `resolve_device`."""
+    """What the arguments of `cli.add_device_arguments` say. Raises UserError, as
+    `resolve_device`."""
     device = resolve_device(options.device, options.device_memory)
     return device, resolve_dtype(options.dtype, device)
 
 
 def resolve_device(choice: str, memory: float | None = None) -> torch.device:
-    """The torch device of a --device option, and from now on a limit on its memory, in GiB (`device_memory`).
+    """The torch device of a --device option, and from now on a limit on its memory, in GiB
+    (`device_memory`).
 
     Raises:
-        UserError: CUDA was asked for and there is none or it has no memory left, or a card is there that cannot be used and the
-            CPU was not asked for.
+        UserError: CUDA was asked for and there is none or it has no memory left, or a card is there
+            that cannot be used and the CPU was not asked for.
     """
     if choice == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", parallel.card())
+        device = torch.device("cuda", parallel.gpu_index())
         if device.index >= torch.cuda.device_count():
-            raise UserError(f"there are {torch.cuda.device_count()} cards; start as many processes, not {device.index + 1}")
-        obstacle = machine.too_old_a_card(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device),
-                                          torch.cuda.get_arch_list())
+            raise UserError(
+                f"there are {torch.cuda.device_count()} cards; start as many processes, not "
+                f"{device.index + 1}"
+            )
+        obstacle = machine.too_old_a_card(
+            torch.cuda.get_device_name(device),
+            torch.cuda.get_device_capability(device),
+            torch.cuda.get_arch_list(),
+        )
         if obstacle is None:
             device_memory.limit(device, memory)
             return device
@@ -47,12 +55,19 @@ def resolve_device(choice: str, memory: float | None = None) -> torch.device:
         obstacle = machine.obstacle(machine.look())
     if obstacle and (obstacle.stops or choice == "cuda"):
         none = "no CUDA device was found: " if not obstacle.stops else ""
-        raise UserError(f"{none}{obstacle.problem}; {obstacle.mend}, or use --device cpu, which is far slower")
+        raise UserError(
+            f"{none}{obstacle.problem}; {obstacle.mend}, or use --device cpu, which is far slower"
+        )
     if choice == "cuda" and torch.version.cuda is None:
-        raise UserError(f"no CUDA device was found, and torch {torch.__version__} is a build without CUDA; use --device cpu")
+        raise UserError(
+            f"no CUDA device was found, and torch {torch.__version__} is a build without CUDA; use "
+            f"--device cpu"
+        )
     if choice == "cuda":
-        raise UserError("no CUDA device was found, nor NVIDIA's driver; use --device cpu, or "
-                        f"{machine.install_driver(machine.look())}")
+        raise UserError(
+            "no CUDA device was found, nor NVIDIA's driver; use --device cpu, or "
+            f"{machine.install_driver(machine.look())}"
+        )
     if obstacle:
         say(f"{obstacle.problem}; going on on the CPU ({obstacle.mend})")
     return torch.device("cpu")

@@ -2,8 +2,8 @@
 
 Under WSL the driver moves what a card has no room for into host memory, ten times slower, and
 raises no error. So a process takes no more than what is free when it first uses the card, less what
-does not pass through torch's allocator; beyond that torch itself raises the out-of-memory error that
-makes chunks smaller. Nothing is kept in pinned host memory, of which WSL has little.
+does not pass through torch's allocator; beyond that torch itself raises the out-of-memory error
+that makes chunks smaller. Nothing is kept in pinned host memory, of which WSL has little.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 
 from common.base.errors import UserError
 
-# Of a process, outside of torch's allocator: what CUDA takes at once, and the kernels that libraries
-# and Triton load when they are first used.
+# Of a process, outside of torch's allocator: what CUDA takes at once, and the kernels that
+# libraries and Triton load when they are first used.
 CONTEXT, LIBRARIES = 512 << 20, 512 << 20
 # With less the smallest models do not run.
 LEAST = 256 << 20
@@ -45,9 +45,12 @@ def allocation(free: int, gib: float | None = None) -> int:
         if gib is not None:
             asked, taken = f" and --device-memory allows {gib:g} GiB", CONTEXT + LIBRARIES
         raise UserError(
-            f"the GPU has {free / 2**30:.2f} GiB of memory free{asked}, of which CUDA and its libraries "
-            f"take {taken / 2**30:.1f}: too little to work with; close other programs on the GPU, or "
-            "use --device cpu")
+            f"the GPU has {free / 2**30:.2f} GiB of memory free{asked}, of which CUDA and its "
+            f"libraries "
+            f"take {taken / 2**30:.1f}: too little to work with; close other programs on the GPU, "
+            f"or "
+            "use --device cpu"
+        )
     return room
 
 
@@ -66,7 +69,9 @@ def limit(device: torch.device, gib: float | None = None) -> None:
 
 
 def available(device: torch.device) -> float:
-    """Bytes that this process can still allocate on a device; infinite for a CPU, which has no limit here."""
+    """Bytes that this process can still allocate on a device; infinite for a CPU, which has no
+    limit here.
+    """
     if device.type != "cuda":
         return math.inf
     if _index(device) not in _limits:
@@ -90,7 +95,8 @@ def halved_to_fit(most: int, bytes_each: float, room: float) -> int:
 
 
 def token_bytes(config, element: int) -> int:
-    """About what a token takes while it passes through a decoder layer, all tensors on the way included.
+    """About what a token takes while it passes through a decoder layer, all tensors on the way
+    included.
 
     Args:
         config: the model's configuration; element: bytes of a number.
@@ -105,8 +111,8 @@ def cache_bytes(model, element: int) -> int:
 
 
 def working_bytes(model, element: int) -> int:
-    """What running a model takes beside its weights, at the least at which it runs well: four answers
-    of 1,024 tokens, 2,048 tokens in a layer, logits of 256 positions.
+    """What running a model takes beside its weights, at the least at which it runs well: four
+    answers of 1,024 tokens, 2,048 tokens in a layer, logits of 256 positions.
     """
     logits = 256 * LOGIT_BYTES * model.config.vocab_size
     return 4096 * cache_bytes(model, element) + 2048 * token_bytes(model.config, element) + logits

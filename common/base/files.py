@@ -1,4 +1,6 @@
-"""JSON files read, and files and folders that change in one step: whoever reads sees the old one or the new one, whole."""
+"""JSON files read, and files and folders that change in one step: whoever reads sees the old one or
+the new one, whole.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,15 @@ from common.base.errors import UserError
 
 
 def load_json(path: Path):
-    """What a JSON file holds. Raises OSError or ValueError, for callers with words of their own for it."""
+    """What a JSON file holds. Raises OSError or ValueError, for callers with words of their own for
+    it.
+    """
     return json.loads(path.read_text())
 
 
 def read_json(path: Path, remedy: str) -> dict:
-    """A JSON object from a file. Raises UserError, which ends with the remedy, when it is damaged."""
+    """A JSON object from a file. Raises UserError, which ends with the remedy, when it is
+    damaged."""
     try:
         content = load_json(path)
         if not isinstance(content, dict):
@@ -46,7 +51,9 @@ def write_json(path: Path, content: dict) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, in a folder that is made; at the end of the block the file gets the name `path`."""
+    """A name beside `path` to write to, in a folder that is made; at the end of the block the file
+    gets the name `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Its own for each of several writers.
     unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")

@@ -12,8 +12,13 @@ import torch
 TRITON, TENSOR_CORES, BFLOAT16 = "Triton", "tensor cores in Triton", "bfloat16 units"
 FLASH_ATTENTION, DEPENDENT_LAUNCH = "flash attention", "programmatic dependent launch"
 # The compute capability from which on it is there.
-_SINCE = {TRITON: (7, 5), TENSOR_CORES: (8, 0), BFLOAT16: (8, 0), FLASH_ATTENTION: (8, 0),
-          DEPENDENT_LAUNCH: (9, 0)}
+_SINCE = {
+    TRITON: (7, 5),
+    TENSOR_CORES: (8, 0),
+    BFLOAT16: (8, 0),
+    FLASH_ATTENTION: (8, 0),
+    DEPENDENT_LAUNCH: (9, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -38,5 +43,7 @@ def card() -> Card:
 
 
 def supports(feature: str, capability: tuple[int, int] | None = None) -> bool:
-    """Whether cards of a compute capability (None: the current one's) have one of the features above."""
+    """Whether cards of a compute capability (None: the current one's) have one of the features
+    above.
+    """
     return (capability or card().capability) >= _SINCE[feature]

@@ -31,7 +31,7 @@ def growth(work: Callable[[], object]) -> int | None:
     try:
         # Freed memory that the allocator keeps would be used again without any growth.
         ctypes.CDLL(None).malloc_trim(0)
-        _CLEAR.write_text("5")                                  # the peak starts again from here
+        _CLEAR.write_text("5")  # the peak starts again from here
         before = resident()
         work()
         return max(0, resident(peak=True) - before)

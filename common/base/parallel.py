@@ -1,7 +1,9 @@
-"""Several processes on one model, as torchrun starts them: who does what, and sums over all. Alone, none of it does anything.
+"""Several processes on one model, as torchrun starts them: who does what, and sums over all. Alone,
+none of it does anything.
 
-Each process has its share of the calibration windows; statistics are added up, so that all have the same. Of every linear each
-process rounds its share of the rows, and all rows are sent to all. NCCL between cards, gloo between CPUs.
+Each process has its share of the calibration windows; statistics are added up, so that all have the
+same. Of every linear each process rounds its share of the rows, and all rows are sent to all. NCCL
+between cards, gloo between CPUs.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def first() -> bool:
     return rank() == 0
 
 
-def card() -> int:
+def gpu_index() -> int:
     """The card of this process, of those of its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
@@ -44,7 +46,9 @@ def start(device: torch.device) -> None:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:150]
-        raise UserError(f"the other processes cannot be reached ({reason}); start with torchrun") from None
+        raise UserError(
+            f"the other processes cannot be reached ({reason}); start with torchrun"
+        ) from None
 
 
 def stop() -> None:
@@ -55,9 +59,14 @@ def stop() -> None:
 
 
 def share(windows: Tensor) -> Tensor:
-    """This process's part of windows [samples, length]. Raises UserError when there are fewer than processes."""
+    """This process's part of windows [samples, length]. Raises UserError when there are fewer than
+    processes.
+    """
     if len(windows) < size():
-        raise UserError(f"{len(windows)} calibration windows cannot be shared out to {size()} processes; raise --calib-samples")
+        raise UserError(
+            f"{len(windows)} calibration windows cannot be shared out to {size()} processes; raise "
+            f"--calib-samples"
+        )
     return own_rows(windows)
 
 
@@ -92,13 +101,18 @@ def join_rows(tensor: Tensor, count: int | None = None) -> Tensor:
     """The rows [n, ...] of all processes under each other.
 
     Args:
-        count: how many there are in all, where each has its `own_rows`; None if each may have another number.
+        count: how many there are in all, where each has its `own_rows`; None if each may have
+            another number.
     """
     if size() == 1:
         return tensor
-    numbers = gather(len(tensor)) if count is None else [len(part) for part in torch.arange(count).tensor_split(size())]
+    numbers = (
+        gather(len(tensor))
+        if count is None
+        else [len(part) for part in torch.arange(count).tensor_split(size())]
+    )
     padded = tensor.new_zeros(max(numbers), *tensor.shape[1:])
-    padded[:len(tensor)] = tensor
+    padded[: len(tensor)] = tensor
     parts = [torch.empty_like(padded) for _ in numbers]
     distributed.all_gather(parts, padded)
     return torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])

@@ -24,7 +24,9 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def track(items: Iterable[Item], description: str, unit: str = "it", total: int | None = None) -> Iterator[Item]:
+def track(
+    items: Iterable[Item], description: str, unit: str = "it", total: int | None = None
+) -> Iterator[Item]:
     """Iterate over `items` and show how far it is and how many seconds are left.
 
     Args:
@@ -46,7 +48,15 @@ def track(items: Iterable[Item], description: str, unit: str = "it", total: int 
         if now - last >= SECONDS_BETWEEN_LINES and total and done < total:
             last = now
             left = (now - start) / done * (total - done)
-            print(f"  {description}: {done}/{total} {unit}, {now - start:.0f} s so far, about {left:.0f} s left",
-                  file=sys.stderr, flush=True)
+            print(
+                f"  {description}: {done}/{total} {unit}, {now - start:.0f} s so far, about "
+                f"{left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
     if total:
-        print(f"  {description}: {total} {unit} in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+        print(
+            f"  {description}: {total} {unit} in {time.monotonic() - start:.1f} s",
+            file=sys.stderr,
+            flush=True,
+        )

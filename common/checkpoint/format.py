@@ -1,7 +1,9 @@
-"""The checkpoint format, compressed-tensors: what a config.json says of it, and the tensors that stand for a linear.
+"""The checkpoint format, compressed-tensors: what a config.json says of it, and the tensors that
+stand for a linear.
 
-Nothing else in the project knows the format. It says far more than is written here (float8, activation order, static
-activations, tensors left out one by one ...): what `unknown_form` does not list as known is left to transformers.
+Nothing else in the project knows the format. It says far more than is written here (float8,
+activation order, static activations, tensors left out one by one ...): what `unknown_form` does not
+list as known is left to transformers.
 """
 
 from __future__ import annotations
@@ -17,67 +19,115 @@ from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
-from common.model.architecture import FAMILIES, Family
 from common.base.errors import UserError
 from common.base.files import load_json
-from common.numerics.grid import SUPPORTED_BITS, Grid, QuantizedLinear
-from common.model.source import TensorReader
+from common.model.architecture import FAMILIES, Family
 from common.model.online import MODEL_TYPE_SUFFIX
+from common.model.source import TensorReader
+from common.numerics.grid import SUPPORTED_BITS, Grid, QuantizedLinear
 
-# Weights alone are packed; 8-bit weights with 8-bit activations stay int8, as the integer kernels want them.
+# Weights alone are packed; 8-bit weights with 8-bit activations stay int8, as the integer kernels
+# want them.
 PACKED, INTEGER = "pack-quantized", "int-quantized"
 # The tensors of a linear, and those that each form cannot do without.
 _PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-REQUIRED_PARTS = {PACKED: ("weight_packed", "weight_scale", "weight_shape"), INTEGER: ("weight", "weight_scale")}
+REQUIRED_PARTS = {
+    PACKED: ("weight_packed", "weight_scale", "weight_shape"),
+    INTEGER: ("weight", "weight_scale"),
+}
 # What a config group is about: the decoder layers' linears, or embedding and head.
 _DECODER_TARGET = "re:.*_proj$"
-_END_TARGETS = {"model.embed_tokens": "re:.*embed_tokens$", "lm_head": "re:.*lm_head$"}
-ENDS = tuple(_END_TARGETS)
+_VOCABULARY_TARGETS = {"model.embed_tokens": "re:.*embed_tokens$", "lm_head": "re:.*lm_head$"}
+VOCABULARY = tuple(_VOCABULARY_TARGETS)
 # Rows of an embedding or head that are compressed at once.
 _ROWS_AT_ONCE = 16384
 # What a configuration may say without changing what the codes stand for.
-_HARMLESS = {"version", "global_compression_ratio", "quant_method", "quantization_status", "config_groups", "ignore", "format",
-             "targets", "weights", "input_activations", "num_bits", "type", "symmetric", "strategy", "group_size", "dynamic",
-             "observer", "observer_kwargs", "zp_dtype"}
-_ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+_HARMLESS = {
+    "version",
+    "global_compression_ratio",
+    "quant_method",
+    "quantization_status",
+    "config_groups",
+    "ignore",
+    "format",
+    "targets",
+    "weights",
+    "input_activations",
+    "num_bits",
+    "type",
+    "symmetric",
+    "strategy",
+    "group_size",
+    "dynamic",
+    "observer",
+    "observer_kwargs",
+    "zp_dtype",
+}
+_ACTIVATIONS = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "token",
+    "dynamic": True,
+}
 
 
 @dataclass(frozen=True)
 class WeightFormat:
     """How a checkpoint stores its weights.
 
-    grid, form, activation_bits: of the decoder layers' linears; form PACKED or INTEGER, bits None where inputs are not rounded.
-    ends: the grids of embedding and head where they are rounded, by name.
+    grid, form, activation_bits: of the decoder layers' linears; form PACKED or INTEGER, bits None
+    where inputs are not rounded.
+    vocabulary: the grids of embedding and head where they are rounded, by name.
     """
 
     grid: Grid
     form: str
     activation_bits: int | None
-    ends: dict[str, Grid]
+    vocabulary: dict[str, Grid]
 
 
 def weight_format(config: dict) -> WeightFormat:
     """What a config.json, of a form that is known (`unknown_form`), says."""
     quantization = config["quantization_config"]
-    linears, *ends = quantization["config_groups"].values()
+    linears, *vocabulary = quantization["config_groups"].values()
     activations = linears.get("input_activations")
-    return WeightFormat(grid_of(linears), linears.get("format") or quantization.get("format"),
-                        activations["num_bits"] if activations else None,
-                        {name: grid_of(group) for group in ends for name in _ends_of(group)})
+    return WeightFormat(
+        grid_of(linears),
+        linears.get("format") or quantization.get("format"),
+        activations["num_bits"] if activations else None,
+        {name: grid_of(group) for group in vocabulary for name in _vocabulary_of(group)},
+    )
 
 
-def quantization_config(grid: Grid, activation_bits: int | None, ends: dict[str, Grid], tied: bool) -> dict:
-    """What a config.json says of a checkpoint that is written; `ends` as in `WeightFormat`, `tied`: they share a matrix."""
-    groups = {"group_0": _config_group([_DECODER_TARGET], scheme_of(grid, activation_bits), form_of_linears(activation_bits))}
-    for name, end in ends.items():
-        rounded = ENDS if tied else (name,)
-        groups[f"group_{len(groups)}"] = _config_group([_END_TARGETS[module] for module in rounded], scheme_of(end),
-                                                       form_of_end(end))
+def quantization_config(
+    grid: Grid, activation_bits: int | None, vocabulary: dict[str, Grid], tied: bool
+) -> dict:
+    """What a config.json says of a checkpoint that is written; `vocabulary` as in `WeightFormat`,
+    `tied`: they share a matrix.
+    """
+    groups = {
+        "group_0": _config_group(
+            [_DECODER_TARGET], scheme_of(grid, activation_bits), form_of_linears(activation_bits)
+        )
+    }
+    for name, rounded_grid in vocabulary.items():
+        rounded = VOCABULARY if tied else (name,)
+        groups[f"group_{len(groups)}"] = _config_group(
+            [_VOCABULARY_TARGETS[module] for module in rounded],
+            scheme_of(rounded_grid),
+            form_of_vocabulary(rounded_grid),
+        )
     forms = {group["format"] for group in groups.values()}
-    quantized_head = "lm_head" in ends or (tied and ends)
-    return {"quant_method": "compressed-tensors", "version": compressed_tensors_version,
-            "format": forms.pop() if len(forms) == 1 else "mixed-precision", "quantization_status": "compressed",
-            "config_groups": groups, "ignore": [] if quantized_head else ["lm_head"]}
+    quantized_head = "lm_head" in vocabulary or (tied and vocabulary)
+    return {
+        "quant_method": "compressed-tensors",
+        "version": compressed_tensors_version,
+        "format": forms.pop() if len(forms) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [] if quantized_head else ["lm_head"],
+    }
 
 
 def form_of_linears(activation_bits: int | None) -> str:
@@ -85,8 +135,10 @@ def form_of_linears(activation_bits: int | None) -> str:
     return INTEGER if activation_bits else PACKED
 
 
-def form_of_end(grid: Grid) -> str:
-    """How embedding and head are stored: 8 bits as int8, which transformers also takes for an embedding."""
+def form_of_vocabulary(grid: Grid) -> str:
+    """How embedding and head are stored: 8 bits as int8, which transformers also takes for an
+    embedding.
+    """
     return INTEGER if grid.bits == 8 else PACKED
 
 
@@ -95,20 +147,33 @@ def _config_group(targets: list[str], scheme: QuantizationScheme, form: str) -> 
     return scheme.model_dump(mode="json", exclude_none=True)
 
 
-def _ends_of(group: dict) -> list[str] | None:
-    """Which of embedding and head a config group is about, by name; None if it is about something else."""
-    names = [name for name, target in _END_TARGETS.items() if target in group["targets"]]
-    return names if names and group["targets"] == [_END_TARGETS[name] for name in names] else None
+def _vocabulary_of(group: dict) -> list[str] | None:
+    """Which of embedding and head a config group is about, by name; None if it is about something
+    else.
+    """
+    names = [name for name, target in _VOCABULARY_TARGETS.items() if target in group["targets"]]
+    return (
+        names
+        if names and group["targets"] == [_VOCABULARY_TARGETS[name] for name in names]
+        else None
+    )
 
 
 def scheme_of(grid: Grid, activation_bits: int | None = None) -> QuantizationScheme:
-    """The library's description of a grid for weights and, if given, of activations rounded per token as they come."""
-    strategy = {"strategy": "channel"} if grid.group_size is None else {"strategy": "group",
-                                                                       "group_size": grid.group_size}
+    """The library's description of a grid for weights and, if given, of activations rounded per
+    token as they come.
+    """
+    strategy = (
+        {"strategy": "channel"}
+        if grid.group_size is None
+        else {"strategy": "group", "group_size": grid.group_size}
+    )
     weights = QuantizationArgs(num_bits=grid.bits, type="int", symmetric=grid.symmetric, **strategy)
     activations = None
     if activation_bits:
-        activations = QuantizationArgs(num_bits=activation_bits, type="int", symmetric=True, strategy="token", dynamic=True)
+        activations = QuantizationArgs(
+            num_bits=activation_bits, type="int", symmetric=True, strategy="token", dynamic=True
+        )
     return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations)
 
 
@@ -119,10 +184,14 @@ def grid_of(scheme: dict) -> Grid:
     return Grid(weights["num_bits"], group_size, weights["symmetric"])
 
 
-def compress(quantized: QuantizedLinear, scale_dtype: torch.dtype, form: str = PACKED) -> dict[str, Tensor]:
-    """The tensors that stand for one linear in the file, made by the library's own compressor; form PACKED or INTEGER.
+def compress(
+    quantized: QuantizedLinear, scale_dtype: torch.dtype, form: str = PACKED
+) -> dict[str, Tensor]:
+    """The tensors that stand for one linear in the file, made by the library's own compressor; form
+    PACKED or INTEGER.
 
-    Scales are stored in `scale_dtype`, or in bfloat16 where that does not hold them as they are (`grid.scale_type`).
+    Scales are stored in `scale_dtype`, or in bfloat16 where that does not hold them as they are
+    (`grid.scale_type`).
     """
     scale = quantized.scale.to(scale_dtype)
     if not torch.equal(scale.float(), quantized.scale.float()):
@@ -133,38 +202,56 @@ def compress(quantized: QuantizedLinear, scale_dtype: torch.dtype, form: str = P
     return BaseCompressor.load_from_registry(form).compress(state, scheme_of(quantized.grid))
 
 
-def compress_rows(quantized: QuantizedLinear, scale_dtype: torch.dtype, form: str) -> dict[str, Tensor]:
-    """`compress` for a vocabulary's many rows, some at a time: the library works on copies of them in float32."""
+def compress_rows(
+    quantized: QuantizedLinear, scale_dtype: torch.dtype, form: str
+) -> dict[str, Tensor]:
+    """`compress` for a vocabulary's many rows, some at a time: the library works on copies of them
+    in float32.
+    """
     tensors = (quantized.codes, quantized.scale, quantized.zero_point)
-    parts = [compress(QuantizedLinear(*rows, quantized.grid), scale_dtype, form)
-             for rows in zip(*(tensor.split(_ROWS_AT_ONCE) for tensor in tensors), strict=True)]
-    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "weight_shape"}
+    parts = [
+        compress(QuantizedLinear(*rows, quantized.grid), scale_dtype, form)
+        for rows in zip(*(tensor.split(_ROWS_AT_ONCE) for tensor in tensors), strict=True)
+    ]
+    whole = {
+        name: torch.cat([part[name] for part in parts])
+        for name in parts[0]
+        if name != "weight_shape"
+    }
     if "weight_shape" in parts[0]:
         whole["weight_shape"] = parts[0]["weight_shape"].new_tensor(quantized.codes.shape)
     return whole
 
 
 def decompress(state: dict[str, Tensor], grid: Grid) -> Tensor:
-    """The float32 weights [out, in] of one linear's stored tensors, by the library's own decompressor."""
+    """The float32 weights [out, in] of one linear's stored tensors, by the library's own
+    decompressor.
+    """
     state = {**state, "weight_scale": state["weight_scale"].float()}
     form = PACKED if "weight_packed" in state else INTEGER
     return BaseCompressor.load_from_registry(form).decompress(state, scheme_of(grid))["weight"]
 
 
-def stored_parts(read: Callable[[str], Tensor], names: Container[str], linear: str) -> dict[str, Tensor]:
+def stored_parts(
+    read: Callable[[str], Tensor], names: Container[str], linear: str
+) -> dict[str, Tensor]:
     """The tensors of one linear (by full name) among `names`, keyed as `compress` made them."""
     return {part: read(f"{linear}.{part}") for part in _PARTS if f"{linear}.{part}" in names}
 
 
 def stored_codes(state: dict[str, Tensor], grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """Codes [out, in] and zero-points [out, groups] (None if symmetric) of one linear's stored tensors, both int8."""
+    """Codes [out, in] and zero-points [out, groups] (None if symmetric) of one linear's stored
+    tensors, both int8.
+    """
     if "weight" in state:
         return state["weight"], None
     shape = torch.Size(state["weight_shape"].tolist())
     codes = unpack_from_int32(state["weight_packed"], grid.bits, shape)
     if grid.symmetric:
         return codes, None
-    return codes, unpack_from_int32(state["weight_zero_point"], grid.bits, state["weight_scale"].shape, packed_dim=0)
+    return codes, unpack_from_int32(
+        state["weight_zero_point"], grid.bits, state["weight_scale"].shape, packed_dim=0
+    )
 
 
 def family_of(config: dict) -> Family | None:
@@ -173,7 +260,8 @@ def family_of(config: dict) -> Family | None:
 
 
 def open_checkpoint(folder: Path) -> tuple[dict, TensorReader]:
-    """A checkpoint's configuration (config.json as a dict) and its tensors, for looking into the codes.
+    """A checkpoint's configuration (config.json as a dict) and its tensors, for looking into the
+    codes.
 
     Raises:
         UserError: not a folder with a readable checkpoint of this format.
@@ -188,14 +276,22 @@ def open_checkpoint(folder: Path) -> tuple[dict, TensorReader]:
         raise UserError(f"{folder}: config.json is damaged") from None
     try:
         quantization = config["quantization_config"]
-        ours = quantization["quant_method"] == "compressed-tensors" and "group_0" in quantization["config_groups"]
+        ours = (
+            quantization["quant_method"] == "compressed-tensors"
+            and "group_0" in quantization["config_groups"]
+        )
     except (KeyError, TypeError):
         ours = False
     if not ours:
-        raise UserError(f"{folder} is not a checkpoint of the quantize scripts (no compressed-tensors configuration)")
+        raise UserError(
+            f"{folder} is not a checkpoint of the quantize scripts (no compressed-tensors "
+            f"configuration)"
+        )
     try:
         grids = [grid_of(group) for group in quantization["config_groups"].values()]
-        whole = all(isinstance(grid.bits, int) and isinstance(grid.symmetric, bool) for grid in grids)
+        whole = all(
+            isinstance(grid.bits, int) and isinstance(grid.symmetric, bool) for grid in grids
+        )
         if not whole or not 0 < config["num_hidden_layers"] < 10_000:
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -221,16 +317,23 @@ def _unknown(config: dict, names: set[str] | None) -> str | None:
     groups = list(quantization["config_groups"].values())
     if family_of(config) is None:
         return f"architecture {config['model_type']}"
-    if quantization["quant_method"] != "compressed-tensors" or quantization["quantization_status"] != "compressed":
+    if (
+        quantization["quant_method"] != "compressed-tensors"
+        or quantization["quantization_status"] != "compressed"
+    ):
         return f"{quantization['quant_method']}, {quantization['quantization_status']}"
     if groups[0]["targets"] not in ([_DECODER_TARGET], ["Linear"]):
         return f"targets {groups[0]['targets']}"
-    ends = [_ends_of(group) for group in groups[1:]]
-    if None in ends:
-        return f"targets {groups[ends.index(None) + 1]['targets']}"
-    rounded = [name for end in ends for name in end]
+    vocabulary = [_vocabulary_of(group) for group in groups[1:]]
+    if None in vocabulary:
+        return f"targets {groups[vocabulary.index(None) + 1]['targets']}"
+    rounded = [name for group in vocabulary for name in group]
     ignored = quantization.get("ignore") or []
-    if ignored not in ([], ["lm_head"]) or (not ignored) != ("lm_head" in rounded) and groups[0]["targets"] == ["Linear"]:
+    if (
+        ignored not in ([], ["lm_head"])
+        or (not ignored) != ("lm_head" in rounded)
+        and groups[0]["targets"] == ["Linear"]
+    ):
         return f"a list of ignored modules, {ignored}"
     for form in (quantization, *groups):
         if found := _unknown_keys(form):
@@ -243,13 +346,24 @@ def _unknown(config: dict, names: set[str] | None) -> str | None:
 
 def _unknown_keys(form: dict) -> str | None:
     """The first key that could mean something and is not known."""
-    return next((f"{key} {value}" for key, value in form.items() if key not in _HARMLESS and value not in (None, {}, [])), None)
+    return next(
+        (
+            f"{key} {value}"
+            for key, value in form.items()
+            if key not in _HARMLESS and value not in (None, {}, [])
+        ),
+        None,
+    )
 
 
 def _unknown_group(group: dict, form: str | None) -> str | None:
     weights, activations = group["weights"], group.get("input_activations")
     form = group.get("format") or form
-    kind = {"type": "int", "dynamic": False, **{key: value for key, value in weights.items() if value is not None}}
+    kind = {
+        "type": "int",
+        "dynamic": False,
+        **{key: value for key, value in weights.items() if value is not None},
+    }
     # A sequence of rounding that leaves the groups as they are.
     if kind.get("actorder") in ("weight", "static"):
         del kind["actorder"]
@@ -257,7 +371,9 @@ def _unknown_group(group: dict, form: str | None) -> str | None:
         return found
     if kind["type"] != "int" or kind["dynamic"] or kind["num_bits"] not in SUPPORTED_BITS:
         return f"{kind['num_bits']}-bit {kind['type']} weights"
-    if kind["strategy"] not in ("group", "channel") or (kind["strategy"] == "group") != (kind.get("group_size", -1) > 0):
+    if kind["strategy"] not in ("group", "channel") or (kind["strategy"] == "group") != (
+        kind.get("group_size", -1) > 0
+    ):
         return f"weights by {kind['strategy']}, group size {kind.get('group_size')}"
     if form not in (PACKED, INTEGER):
         return f"format {form}"
@@ -265,7 +381,11 @@ def _unknown_group(group: dict, form: str | None) -> str | None:
     if form == INTEGER and not plain_bytes:
         return "int-quantized weights that are not symmetric, of 8 bits"
     if activations:
-        given = {key: value for key, value in activations.items() if key not in ("observer", "observer_kwargs", "zp_dtype")}
+        given = {
+            key: value
+            for key, value in activations.items()
+            if key not in ("observer", "observer_kwargs", "zp_dtype")
+        }
         if {key: value for key, value in given.items() if value is not None} != _ACTIVATIONS:
             return f"input_activations {given}"
         if not (plain_bytes and kind["strategy"] == "channel"):
@@ -273,14 +393,23 @@ def _unknown_group(group: dict, form: str | None) -> str | None:
     return None
 
 
-def _unknown_tensors(config: dict, names: set[str], ends: list[str]) -> str | None:
-    """A tensor of a kind that is not known, or a linear that is quantized, or is not, against expectation."""
+def _unknown_tensors(config: dict, names: set[str], vocabulary: list[str]) -> str | None:
+    """A tensor of a kind that is not known, or a linear that is quantized, or is not, against
+    expectation.
+    """
     odd = sorted(name for name in names if name.rpartition(".")[2] not in (*_PARTS, "bias"))
     if odd:
         return f"tensor {odd[0]}"
     linears = family_of(config).linears
-    expected = {f"model.layers.{i}.{linear}" for i in range(config["num_hidden_layers"])
-                for linear in linears} | set(ends)
+    expected = {
+        f"model.layers.{i}.{linear}"
+        for i in range(config["num_hidden_layers"])
+        for linear in linears
+    } | set(vocabulary)
     found = {name.removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale")}
     different = sorted(expected ^ found)
-    return f"{different[0]}, {'not ' if different[0] in expected else ''}quantized" if different else None
+    return (
+        f"{different[0]}, {'not ' if different[0] in expected else ''}quantized"
+        if different
+        else None
+    )

@@ -1,4 +1,6 @@
-"""What was run, with what, on what, how long, how large: `quantization_metadata.json` inside a checkpoint."""
+"""What was run, with what, on what, how long, how large: `quantization_metadata.json` inside a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +11,47 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint.writer import METADATA_FILE, folder_bytes
-from common.text.data import lacking
 from common.base.errors import UserError
 from common.base.files import read_json
+from common.checkpoint.writer import METADATA_FILE, folder_bytes
 from common.model.source import TensorReader
+from common.text.data import lacking
 
 VERSION = 1
-# What verification, evaluation with its tables and the batch rely on, and what README says that metadata holds.
-NEEDS = ("method", "bits", "grid.bits", "grid.group_size", "model.source", "options", "calibration", "versions", "device",
-         "compute_dtype", "seconds.total", "memory", "probe.tokens", "probe.baseline_perplexity", "probe.perplexity",
-         "probe.divergence", "linears", "bytes.quantized_weights", "bytes.quantized_folder", "compression_ratio")
+# What verification, evaluation with its tables and the batch rely on, and what README says that
+# metadata holds.
+NEEDS = (
+    "method",
+    "bits",
+    "grid.bits",
+    "grid.group_size",
+    "model.source",
+    "options",
+    "calibration",
+    "versions",
+    "device",
+    "compute_dtype",
+    "seconds.total",
+    "memory",
+    "probe.tokens",
+    "probe.baseline_perplexity",
+    "probe.perplexity",
+    "probe.divergence",
+    "linears",
+    "bytes.quantized_weights",
+    "bytes.quantized_folder",
+    "compression_ratio",
+)
 _REMEDY = "quantize again with --overwrite, or delete it and name the 16-bit model with --baseline"
-_PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "lm-eval", "datasets",
-             "numpy")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "compressed-tensors",
+    "safetensors",
+    "lm-eval",
+    "datasets",
+    "numpy",
+)
 
 
 def versions() -> dict[str, str]:
@@ -40,8 +69,12 @@ def describe_device(device: torch.device) -> dict:
     """Type and name of a device, and the number of CPU threads."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return {"type": "cuda", "name": properties.name, "memory_bytes": properties.total_memory,
-                "threads": torch.get_num_threads()}
+        return {
+            "type": "cuda",
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+            "threads": torch.get_num_threads(),
+        }
     return {"type": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}
 
 
@@ -56,7 +89,8 @@ def _cpu_name() -> str:
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Largest memory this process has held, in bytes: on the host (resident set) and on the device."""
+    """Largest memory this process has held, in bytes: on the host (resident set) and on the
+    device."""
     # Linux counts ru_maxrss in KiB.
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
@@ -64,7 +98,9 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def read(folder: Path) -> dict | None:
-    """A checkpoint's metadata, or None when it was saved without. Raises UserError for a file that is damaged or lacks some."""
+    """A checkpoint's metadata, or None when it was saved without. Raises UserError for a file that
+    is damaged or lacks some.
+    """
     file = folder / METADATA_FILE
     if not file.is_file():
         return None
@@ -82,13 +118,16 @@ def quantization_facts(folder: Path) -> dict:
     """
     record = read(folder)
     if record is None:
-        return {"weights_bytes": TensorReader(folder).total_bytes(),
-                "folder_bytes": folder_bytes(folder)}
+        return {
+            "weights_bytes": TensorReader(folder).total_bytes(),
+            "folder_bytes": folder_bytes(folder),
+        }
     try:
         return _recorded_facts(record)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / METADATA_FILE} is damaged ({type(error).__name__}: {error}); "
-                        f"{_REMEDY}") from None
+        raise UserError(
+            f"{folder / METADATA_FILE} is damaged ({type(error).__name__}: {error}); {_REMEDY}"
+        ) from None
 
 
 def _recorded_facts(record: dict) -> dict:
@@ -96,11 +135,16 @@ def _recorded_facts(record: dict) -> dict:
     return {
         "weights_bytes": record["bytes"]["quantized_weights"],
         "folder_bytes": record["bytes"]["quantized_folder"],
-        "compression_ratio": record["compression_ratio"], "seconds": record["seconds"],
-        "memory": record["memory"], "device": record["device"], "grid": record["grid"],
-        "calibration": calibration and {key: value for key, value in calibration.items()
-                                        if key != "passages"},
+        "compression_ratio": record["compression_ratio"],
+        "seconds": record["seconds"],
+        "memory": record["memory"],
+        "device": record["device"],
+        "grid": record["grid"],
+        "calibration": calibration
+        and {key: value for key, value in calibration.items() if key != "passages"},
         "probe": {key: probe[key] for key in ("baseline_perplexity", "perplexity", "divergence")},
-        "relative_output_error": {name: round(linear["relative_output_error"], 6)
-                                  for name, linear in record["linears"].items()},
+        "relative_output_error": {
+            name: round(linear["relative_output_error"], 6)
+            for name, linear in record["linears"].items()
+        },
     }

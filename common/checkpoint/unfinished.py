@@ -1,7 +1,9 @@
-"""An output in the making: a folder beside the real one, that one process at a time owns and a later one can go on with.
+"""An output in the making: a folder beside the real one, that one process at a time owns and a
+later one can go on with.
 
-`<output>.unfinished` holds the shards of the finished layers and `progress.json`: what is being made (so that nothing else
-goes on with it) and the record of each finished layer. The lock is the kernel's, so a killed process holds none.
+`<output>.unfinished` holds the shards of the finished layers and `progress.json`: what is being
+made (so that nothing else goes on with it) and the record of each finished layer. The lock is the
+kernel's, so a killed process holds none.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class UnfinishedFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._unlock()
-            raise UserError(f"another process is writing {self.path}; wait for it or choose another --output") from None
+            raise UserError(
+                f"another process is writing {self.path}; wait for it or choose another --output"
+            ) from None
         try:
             if self.resume:
                 self._read_progress()
@@ -69,17 +73,25 @@ class UnfinishedFolder:
         progress = read_json(file, "start again without --resume")
         begun = progress.get("fingerprint", {})
         names = sorted({*begun, *self.fingerprint})
-        changes = [f"{name} {begun.get(name)} then, {self.fingerprint.get(name)} now" for name in names
-                   if begun.get(name) != self.fingerprint.get(name)]
+        changes = [
+            f"{name} {begun.get(name)} then, {self.fingerprint.get(name)} now"
+            for name in names
+            if begun.get(name) != self.fingerprint.get(name)
+        ]
         if changes:
-            raise UserError(f"cannot resume {self.path}: {'; '.join(changes)}; run it as it was begun, or without --resume to "
-                            "start again")
+            raise UserError(
+                f"cannot resume {self.path}: {'; '.join(changes)}; run it as it was begun, or "
+                f"without --resume to "
+                "start again"
+            )
         self.records = progress["layers"]
         if self.records:
             say(f"resuming {self.path} after {len(self.records)} layers")
 
     def finish_layer(self, record: dict) -> None:
-        """Note that one more layer is written; what was noted stays readable whenever the process ends."""
+        """Note that one more layer is written; what was noted stays readable whenever the process
+        ends.
+        """
         self.records.append(record)
         self._write_progress()
 
@@ -90,22 +102,31 @@ class UnfinishedFolder:
 
     def _write_progress(self) -> None:
         with replacing(self.path / PROGRESS_FILE) as unfinished:
-            unfinished.write_text(json.dumps({"fingerprint": self.fingerprint, "layers": self.records}))
+            unfinished.write_text(
+                json.dumps({"fingerprint": self.fingerprint, "layers": self.records})
+            )
 
     @staticmethod
     def clean(output: Path) -> None:
-        """Take away what belongs to the making alone, once the folder has its real name: a run killed before can go on."""
+        """Take away what belongs to the making alone, once the folder has its real name: a run
+        killed before can go on.
+        """
         for file in (*output.glob(f"{PROGRESS_FILE}*"), output / LOCK_FILE):
             file.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let go of the folder. With no layer finished there is nothing to go on with, and it is removed."""
+        """Let go of the folder. With no layer finished there is nothing to go on with, and it is
+        removed.
+        """
         if self._lock is None:
             return
         if self.path.is_dir() and not self.records:
             shutil.rmtree(self.path, ignore_errors=True)
         elif self.path.is_dir():
-            say(f"{self.path} holds {len(self.records)} finished layers: the same command with --resume goes on from there")
+            say(
+                f"{self.path} holds {len(self.records)} finished layers: the same command with "
+                f"--resume goes on from there"
+            )
         self._unlock()
 
     def _unlock(self) -> None:

@@ -1,6 +1,8 @@
-"""Writing a checkpoint (`checkpoint_format` knows the format), and what is asked of a folder that may be one.
+"""Writing a checkpoint (`checkpoint_format` knows the format), and what is asked of a folder that
+may be one.
 
-A checkpoint is written into `<output>.unfinished`, a shard for each decoder layer as it is finished, and gets its real
+A checkpoint is written into `<output>.unfinished`, a shard for each decoder layer as it is
+finished, and gets its real
 name in one step when it is whole: a folder at the output's name is complete.
 """
 
@@ -17,15 +19,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.checkpoint.format import (ENDS, compress, compress_rows, decompress, form_of_end, form_of_linears,
-                                      quantization_config, stored_parts)
 from common.base.device import dtype_name
 from common.base.errors import UserError
 from common.base.files import load_json, replace_folder
-from common.numerics.grid import Grid, QuantizedLinear
-from common.model.source import INDEX_FILE, MODEL_FILES, SourceModel, TensorReader, read_config
-from common.model.online import OnlineTransforms, mark_config, write_keys
+from common.checkpoint.format import (
+    VOCABULARY,
+    compress,
+    compress_rows,
+    decompress,
+    form_of_linears,
+    form_of_vocabulary,
+    quantization_config,
+    stored_parts,
+)
 from common.checkpoint.unfinished import UnfinishedFolder
+from common.model.online import OnlineTransforms, mark_config, write_keys
+from common.model.source import INDEX_FILE, MODEL_FILES, SourceModel, TensorReader, read_config
+from common.numerics.grid import Grid, QuantizedLinear
 
 METADATA_FILE = "quantization_metadata.json"
 
@@ -37,11 +47,16 @@ def check_output(output: Path, overwrite: bool) -> None:
         UserError: naming the way out.
     """
     if output.exists() and not overwrite:
-        raise UserError(f"output {output} exists already; use --overwrite to replace it or choose another --output")
+        raise UserError(
+            f"output {output} exists already; use --overwrite to replace it or choose another "
+            f"--output"
+        )
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file, not a folder")
     if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
-        raise UserError(f"output {output} holds something that is not a checkpoint; it is not replaced")
+        raise UserError(
+            f"output {output} holds something that is not a checkpoint; it is not replaced"
+        )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         probe = output.with_name(f"{output.name}.{os.getpid()}")
@@ -52,13 +67,27 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 class CheckpointWriter:
-    """Writes a quantized checkpoint layer by layer. Use as a context manager; without `finish` there is no output, and what is
-    left, if any layer was finished, is a folder that `fingerprint` and `resume` decide on (`unfinished`).
+    """Writes a quantized checkpoint layer by layer. Use as a context manager; without `finish`
+    there is no output, and what is left, if any layer was finished, is a folder that `fingerprint`
+    and `resume` decide on (`unfinished`).
     """
 
-    def __init__(self, output: Path, source: SourceModel, grid: Grid, activation_bits: int | None = None,
-                 online: OnlineTransforms | None = None, fingerprint: dict | None = None, resume: bool = False):
-        self.output, self.source, self.grid, self.activation_bits = output, source, grid, activation_bits
+    def __init__(
+        self,
+        output: Path,
+        source: SourceModel,
+        grid: Grid,
+        activation_bits: int | None = None,
+        online: OnlineTransforms | None = None,
+        fingerprint: dict | None = None,
+        resume: bool = False,
+    ):
+        self.output, self.source, self.grid, self.activation_bits = (
+            output,
+            source,
+            grid,
+            activation_bits,
+        )
         self.online = online
         self.form = form_of_linears(activation_bits)
         self.unfinished = UnfinishedFolder(output, fingerprint or {}, resume)
@@ -89,28 +118,38 @@ class CheckpointWriter:
         return self.unfinished.records
 
     def restore_layer(self, index: int, module: nn.Module) -> None:
-        """Put the weights of a finished layer into a module, exactly as they were in memory when it was written."""
+        """Put the weights of a finished layer into a module, exactly as they were in memory when it
+        was written.
+        """
         prefix = f"model.layers.{index}."
         tensors = TensorReader(self.folder, self._shard(index))
         for name, parameter in module.named_parameters():
             linear = name.removesuffix(".weight")
             if linear in self.source.family.linears:
                 state = stored_parts(tensors.read, tensors, prefix + linear)
-                value = decompress({part: tensor.to(parameter.device) for part, tensor in state.items()}, self.grid)
+                value = decompress(
+                    {part: tensor.to(parameter.device) for part, tensor in state.items()}, self.grid
+                )
             else:
                 value = tensors.read(prefix + name)
             parameter.data = value.to(parameter.device, parameter.dtype)
 
-    def write_layer(self, index: int, module: nn.Module, codes: dict[str, QuantizedLinear], record: dict) -> None:
-        """Write one decoder layer as a shard of its own, read it back and compare; its record is kept for a resumption.
+    def write_layer(
+        self, index: int, module: nn.Module, codes: dict[str, QuantizedLinear], record: dict
+    ) -> None:
+        """Write one decoder layer as a shard of its own, read it back and compare; its record is
+        kept for a resumption.
 
         Raises:
             UserError: what was read back is not what was quantized.
         """
         prefix = f"model.layers.{index}."
         quantized_weights = {f"{name}.weight" for name in self.source.family.linears}
-        tensors = {prefix + name: tensor.to(self.source.storage_dtype)
-                   for name, tensor in module.state_dict().items() if name not in quantized_weights}
+        tensors = {
+            prefix + name: tensor.to(self.source.storage_dtype)
+            for name, tensor in module.state_dict().items()
+            if name not in quantized_weights
+        }
         for name, linear in codes.items():
             for part, tensor in compress(linear, self.source.storage_dtype, self.form).items():
                 tensors[f"{prefix}{name}.{part}"] = tensor
@@ -120,8 +159,10 @@ class CheckpointWriter:
             state = stored_parts(written.__getitem__, written, prefix + name)
             state = {part: tensor.to(linear.codes.device) for part, tensor in state.items()}
             if not torch.equal(decompress(state, self.grid), linear.dequantize()):
-                raise UserError(f"{prefix}{name}: what was written does not read back the same; the disk or "
-                                "compressed-tensors is at fault, nothing was saved")
+                raise UserError(
+                    f"{prefix}{name}: what was written does not read back the same; the disk or "
+                    "compressed-tensors is at fault, nothing was saved"
+                )
         self.unfinished.finish_layer(record)
 
     def _shard(self, index: int) -> str:
@@ -133,7 +174,11 @@ class CheckpointWriter:
         self._weight_map.update(dict.fromkeys(tensors.names(), file))
         self._bytes += tensors.total_bytes()
         if self.load_dtype == torch.float16:
-            if any(tensors.read(name).dtype == torch.bfloat16 for name in tensors.names() if name.endswith(".weight_scale")):
+            if any(
+                tensors.read(name).dtype == torch.bfloat16
+                for name in tensors.names()
+                if name.endswith(".weight_scale")
+            ):
                 self.load_dtype = torch.bfloat16
 
     def _save(self, tensors: dict[str, Tensor], file: str) -> str:
@@ -141,14 +186,17 @@ class CheckpointWriter:
         try:
             save_file(tensors, self.folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
-            raise UserError(f"cannot write {self.folder / file}: {error}; free some space or choose another --output") \
-                from None
-        (self.folder / file).chmod(0o644)                                       # safetensors makes private files
+            raise UserError(
+                f"cannot write {self.folder / file}: {error}; free some space or choose another "
+                f"--output"
+            ) from None
+        (self.folder / file).chmod(0o644)  # safetensors makes private files
         self._enter(file, TensorReader(self.folder, file))
         return file
 
     def write_rest(self, vocabulary: dict[str, QuantizedLinear]) -> int:
-        """Write everything that is not a decoder layer: remaining tensors, index, configuration, tokenizer.
+        """Write everything that is not a decoder layer: remaining tensors, index, configuration,
+        tokenizer.
 
         Args:
             vocabulary: the codes of model.embed_tokens and lm_head, where they were quantized too.
@@ -157,24 +205,33 @@ class CheckpointWriter:
         """
         source = self.source
         rest = {"model.norm.weight": source.model.model.norm.weight.to(source.storage_dtype)}
-        for name in ENDS[:1] if source.tied else ENDS:
+        for name in VOCABULARY[:1] if source.tied else VOCABULARY:
             if name in vocabulary:
                 codes = vocabulary[name]
-                parts = compress_rows(codes, source.storage_dtype, form_of_end(codes.grid))
+                parts = compress_rows(codes, source.storage_dtype, form_of_vocabulary(codes.grid))
                 rest.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
             else:
-                rest[f"{name}.weight"] = source.model.get_submodule(name).weight.to(source.storage_dtype)
+                rest[f"{name}.weight"] = source.model.get_submodule(name).weight.to(
+                    source.storage_dtype
+                )
         if source.tied and vocabulary:
             # The codes are shared on loading, as weights are; the scales are not.
             rest["lm_head.weight_scale"] = rest["model.embed_tokens.weight_scale"].clone()
         self._save(rest, self._shard(source.num_layers))
-        index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
+        index = {
+            "metadata": {"total_size": self._bytes},
+            "weight_map": dict(sorted(self._weight_map.items())),
+        }
         (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
         config = source.config.to_diff_dict()
         grids = {name: codes.grid for name, codes in vocabulary.items()}
         quantization = quantization_config(self.grid, self.activation_bits, grids, source.tied)
-        config.update(architectures=[type(source.model).__name__], dtype=dtype_name(self.load_dtype),
-                      quantization_config=quantization, **_old_rope(config))
+        config.update(
+            architectures=[type(source.model).__name__],
+            dtype=dtype_name(self.load_dtype),
+            quantization_config=quantization,
+            **_old_rope(config),
+        )
         if self.online:
             mark_config(config, self.online)
             write_keys(self.folder, self.online.keys)
@@ -187,7 +244,9 @@ class CheckpointWriter:
         return self._bytes
 
     def finish(self, metadata: dict | None) -> None:
-        """Give the checkpoint its metadata and its real name. An older checkpoint there is replaced only now."""
+        """Give the checkpoint its metadata and its real name. An older checkpoint there is replaced
+        only now.
+        """
         if metadata is not None:
             content = {**metadata, "files": file_hashes(self.folder)}
             (self.folder / METADATA_FILE).write_text(json.dumps(content, indent=1))
@@ -199,8 +258,8 @@ class CheckpointWriter:
 
 
 def _old_rope(config: dict) -> dict:
-    """The rotary embedding of a config.json in the form that transformers 4 reads; without it 4.57 takes its defaults and says
-    nothing. transformers 5 reads both forms.
+    """The rotary embedding of a config.json in the form that transformers 4 reads; without it 4.57
+    takes its defaults and says nothing. transformers 5 reads both forms.
     """
     scaling = dict(config["rope_parameters"])
     old = {}
@@ -218,7 +277,9 @@ def _old_rope(config: dict) -> dict:
 
 
 def _name_tokenizer_as_before(file: Path) -> None:
-    """Give the class and the special tokens in a tokenizer_config.json the names that transformers 4 and 5 both know."""
+    """Give the class and the special tokens in a tokenizer_config.json the names that transformers
+    4 and 5 both know.
+    """
     config = load_json(file)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -239,8 +300,12 @@ def is_quantized(folder: Path) -> bool:
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of the files of a checkpoint that decide what it computes, by name."""
-    names = sorted(file.name for file in folder.iterdir()
-                   if file.suffix == ".safetensors" or file.name in ("config.json", INDEX_FILE, "tokenizer.json"))
+    names = sorted(
+        file.name
+        for file in folder.iterdir()
+        if file.suffix == ".safetensors"
+        or file.name in ("config.json", INDEX_FILE, "tokenizer.json")
+    )
     hashes = {}
     for name in names:
         with (folder / name).open("rb") as file:
@@ -250,5 +315,8 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 def folder_bytes(folder: Path) -> int:
     """Bytes of a model's files in a folder; not of the same weights in other forms beside."""
-    return sum(file.stat().st_size for file in folder.iterdir()
-               if file.is_file() and any(map(file.match, MODEL_FILES)))
+    return sum(
+        file.stat().st_size
+        for file in folder.iterdir()
+        if file.is_file() and any(map(file.match, MODEL_FILES))
+    )

@@ -31,7 +31,9 @@ class TritonKernels(NamedTuple):
 
 
 def triton_kernels(tensor: Tensor) -> TritonKernels | None:
-    """The kernels for an operation on `tensor`, of any shape; None where its twin in plain torch does it."""
+    """The kernels for an operation on `tensor`, of any shape; None where its twin in plain torch
+    does it.
+    """
     return _import_kernels() if use_triton(tensor) else None
 
 
@@ -65,7 +67,11 @@ def triton_problem() -> str | None:
         _import_kernels().inference.silu_mul(values, values)
         torch.cuda.synchronize()
         return None
-    except Exception as error:  # a missing C compiler, header, driver or package: each raises its own type
+    except (
+        Exception
+    ) as error:  # a missing C compiler, header, driver or package: each raises its own type
         missing = missing_for_triton(*look_for_compiler())
-        reason = missing or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+        reason = (
+            missing or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+        )
         return f"Triton does not work here ({reason})"

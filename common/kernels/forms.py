@@ -1,4 +1,6 @@
-"""What the kernels of a decode step take besides plain tensors: packed weights, rounded activations, a rotary embedding."""
+"""What the kernels of a decode step take besides plain tensors: packed weights, rounded
+activations, a rotary embedding.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,10 @@ OFFSET = 8
 class PackedWeight:
     """Weights [out, in] as integer codes: (code - zero-point) * scale. Made by `pack`.
 
-    packed: 8 bits [out, in] int8. 4 bits [out, in / 2] uint8, in blocks of `block` channels: byte j of a block holds channel j
-        in its low half and channel j + block / 2 in the high one, so that a block is unpacked into two pieces as they are.
+    packed: 8 bits [out, in] int8. 4 bits [out, in / 2] uint8, in blocks of `block` channels: byte j
+    of a block holds channel j
+        in its low half and channel j + block / 2 in the high one, so that a block is unpacked into
+        two pieces as they are.
     scale: [out, groups] floating; zero_point: [out, groups] int8, None for zero.
     """
 
@@ -38,7 +42,9 @@ class PackedWeight:
     def __getitem__(self, rows: slice | Tensor) -> PackedWeight:
         """The same for some of the rows."""
         zero_point = None if self.zero_point is None else self.zero_point[rows]
-        return replace(self, packed=self.packed[rows], scale=self.scale[rows], zero_point=zero_point)
+        return replace(
+            self, packed=self.packed[rows], scale=self.scale[rows], zero_point=zero_point
+        )
 
 
 def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> PackedWeight:
@@ -53,7 +59,9 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> 
 
 @dataclass(frozen=True)
 class Rounded:
-    """Activations rounded per token (`grid.round_per_token`): codes [rows, in] int8 and scale [rows, 1]."""
+    """Activations rounded per token (`grid.round_per_token`): codes [rows, in] int8 and scale
+    [rows, 1].
+    """
 
     codes: Tensor
     scale: Tensor
@@ -64,7 +72,8 @@ class Rounded:
 
 @dataclass(frozen=True)
 class Rotary:
-    """The rotary embedding of a model: cosine and sine [length, size], and the norms of queries and keys where it has them.
+    """The rotary embedding of a model: cosine and sine [length, size], and the norms of queries and
+    keys where it has them.
 
     norms: gains [size] of queries and keys, and their epsilon.
     """

@@ -1,4 +1,6 @@
-"""What a decode step consists of, on packed or dense weights: matrix product, norm, rotary embedding, attention, gate."""
+"""What a decode step consists of, on packed or dense weights: matrix product, norm, rotary
+embedding, attention, gate.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.numerics.grid import codes_per_token
+from common.base.gpu import TENSOR_CORES, supports
 from common.kernels.dispatch import triton_kernels
 from common.kernels.forms import OFFSET, PackedWeight, Rotary, Rounded
-from common.base.gpu import TENSOR_CORES, supports
+from common.numerics.grid import codes_per_token
 
-# Rows of activations up to which weights are unpacked inside the product; for more they are unpacked once, in a tile.
+# Rows of activations up to which weights are unpacked inside the product; for more they are
+# unpacked once, in a tile.
 FUSED_ROWS = 64
 UNPACKED_ELEMENTS = 1 << 26
 
@@ -30,16 +33,26 @@ def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     else:
         out, channels = weight.shape
         tile = max(1, UNPACKED_ELEMENTS // channels)
-        parts = [functional.linear(rows, unpack(weight[i:i + tile], inputs.dtype)) for i in range(0, out, tile)]
+        parts = [
+            functional.linear(rows, unpack(weight[i : i + tile], inputs.dtype))
+            for i in range(0, out, tile)
+        ]
         result = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return result.view(*inputs.shape[:-1], -1)
 
 
-def row_matmul(inputs: Tensor, weight: PackedWeight, norm: tuple[Tensor, float] | None = None, gated: bool = False,
-               added_to: Tensor | None = None, bits: int | None = None) -> Tensor:
-    """`packed_matmul` for one token, with what comes before and after it in a decoder layer: in all one kernel, which reads
-    weights while the kernel before still runs. So nothing may have changed them just before. The kernel takes inputs as
-    integers of 16 bits with a scale for every 16 to 32 of them.
+def row_matmul(
+    inputs: Tensor,
+    weight: PackedWeight,
+    norm: tuple[Tensor, float] | None = None,
+    gated: bool = False,
+    added_to: Tensor | None = None,
+    bits: int | None = None,
+) -> Tensor:
+    """`packed_matmul` for one token, with what comes before and after it in a decoder layer: in all
+    one kernel, which reads weights while the kernel before still runs. So nothing may have changed
+    them just before. The kernel takes inputs as integers of 16 bits with a scale for every 16 to 32
+    of them.
 
     Args:
         inputs: [1, in].
@@ -52,15 +65,19 @@ def row_matmul(inputs: Tensor, weight: PackedWeight, norm: tuple[Tensor, float] 
     if kernels and kernels.products.fits_one_row(inputs, weight):
         return kernels.products.row_matmul(inputs, weight, norm, gated, added_to, bits)
     normed = inputs if norm is None else add_rms_norm(inputs, None, *norm)
-    output = packed_matmul(normed, weight) if bits is None else integer_matmul(round_rows(normed, bits), weight)
+    output = (
+        packed_matmul(normed, weight)
+        if bits is None
+        else integer_matmul(round_rows(normed, bits), weight)
+    )
     if gated:
         output = silu_mul(*output.chunk(2, -1))
     return output if added_to is None else added_to.add_(output)
 
 
 def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
-    """Rounded inputs times the transposed weight of 8 bits, one symmetric group per row: [rows, out]. On a card from
-    compute capability 8.0 on products of integers with integer sums.
+    """Rounded inputs times the transposed weight of 8 bits, one symmetric group per row: [rows,
+    out]. On a card from compute capability 8.0 on products of integers with integer sums.
     """
     rows, channels = inputs.codes.shape
     kernels = triton_kernels(inputs.codes)
@@ -69,7 +86,11 @@ def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
     whole = supports(TENSOR_CORES) and rows > FUSED_ROWS
     if inputs.codes.is_cuda and whole and len(weight.packed) % 8 == channels % 8 == 0:
         sums = torch._int_mm(inputs.codes, weight.packed.T)
-        return (sums * inputs.scale.float()).mul_(weight.scale.view(1, -1).float()).to(inputs.scale.dtype)
+        return (
+            (sums * inputs.scale.float())
+            .mul_(weight.scale.view(1, -1).float())
+            .to(inputs.scale.dtype)
+        )
     return packed_matmul(inputs.values(), weight)
 
 
@@ -95,9 +116,16 @@ def round_rows(inputs: Tensor, bits: int) -> Rounded:
     return Rounded(codes.to(torch.int8), scale)
 
 
-def add_rms_norm(hidden: Tensor, update: Tensor | None, gain: Tensor, epsilon: float, bits: int | None = None,
-                 ) -> Tensor | Rounded:
-    """RMSNorm of hidden [rows, size] after `update`, if any, has been added to it in place; rounded to `bits`, if given."""
+def add_rms_norm(
+    hidden: Tensor,
+    update: Tensor | None,
+    gain: Tensor,
+    epsilon: float,
+    bits: int | None = None,
+) -> Tensor | Rounded:
+    """RMSNorm of hidden [rows, size] after `update`, if any, has been added to it in place; rounded
+    to `bits`, if given.
+    """
     if kernels := triton_kernels(hidden):
         return kernels.inference.add_rms_norm(hidden, update, gain, epsilon, bits)
     if update is not None:
@@ -108,8 +136,16 @@ def add_rms_norm(hidden: Tensor, update: Tensor | None, gain: Tensor, epsilon: f
     return normed if bits is None else round_rows(normed, bits)
 
 
-def attend(projected: Tensor, rotary: Rotary, positions: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """Attention of one new token per row, whose key and value are put into the cache: [rows, heads * size].
+def attend(
+    projected: Tensor,
+    rotary: Rotary,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+) -> Tensor:
+    """Attention of one new token per row, whose key and value are put into the cache: [rows, heads
+    * size].
 
     Args:
         projected: [rows, (heads + 2 * key-value heads) * size], queries, keys, values side by side.
@@ -122,27 +158,39 @@ def attend(projected: Tensor, rotary: Rotary, positions: Tensor, keys: Tensor, v
     heads = projected.view(len(projected), -1, size)
     query, key, value = heads.split([heads.shape[1] - 2 * key_heads, key_heads, key_heads], dim=1)
     if rotary.norms is not None:
-        query, key = (add_rms_norm(part.clone(), None, gain, rotary.norms[2])
-                      for part, gain in ((query, rotary.norms[0]), (key, rotary.norms[1])))
+        query, key = (
+            add_rms_norm(part.clone(), None, gain, rotary.norms[2])
+            for part, gain in ((query, rotary.norms[0]), (key, rotary.norms[1]))
+        )
     turn, tilt = (table[positions].unsqueeze(1) for table in (rotary.cosine, rotary.sine))
-    query, key = (part * turn + torch.cat([-part[..., size // 2:], part[..., :size // 2]], -1) * tilt for part in (query, key))
+    query, key = (
+        part * turn + torch.cat([-part[..., size // 2 :], part[..., : size // 2]], -1) * tilt
+        for part in (query, key)
+    )
     rows = torch.arange(len(projected), device=projected.device)
     keys[rows, :, positions], values[rows, :, positions] = key, value
     seen = torch.arange(length, device=query.device) <= positions[:, None]
-    return functional.scaled_dot_product_attention(query.unsqueeze(2), keys, values, seen[:, None, None], scale=scaling,
-                                                   enable_gqa=True).flatten(1)
+    return functional.scaled_dot_product_attention(
+        query.unsqueeze(2), keys, values, seen[:, None, None], scale=scaling, enable_gqa=True
+    ).flatten(1)
 
 
 def rotate_heads(heads: Tensor, cosine: Tensor, sine: Tensor) -> None:
-    """Turn heads [batch, length, heads, size] in place by the rotary embedding; cosine and sine [1 or batch, length, size]."""
+    """Turn heads [batch, length, heads, size] in place by the rotary embedding; cosine and sine [1
+    or batch, length, size].
+    """
     if kernels := triton_kernels(heads):
         return kernels.inference.rotate_heads(heads, cosine, sine)
-    turned = torch.cat([-heads[..., heads.shape[-1] // 2:], heads[..., :heads.shape[-1] // 2]], -1)
+    turned = torch.cat(
+        [-heads[..., heads.shape[-1] // 2 :], heads[..., : heads.shape[-1] // 2]], -1
+    )
     heads.copy_(heads * cosine.unsqueeze(2) + turned * sine.unsqueeze(2))
 
 
 def silu_mul(gate: Tensor, up: Tensor, bits: int | None = None) -> Tensor | Rounded:
-    """silu(gate) * up of two tensors [rows, size], which may be halves of a wider one; rounded to `bits`, if given."""
+    """silu(gate) * up of two tensors [rows, size], which may be halves of a wider one; rounded to
+    `bits`, if given.
+    """
     if kernels := triton_kernels(gate):
         return kernels.inference.silu_mul(gate, up, bits)
     product = functional.silu(gate) * up
@@ -150,7 +198,8 @@ def silu_mul(gate: Tensor, up: Tensor, bits: int | None = None) -> Tensor | Roun
 
 
 def largest_index(values: Tensor) -> Tensor:
-    """The index of the largest of each row of values [rows, size], the first of equal ones: [rows]."""
+    """The index of the largest of each row of values [rows, size], the first of equal ones:
+    [rows]."""
     if kernels := triton_kernels(values):
         return kernels.inference.largest_index(values)
     return values.argmax(-1)

@@ -1,4 +1,6 @@
-"""The Triton kernels behind `common.kernels.inference`, which says what each computes; the products are in `products_triton`."""
+"""The Triton kernels behind `common.kernels.inference`, which says what each computes; the products
+are in `products_triton`.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +12,58 @@ from torch import Tensor
 from common.kernels.forms import Rotary, Rounded
 from common.kernels.launch_triton import begin, counters, launch, round_to_step, step_of_token
 
-# Attention over longer contexts is split between programs; the last of them to finish joins their results.
+# Attention over longer contexts is split between programs; the last of them to finish joins their
+# results.
 SPLIT_LENGTH, BLOCK_LENGTH = 512, 64
 
 
 def _empty_rounded(rows: int, size: int, like: Tensor) -> Rounded:
-    return Rounded(torch.empty(rows, size, device=like.device, dtype=torch.int8),
-                   torch.empty(rows, 1, device=like.device, dtype=like.dtype))
+    return Rounded(
+        torch.empty(rows, size, device=like.device, dtype=torch.int8),
+        torch.empty(rows, 1, device=like.device, dtype=like.dtype),
+    )
 
 
 def round_rows(inputs: Tensor, bits: int) -> Rounded:
     rows, size = inputs.shape
     result = _empty_rounded(rows, size, inputs)
-    _round_rows[(rows,)](inputs, result.codes, result.scale, size, torch.finfo(inputs.dtype).eps, BITS=bits,
-                         BLOCK=triton.next_power_of_2(size), num_warps=8 if size > 2048 else 4, **launch())
+    _round_rows[(rows,)](
+        inputs,
+        result.codes,
+        result.scale,
+        size,
+        torch.finfo(inputs.dtype).eps,
+        BITS=bits,
+        BLOCK=triton.next_power_of_2(size),
+        num_warps=8 if size > 2048 else 4,
+        **launch(),
+    )
     return result
 
 
 @triton.jit
-def _round_rows(inputs, codes, scale, size, smallest, BITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def _round_rows(
+    inputs,
+    codes,
+    scale,
+    size,
+    smallest,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     begin(OVERLAP)
     column = tl.arange(0, BLOCK)
     mask = column < size
     place = tl.program_id(0).to(tl.int64) * size + column
-    _store_rounded(tl.load(inputs + place, mask=mask, other=0.0), codes + place, scale + tl.program_id(0), mask, smallest, BITS)
+    _store_rounded(
+        tl.load(inputs + place, mask=mask, other=0.0),
+        codes + place,
+        scale + tl.program_id(0),
+        mask,
+        smallest,
+        BITS,
+    )
 
 
 @triton.jit
@@ -47,20 +77,49 @@ def _store_rounded(value, codes, scale, mask, smallest, BITS: tl.constexpr):
     tl.store(scale, step.to(dtype))
 
 
-def add_rms_norm(hidden: Tensor, update: Tensor | None, gain: Tensor, epsilon: float, bits: int | None = None,
-                 ) -> Tensor | Rounded:
+def add_rms_norm(
+    hidden: Tensor,
+    update: Tensor | None,
+    gain: Tensor,
+    epsilon: float,
+    bits: int | None = None,
+) -> Tensor | Rounded:
     rows, size = hidden.shape
     result = torch.empty_like(hidden) if bits is None else _empty_rounded(rows, size, hidden)
     output, scale = (result, result) if bits is None else (result.codes, result.scale)
-    _add_rms_norm[(rows,)](hidden, update, gain, output, scale, size, epsilon, torch.finfo(hidden.dtype).eps,
-                           HAS_UPDATE=update is not None, BITS=bits or 0, BLOCK=triton.next_power_of_2(size),
-                           num_warps=8 if size > 2048 else 4, **launch())
+    _add_rms_norm[(rows,)](
+        hidden,
+        update,
+        gain,
+        output,
+        scale,
+        size,
+        epsilon,
+        torch.finfo(hidden.dtype).eps,
+        HAS_UPDATE=update is not None,
+        BITS=bits or 0,
+        BLOCK=triton.next_power_of_2(size),
+        num_warps=8 if size > 2048 else 4,
+        **launch(),
+    )
     return result
 
 
 @triton.jit
-def _add_rms_norm(hidden, update, gain, output, scale, size, epsilon, smallest, HAS_UPDATE: tl.constexpr, BITS: tl.constexpr,
-                  BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def _add_rms_norm(
+    hidden,
+    update,
+    gain,
+    output,
+    scale,
+    size,
+    epsilon,
+    smallest,
+    HAS_UPDATE: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     begin(OVERLAP)
     dtype: tl.constexpr = hidden.dtype.element_ty
     column = tl.arange(0, BLOCK)
@@ -68,51 +127,110 @@ def _add_rms_norm(hidden, update, gain, output, scale, size, epsilon, smallest, 
     mask = column < size
     value = tl.load(hidden + place, mask=mask, other=0.0)
     if HAS_UPDATE:
-        value = (value.to(tl.float32) + tl.load(update + place, mask=mask, other=0.0).to(tl.float32)).to(dtype)
+        value = (
+            value.to(tl.float32) + tl.load(update + place, mask=mask, other=0.0).to(tl.float32)
+        ).to(dtype)
         tl.store(hidden + place, value, mask=mask)
     exact = value.to(tl.float32)
     exact *= tl.rsqrt(tl.sum(exact * exact, 0) / size + epsilon)
-    normed = (tl.load(gain + column, mask=mask, other=0.0).to(tl.float32) * exact.to(dtype).to(tl.float32)).to(dtype)
+    normed = (
+        tl.load(gain + column, mask=mask, other=0.0).to(tl.float32) * exact.to(dtype).to(tl.float32)
+    ).to(dtype)
     if BITS == 0:
         tl.store(output + place, normed, mask=mask)
     else:
         _store_rounded(normed, output + place, scale + tl.program_id(0), mask, smallest, BITS)
 
 
-def attend(projected: Tensor, rotary: Rotary, positions: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+def attend(
+    projected: Tensor,
+    rotary: Rotary,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+) -> Tensor:
     rows, key_heads, length, size = keys.shape
     heads = projected.shape[1] // size - 2 * key_heads
     splits = triton.cdiv(length, SPLIT_LENGTH)
     block_heads = max(16, triton.next_power_of_2(heads // key_heads))
     output = torch.empty(rows, heads * size, device=projected.device, dtype=projected.dtype)
     # A partial result and, after it, its largest score and its sum of weights.
-    partial = torch.empty(rows, heads, splits, size + 2, device=projected.device) if splits > 1 else output
+    partial = (
+        torch.empty(rows, heads, splits, size + 2, device=projected.device)
+        if splits > 1
+        else output
+    )
     counts = counters(rows * key_heads, projected.device) if splits > 1 else positions
     query_gain, key_gain, epsilon = rotary.norms or (None, None, 0.0)
     _attend[(rows, key_heads, splits)](
-        projected, rotary.cosine, rotary.sine, query_gain, key_gain, epsilon, positions, keys, values, output, partial, counts,
-        length, keys.stride(0), scaling, KEY_HEADS=key_heads, HEADS_PER_KEY=heads // key_heads, BLOCK_HEADS=block_heads,
-        SIZE=size, HAS_NORMS=rotary.norms is not None, SPLITS=splits, SPLIT=SPLIT_LENGTH, BLOCK=BLOCK_LENGTH, num_warps=4,
-        **launch())
+        projected,
+        rotary.cosine,
+        rotary.sine,
+        query_gain,
+        key_gain,
+        epsilon,
+        positions,
+        keys,
+        values,
+        output,
+        partial,
+        counts,
+        length,
+        keys.stride(0),
+        scaling,
+        KEY_HEADS=key_heads,
+        HEADS_PER_KEY=heads // key_heads,
+        BLOCK_HEADS=block_heads,
+        SIZE=size,
+        HAS_NORMS=rotary.norms is not None,
+        SPLITS=splits,
+        SPLIT=SPLIT_LENGTH,
+        BLOCK=BLOCK_LENGTH,
+        num_warps=4,
+        **launch(),
+    )
     return output
 
 
 @triton.jit
-def _attend(projected, cosine, sine, query_gain, key_gain, epsilon, positions, keys, values, output, partial, counters, length,
-            row_stride, scaling, KEY_HEADS: tl.constexpr, HEADS_PER_KEY: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-            SIZE: tl.constexpr, HAS_NORMS: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
-            OVERLAP: tl.constexpr):
+def _attend(
+    projected,
+    cosine,
+    sine,
+    query_gain,
+    key_gain,
+    epsilon,
+    positions,
+    keys,
+    values,
+    output,
+    partial,
+    counters,
+    length,
+    row_stride,
+    scaling,
+    KEY_HEADS: tl.constexpr,
+    HEADS_PER_KEY: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     HEADS: tl.constexpr = KEY_HEADS * HEADS_PER_KEY
     dtype: tl.constexpr = projected.dtype.element_ty
     row, key_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     member, lane = tl.arange(0, BLOCK_HEADS), tl.arange(0, SIZE)
-    other = (lane + SIZE // 2) % SIZE                                           # what the rotation mixes a channel with
+    other = (lane + SIZE // 2) % SIZE  # what the rotation mixes a channel with
     sign = tl.where(lane < SIZE // 2, -1.0, 1.0)
     mine = (member < HEADS_PER_KEY)[:, None]
     position = tl.load(positions + row).to(tl.int32)
     turn = tl.load(cosine + position * SIZE + lane).to(tl.float32)
     tilt = tl.load(sine + position * SIZE + lane).to(tl.float32) * sign
-    begin(OVERLAP)                                                              # the kernel before has no part in those
+    begin(OVERLAP)  # the kernel before has no part in those
     origin = split * SPLIT
     if origin > position:
         return
@@ -125,20 +243,25 @@ def _attend(projected, cosine, sine, query_gain, key_gain, epsilon, positions, k
     if HAS_NORMS:
         exact = query.to(tl.float32)
         factor = tl.rsqrt(tl.sum(exact * exact, 1) / SIZE + epsilon)[:, None]
-        query = (exact * factor).to(dtype).to(tl.float32) * tl.load(query_gain + lane).to(tl.float32)[None, :]
-        query_mix = (query_mix.to(tl.float32) * factor).to(dtype).to(tl.float32) * \
-            tl.load(query_gain + other).to(tl.float32)[None, :]
+        query = (exact * factor).to(dtype).to(tl.float32) * tl.load(query_gain + lane).to(
+            tl.float32
+        )[None, :]
+        query_mix = (query_mix.to(tl.float32) * factor).to(dtype).to(tl.float32) * tl.load(
+            query_gain + other
+        ).to(tl.float32)[None, :]
         exact = key.to(tl.float32)
         factor = tl.rsqrt(tl.sum(exact * exact, 0) / SIZE + epsilon)
         key = (exact * factor).to(dtype).to(tl.float32) * tl.load(key_gain + lane).to(tl.float32)
-        key_mix = (key_mix.to(tl.float32) * factor).to(dtype).to(tl.float32) * tl.load(key_gain + other).to(tl.float32)
+        key_mix = (key_mix.to(tl.float32) * factor).to(dtype).to(tl.float32) * tl.load(
+            key_gain + other
+        ).to(tl.float32)
     q = (query.to(tl.float32) * turn[None, :] + query_mix.to(tl.float32) * tilt[None, :]).to(dtype)
     base = row * row_stride + key_head * length * SIZE
     end = tl.minimum(position, origin + SPLIT)
     largest = tl.full((BLOCK_HEADS,), -1e30, tl.float32)
     weight = tl.zeros((BLOCK_HEADS,), tl.float32)
     total = tl.zeros((BLOCK_HEADS, SIZE), tl.float32)
-    if position // SPLIT == split:                                              # the new token itself
+    if position // SPLIT == split:  # the new token itself
         k = (key.to(tl.float32) * turn + key_mix.to(tl.float32) * tilt).to(dtype)
         v = tl.load(source + (HEADS + KEY_HEADS + key_head) * SIZE + lane)
         tl.store(keys + base + position * SIZE + lane, k)
@@ -161,7 +284,7 @@ def _attend(projected, cosine, sine, query_gain, key_gain, epsilon, positions, k
         weight = weight * decay + tl.sum(share, 1)
         largest = higher
     target = output + (row * HEADS + head)[:, None] * SIZE + lane[None, :]
-    busy = position // SPLIT + 1                                                # splits that have something to add
+    busy = position // SPLIT + 1  # splits that have something to add
     if busy == 1:
         tl.store(target, (total / weight[:, None]).to(dtype), mask=mine)
     else:
@@ -183,7 +306,10 @@ def _attend(projected, cosine, sine, query_gain, key_gain, epsilon, positions, k
                 decay, share = tl.exp(largest - higher), tl.exp(one - higher)
                 found = tl.load(place[:, None] + lane[None, :], mask=mine, other=0.0)
                 total = total * decay[:, None] + found * share[:, None]
-                weight = weight * decay + tl.load(place + SIZE + 1, mask=member < HEADS_PER_KEY, other=1.0) * share
+                weight = (
+                    weight * decay
+                    + tl.load(place + SIZE + 1, mask=member < HEADS_PER_KEY, other=1.0) * share
+                )
                 largest = higher
             tl.store(target, (total / weight[:, None]).to(dtype), mask=mine)
             tl.store(counter, 0)
@@ -191,13 +317,32 @@ def _attend(projected, cosine, sine, query_gain, key_gain, epsilon, positions, k
 
 def rotate_heads(heads: Tensor, cosine: Tensor, sine: Tensor) -> None:
     batch, length, count, size = heads.shape
-    _rotate_heads[(batch * length,)](heads, cosine, sine, count, length, 0 if len(cosine) == 1 else length, HALF=size // 2,
-                                     BLOCK=triton.next_power_of_2(count * size // 2), num_warps=4, **launch())
+    _rotate_heads[(batch * length,)](
+        heads,
+        cosine,
+        sine,
+        count,
+        length,
+        0 if len(cosine) == 1 else length,
+        HALF=size // 2,
+        BLOCK=triton.next_power_of_2(count * size // 2),
+        num_warps=4,
+        **launch(),
+    )
 
 
 @triton.jit
-def _rotate_heads(heads, cosine, sine, count, length, table_stride, HALF: tl.constexpr, BLOCK: tl.constexpr,
-                  OVERLAP: tl.constexpr):
+def _rotate_heads(
+    heads,
+    cosine,
+    sine,
+    count,
+    length,
+    table_stride,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """A program turns all heads of a token, whose halves are the parts of complex numbers."""
     begin(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
@@ -208,8 +353,12 @@ def _rotate_heads(heads, cosine, sine, count, length, table_stride, HALF: tl.con
     table = (token // length * table_stride + token % length) * 2 * HALF + lane
     one = tl.load(first, mask=mask, other=0.0).to(tl.float32)
     two = tl.load(first + HALF, mask=mask, other=0.0).to(tl.float32)
-    turned = one * tl.load(cosine + table).to(tl.float32) - two * tl.load(sine + table).to(tl.float32)
-    other = two * tl.load(cosine + table + HALF).to(tl.float32) + one * tl.load(sine + table + HALF).to(tl.float32)
+    turned = one * tl.load(cosine + table).to(tl.float32) - two * tl.load(sine + table).to(
+        tl.float32
+    )
+    other = two * tl.load(cosine + table + HALF).to(tl.float32) + one * tl.load(
+        sine + table + HALF
+    ).to(tl.float32)
     tl.store(first, turned.to(heads.dtype.element_ty), mask=mask)
     tl.store(first + HALF, other.to(heads.dtype.element_ty), mask=mask)
 
@@ -218,17 +367,43 @@ def silu_mul(gate: Tensor, up: Tensor, bits: int | None = None) -> Tensor | Roun
     rows, size = gate.shape
     # A rounded token has to be in one program.
     block = 1024 if bits is None else triton.next_power_of_2(size)
-    result = torch.empty(rows, size, device=gate.device, dtype=gate.dtype) if bits is None else _empty_rounded(rows, size, gate)
+    result = (
+        torch.empty(rows, size, device=gate.device, dtype=gate.dtype)
+        if bits is None
+        else _empty_rounded(rows, size, gate)
+    )
     output, scale = (result, result) if bits is None else (result.codes, result.scale)
     _silu_mul[(rows, triton.cdiv(size, block))](
-        gate, up, output, scale, gate.stride(0), up.stride(0), size, torch.finfo(gate.dtype).eps, BITS=bits or 0, BLOCK=block,
-        num_warps=4 if bits is None else 16, **launch())
+        gate,
+        up,
+        output,
+        scale,
+        gate.stride(0),
+        up.stride(0),
+        size,
+        torch.finfo(gate.dtype).eps,
+        BITS=bits or 0,
+        BLOCK=block,
+        num_warps=4 if bits is None else 16,
+        **launch(),
+    )
     return result
 
 
 @triton.jit
-def _silu_mul(gate, up, output, scale, gate_stride, up_stride, size, smallest, BITS: tl.constexpr, BLOCK: tl.constexpr,
-              OVERLAP: tl.constexpr):
+def _silu_mul(
+    gate,
+    up,
+    output,
+    scale,
+    gate_stride,
+    up_stride,
+    size,
+    smallest,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     begin(OVERLAP)
     dtype: tl.constexpr = gate.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -236,7 +411,9 @@ def _silu_mul(gate, up, output, scale, gate_stride, up_stride, size, smallest, B
     mask = column < size
     value = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
     value = (value * tl.sigmoid(value)).to(dtype).to(tl.float32)
-    product = (value * tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)).to(dtype)
+    product = (
+        value * tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
+    ).to(dtype)
     if BITS == 0:
         tl.store(output + row * size + column, product, mask=mask)
     else:
@@ -249,8 +426,12 @@ def largest_index(values: Tensor) -> Tensor:
     best = torch.empty(rows, parts, device=values.device)
     index = torch.empty(rows, parts, device=values.device, dtype=torch.int32)
     result = torch.empty(rows, device=values.device, dtype=torch.long)
-    _largest_in_part[(rows, parts)](values, best, index, size, parts, BLOCK=2048, num_warps=4, **launch())
-    _largest_of_parts[(rows,)](best, index, result, parts, BLOCK=triton.next_power_of_2(parts), num_warps=1, **launch())
+    _largest_in_part[(rows, parts)](
+        values, best, index, size, parts, BLOCK=2048, num_warps=4, **launch()
+    )
+    _largest_of_parts[(rows,)](
+        best, index, result, parts, BLOCK=triton.next_power_of_2(parts), num_warps=1, **launch()
+    )
     return result
 
 
@@ -259,7 +440,9 @@ def _largest_in_part(values, best, index, size, parts, BLOCK: tl.constexpr, OVER
     begin(OVERLAP)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = part * BLOCK + tl.arange(0, BLOCK)
-    found = tl.load(values + row * size + column, mask=column < size, other=float("-inf")).to(tl.float32)
+    found = tl.load(values + row * size + column, mask=column < size, other=float("-inf")).to(
+        tl.float32
+    )
     largest = tl.max(found, 0)
     tl.store(best + row * parts + part, largest)
     tl.store(index + row * parts + part, tl.min(tl.where(found == largest, column, size), 0))

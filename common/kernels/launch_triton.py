@@ -11,20 +11,22 @@ from torch import Tensor
 
 from common.base import gpu
 
-# Added and subtracted, it leaves no room for a fraction: rounding to the nearest integer, half to even. The sum alone has the
-# integer as its last bits.
+# Added and subtracted, it leaves no room for a fraction: rounding to the nearest integer, half to
+# even. The sum alone has the integer as its last bits.
 MAGIC = tl.constexpr(12582912.0)
 
 
 def launch() -> dict:
-    """How kernels are launched: on Hopper and later while the kernel before still runs (programmatic dependent launch)."""
+    """How kernels are launched: on Hopper and later while the kernel before still runs
+    (programmatic dependent launch).
+    """
     overlap = gpu.supports(gpu.DEPENDENT_LAUNCH)
     return {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}
 
 
 def stages(most: int, size: int) -> int:
-    """How many loads of `size` bytes may be on their way: at most `most`, and what a program's shared
-    memory has room for, which is less than half of a Hopper's on a desktop card.
+    """How many loads of `size` bytes may be on their way: at most `most`, and what a program's
+    shared memory has room for, which is less than half of a Hopper's on a desktop card.
     """
     return max(1, min(most, (gpu.card().shared_memory - (1 << 14)) // size))
 
@@ -50,7 +52,9 @@ def nearest(value):
 
 @triton.jit
 def step_of_token(largest, dtype: tl.constexpr, smallest, BITS: tl.constexpr):
-    """The scale of a token whose largest magnitude is given; it and codes are rounded to the values' own type, as torch does."""
+    """The scale of a token whose largest magnitude is given; it and codes are rounded to the
+    values' own type, as torch does.
+    """
     step = (largest / (((1 << BITS) - 1) / 2)).to(dtype).to(tl.float32)
     return tl.where(step > 0, step, smallest)
 

@@ -1,4 +1,6 @@
-"""Triton kernels of products with packed weights, and of unpacking; `common.kernels.inference` says what each computes."""
+"""Triton kernels of products with packed weights, and of unpacking; `common.kernels.inference` says
+what each computes.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,25 @@ import triton.language as tl
 from torch import Tensor
 
 from common.kernels.forms import PackedWeight, Rounded
-from common.kernels.launch_triton import MAGIC, begin, counters, launch, round_to_step, stages, step_of_token
+from common.kernels.launch_triton import (
+    MAGIC,
+    begin,
+    counters,
+    launch,
+    round_to_step,
+    stages,
+    step_of_token,
+)
 
-# Of a product: output channels of a program, for few and for many of them, and warps; then programs it should have at least, so
-# that every multiprocessor has work, and loads on their way. Measured on an H200 for the linears of the Llama-3.2-1B shape
-# (benchmarks/packed_product_sweep.py).
+# Of a product: output channels of a program, for few and for many of them, and warps; then programs
+# it should have at least, so that every multiprocessor has work, and loads on their way. Measured
+# on an H200 for the linears of the Llama-3.2-1B shape (benchmarks/packed_product_sweep.py).
 BLOCK_OUT, BLOCK_OUT_WIDE, WARPS = 64, 128, 4
 FLOATS, INTEGERS = (264, 3), (132, 5)
 # Programs that a product with one row should have at least.
 PROGRAMS = 128
-# Conversions of integers are rare units' work. A float with one of these exponents has an integer as its last bits, and is
-# that integer plus a power of two.
+# Conversions of integers are rare units' work. A float with one of these exponents has an integer
+# as its last bits, and is that integer plus a power of two.
 _EXPONENT_32, _POWER_32 = tl.constexpr(0x4B000000), tl.constexpr(8388608.0)
 _EXPONENT_BF16, _POWER_BF16 = tl.constexpr(0x4300), tl.constexpr(128.0)
 _EXPONENT_FP16, _POWER_FP16 = tl.constexpr(0x6400), tl.constexpr(1024.0)
@@ -28,50 +38,100 @@ def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     rows, channels = inputs.shape
     if rows == 1 and fits_one_row(inputs, weight):
         return row_matmul(inputs, weight, early=False)
-    if weight.block < 32:                                                       # no product of so few channels
+    if weight.block < 32:  # no product of so few channels
         return inputs @ unpack(weight, inputs.dtype).T
     output, arguments, form = _product(inputs, weight, inputs.dtype, weight.block, *FLOATS)
-    grid, names = arguments.pop("grid"), {"BITS": weight.bits, "HAS_ZERO": weight.zero_point is not None}
-    _matmul[grid](inputs, weight.packed, weight.scale, weight.zero_point, output, **arguments,
-                  size=channels // weight.scale.shape[1], **names, **form, **launch())
+    grid, names = (
+        arguments.pop("grid"),
+        {"BITS": weight.bits, "HAS_ZERO": weight.zero_point is not None},
+    )
+    _matmul[grid](
+        inputs,
+        weight.packed,
+        weight.scale,
+        weight.zero_point,
+        output,
+        **arguments,
+        size=channels // weight.scale.shape[1],
+        **names,
+        **form,
+        **launch(),
+    )
     return output
 
 
 def fits_one_row(inputs: Tensor, weight: PackedWeight) -> bool:
-    """Whether the kernel for one row can do it, whose programs have a thread for every four words of a channel."""
+    """Whether the kernel for one row can do it, whose programs have a thread for every four words
+    of a channel.
+    """
     return weight.block >= 32 and inputs.element_size() == 2 and _lanes(weight) <= 1024
 
 
 def _lanes(weight: PackedWeight) -> int:
-    """Threads of a program of one row's product; at least as many as there are four words in a channel."""
-    return triton.next_power_of_2(weight.shape[1] // weight.block) * weight.block * weight.bits // 128
+    """Threads of a program of one row's product; at least as many as there are four words in a
+    channel.
+    """
+    return (
+        triton.next_power_of_2(weight.shape[1] // weight.block) * weight.block * weight.bits // 128
+    )
 
 
 def _members(weight: PackedWeight) -> int:
-    """Output channels of a program of one row's product: many, but fewer where it has many threads or there are few programs.
-    Measured as above.
+    """Output channels of a program of one row's product: many, but fewer where it has many threads
+    or there are few programs. Measured as above.
     """
     lanes = _lanes(weight)
     most = 32 if lanes <= 128 else 8 if lanes <= 512 else 4
     return min(most, 1 << max(2, (len(weight.packed) // PROGRAMS).bit_length() - 1))
 
 
-def row_matmul(inputs: Tensor, weight: PackedWeight, norm: tuple[Tensor, float] | None = None, gated: bool = False,
-               added_to: Tensor | None = None, bits: int | None = None, early: bool = True) -> Tensor:
+def row_matmul(
+    inputs: Tensor,
+    weight: PackedWeight,
+    norm: tuple[Tensor, float] | None = None,
+    gated: bool = False,
+    added_to: Tensor | None = None,
+    bits: int | None = None,
+    early: bool = True,
+) -> Tensor:
     """Args: early: read weights before the kernel before ends."""
     out, channels = weight.shape
     block_out = _members(weight)
     gain, epsilon = norm or (None, 0.0)
     if gated:
         out //= 2
-    output = added_to if added_to is not None else torch.empty(1, out, device=inputs.device, dtype=inputs.dtype)
+    output = (
+        added_to
+        if added_to is not None
+        else torch.empty(1, out, device=inputs.device, dtype=inputs.dtype)
+    )
     pieces, warps = channels // weight.block, max(1, _lanes(weight) // 32)
     _matvec[(triton.cdiv(out, block_out // 2 if gated else block_out),)](
-        inputs, weight.packed.view(torch.int32), weight.scale, weight.zero_point, gain, output, out, pieces,
-        pieces // weight.scale.shape[1], epsilon, torch.finfo(inputs.dtype).eps, BITS=weight.bits, INPUT_BITS=bits or 0,
-        HAS_ZERO=weight.zero_point is not None, HAS_NORM=norm is not None, GATED=gated, ADDED=added_to is not None, EARLY=early,
-        PIECE=weight.block * weight.bits // 32, BLOCK_OUT=block_out, PIECES=triton.next_power_of_2(pieces),
-        ASSEMBLY=inputs.is_cuda and torch.version.hip is None, num_warps=warps, **launch())
+        inputs,
+        weight.packed.view(torch.int32),
+        weight.scale,
+        weight.zero_point,
+        gain,
+        output,
+        out,
+        pieces,
+        pieces // weight.scale.shape[1],
+        epsilon,
+        torch.finfo(inputs.dtype).eps,
+        BITS=weight.bits,
+        INPUT_BITS=bits or 0,
+        HAS_ZERO=weight.zero_point is not None,
+        HAS_NORM=norm is not None,
+        GATED=gated,
+        ADDED=added_to is not None,
+        EARLY=early,
+        PIECE=weight.block * weight.bits // 32,
+        BLOCK_OUT=block_out,
+        PIECES=triton.next_power_of_2(pieces),
+        ASSEMBLY=inputs.is_cuda and torch.version.hip is None,
+        num_warps=warps,
+        **launch(),
+    )
     return output
 
 
@@ -82,12 +142,27 @@ def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
         return packed_matmul(inputs.values(), weight)
     output, arguments, form = _product(inputs.codes, weight, inputs.scale.dtype, block, *INTEGERS)
     grid = arguments.pop("grid")
-    _integer_matmul[grid](inputs.codes, inputs.scale, weight.packed, weight.scale, output, **arguments, **form, **launch())
+    _integer_matmul[grid](
+        inputs.codes,
+        inputs.scale,
+        weight.packed,
+        weight.scale,
+        output,
+        **arguments,
+        **form,
+        **launch(),
+    )
     return output
 
 
-def _product(inputs: Tensor, weight: PackedWeight, dtype: torch.dtype, block: int, programs: int, loads: int,
-             ) -> tuple[Tensor, dict, dict]:
+def _product(
+    inputs: Tensor,
+    weight: PackedWeight,
+    dtype: torch.dtype,
+    block: int,
+    programs: int,
+    loads: int,
+) -> tuple[Tensor, dict, dict]:
     """What both products are launched with: the output, arguments, and constants."""
     rows, channels = inputs.shape
     out, steps = len(weight.packed), channels // block
@@ -99,12 +174,29 @@ def _product(inputs: Tensor, weight: PackedWeight, dtype: torch.dtype, block: in
     output = torch.empty(rows, out, device=inputs.device, dtype=dtype)
     partial = torch.empty(splits, rows, out, device=inputs.device) if splits > 1 else output
     counts = counters(tiles, inputs.device) if splits > 1 else output
-    arguments = {"grid": (tiles, splits), "partial": partial, "counters": counts, "rows": rows, "out": out,
-                 "channels": channels, "steps": each}
+    arguments = {
+        "grid": (tiles, splits),
+        "partial": partial,
+        "counters": counts,
+        "rows": rows,
+        "out": out,
+        "channels": channels,
+        "steps": each,
+    }
     block_rows = max(16, triton.next_power_of_2(rows))
     bytes_of_stage = block * (block_out * weight.bits // 8 + block_rows * inputs.element_size())
-    return output, arguments, {"BLOCK_ROWS": block_rows, "BLOCK_OUT": block_out, "BLOCK": block, "SPLITS": splits,
-                               "num_warps": WARPS, "num_stages": stages(loads, bytes_of_stage)}
+    return (
+        output,
+        arguments,
+        {
+            "BLOCK_ROWS": block_rows,
+            "BLOCK_OUT": block_out,
+            "BLOCK": block,
+            "SPLITS": splits,
+            "num_warps": WARPS,
+            "num_stages": stages(loads, bytes_of_stage),
+        },
+    )
 
 
 @triton.jit
@@ -118,14 +210,28 @@ def _four(values):
 
 @triton.jit
 def _dot_bytes(total, codes, bytes, SIGNED: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """total plus the products of the four bytes of two words; those of codes are signed or not, the others are signed."""
+    """total plus the products of the four bytes of two words; those of codes are signed or not, the
+    others are signed.
+    """
     if ASSEMBLY:
         if SIGNED:
-            total = tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, bytes, total],
-                                              dtype=tl.int32, is_pure=True, pack=1)
+            total = tl.inline_asm_elementwise(
+                "dp4a.s32.s32 $0, $1, $2, $3;",
+                "=r,r,r,r",
+                [codes, bytes, total],
+                dtype=tl.int32,
+                is_pure=True,
+                pack=1,
+            )
         else:
-            total = tl.inline_asm_elementwise("dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, bytes, total],
-                                              dtype=tl.int32, is_pure=True, pack=1)
+            total = tl.inline_asm_elementwise(
+                "dp4a.u32.s32 $0, $1, $2, $3;",
+                "=r,r,r,r",
+                [codes, bytes, total],
+                dtype=tl.int32,
+                is_pure=True,
+                pack=1,
+            )
     else:
         for byte in tl.static_range(4):
             code = codes << (24 - 8 * byte) >> 24
@@ -137,7 +243,9 @@ def _dot_bytes(total, codes, bytes, SIGNED: tl.constexpr, ASSEMBLY: tl.constexpr
 
 @triton.jit
 def _bytes(values):
-    """Numbers [lanes, 4], rounded to integers of 16 bits, as two tensors [lanes]: four low and four high signed bytes."""
+    """Numbers [lanes, 4], rounded to integers of 16 bits, as two tensors [lanes]: four low and four
+    high signed bytes.
+    """
     # Half a low byte more makes low bytes signed.
     halves = (values + (MAGIC + 128)).to(tl.int32, bitcast=True)
     first, second, third, fourth = _four(tl.reshape(halves, (values.shape[0], 2, 2)))
@@ -147,13 +255,36 @@ def _bytes(values):
 
 
 @triton.jit
-def _matvec(inputs, packed, scale, zero_point, gain, output, out, pieces, group_pieces, epsilon, smallest,
-            BITS: tl.constexpr, INPUT_BITS: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_NORM: tl.constexpr, GATED: tl.constexpr,
-            ADDED: tl.constexpr, EARLY: tl.constexpr, PIECE: tl.constexpr, BLOCK_OUT: tl.constexpr, PIECES: tl.constexpr,
-            OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """One row times weights, in products of bytes with sums of integers. A piece is the words of a block of channels; a lane
-    reads four words of each output channel. Its inputs become integers of 16 bits, a high and a low byte, with a scale of their
-    own: that moves them by less than rounding the largest to bfloat16 did. With INPUT_BITS they are rounded as a token to at
+def _matvec(
+    inputs,
+    packed,
+    scale,
+    zero_point,
+    gain,
+    output,
+    out,
+    pieces,
+    group_pieces,
+    epsilon,
+    smallest,
+    BITS: tl.constexpr,
+    INPUT_BITS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    GATED: tl.constexpr,
+    ADDED: tl.constexpr,
+    EARLY: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    PIECES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """One row times weights, in products of bytes with sums of integers. A piece is the words of a
+    block of channels; a lane reads four words of each output channel. Its inputs become integers of
+    16 bits, a high and a low byte, with a scale of their
+    own: that moves them by less than rounding the largest to bfloat16 did. With INPUT_BITS they are
+    rounded as a token to at
     most 8 bits, a high byte. EARLY: weights are read before the kernel before ends.
     """
     if not EARLY:
@@ -161,16 +292,21 @@ def _matvec(inputs, packed, scale, zero_point, gain, output, out, pieces, group_
     CHUNKS: tl.constexpr = PIECE // 4
     LANES: tl.constexpr = PIECES * CHUNKS
     member = tl.arange(0, BLOCK_OUT)
-    if GATED:                                                                   # a gate, what it is for, the next gate ...
+    if GATED:  # a gate, what it is for, the next gate ...
         channel = tl.program_id(0) * (BLOCK_OUT // 2) + member // 2
         row = tl.minimum(channel, out - 1) + member % 2 * out
     else:
         channel = tl.program_id(0) * BLOCK_OUT + member
         row = tl.minimum(channel, out - 1)
     words, word = pieces * PIECE, tl.arange(0, LANES * 4)
-    codes = tl.load(packed + row[:, None] * words + word[None, :], mask=(word < words)[None, :], other=0)
+    codes = tl.load(
+        packed + row[:, None] * words + word[None, :], mask=(word < words)[None, :], other=0
+    )
     codes = _four(tl.reshape(codes, (BLOCK_OUT, LANES, 2, 2)))
-    group = row[:, None] * (pieces // group_pieces) + (tl.minimum(tl.arange(0, PIECES), pieces - 1) // group_pieces)[None, :]
+    group = (
+        row[:, None] * (pieces // group_pieces)
+        + (tl.minimum(tl.arange(0, PIECES), pieces - 1) // group_pieces)[None, :]
+    )
     step = tl.load(scale + group).to(tl.float32)
     zero = tl.full((BLOCK_OUT, PIECES), 8.0 if BITS == 4 else 0.0, tl.float32)
     if HAS_ZERO:
@@ -181,7 +317,7 @@ def _matvec(inputs, packed, scale, zero_point, gain, output, out, pieces, group_
     lane = tl.where(inside, tl.arange(0, LANES), 0)
     start = lane // CHUNKS * (PIECE * 32 // BITS) + lane % CHUNKS * 16
     channels = words * 32 // BITS
-    if HAS_NORM and INPUT_BITS:                                                 # the norm as it is rounded comes first
+    if HAS_NORM and INPUT_BITS:  # the norm as it is rounded comes first
         column = tl.arange(0, LANES * 128 // BITS)
         value = tl.load(inputs + column, mask=column < channels, other=0.0).to(tl.float32)
         inverse = tl.rsqrt(tl.sum(value * value, 0) / channels + epsilon)
@@ -194,7 +330,9 @@ def _matvec(inputs, packed, scale, zero_point, gain, output, out, pieces, group_
         if HAS_NORM:
             factor = tl.load(gain + place).to(tl.float32)
             if INPUT_BITS:
-                value = ((value * inverse).to(dtype).to(tl.float32) * factor).to(dtype).to(tl.float32)
+                value = (
+                    ((value * inverse).to(dtype).to(tl.float32) * factor).to(dtype).to(tl.float32)
+                )
             else:
                 squares += tl.sum(value * value, 1)
                 value *= factor
@@ -206,7 +344,10 @@ def _matvec(inputs, packed, scale, zero_point, gain, output, out, pieces, group_
         unit = tl.maximum(largest, 1e-30) * (1.0 / 32512)
     ones = tl.full((LANES,), 0x01010101, tl.int32)
     low_of_inputs, high_of_inputs = tl.zeros((LANES,), tl.int32), tl.zeros((LANES,), tl.int32)
-    low_sum, high_sum = tl.zeros((BLOCK_OUT, LANES), tl.int32), tl.zeros((BLOCK_OUT, LANES), tl.int32)
+    low_sum, high_sum = (
+        tl.zeros((BLOCK_OUT, LANES), tl.int32),
+        tl.zeros((BLOCK_OUT, LANES), tl.int32),
+    )
     for index in tl.static_range(32 // BITS):
         if INPUT_BITS:
             low, high = _bytes(round_to_step(values[index], unit, dtype, INPUT_BITS) * 256.0)
@@ -267,9 +408,27 @@ def _added(dtype: tl.constexpr):
 
 
 @triton.jit
-def _matmul(inputs, packed, scale, zero_point, output, partial, counters, rows, out, channels, steps, size, BITS: tl.constexpr,
-            HAS_ZERO: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK: tl.constexpr,
-            SPLITS: tl.constexpr, OVERLAP: tl.constexpr):
+def _matmul(
+    inputs,
+    packed,
+    scale,
+    zero_point,
+    output,
+    partial,
+    counters,
+    rows,
+    out,
+    channels,
+    steps,
+    size,
+    BITS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """Weights are the left factor, so that they go from registers into tensor cores."""
     begin(OVERLAP)
     dtype: tl.constexpr = inputs.dtype.element_ty
@@ -280,8 +439,14 @@ def _matmul(inputs, packed, scale, zero_point, output, partial, counters, rows, 
     total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
     first = tl.program_id(1) * steps * BLOCK
     for start in range(first, tl.minimum(first + steps * BLOCK, channels), BLOCK):
-        codes = tl.load(packed + channel.to(tl.int64)[:, None] * (channels * BITS // 8) + start * BITS // 8 + byte[None, :],
-                        mask=in_range, other=0)
+        codes = tl.load(
+            packed
+            + channel.to(tl.int64)[:, None] * (channels * BITS // 8)
+            + start * BITS // 8
+            + byte[None, :],
+            mask=in_range,
+            other=0,
+        )
         place = inputs + row[None, :] * channels + start + byte[:, None]
         value = tl.load(place, mask=known, other=0.0)
         if BITS == 4:
@@ -309,9 +474,24 @@ def _matmul(inputs, packed, scale, zero_point, output, partial, counters, rows, 
 
 
 @triton.jit
-def _integer_matmul(inputs, input_scale, packed, scale, output, partial, counters, rows, out, channels, steps,
-                    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-                    OVERLAP: tl.constexpr):
+def _integer_matmul(
+    inputs,
+    input_scale,
+    packed,
+    scale,
+    output,
+    partial,
+    counters,
+    rows,
+    out,
+    channels,
+    steps,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     begin(OVERLAP)
     channel = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row, byte = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK)
@@ -319,17 +499,35 @@ def _integer_matmul(inputs, input_scale, packed, scale, output, partial, counter
     total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.int32)
     first = tl.program_id(1) * steps * BLOCK
     for start in range(first, tl.minimum(first + steps * BLOCK, channels), BLOCK):
-        codes = tl.load(packed + channel.to(tl.int64)[:, None] * channels + start + byte[None, :], mask=in_range, other=0)
-        value = tl.load(inputs + row[None, :] * channels + start + byte[:, None], mask=known, other=0)
+        codes = tl.load(
+            packed + channel.to(tl.int64)[:, None] * channels + start + byte[None, :],
+            mask=in_range,
+            other=0,
+        )
+        value = tl.load(
+            inputs + row[None, :] * channels + start + byte[:, None], mask=known, other=0
+        )
         total = tl.dot(codes, value, total, out_dtype=tl.int32)
     step = tl.load(scale + channel, mask=channel < out, other=0.0).to(tl.float32)
     token = tl.load(input_scale + row, mask=row < rows, other=0.0).to(tl.float32)
-    _finish(total.to(tl.float32) * step[:, None] * token[None, :], output, partial, counters, rows, out, channel, row, SPLITS)
+    _finish(
+        total.to(tl.float32) * step[:, None] * token[None, :],
+        output,
+        partial,
+        counters,
+        rows,
+        out,
+        channel,
+        row,
+        SPLITS,
+    )
 
 
 @triton.jit
 def _finish(total, output, partial, counters, rows, out, channel, row, SPLITS: tl.constexpr):
-    """Store a tile [out, rows]; where channels are split between programs, the last one of the tile adds all up."""
+    """Store a tile [out, rows]; where channels are split between programs, the last one of the tile
+    adds all up.
+    """
     mask = (row < rows)[None, :] & (channel < out)[:, None]
     place = row[None, :] * out + channel[:, None]
     if SPLITS == 1:
@@ -351,14 +549,36 @@ def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     result = torch.empty(out, channels, device=weight.packed.device, dtype=dtype)
     block = min(2048, triton.next_power_of_2(channels))
     _unpack[(out, triton.cdiv(channels, block))](
-        weight.packed, weight.scale, weight.zero_point, result, channels, channels // weight.scale.shape[1], BITS=weight.bits,
-        HAS_ZERO=weight.zero_point is not None, PIECE=weight.block, BLOCK=block, num_warps=4, **launch())
+        weight.packed,
+        weight.scale,
+        weight.zero_point,
+        result,
+        channels,
+        channels // weight.scale.shape[1],
+        BITS=weight.bits,
+        HAS_ZERO=weight.zero_point is not None,
+        PIECE=weight.block,
+        BLOCK=block,
+        num_warps=4,
+        **launch(),
+    )
     return result
 
 
 @triton.jit
-def _unpack(packed, scale, zero_point, weight, channels, size, BITS: tl.constexpr, HAS_ZERO: tl.constexpr, PIECE: tl.constexpr,
-            BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def _unpack(
+    packed,
+    scale,
+    zero_point,
+    weight,
+    channels,
+    size,
+    BITS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -1,29 +1,40 @@
-"""What quantization spends its time on: the search for each group's range, and rounding a block of channels in turn."""
+"""What quantization spends its time on: the search for each group's range, and rounding a block of
+channels in turn.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from common.numerics.grid import Grid, grouped, min_max, power_, reciprocal_size, rounding_error
 from common.kernels.dispatch import triton_kernels
+from common.numerics.grid import Grid, grouped, min_max, power_, reciprocal_size, rounding_error
 
-# Candidates of the range search by bits: first and last share of the full range, and how many. They begin above 1, as a
-# zero-point rounded to an integer shifts the range by up to half a step, and a scale rounded to 16 bits changes it; at
-# 8 bits that is all there is to find (Gaussian weights with heavy tails: error 1.12 -> 1.02 of a float zero-point's).
+# Candidates of the range search by bits: first and last share of the full range, and how many. They
+# begin above 1, as a zero-point rounded to an integer shifts the range by up to half a step, and a
+# scale rounded to 16 bits changes it; at 8 bits that is all there is to find (Gaussian weights with
+# heavy tails: error 1.12 -> 1.02 of a float zero-point's).
 SEARCH = {4: (1.04, 0.4, 60), 8: (1.02, 0.94, 40)}
 
-# Elements of one working tile where many ranges are tried: small enough that its temporaries stay in a CPU's cache.
+# Elements of one working tile where many ranges are tried: small enough that its temporaries stay
+# in a CPU's cache.
 TILE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 25}
 
 
-def search_range(weight: Tensor, grid: Grid, importance: Tensor | None = None, norm: float = 2.0,
-                 scale_dtype: torch.dtype = torch.bfloat16,
-                 keep_larger_end: bool = False) -> tuple[Tensor, Tensor]:
-    """Shrink each group's range step by step and keep the scale and zero-point with the smallest weighted error.
+def search_range(
+    weight: Tensor,
+    grid: Grid,
+    importance: Tensor | None = None,
+    norm: float = 2.0,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    keep_larger_end: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Shrink each group's range step by step and keep the scale and zero-point with the smallest
+    weighted error.
 
-    The error of a candidate is sum_i importance_i * |w_i - q_i|^norm over the group. With `importance` the diagonal of
-    the Gram matrix this is the layer's output error, cross terms left out.
+    The error of a candidate is sum_i importance_i * |w_i - q_i|^norm over the group. With
+    `importance` the diagonal of the Gram matrix this is the layer's output error, cross terms left
+    out.
 
     Args:
         weight: [out, in].
@@ -36,9 +47,10 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor | None = None, n
     candidates = [1.0, *torch.linspace(first, last, steps).tolist()]
     kernels = triton_kernels(weight)
     if kernels and norm in (2.0, 4.0, 8.0):
-        return kernels.rounding.search_range(weight, grid, importance, norm, scale_dtype, candidates,
-                                             keep_larger_end)
-    groups = grouped(weight, grid)                                              # [out, groups, group]
+        return kernels.rounding.search_range(
+            weight, grid, importance, norm, scale_dtype, candidates, keep_larger_end
+        )
+    groups = grouped(weight, grid)  # [out, groups, group]
     factor = None if importance is None else grouped(importance.float().unsqueeze(0), grid)
     scales, zeros = [], []
     for part in groups.split(max(1, TILE_ELEMENTS[weight.device.type] // weight.shape[1])):
@@ -62,9 +74,18 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor | None = None, n
     return torch.cat(scales), torch.cat(zeros)
 
 
-def round_block(target: Tensor, shifted: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid,
-                codes: Tensor, error: Tensor) -> None:
-    """Round a block of channels in turn, each to the code nearest to shifted_j + sum over k < j of factor_jk error_k.
+def round_block(
+    target: Tensor,
+    shifted: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    grid: Grid,
+    codes: Tensor,
+    error: Tensor,
+) -> None:
+    """Round a block of channels in turn, each to the code nearest to shifted_j + sum over k < j of
+    factor_jk error_k.
 
     All are [block, out] but factor [block, block], of which the part below the diagonal counts.
 
@@ -77,6 +98,11 @@ def round_block(target: Tensor, shifted: Tensor, factor: Tensor, scale: Tensor, 
     inverse = 1.0 / scale
     for j in range(len(target)):
         value = torch.addmv(shifted[j], error[:j].T, factor[j, :j]) if j else shifted[j]
-        code = torch.mul(value, inverse[j]).round_().add_(zero_point[j]).clamp_(grid.code_min, grid.code_max)
+        code = (
+            torch.mul(value, inverse[j])
+            .round_()
+            .add_(zero_point[j])
+            .clamp_(grid.code_min, grid.code_max)
+        )
         codes[j] = code
         torch.sub(target[j], code.sub_(zero_point[j]).mul_(scale[j]), out=error[j])

@@ -1,4 +1,6 @@
-"""The Triton kernels behind `grid.search_range`, `rounding.round_block` and the steps of `adaround.learn_rounding`."""
+"""The Triton kernels behind `grid.search_range`, `rounding.round_block` and the steps of
+`adaround.learn_rounding`.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +9,65 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.numerics.grid import Grid, smallest_scale
-from common.kernels import adam
+from common.kernels import learning
 from common.kernels.launch_triton import nearest
+from common.numerics.grid import Grid, smallest_scale
 
 _STORED = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-def round_block(target: Tensor, shifted: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, codes: Tensor,
-                error: Tensor) -> None:
-    """`rounding.round_block`; a program keeps the errors of some rows in registers and goes through the channels."""
+def round_block(
+    target: Tensor,
+    shifted: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    grid: Grid,
+    codes: Tensor,
+    error: Tensor,
+) -> None:
+    """`rounding.round_block`; a program keeps the errors of some rows in registers and goes through
+    the channels.
+    """
     channels, rows = target.shape
     block_rows = 8
     # One warp: what is summed over channels then never leaves it.
     _round_block[(triton.cdiv(rows, block_rows),)](
-        target, shifted, factor, scale, zero_point, codes, error, rows, channels, factor.stride(0), CODE_MIN=grid.code_min,
-        CODE_MAX=grid.code_max, BLOCK_ROWS=block_rows, BLOCK_CHANNELS=triton.next_power_of_2(channels), num_warps=1)
+        target,
+        shifted,
+        factor,
+        scale,
+        zero_point,
+        codes,
+        error,
+        rows,
+        channels,
+        factor.stride(0),
+        CODE_MIN=grid.code_min,
+        CODE_MAX=grid.code_max,
+        BLOCK_ROWS=block_rows,
+        BLOCK_CHANNELS=triton.next_power_of_2(channels),
+        num_warps=1,
+    )
 
 
 @triton.jit
-def _round_block(target, shifted, factor, scale, zero_point, codes, error, rows, channels, stride, CODE_MIN: tl.constexpr,
-                 CODE_MAX: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+def _round_block(
+    target,
+    shifted,
+    factor,
+    scale,
+    zero_point,
+    codes,
+    error,
+    rows,
+    channels,
+    stride,
+    CODE_MIN: tl.constexpr,
+    CODE_MAX: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     mine = row < rows
     channel = tl.arange(0, BLOCK_CHANNELS)
@@ -48,7 +88,8 @@ def _round_block(target, shifted, factor, scale, zero_point, codes, error, rows,
         next_zero = tl.load(zero_point + next_place, mask=mine, other=0.0)
         next_start = tl.load(shifted + next_place, mask=mine, other=0.0)
         next_goal = tl.load(target + next_place, mask=mine, other=0.0)
-        # Errors of channels to come are still zero, so what the factor holds above its diagonal does not matter.
+        # Errors of channels to come are still zero, so what the factor holds above its diagonal
+        # does not matter.
         value = start + tl.sum(errors * pull[None, :], 1)
         code = nearest(value * (1.0 / step)) + zero
         code = tl.minimum(tl.maximum(code, CODE_MIN), CODE_MAX)
@@ -59,12 +100,24 @@ def _round_block(target, shifted, factor, scale, zero_point, codes, error, rows,
         pull, step, zero, start, goal = next_pull, next_step, next_zero, next_start, next_goal
 
 
-def search_range(weight: Tensor, grid: Grid, importance: Tensor | None, norm: float, scale_dtype: torch.dtype,
-                 candidates: list[float], keep_larger_end: bool = False) -> tuple[Tensor, Tensor]:
-    """`grid.search_range` for the norms 2, 4 and 8; a program keeps some groups in registers and tries all candidates."""
+def search_range(
+    weight: Tensor,
+    grid: Grid,
+    importance: Tensor | None,
+    norm: float,
+    scale_dtype: torch.dtype,
+    candidates: list[float],
+    keep_larger_end: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`grid.search_range` for the norms 2, 4 and 8; a program keeps some groups in registers and
+    tries all candidates.
+    """
     rows, channels = weight.shape
     # Kernels read memory as it lies, and the importance is often a diagonal.
-    weight, importance = weight.contiguous(), None if importance is None else importance.contiguous()
+    weight, importance = (
+        weight.contiguous(),
+        None if importance is None else importance.contiguous(),
+    )
     groups = grid.groups(channels)
     size = channels // groups
     scale = torch.empty(rows, groups, device=weight.device)
@@ -72,26 +125,63 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor | None, norm: fl
     block_size = triton.next_power_of_2(size)
     block_groups = max(1, 2048 // block_size)
     _search_range[(triton.cdiv(rows * groups, block_groups),)](
-        weight, importance, torch.tensor(candidates, device=weight.device), scale, zero_point, rows * groups, groups, size,
-        len(candidates), smallest_scale(scale_dtype), STORED=_STORED[scale_dtype], HAS_IMPORTANCE=importance is not None,
-        NORM=int(norm), KEEP_LARGER_END=keep_larger_end, SYMMETRIC=grid.symmetric, BITS=grid.bits, BLOCK_GROUPS=block_groups, BLOCK_SIZE=block_size,
-        num_warps=4)
+        weight,
+        importance,
+        torch.tensor(candidates, device=weight.device),
+        scale,
+        zero_point,
+        rows * groups,
+        groups,
+        size,
+        len(candidates),
+        smallest_scale(scale_dtype),
+        STORED=_STORED[scale_dtype],
+        HAS_IMPORTANCE=importance is not None,
+        NORM=int(norm),
+        KEEP_LARGER_END=keep_larger_end,
+        SYMMETRIC=grid.symmetric,
+        BITS=grid.bits,
+        BLOCK_GROUPS=block_groups,
+        BLOCK_SIZE=block_size,
+        num_warps=4,
+    )
     return scale, zero_point
 
 
 @triton.jit
-def _search_range(weight, importance, candidates, scale, zero_point, total, groups, size, count, smallest, STORED: tl.constexpr,
-                  HAS_IMPORTANCE: tl.constexpr, NORM: tl.constexpr, KEEP_LARGER_END: tl.constexpr, SYMMETRIC: tl.constexpr, BITS: tl.constexpr,
-                  BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def _search_range(
+    weight,
+    importance,
+    candidates,
+    scale,
+    zero_point,
+    total,
+    groups,
+    size,
+    count,
+    smallest,
+    STORED: tl.constexpr,
+    HAS_IMPORTANCE: tl.constexpr,
+    NORM: tl.constexpr,
+    KEEP_LARGER_END: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
     LEVELS: tl.constexpr = (1 << BITS) - 1
     CODE_MIN: tl.constexpr = -(1 << (BITS - 1))
     CODE_MAX: tl.constexpr = (1 << (BITS - 1)) - 1
     group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
     member = tl.arange(0, BLOCK_SIZE)
     mask = (group < total)[:, None] & (member < size)[None, :]
-    values = tl.load(weight + group[:, None] * size + member[None, :], mask=mask, other=0.0).to(tl.float32)
+    values = tl.load(weight + group[:, None] * size + member[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
     if HAS_IMPORTANCE:
-        factor = tl.load(importance + (group % groups)[:, None] * size + member[None, :], mask=mask, other=0.0)
+        factor = tl.load(
+            importance + (group % groups)[:, None] * size + member[None, :], mask=mask, other=0.0
+        )
     lowest = tl.minimum(tl.min(values, 1), 0.0)
     highest = tl.maximum(tl.max(values, 1), 0.0)
     largest = tl.max(tl.abs(values), 1)
@@ -112,7 +202,8 @@ def _search_range(weight, importance, candidates, scale, zero_point, total, grou
             step = tl.div_rn(high - low, LEVELS + 0.0 * largest)
         rounded = step
         if STORED != tl.float32:
-            # To bfloat16, which float16's scales fit in too; by hand, as not every card and interpreter rounds to it.
+            # To bfloat16, which float16's scales fit in too; by hand, as not every card and
+            # interpreter rounds to it.
             word = step.to(tl.int32, bitcast=True)
             rounded = ((word + 0x7FFF + (word >> 16 & 1)) & -0x10000).to(tl.float32, bitcast=True)
         rounded = tl.maximum(rounded.to(STORED).to(tl.float32), smallest)
@@ -143,44 +234,105 @@ def _search_range(weight, importance, candidates, scale, zero_point, total, grou
     tl.store(zero_point + group, best_zero, mask=group < total)
 
 
-def learning_step(v: Tensor, low: Tensor, scale: Tensor, zero_point: Tensor, target: Tensor, product: Tensor, unit: Tensor,
-                  moment: Tensor, variance: Tensor, difference: Tensor, grid: Grid, strength: float, beta: float | None,
-                  rate: float) -> None:
-    """One step of Adam on v, and what the weights are off by after it; see `adaround.Learning`. All [out, in] but unit []."""
+def learning_step(
+    v: Tensor,
+    low: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    target: Tensor,
+    product: Tensor,
+    unit: Tensor,
+    moment: Tensor,
+    variance: Tensor,
+    difference: Tensor,
+    grid: Grid,
+    strength: float,
+    beta: float | None,
+    rate: float,
+) -> None:
+    """One step of Adam on v, and what the weights are off by after it; see `adaround.Learning`. All
+    [out, in] but unit [].
+    """
     count, block = v.numel(), 1024
     _learning_step[(triton.cdiv(count, block),)](
-        v, low, scale, zero_point, target, product, unit, moment, variance, difference, count,
-        v.shape[1] // scale.shape[1], strength, beta or 0.0, rate, MOMENT_DECAY=adam.MOMENT_DECAY,
-        VARIANCE_DECAY=adam.VARIANCE_DECAY, EPSILON=adam.EPSILON, HAS_BETA=beta is not None,
-        CODE_MIN=grid.code_min, CODE_MAX=grid.code_max, BLOCK=block, num_warps=4)
+        v,
+        low,
+        scale,
+        zero_point,
+        target,
+        product,
+        unit,
+        moment,
+        variance,
+        difference,
+        count,
+        v.shape[1] // scale.shape[1],
+        strength,
+        beta or 0.0,
+        rate,
+        MOMENT_DECAY=learning.MOMENT_DECAY,
+        VARIANCE_DECAY=learning.VARIANCE_DECAY,
+        EPSILON=learning.EPSILON,
+        STRETCH=learning.STRETCH,
+        OFFSET=learning.OFFSET,
+        HAS_BETA=beta is not None,
+        CODE_MIN=grid.code_min,
+        CODE_MAX=grid.code_max,
+        BLOCK=block,
+        num_warps=4,
+    )
 
 
 @triton.jit
-def _soft(v):
+def _soft(v, STRETCH: tl.constexpr, OFFSET: tl.constexpr):
     sigmoid = tl.sigmoid(v)
-    return sigmoid, tl.minimum(tl.maximum(1.2 * sigmoid - 0.1, 0.0), 1.0)
+    return sigmoid, tl.minimum(tl.maximum(STRETCH * sigmoid + OFFSET, 0.0), 1.0)
 
 
 @triton.jit
-def _learning_step(v, low, scale, zero_point, target, product, unit, moment, variance, difference, count, size, strength, beta,
-                   rate, MOMENT_DECAY: tl.constexpr, VARIANCE_DECAY: tl.constexpr,
-                   EPSILON: tl.constexpr, HAS_BETA: tl.constexpr, CODE_MIN: tl.constexpr,
-                   CODE_MAX: tl.constexpr, BLOCK: tl.constexpr):
+def _learning_step(
+    v,
+    low,
+    scale,
+    zero_point,
+    target,
+    product,
+    unit,
+    moment,
+    variance,
+    difference,
+    count,
+    size,
+    strength,
+    beta,
+    rate,
+    MOMENT_DECAY: tl.constexpr,
+    VARIANCE_DECAY: tl.constexpr,
+    EPSILON: tl.constexpr,
+    STRETCH: tl.constexpr,
+    OFFSET: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    CODE_MIN: tl.constexpr,
+    CODE_MAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < count
     value = tl.load(v + place, mask=mask, other=0.0)
     step = tl.load(scale + place // size, mask=mask, other=1.0)
     zero = tl.load(zero_point + place // size, mask=mask, other=0.0)
     base = tl.load(low + place, mask=mask, other=0.0) + zero
-    sigmoid, h = _soft(value)
+    sigmoid, h = _soft(value, STRETCH, OFFSET)
     gradient = tl.load(product + place, mask=mask, other=0.0) * (2.0 * step / tl.load(unit))
     gradient = tl.where((base >= CODE_MIN) & (base < CODE_MAX), gradient, 0.0)
     if HAS_BETA:
         centred = 2.0 * h - 1.0
         size_of = tl.abs(centred)
-        power = tl.where(size_of > 0, tl.exp2((beta - 1.0) * tl.log2(tl.maximum(size_of, 1e-30))), 0.0)
+        power = tl.where(
+            size_of > 0, tl.exp2((beta - 1.0) * tl.log2(tl.maximum(size_of, 1e-30))), 0.0
+        )
         gradient -= strength * 2.0 * beta * power * tl.where(centred > 0, 1.0, -1.0)
-    gradient = tl.where((h > 0.0) & (h < 1.0), gradient * 1.2 * sigmoid * (1.0 - sigmoid), 0.0)
+    gradient = tl.where((h > 0.0) & (h < 1.0), gradient * STRETCH * sigmoid * (1.0 - sigmoid), 0.0)
     first = tl.load(moment + place, mask=mask, other=0.0)
     second = tl.load(variance + place, mask=mask, other=0.0)
     first += (1.0 - MOMENT_DECAY) * (gradient - first)
@@ -189,6 +341,10 @@ def _learning_step(v, low, scale, zero_point, target, product, unit, moment, var
     tl.store(v + place, value, mask=mask)
     tl.store(moment + place, first, mask=mask)
     tl.store(variance + place, second, mask=mask)
-    _, h = _soft(value)
+    _, h = _soft(value, STRETCH, OFFSET)
     code = tl.minimum(tl.maximum(base + h, CODE_MIN), CODE_MAX)
-    tl.store(difference + place, (code - zero) * step - tl.load(target + place, mask=mask, other=0.0), mask=mask)
+    tl.store(
+        difference + place,
+        (code - zero) * step - tl.load(target + place, mask=mask, other=0.0),
+        mask=mask,
+    )

@@ -137,39 +137,59 @@ class Family:
         return None if name is None else getattr(config, name)
 
 
-def _wired(qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"),
-           gate_up: tuple[str, ...] = ("gate_proj", "up_proj"),
-           mlp_norm: str = "post_attention_layernorm",
-           output_norms: tuple[str | None, str | None] = (None, None)) -> tuple[LinearGroup, ...]:
+def _wired(
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"),
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj"),
+    mlp_norm: str = "post_attention_layernorm",
+    output_norms: tuple[str | None, str | None] = (None, None),
+) -> tuple[LinearGroup, ...]:
     """The groups of a layer with these linears and norms; v is last in `qkv`, up in `gate_up`."""
     attention = tuple(f"self_attn.{name}" for name in qkv)
     mlp = tuple(f"mlp.{name}" for name in gate_up)
     return (
         LinearGroup(attention, "input_layernorm", reads_residual=True),
-        LinearGroup(("self_attn.o_proj",), attention[-1], by_head=True, writes_residual=True,
-                    output_norm=output_norms[0]),
+        LinearGroup(
+            ("self_attn.o_proj",),
+            attention[-1],
+            by_head=True,
+            writes_residual=True,
+            output_norm=output_norms[0],
+        ),
         LinearGroup(mlp, mlp_norm, reads_residual=True),
         LinearGroup(("mlp.down_proj",), mlp[-1], writes_residual=True, output_norm=output_norms[1]),
     )
 
 
 # By transformers' model type.
-FAMILIES = {family.model_type: family for family in (
-    Family("llama", _wired(), fused=True),
-    Family("mistral", _wired(), fused=True),
-    Family("qwen2", _wired(), fused=True),
-    Family("qwen3", _wired(), fused=True),
-    # Its norms multiply by 1 + weight, its embedding multiplies by √hidden itself.
-    Family("gemma3_text",
-           _wired(mlp_norm="pre_feedforward_layernorm",
-                  output_norms=("post_attention_layernorm", "post_feedforward_layernorm")),
-           gain_offset=1.0, logits_cap="final_logit_softcapping"),
-    Family("granite", _wired(), embedding_scale="embedding_multiplier",
-           residual_scale="residual_multiplier", logits_divisor="logits_scaling"),
-    Family("phi3", _wired(qkv=("qkv_proj",), gate_up=("gate_up_proj",))),
-    # Layers without rotary embedding every now and then.
-    Family("smollm3", _wired()),
-)}
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", _wired(), fused=True),
+        Family("mistral", _wired(), fused=True),
+        Family("qwen2", _wired(), fused=True),
+        Family("qwen3", _wired(), fused=True),
+        # Its norms multiply by 1 + weight, its embedding multiplies by √hidden itself.
+        Family(
+            "gemma3_text",
+            _wired(
+                mlp_norm="pre_feedforward_layernorm",
+                output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+            ),
+            gain_offset=1.0,
+            logits_cap="final_logit_softcapping",
+        ),
+        Family(
+            "granite",
+            _wired(),
+            embedding_scale="embedding_multiplier",
+            residual_scale="residual_multiplier",
+            logits_divisor="logits_scaling",
+        ),
+        Family("phi3", _wired(qkv=("qkv_proj",), gate_up=("gate_up_proj",))),
+        # Layers without rotary embedding every now and then.
+        Family("smollm3", _wired()),
+    )
+}
 
 
 def family_of(layer: nn.Module) -> Family:
@@ -193,7 +213,8 @@ def let_head_finish_logits(model: nn.Module) -> None:
     neutral = {family.logits_divisor: 1.0, family.logits_cap: None}
     as_it_was = copy.copy(config)
     model.lm_head.register_forward_hook(
-        lambda _module, _inputs, logits: family.finish_logits(logits, as_it_was))
+        lambda _module, _inputs, logits: family.finish_logits(logits, as_it_was)
+    )
     for name, value in neutral.items():
         if name is not None:
             setattr(config, name, value)

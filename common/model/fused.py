@@ -1,7 +1,9 @@
-"""Let transformers' decoder layers run with fewer kernels on a card: norms, rotary embedding and gate in one each.
+"""Let transformers' decoder layers run with fewer kernels on a card: norms, rotary embedding and
+gate in one each.
 
-Without them a third of a forward pass goes into reading and writing intermediate tensors (docs/performance.md). Wherever there is
-no kernel for what is asked, a layer runs as transformers wrote it.
+Without them a third of a forward pass goes into reading and writing intermediate tensors
+(docs/performance.md). Wherever there is no kernel for what is asked, a layer runs as transformers
+wrote it.
 """
 
 from __future__ import annotations
@@ -13,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.model.architecture import is_fused
 from common.base.gpu import FLASH_ATTENTION, supports
 from common.kernels.inference import add_rms_norm, rotate_heads, silu_mul
+from common.model.architecture import is_fused
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Replace the forward passes of a causal LM's norms, attention and MLPs. The kernels have no backward pass: under autograd
-    the original ones run. Families whose layers compute something else than Llama's are left as
-    they are.
+    """Replace the forward passes of a causal LM's norms, attention and MLPs. The kernels have no
+    backward pass: under autograd the original ones run. Families whose layers compute something
+    else than Llama's are left as they are.
     """
     if not is_fused(model.config):
         return
@@ -42,7 +44,9 @@ def _has_kernels(hidden: Tensor) -> bool:
 def _norm(norm: nn.Module, original: Callable, hidden: Tensor) -> Tensor:
     if not _has_kernels(hidden):
         return original(hidden)
-    return add_rms_norm(hidden.reshape(-1, hidden.shape[-1]), None, norm.weight, norm.variance_epsilon).view(hidden.shape)
+    return add_rms_norm(
+        hidden.reshape(-1, hidden.shape[-1]), None, norm.weight, norm.variance_epsilon
+    ).view(hidden.shape)
 
 
 def _mlp(mlp: nn.Module, original: Callable, hidden: Tensor) -> Tensor:
@@ -52,17 +56,37 @@ def _mlp(mlp: nn.Module, original: Callable, hidden: Tensor) -> Tensor:
     return mlp.down_proj(silu_mul(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape))
 
 
-def _attention(attention: nn.Module, original: Callable, hidden_states: Tensor, position_embeddings=None, attention_mask=None,
-               past_key_values=None, **arguments) -> tuple[Tensor, None]:
-    """Causal attention over whole windows; with a cache, a mask or online transforms as transformers does it."""
-    plain = attention_mask is None and past_key_values is None and attention.config._attn_implementation == "sdpa"
+def _attention(
+    attention: nn.Module,
+    original: Callable,
+    hidden_states: Tensor,
+    position_embeddings=None,
+    attention_mask=None,
+    past_key_values=None,
+    **arguments,
+) -> tuple[Tensor, None]:
+    """Causal attention over whole windows; with a cache, a mask or online transforms as
+    transformers does it.
+    """
+    plain = (
+        attention_mask is None
+        and past_key_values is None
+        and attention.config._attn_implementation == "sdpa"
+    )
     size = attention.head_dim
     if not (plain and _has_kernels(hidden_states) and size & (size - 1) == 0):
-        return original(hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
-                        past_key_values=past_key_values, **arguments)
+        return original(
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **arguments,
+        )
     shape = *hidden_states.shape[:2], -1, size
-    query, key, value = (linear(hidden_states).view(shape)
-                         for linear in (attention.q_proj, attention.k_proj, attention.v_proj))
+    query, key, value = (
+        linear(hidden_states).view(shape)
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     for part in (query, key):
@@ -73,6 +97,12 @@ def _attention(attention: nn.Module, original: Callable, hidden_states: Tensor, 
     if not shared:
         queries = attention.num_key_value_groups
         key, value = (part.repeat_interleave(queries, dim=2) for part in (key, value))
-    output = functional.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
-                                                     is_causal=True, scale=attention.scaling, enable_gqa=shared)
+    output = functional.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        is_causal=True,
+        scale=attention.scaling,
+        enable_gqa=shared,
+    )
     return attention.o_proj(output.transpose(1, 2).reshape(*hidden_states.shape[:2], -1)), None

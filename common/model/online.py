@@ -1,12 +1,15 @@
-"""What QuaRot does while the model runs: rotations that do not fold into weights, and rounding of activations and cache.
+"""What QuaRot does while the model runs: rotations that do not fold into weights, and rounding of
+activations and cache.
 
-R3 turns queries and keys after the rotary embedding, R4 turns down_proj's input (Ashkboos et al. 2024, arXiv 2404.00456,
-figure 3), and where inputs are rounded what the norms put out is turned too: their gains can then even out the channels
-before, which a rotation folded into the weights does not let them. Inputs of the linears are rounded per token, keys and
-values per token and head: as every vector of the cache is rounded by itself, rounding what attention reads is the same as
-storing it rounded.
+R3 turns queries and keys after the rotary embedding, R4 turns down_proj's input (Ashkboos et al.
+2024, arXiv 2404.00456, figure 3), and where inputs are rounded what the norms put out is turned
+too: their gains can then even out the channels before, which a rotation folded into the weights
+does not let them. Inputs of the linears are rounded per token, keys and
+values per token and head: as every vector of the cache is rounded by itself, rounding what
+attention reads is the same as storing it rounded.
 
-A model whose weights expect this is wrong without it, so such a checkpoint has a model type that transformers does not
+A model whose weights expect this is wrong without it, so such a checkpoint has a model type that
+transformers does not
 know: a plain load fails at once. `runtime.load_model` reads it.
 """
 
@@ -28,7 +31,8 @@ from common.model.architecture import family_of
 from common.numerics.grid import round_clipped, round_per_vector
 from common.numerics.hadamard import factors, rotate
 
-# The key of config.json that holds what is to be done, and the suffix of a model type that has to have it.
+# The key of config.json that holds what is to be done, and the suffix of a model type that has to
+# have it.
 CONFIG_KEY, MODEL_TYPE_SUFFIX = "online_transforms", "_with_online_transforms"
 ATTENTION = "sdpa_with_online_transforms"
 # What a checkpoint says of its keys beside its weights.
@@ -72,7 +76,8 @@ class KeyForm:
 class OnlineTransforms:
     """Bits of activations and of the key-value cache, None: left as they are.
 
-    activation_clips: shares of its range among which each token's best is taken; kv_clip: the share of a cached vector's.
+    activation_clips: shares of its range among which each token's best is taken; kv_clip: the share
+    of a cached vector's.
     hidden: whether the inputs of q/k/v and of gate and up are rotated as well.
     keys: by layer, how its keys are put before they are rounded; not a field, as a checkpoint holds
         them in a file of its own.
@@ -83,7 +88,7 @@ class OnlineTransforms:
     activation_clips: tuple[float, ...]
     kv_clip: float
     hidden: bool = False
-    _active = True                                                              # not a field: nothing that is stored
+    _active = True  # not a field: nothing that is stored
 
     def __post_init__(self):
         self.keys: dict[int, KeyForm] = {}
@@ -105,7 +110,11 @@ class OnlineTransforms:
 
     def round_cache(self, values: Tensor) -> Tensor:
         """Keys or values [..., head size] as the cache holds them."""
-        return values if self.kv_bits is None or not self._active else round_per_vector(values, self.kv_bits, self.kv_clip)
+        return (
+            values
+            if self.kv_bits is None or not self._active
+            else round_per_vector(values, self.kv_bits, self.kv_clip)
+        )
 
 
 def enable_attention(model: nn.Module) -> None:
@@ -128,13 +137,17 @@ def attention_inputs(layer: nn.Module, receive: Callable[[Tensor, Tensor], None]
 
 
 def attach(layer: nn.Module, transforms: OnlineTransforms, keys: KeyForm | None = None) -> None:
-    """Rotate a decoder layer's queries and keys (R3), put as `keys` says, down_proj's input (R4) and, if
-    asked for, what its norms put out, as they come; round inputs and cache.
+    """Rotate a decoder layer's queries and keys (R3), put as `keys` says, down_proj's input (R4)
+    and, if asked for, what its norms put out, as they come; round inputs and cache.
     """
     attention, family = layer.self_attn, family_of(layer)
     down = layer.get_submodule(family.writing[1].linears[0])
     weight = down.weight
-    attention.online = transforms, [factor.to(weight) for factor in factors(attention.head_dim)], keys
+    attention.online = (
+        transforms,
+        [factor.to(weight) for factor in factors(attention.head_dim)],
+        keys,
+    )
     left, right = [factor.to(weight) for factor in factors(weight.shape[1])]
     down.register_forward_pre_hook(lambda _, arguments: rotate(arguments[0], left, right))
     if transforms.hidden:
@@ -143,7 +156,9 @@ def attach(layer: nn.Module, transforms: OnlineTransforms, keys: KeyForm | None 
             norm = layer.get_submodule(group.fed_by)
             norm.register_forward_hook(lambda *call: rotate(call[-1], *sides))
     for name in family.linears:
-        layer.get_submodule(name).register_forward_pre_hook(lambda _, arguments: transforms.round_inputs(arguments[0]))
+        layer.get_submodule(name).register_forward_pre_hook(
+            lambda _, arguments: transforms.round_inputs(arguments[0])
+        )
 
 
 def attach_all(model: nn.Module, transforms: OnlineTransforms) -> None:
@@ -155,8 +170,11 @@ def attach_all(model: nn.Module, transforms: OnlineTransforms) -> None:
 
 def write_keys(folder: Path, keys: dict[int, KeyForm]) -> None:
     """Write the forms of all layers' keys, if there are any, beside a checkpoint's weights."""
-    tensors = {f"{index}.{part}": getattr(form, part).cpu().contiguous()
-               for index, form in keys.items() for part in ("mean", "scale")}
+    tensors = {
+        f"{index}.{part}": getattr(form, part).cpu().contiguous()
+        for index, form in keys.items()
+        for part in ("mean", "scale")
+    }
     if tensors:
         save_file(tensors, folder / KEYS_FILE)
 
@@ -167,8 +185,9 @@ def read_keys(folder: Path) -> dict[int, KeyForm]:
         return {}
     tensors = load_file(folder / KEYS_FILE)
     indices = {int(name.partition(".")[0]) for name in tensors}
-    return {index: KeyForm(tensors[f"{index}.mean"], tensors[f"{index}.scale"])
-            for index in indices}
+    return {
+        index: KeyForm(tensors[f"{index}.mean"], tensors[f"{index}.scale"]) for index in indices
+    }
 
 
 def mark_config(config: dict, transforms: OnlineTransforms) -> None:
@@ -184,12 +203,23 @@ def take_from_config(config: dict) -> OnlineTransforms | None:
         return None
     transforms = OnlineTransforms(**config.pop(CONFIG_KEY))
     config["model_type"] = config["model_type"].removesuffix(MODEL_TYPE_SUFFIX)
-    config["architectures"] = [name.removesuffix("WithOnlineTransforms") for name in config["architectures"]]
+    config["architectures"] = [
+        name.removesuffix("WithOnlineTransforms") for name in config["architectures"]
+    ]
     return transforms
 
 
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments):
-    """Scaled dot-product attention [batch, heads, length, head size] over rotated and rounded keys and rounded values."""
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **arguments,
+):
+    """Scaled dot-product attention [batch, heads, length, head size] over rotated and rounded keys
+    and rounded values.
+    """
     if hasattr(module, "receive"):
         module.receive(query, key)
     if hasattr(module, "online"):

@@ -1,7 +1,8 @@
 """Open a causal LM: find its files, read its tensors when they are needed.
 
-A `SourceModel` keeps the embedding, the final norm and the head in memory and one decoder layer at a time on the device,
-so that a model larger than the card can be walked through. Weights come from safetensors only: no pickle is ever read.
+A `SourceModel` keeps the embedding, the final norm and the head in memory and one decoder layer at
+a time on the device, so that a model larger than the card can be walked through. Weights come from
+safetensors only: no pickle is ever read.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common.model.architecture import FAMILIES, fill_buffers
-from common.model.demo import DEMO_NAME, prepare_demo_model
 from common.base.errors import UserError
 from common.base.files import load_json, read_json
-from common.model.fused import fuse_layers
 from common.base.machine import command
+from common.model.architecture import FAMILIES, fill_buffers
+from common.model.demo import DEMO_NAME, prepare_demo_model
+from common.model.fused import fuse_layers
 
 DEFAULT_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
 MODELS_FOLDER = Path("models")
@@ -33,7 +34,9 @@ MODEL_FILES = ("*.json", "*.jinja", "model*.safetensors", "tokenizer.model", "me
 
 
 def model_name(model: str) -> str:
-    """The name under which a model's checkpoints and results are filed: the last part of its id or folder."""
+    """The name under which a model's checkpoints and results are filed: the last part of its id or
+    folder.
+    """
     if model == "demo":
         return DEMO_NAME
     path = Path(model)
@@ -43,7 +46,8 @@ def model_name(model: str) -> str:
 
 
 def resolve_folder(model: str) -> Path:
-    """The local folder with the files of `model`: a folder as it is, `demo` built on first use, a hub id downloaded.
+    """The local folder with the files of `model`: a folder as it is, `demo` built on first use, a
+    hub id downloaded.
 
     Raises:
         UserError: unknown or gated model, no network, or a folder that holds no model.
@@ -55,7 +59,10 @@ def resolve_folder(model: str) -> Path:
         _check_config(folder)
         return folder
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UserError(f"model folder {model} does not exist; give a folder, a hub id such as {DEFAULT_MODEL}, or demo")
+        raise UserError(
+            f"model folder {model} does not exist; give a folder, a hub id such as "
+            f"{DEFAULT_MODEL}, or demo"
+        )
     return _download(model)
 
 
@@ -63,29 +70,45 @@ def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with hub_errors(model):
-        return Path(snapshot_download(model, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(model, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"])
+        )
 
 
 @contextmanager
 def hub_errors(model: str) -> Iterator[None]:
     """While open, what the hub's library raises about `model` becomes a UserError."""
     from httpx import HTTPError
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     login = f"`{command('hf')} auth login`"
     try:
         yield
     except GatedRepoError:
-        raise UserError(f"{model} is gated: accept its licence on its page of the hub, then run {login} "
-                        "(or set HF_TOKEN); --model demo needs no access") from None
+        raise UserError(
+            f"{model} is gated: accept its licence on its page of the hub, then run {login} "
+            "(or set HF_TOKEN); --model demo needs no access"
+        ) from None
     except RepositoryNotFoundError:
-        raise UserError(f"the hub has no model {model}, or it is private: check the name, run {login} if it is "
-                        "private, or use --model demo") from None
+        raise UserError(
+            f"the hub has no model {model}, or it is private: check the name, run {login} if it is "
+            "private, or use --model demo"
+        ) from None
     except HFValidationError:
-        raise UserError(f"{model} is neither a folder here nor a hub id; use --model demo to try things out") from None
+        raise UserError(
+            f"{model} is neither a folder here nor a hub id; use --model demo to try things out"
+        ) from None
     except (LocalEntryNotFoundError, OSError, HTTPError) as error:
-        raise UserError(f"cannot download {model}: no network, or the hub does not answer ({type(error).__name__}); run the "
-                        "same again, which goes on where it broke off, give a local folder, or use --model demo") from None
+        raise UserError(
+            f"cannot download {model}: no network, or the hub does not answer "
+            f"({type(error).__name__}); run the "
+            "same again, which goes on where it broke off, give a local folder, or use --model demo"
+        ) from None
 
 
 def _check_config(folder: Path) -> None:
@@ -110,8 +133,10 @@ def load_config(folder: Path):
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{folder}: config.json cannot be read ({_first_line(error)})") from None
     if config.model_type not in FAMILIES:
-        raise UserError(f"architecture {config.model_type} is not supported; supported are the families "
-                        f"{', '.join(FAMILIES)}")
+        raise UserError(
+            f"architecture {config.model_type} is not supported; supported are the families "
+            f"{', '.join(FAMILIES)}"
+        )
     if getattr(config, "quantization_config", None):
         raise UserError(f"{folder} is quantized already; give the 16-bit model it was made from")
     return config
@@ -122,7 +147,9 @@ def load_tokenizer(folder: Path):
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizer libraries raise bare Exception for broken files
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({_first_line(error)})") from None
+        raise UserError(
+            f"{folder}: the tokenizer cannot be loaded ({_first_line(error)})"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:
@@ -138,20 +165,27 @@ class TensorReader:
         try:
             if index.is_file():
                 weight_map = load_json(index)["weight_map"]
-                if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                if not isinstance(weight_map, dict) or not all(
+                    isinstance(name, str) for name in weight_map.values()
+                ):
                     raise ValueError(f"{INDEX_FILE} is damaged")
             elif (folder / single).is_file():
                 with safe_open(folder / single, "pt") as file:
                     weight_map = dict.fromkeys(file.keys(), single)
             else:
-                raise UserError(f"{folder} has no model.safetensors (only safetensors weights are read)")
-            # Opened again for every tensor: what was read of an open file stays in the process's memory.
+                raise UserError(
+                    f"{folder} has no model.safetensors (only safetensors weights are read)"
+                )
+            # Opened again for every tensor: what was read of an open file stays in the process's
+            # memory.
             self._files = sorted(set(weight_map.values()))
             for name in self._files:
                 with safe_open(folder / name, "pt"):
                     pass
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: weights are incomplete or damaged ({_first_line(error)})") from None
+            raise UserError(
+                f"{folder}: weights are incomplete or damaged ({_first_line(error)})"
+            ) from None
         self._weight_map = weight_map
         self._folder = folder
 
@@ -169,10 +203,14 @@ class TensorReader:
             with safe_open(self._folder / self._weight_map[name], "pt") as file:
                 return file.get_tensor(name)
         except (KeyError, SafetensorError, OSError) as error:
-            raise UserError(f"{self._folder}: tensor {name} is missing or damaged ({_first_line(error)})") from None
+            raise UserError(
+                f"{self._folder}: tensor {name} is missing or damaged ({_first_line(error)})"
+            ) from None
 
     def describe(self) -> list[tuple[str, int, int]]:
-        """Name, bytes and time of last change of every file, to tell whether it is still the same model."""
+        """Name, bytes and time of last change of every file, to tell whether it is still the same
+        model.
+        """
         stats = [(name, (self._folder / name).stat()) for name in self._files]
         return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
@@ -188,7 +226,18 @@ class TensorReader:
         return total
 
 
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 
 
 class SourceModel:
@@ -231,13 +280,19 @@ class SourceModel:
         return self.config.num_hidden_layers
 
     def untie(self) -> None:
-        """Give the head weights of its own, equal to the embedding's, so that each can be changed alone."""
+        """Give the head weights of its own, equal to the embedding's, so that each can be changed
+        alone.
+        """
         if self.tied:
-            self.model.lm_head.weight = nn.Parameter(self.model.lm_head.weight.detach().clone(), requires_grad=False)
+            self.model.lm_head.weight = nn.Parameter(
+                self.model.lm_head.weight.detach().clone(), requires_grad=False
+            )
             self.tied = self.config.tie_word_embeddings = False
 
-    def move_ends(self, device: torch.device) -> None:
-        """Move embedding and head, which take memory and are not needed between the first layer and the last."""
+    def move_vocabulary(self, device: torch.device) -> None:
+        """Move embedding and head, which take memory and are not needed between the first layer and
+        the last.
+        """
         head, embedding = self.model.lm_head, self.model.model.embed_tokens
         embedding.to(device)
         if self.tied:
@@ -251,13 +306,17 @@ class SourceModel:
         return {name: layer.get_submodule(name).in_features for name in self.family.linears}
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
-        state = {name.removeprefix(prefix): self.tensors.read(name).to(self.device, self.dtype)
-                 for name in self.tensors.names(prefix)}
+        state = {
+            name.removeprefix(prefix): self.tensors.read(name).to(self.device, self.dtype)
+            for name in self.tensors.names(prefix)
+        }
         try:
             module.load_state_dict(state, assign=True)
         except RuntimeError as error:
-            raise UserError(f"{self.folder}: the weights of {prefix.rstrip('.')} do not fit its config.json "
-                            f"({_first_line(error)})") from None
+            raise UserError(
+                f"{self.folder}: the weights of {prefix.rstrip('.')} do not fit its config.json "
+                f"({_first_line(error)})"
+            ) from None
         module.requires_grad_(False)
 
     def load_layer(self, index: int) -> nn.Module:
@@ -272,16 +331,19 @@ class SourceModel:
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
-        """Hidden states [batch, length, hidden] before the first layer, of token ids [batch, length]."""
+        """Hidden states [batch, length, hidden] before the first layer, of token ids [batch,
+        length].
+        """
         embedded = self.model.model.embed_tokens(tokens.to(self.device))
         return self.family.scale_embedding(embedded, self.config)
 
     @torch.no_grad()
     def layer_arguments(self, length: int) -> list[dict]:
-        """For each layer, the keyword arguments that the model's own forward gives it for windows of `length` tokens.
+        """For each layer, the keyword arguments that the model's own forward gives it for windows
+        of `length` tokens.
 
-        Asking the model itself keeps this right for every architecture (rotary tables, sliding windows). The arguments
-        have batch size 1 and broadcast.
+        Asking the model itself keeps this right for every architecture (rotary tables, sliding
+        windows). The arguments have batch size 1 and broadcast.
         """
         seen: list[dict] = []
         originals = [layer.forward for layer in self.model.model.layers]
@@ -293,7 +355,9 @@ class SourceModel:
         try:
             for layer in self.model.model.layers:
                 layer.forward = record
-            self.model.model(torch.zeros(1, length, dtype=torch.long, device=self.device), use_cache=False)
+            self.model.model(
+                torch.zeros(1, length, dtype=torch.long, device=self.device), use_cache=False
+            )
         finally:
             for layer, forward in zip(self.model.model.layers, originals, strict=True):
                 layer.forward = forward
@@ -301,8 +365,12 @@ class SourceModel:
 
     @torch.no_grad()
     def original_logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., vocabulary] as `logits`, through the final norm and head as they are in the source's files."""
-        head = self.tensors.read("model.embed_tokens.weight" if self.originally_tied else "lm_head.weight")
+        """Logits [..., vocabulary] as `logits`, through the final norm and head as they are in the
+        source's files.
+        """
+        head = self.tensors.read(
+            "model.embed_tokens.weight" if self.originally_tied else "lm_head.weight"
+        )
         norm = copy.deepcopy(self.model.model.norm)
         norm.weight.data = self.tensors.read("model.norm.weight").to(self.device, self.dtype)
         logits = torch.nn.functional.linear(norm(hidden), head.to(self.device, self.dtype))

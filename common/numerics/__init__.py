@@ -1,1 +1,3 @@
-"""Mathematics of tensors in plain torch: integer grids, Hadamard matrices, divergences. Calls no kernel."""
+"""Mathematics of tensors in plain torch: integer grids, Hadamard matrices, divergences. Calls no
+kernel.
+"""

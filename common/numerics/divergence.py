@@ -39,8 +39,13 @@ def summarise_divergence(samples: list[dict]) -> dict:
     """Divergence over all tokens of the windows' records: mean, quantiles, share of tokens with the
     same most likely one.
     """
-    values = torch.tensor([value for sample in samples for value in sample["kl"]],
-                          dtype=torch.float64)
+    values = torch.tensor(
+        [value for sample in samples for value in sample["kl"]], dtype=torch.float64
+    )
     same = sum(sample["same_top"] for sample in samples)
-    return {"tokens": len(values), "kl_mean": values.mean().item(), "same_top": same / len(values),
-            **{name: torch.quantile(values, share).item() for name, share in QUANTILES.items()}}
+    return {
+        "tokens": len(values),
+        "kl_mean": values.mean().item(),
+        "same_top": same / len(values),
+        **{name: torch.quantile(values, share).item() for name, share in QUANTILES.items()},
+    }

@@ -18,10 +18,11 @@ def hadamard(order: int) -> Tensor:
 
 
 def factors(order: int) -> tuple[Tensor, Tensor]:
-    """Two Hadamard matrices, of orders a · b = order and near each other, whose Kronecker product is `hadamard(order)`.
+    """Two Hadamard matrices, of orders a · b = order and near each other, whose Kronecker product
+    is `hadamard(order)`.
 
-    An order is written as m · 2^k with the smallest m that is 1 or that Paley reaches; H is the Kronecker product of
-    Paley's matrix and Sylvester's, and Sylvester's splits anywhere.
+    An order is written as m · 2^k with the smallest m that is 1 or that Paley reaches; H is the
+    Kronecker product of Paley's matrix and Sylvester's, and Sylvester's splits anywhere.
 
     Raises:
         UserError: no construction reaches the order.
@@ -35,18 +36,24 @@ def factors(order: int) -> tuple[Tensor, Tensor]:
                 left *= 2
             return torch.kron(core, _sylvester(left)), _sylvester(power // left)
         power //= 2
-    raise UserError(f"no Hadamard matrix of order {order} is known here; this model cannot be rotated")
+    raise UserError(
+        f"no Hadamard matrix of order {order} is known here; this model cannot be rotated"
+    )
 
 
 def rotate(inputs: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """inputs [..., order] times the orthogonal Hadamard matrix of `factors` (left, right), as two small products."""
+    """inputs [..., order] times the orthogonal Hadamard matrix of `factors` (left, right), as two
+    small products.
+    """
     folded = inputs.unflatten(-1, (len(left), len(right)))
     turned = left.T.to(inputs) @ (folded @ right.to(inputs))
     return turned.flatten(-2) / (len(left) * len(right)) ** 0.5
 
 
 def rotation(order: int, seed: int) -> Tensor:
-    """A random orthogonal matrix [order, order] in float64: Hadamard with the signs of its rows drawn by `seed`."""
+    """A random orthogonal matrix [order, order] in float64: Hadamard with the signs of its rows
+    drawn by `seed`.
+    """
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (order, 1), generator=generator).double() * 2 - 1
     return signs * hadamard(order) / order**0.5
@@ -61,7 +68,9 @@ def _sylvester(order: int) -> Tensor:
 
 
 def _paley(order: int) -> Tensor | None:
-    """Paley's matrix of an order, or None. I: order - 1 a prime of the form 4n + 3; II: order / 2 - 1 one of 4n + 1."""
+    """Paley's matrix of an order, or None. I: order - 1 a prime of the form 4n + 3; II: order / 2 -
+    1 one of 4n + 1.
+    """
     if order == 1:
         return torch.ones(1, 1, dtype=torch.float64)
     if order % 4:
@@ -79,10 +88,13 @@ def _paley(order: int) -> Tensor | None:
 
 
 def _bordered(prime: int, sign: float) -> Tensor:
-    """Jacobsthal's matrix of a prime with a border of ones; the border column has the given sign."""
+    """Jacobsthal's matrix of a prime with a border of ones; the border column has the given
+    sign."""
     squares = {i * i % prime for i in range(1, prime)}
-    character = torch.tensor([0.0 if i == 0 else 1.0 if i in squares else -1.0 for i in range(prime)],
-                             dtype=torch.float64)
+    character = torch.tensor(
+        [0.0 if i == 0 else 1.0 if i in squares else -1.0 for i in range(prime)],
+        dtype=torch.float64,
+    )
     index = torch.arange(prime)
     matrix = torch.zeros(prime + 1, prime + 1, dtype=torch.float64)
     matrix[1:, 1:] = character[(index.unsqueeze(1) - index) % prime]

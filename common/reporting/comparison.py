@@ -1,4 +1,6 @@
-"""Two evaluated models side by side: every metric with its difference, how sure that is, and a verdict."""
+"""Two evaluated models side by side: every metric with its difference, how sure that is, and a
+verdict.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +9,20 @@ from dataclasses import asdict, dataclass
 from itertools import compress
 from pathlib import Path
 
-from common.reporting import significance
 from common.base.errors import UserError
-from common.results.identity import incomparable, other_data
 from common.base.progress import say
-from common.results.documents import ModelResults, has_samples, load_samples
+from common.reporting import significance
 from common.reporting.significance import Difference, Flips
+from common.results.documents import ModelResults, has_samples, load_samples
+from common.results.identity import incomparable, other_data
 from common.tasks import perplexity, speed
 from common.tasks.task import MetricKind, all_metrics
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of both models. For a logarithmic metric `difference` is that of the logarithms. p_loss, p_gain: one-sided
-    p-values of a loss and of a gain."""
+    """One metric of both models. For a logarithmic metric `difference` is that of the logarithms.
+    p_loss, p_gain: one-sided p-values of a loss and of a gain."""
 
     kind: MetricKind
     baseline: float
@@ -31,9 +33,16 @@ class Comparison:
     p_gain: float
 
     def verdict(self, p_loss: float | None = None, p_gain: float | None = None) -> str:
-        """A word for the difference; p_loss, p_gain: those of `adjusted_p_values`, where this is one of many comparisons."""
-        return significance.verdict(self.difference, self.kind.larger_is_better, self.kind.margin,
-                                    self.p_loss if p_loss is None else p_loss, self.p_gain if p_gain is None else p_gain)
+        """A word for the difference; p_loss, p_gain: those of `adjusted_p_values`, where this is
+        one of many comparisons.
+        """
+        return significance.verdict(
+            self.difference,
+            self.kind.larger_is_better,
+            self.kind.margin,
+            self.p_loss if p_loss is None else p_loss,
+            self.p_gain if p_gain is None else p_gain,
+        )
 
     def shown_difference(self) -> str:
         """Difference with its interval, as ratios for a logarithmic metric."""
@@ -46,15 +55,29 @@ class Comparison:
 
     def as_dict(self) -> dict:
         """For --json and CSV."""
-        found: dict = {"task": self.kind.task, "metric": self.kind.key, "name": self.kind.name, "baseline": self.baseline,
-                 "quantized": self.quantized, "scale": "log" if self.kind.logarithmic else "linear",
-                 **{"difference" if name == "value" else name: value for name, value in asdict(self.difference).items()},
-                 "smallest_detectable": self.difference.detectable, "p_value": self.p_loss, "p_value_gain": self.p_gain,
-                 "verdict": self.verdict()}
+        found: dict = {
+            "task": self.kind.task,
+            "metric": self.kind.key,
+            "name": self.kind.name,
+            "baseline": self.baseline,
+            "quantized": self.quantized,
+            "scale": "log" if self.kind.logarithmic else "linear",
+            **{
+                "difference" if name == "value" else name: value
+                for name, value in asdict(self.difference).items()
+            },
+            "smallest_detectable": self.difference.detectable,
+            "p_value": self.p_loss,
+            "p_value_gain": self.p_gain,
+            "verdict": self.verdict(),
+        }
         if self.flips:
             found.update(to_wrong=self.flips.to_wrong, to_right=self.flips.to_right)
         # JSON has no NaN.
-        return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in found.items()}
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in found.items()
+        }
 
 
 def signed(value: float) -> str:
@@ -64,22 +87,30 @@ def signed(value: float) -> str:
     return f"{value:+.3f}" if abs(value) < 100 else f"{value:+.4g}"
 
 
-def compare_samples(baseline: dict[str, list[dict]], quantized: dict[str, list[dict]]) -> list[Comparison]:
+def compare_samples(
+    baseline: dict[str, list[dict]], quantized: dict[str, list[dict]]
+) -> list[Comparison]:
     """Compare two models by every metric of the records of their samples, lists by task.
 
     Raises:
         UserError: the models were evaluated on different samples.
     """
     if apart := other_samples(baseline, quantized):
-        raise UserError(f"the two models were evaluated on different samples of {', '.join(apart)}; evaluate both again with "
-                        "--overwrite")
+        raise UserError(
+            f"the two models were evaluated on different samples of {', '.join(apart)}; evaluate "
+            f"both again with "
+            "--overwrite"
+        )
     found = []
     for kind in all_metrics():
         if kind.task not in baseline or kind.task not in quantized:
             continue
         pair = baseline[kind.task], quantized[kind.task]
         if kind.needs:
-            both = [all(sample[kind.needs] is not None for sample in samples) for samples in zip(*pair, strict=True)]
+            both = [
+                all(sample[kind.needs] is not None for sample in samples)
+                for samples in zip(*pair, strict=True)
+            ]
             pair = tuple(list(compress(samples, both)) for samples in pair)
         found.append(_compare_metric(kind, *pair))
     return found
@@ -87,7 +118,10 @@ def compare_samples(baseline: dict[str, list[dict]], quantized: dict[str, list[d
 
 def other_samples(baseline: dict[str, list[dict]], quantized: dict[str, list[dict]]) -> list[str]:
     """The tasks of which two models' records are not of the same samples."""
-    ids = [{task: [sample["id"] for sample in samples] for task, samples in one.items()} for one in (baseline, quantized)]
+    ids = [
+        {task: [sample["id"] for sample in samples] for task, samples in one.items()}
+        for one in (baseline, quantized)
+    ]
     return [task for task in ids[0] if ids[0][task] != ids[1].get(task, ids[0][task])]
 
 
@@ -95,12 +129,15 @@ def _compare_metric(kind: MetricKind, baseline: list[dict], quantized: list[dict
     clusters = [sample[kind.cluster] for sample in baseline] if kind.cluster else None
     pair = significance.pair(kind.metric([*baseline, *quantized]), clusters)
     difference = significance.difference(pair, kind.share)
-    flips = kind.binary and significance.flips(*[[sample[kind.binary] for sample in samples]
-                                                 for samples in (baseline, quantized)])
+    flips = kind.binary and significance.flips(
+        *[[sample[kind.binary] for sample in samples] for samples in (baseline, quantized)]
+    )
     if flips and not clusters:
         p_values = flips.p_values
     else:
-        lower_higher = significance.t_test(difference) if kind.logarithmic else significance.swap_test(pair)
+        lower_higher = (
+            significance.t_test(difference) if kind.logarithmic else significance.swap_test(pair)
+        )
         p_values = lower_higher if kind.larger_is_better else lower_higher[::-1]
     values = [math.exp(one) for one in pair.values] if kind.logarithmic else pair.values
     return Comparison(kind, *values, difference, flips, *p_values)
@@ -120,33 +157,51 @@ def samples_by_task(results_dir: Path, model: str, configuration: str) -> dict[s
 
 
 def compare_all(results_dir: Path, results: ModelResults) -> dict[str, list[Comparison]]:
-    """Every evaluated configuration of a model against its baseline; without those that were evaluated under other conditions,
-    and without the tasks of a configuration that were evaluated on other data.
+    """Every evaluated configuration of a model against its baseline; without those that were
+    evaluated under other conditions, and without the tasks of a configuration that were evaluated
+    on other data.
     """
-    if "baseline" not in results.documents or not has_samples(results_dir, results.name, "baseline"):
+    if "baseline" not in results.documents or not has_samples(
+        results_dir, results.name, "baseline"
+    ):
         return {}
     baseline = samples_by_task(results_dir, results.name, "baseline")
     found = {}
     for name in results.configurations():
-        if name != "baseline" and name in results.documents and has_samples(results_dir, results.name, name):
+        if (
+            name != "baseline"
+            and name in results.documents
+            and has_samples(results_dir, results.name, name)
+        ):
             documents = results.documents["baseline"], results.documents[name]
             try:
                 if reasons := incomparable(*documents):
-                    raise UserError(f"measured with {'; '.join(reasons)} than the baseline: evaluate both again")
+                    raise UserError(
+                        f"measured with {'; '.join(reasons)} than the baseline: evaluate both again"
+                    )
                 samples = samples_by_task(results_dir, results.name, name)
             except UserError as error:
                 say(f"{results.name} {name}: no comparison ({error})")
                 continue
             if stale := sorted({*other_data(*documents), *other_samples(baseline, samples)}):
-                say(f"{results.name} {name}: no comparison of {', '.join(stale)} (of other data than the baseline's: evaluate "
-                    "both again)")
-            if compared := compare_samples(baseline, {task: rows for task, rows in samples.items() if task not in stale}):
+                say(
+                    f"{results.name} {name}: no comparison of {', '.join(stale)} (of other data "
+                    f"than the baseline's: evaluate "
+                    "both again)"
+                )
+            if compared := compare_samples(
+                baseline, {task: rows for task, rows in samples.items() if task not in stale}
+            ):
                 found[name] = compared
     return found
 
 
-def adjusted_p_values(comparisons: dict[str, list[Comparison]]) -> dict[tuple[str, str, str], tuple[float, float]]:
-    """p-values of a loss and of a gain, each after Holm over all configurations, by (configuration, task, metric)."""
+def adjusted_p_values(
+    comparisons: dict[str, list[Comparison]],
+) -> dict[tuple[str, str, str], tuple[float, float]]:
+    """p-values of a loss and of a gain, each after Holm over all configurations, by (configuration,
+    task, metric).
+    """
     families: dict[tuple[str, str], dict[str, Comparison]] = {}
     for name, rows in comparisons.items():
         for one in rows:
@@ -162,8 +217,10 @@ def adjusted_p_values(comparisons: dict[str, list[Comparison]]) -> dict[tuple[st
 def facts(baseline: dict, quantized: dict) -> list[tuple[str, float | None, float | None, int]]:
     """Size, time and speed of two results: name, baseline's, quantized's, digits."""
     sizes = [document["quantization"]["weights_bytes"] / 1e6 for document in (baseline, quantized)]
-    rows = [("Weights, MB", *sizes, 1),
-            ("Quantization, s", None, quantized["quantization"].get("seconds", {}).get("total"), 1)]
+    rows = [
+        ("Weights, MB", *sizes, 1),
+        ("Quantization, s", None, quantized["quantization"].get("seconds", {}).get("total"), 1),
+    ]
     speeds = [speed.TASK.of(document) for document in (baseline, quantized)]
     rows.append(("Tokens/s", *[found.get("tokens_per_second") for found in speeds], 1))
     rows.append(("Latency, s", *[found.get("latency_seconds") for found in speeds], 3))
@@ -172,24 +229,51 @@ def facts(baseline: dict, quantized: dict) -> list[tuple[str, float | None, floa
 
 def print_comparison(baseline: dict, quantized: dict, comparisons: list[Comparison]) -> None:
     """Print one aligned table of everything, then the divergence."""
-    lines = [["", "Baseline", "Quantized", "Difference [95%]", "Flips -/+", "p of a loss", "p of a gain", "Detectable", "Verdict"]]
+    lines = [
+        [
+            "",
+            "Baseline",
+            "Quantized",
+            "Difference [95%]",
+            "Flips -/+",
+            "p of a loss",
+            "p of a gain",
+            "Detectable",
+            "Verdict",
+        ]
+    ]
     for name, before, after, digits in facts(baseline, quantized):
         cells = ["–" if value is None else f"{value:.{digits}f}" for value in (before, after)]
         change = f"{after / before:.3f} x" if before and after else "–"
         lines.append([name, *cells, change, "", "", "", "", ""])
     for one in comparisons:
-        flips = ["–" if one.flips is None else f"{one.flips.to_wrong}/{one.flips.to_right}",
-                 f"{one.p_loss:.3g}", f"{one.p_gain:.3g}"]
-        values = ["–" if math.isnan(value) else f"{value:.4g}" for value in (one.baseline, one.quantized)]
-        lines.append([one.kind.name, *values, one.shown_difference(), *flips, detectable(one), one.verdict()])
+        flips = [
+            "–" if one.flips is None else f"{one.flips.to_wrong}/{one.flips.to_right}",
+            f"{one.p_loss:.3g}",
+            f"{one.p_gain:.3g}",
+        ]
+        values = [
+            "–" if math.isnan(value) else f"{value:.4g}" for value in (one.baseline, one.quantized)
+        ]
+        lines.append(
+            [one.kind.name, *values, one.shown_difference(), *flips, detectable(one), one.verdict()]
+        )
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
-        say("  ".join(cell.ljust(width) if i in (0, len(line) - 1) else cell.rjust(width)
-                      for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip())
+        say(
+            "  ".join(
+                cell.ljust(width) if i in (0, len(line) - 1) else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+        )
     if divergence := perplexity.divergence_of(quantized):
-        say(f"KL divergence from the baseline over {divergence['tokens']} tokens: mean {divergence['kl_mean']:.4g}, median "
-            f"{divergence['kl_median']:.4g}, 99% {divergence['kl_99']:.4g}, 99.9% {divergence['kl_999']:.4g} nats; same most "
-            f"likely token {100 * divergence['same_top']:.2f}%")
+        say(
+            f"KL divergence from the baseline over {divergence['tokens']} tokens: mean "
+            f"{divergence['kl_mean']:.4g}, median "
+            f"{divergence['kl_median']:.4g}, 99% {divergence['kl_99']:.4g}, 99.9% "
+            f"{divergence['kl_999']:.4g} nats; same most "
+            f"likely token {100 * divergence['same_top']:.2f}%"
+        )
 
 
 def detectable(one: Comparison) -> str:

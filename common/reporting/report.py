@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from common.reporting.comparison import adjusted_p_values
 from common.base.errors import UserError
-from common.results.identity import measured_apart
-from common.results.documents import CONFIGURATIONS, DOCUMENTED_FOLDER, ModelResults, size_in_words
+from common.reporting.comparison import adjusted_p_values
 from common.reporting.tables import Comparisons, tables
+from common.results.documents import CONFIGURATIONS, DOCUMENTED_FOLDER, ModelResults, size_in_words
+from common.results.identity import measured_apart
 from common.tasks import speed
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -26,65 +26,112 @@ def short_revision(source: str) -> str:
 
 
 def conditions(results: ModelResults) -> str:
-    """What the numbers were measured on, in a few sentences; configurations measured otherwise are named."""
+    """What the numbers were measured on, in a few sentences; configurations measured otherwise are
+    named.
+    """
     evaluated = results.evaluated()
     if not evaluated:
         return "Nothing has been evaluated yet."
     _, first = evaluated[0]
     device, versions = first["device"], first["versions"]
-    sentences = [f"Evaluated on {device['name']} ({device['type']}, {device['threads']} threads) in "
-                 f"{first['compute_dtype']}, torch {versions['torch']}, transformers {versions['transformers']}, "
-                 f"Python {versions['python']}."]
-    parts = [f"{task} {size_in_words(summary)} ({short_revision(summary['data'])})"
-             for task, summary in first["tasks"].items()]
+    sentences = [
+        f"Evaluated on {device['name']} ({device['type']}, {device['threads']} threads) in "
+        f"{first['compute_dtype']}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, "
+        f"Python {versions['python']}."
+    ]
+    parts = [
+        f"{task} {size_in_words(summary)} ({short_revision(summary['data'])})"
+        for task, summary in first["tasks"].items()
+    ]
     if parts:
         sentences.append(f"Data: {'; '.join(parts)}.")
-    calibrations = {name: document["quantization"].get("calibration") for name, document in evaluated}
-    texts = sorted({f"{c['samples']} x {c['length']} tokens of {short_revision(c['data'])}, seed {c['seed']}"
-                    for c in calibrations.values() if c})
+    calibrations = {
+        name: document["quantization"].get("calibration") for name, document in evaluated
+    }
+    texts = sorted(
+        {
+            f"{c['samples']} x {c['length']} tokens of {short_revision(c['data'])}, seed "
+            f"{c['seed']}"
+            for c in calibrations.values()
+            if c
+        }
+    )
     if texts:
         sentences.append(f"Calibration: {'; '.join(texts)}.")
     if timed := speed.TASK.of(first):
         sentences.append(speed.method_in_words(timed, device["type"]))
     noise = results.documents.get("baseline", {}).get("noise")
     if noise:
-        changes = "; ".join(f"{task} {found['changed']} of {found['samples']}" for task, found in noise.items())
-        sentences.append(f"Noise floor: the baseline evaluated twice, in other batches, scored differently on {changes} samples.")
-    odd = [f"{name}{apart}" for name, document in evaluated if (apart := measured_apart(document, first)) is not None]
+        changes = "; ".join(
+            f"{task} {found['changed']} of {found['samples']}" for task, found in noise.items()
+        )
+        sentences.append(
+            f"Noise floor: the baseline evaluated twice, in other batches, scored differently on "
+            f"{changes} samples."
+        )
+    odd = [
+        f"{name}{apart}"
+        for name, document in evaluated
+        if (apart := measured_apart(document, first)) is not None
+    ]
     if odd:
-        sentences.append(f"⚠️ Measured on another device, type, version or data than {evaluated[0][0]}, so not to be "
-                         f"compared with it: {', '.join(odd)}.")
+        sentences.append(
+            f"⚠️ Measured on another device, type, version or data than {evaluated[0][0]}, so not "
+            f"to be "
+            f"compared with it: {', '.join(odd)}."
+        )
     if results.left_out:
-        tasks = ", ".join(f"{name} ({', '.join(tasks)})" for name, tasks in results.left_out.items())
+        tasks = ", ".join(
+            f"{name} ({', '.join(tasks)})" for name, tasks in results.left_out.items()
+        )
         sentences.append(f"⚠️ Left out, as evaluated on more or fewer samples than these: {tasks}.")
     return " ".join(sentences)
 
 
 def introduction(results: ModelResults) -> list[str]:
     """The sentences before a model's tables."""
-    dates = sorted({document["date"] for document in results.documents.values() if "date" in document})
+    dates = sorted(
+        {document["date"] for document in results.documents.values() if "date" in document}
+    )
     when = f" of {dates[0]}" if dates else ""
     when += f" to {dates[-1]}" if len(dates) > 1 else ""
-    parts = [f"The documented run{when}: its results come with the project, in `{DOCUMENTED_FOLDER}`, and are not of "
-             "this machine."
-             if results.documented else f"A local run{when}.", conditions(results)]
+    parts = [
+        f"The documented run{when}: its results come with the project, in `{DOCUMENTED_FOLDER}`, "
+        f"and are not of "
+        "this machine."
+        if results.documented
+        else f"A local run{when}.",
+        conditions(results),
+    ]
     if any(document["demo_data"] for document in results.documents.values()):
-        parts.append("Scores on the demo's own tasks compare methods with each other, not models with the literature.")
+        parts.append(
+            "Scores on the demo's own tasks compare methods with each other, not models with the "
+            "literature."
+        )
     return parts
 
 
 def section(results: ModelResults, comparisons: Comparisons, figures: list[tuple[str, str]]) -> str:
     """Everything README shows of one model. figures: (caption, path as README links it)."""
-    return "\n\n".join([f"### {results.title}", *introduction(results),
-                        *[table.markdown() for table in tables(results, comparisons)],
-                        *[f"![{caption}]({path})" for caption, path in figures]])
+    return "\n\n".join(
+        [
+            f"### {results.title}",
+            *introduction(results),
+            *[table.markdown() for table in tables(results, comparisons)],
+            *[f"![{caption}]({path})" for caption, path in figures],
+        ]
+    )
 
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Quantization comparison</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #111; background: #fff }}
-table {{ border-collapse: collapse; margin: 1em 0; font-size: 13px }} td, th {{ border: 1px solid #bbb; padding: .25em .6em }}
-th {{ background: #eee; text-align: left }} .numbers td:not(:first-child) {{ text-align: right; white-space: nowrap }}
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em;
+  color: #111; background: #fff }}
+table {{ border-collapse: collapse; margin: 1em 0; font-size: 13px }}
+td, th {{ border: 1px solid #bbb; padding: .25em .6em }}
+th {{ background: #eee; text-align: left }}
+.numbers td:not(:first-child) {{ text-align: right; white-space: nowrap }}
 img {{ max-width: 100% }} figure {{ margin: 1.5em 0 }}
 </style></head><body>
 <h1>Quantization comparison</h1>
@@ -102,29 +149,49 @@ def page(sections: list[tuple[ModelResults, Comparisons, list[tuple[str, Path]]]
         parts += [table.html() for table in tables(results, comparisons)]
         for caption, file in figures:
             image = base64.b64encode(file.read_bytes()).decode()
-            parts.append(f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{image}">'
-                         f"<figcaption>{escape(caption)}</figcaption></figure>")
+            parts.append(
+                f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{image}">'
+                f"<figcaption>{escape(caption)}</figcaption></figure>"
+            )
     return _PAGE.format(body="\n".join(parts))
 
 
 def write_csv(results: ModelResults, comparisons: Comparisons, folder: Path) -> None:
-    """Everything as CSV: measurements.csv, a line for each configuration and number; comparisons.csv, for each difference, to
-    eight significant digits, as machines differ in the last ones of sums."""
+    """Everything as CSV: measurements.csv, a line for each configuration and number;
+    comparisons.csv, for each difference, to eight significant digits, as machines differ in the
+    last ones of sums."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [{"configuration": name, "quantity": quantity, "value": value} for name, document in results.evaluated()
-             for quantity, value in _numbers(document) if not quantity.startswith("quantization.relative_output_error")]
-    pd.DataFrame(lines, columns=["configuration", "quantity", "value"]).to_csv(folder / "measurements.csv", index=False)
-    errors = [{"configuration": name, "linear": linear, "relative_output_error": error} for name, document in results.evaluated()
-              for linear, error in document["quantization"].get("relative_output_error", {}).items()]
+    lines = [
+        {"configuration": name, "quantity": quantity, "value": value}
+        for name, document in results.evaluated()
+        for quantity, value in _numbers(document)
+        if not quantity.startswith("quantization.relative_output_error")
+    ]
+    pd.DataFrame(lines, columns=["configuration", "quantity", "value"]).to_csv(
+        folder / "measurements.csv", index=False
+    )
+    errors = [
+        {"configuration": name, "linear": linear, "relative_output_error": error}
+        for name, document in results.evaluated()
+        for linear, error in document["quantization"].get("relative_output_error", {}).items()
+    ]
     pd.DataFrame(errors, columns=["configuration", "linear", "relative_output_error"]).to_csv(
-        folder / "error_by_layer.csv", index=False)
+        folder / "error_by_layer.csv", index=False
+    )
     adjusted = adjusted_p_values(comparisons)
     rows = []
     for name, compared in comparisons.items():
         for one in compared:
             p_loss, p_gain = adjusted[name, one.kind.task, one.kind.key]
-            rows.append({"configuration": name, **one.as_dict(), "p_value_holm": p_loss, "p_value_gain_holm": p_gain,
-                         "verdict": one.verdict(p_loss, p_gain)})
+            rows.append(
+                {
+                    "configuration": name,
+                    **one.as_dict(),
+                    "p_value_holm": p_loss,
+                    "p_value_gain_holm": p_gain,
+                    "verdict": one.verdict(p_loss, p_gain),
+                }
+            )
     pd.DataFrame(rows).to_csv(folder / "comparisons.csv", index=False, float_format="%.8g")
 
 
@@ -141,7 +208,10 @@ def replace_between_markers(readme: Path, content: str) -> None:
     """Put `content` between README's markers. Raises UserError when they are missing."""
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UserError(f"{readme} needs the lines {BEGIN} and {END} once each, for the tables to go between them")
+        raise UserError(
+            f"{readme} needs the lines {BEGIN} and {END} once each, for the tables to go between "
+            f"them"
+        )
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     new = f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
@@ -151,4 +221,7 @@ def replace_between_markers(readme: Path, content: str) -> None:
 
 def in_table_order(all_results: list[ModelResults]) -> list[ModelResults]:
     """Local runs first; models by name, those with most configurations evaluated first."""
-    return sorted(all_results, key=lambda r: (r.documented, -len(set(r.documents) & set(CONFIGURATIONS)), r.name))
+    return sorted(
+        all_results,
+        key=lambda r: (r.documented, -len(set(r.documents) & set(CONFIGURATIONS)), r.name),
+    )

@@ -1,10 +1,10 @@
 """Paired statistics between two models that answered the same questions.
 
-A metric (`common.tasks.metrics`) is a function of sums over samples, so every resample is a sum of other
-samples. Samples that share an article (a cluster) stay together throughout (Miller 2024, arXiv 2411.00640).
-Intervals are Student's t on the jackknife that leaves out a cluster at a time, p-values come from
-swapping the two models' answers cluster by cluster; benchmarks/nominal_rates.py measures both
-beside the alternatives.
+A metric (`common.tasks.metrics`) is a function of sums over samples, so every resample is a sum of
+other samples. Samples that share an article (a cluster) stay together throughout (Miller 2024,
+arXiv 2411.00640). Intervals are Student's t on the jackknife that leaves out a cluster at a time,
+p-values come from swapping the two models' answers cluster by cluster; benchmarks/nominal_rates.py
+measures both beside the alternatives.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ _CHUNK = 1000
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models' sums by cluster: before, after [clusters, k], of the same samples of the same metric;
-    sizes: samples in each cluster [clusters]; changed: whether a sample of it is another after [clusters]."""
+    """Two models' sums by cluster: before, after [clusters, k], of the same samples of the same
+    metric;
+    sizes: samples in each cluster [clusters]; changed: whether a sample of it is another after
+    [clusters].
+    """
 
     before: np.ndarray
     after: np.ndarray
@@ -46,7 +49,9 @@ class Pair:
 
     def left_out(self) -> np.ndarray:
         """quantized - baseline without each cluster in turn [clusters]."""
-        return self.of_sums(self.after.sum(0) - self.after) - self.of_sums(self.before.sum(0) - self.before)
+        return self.of_sums(self.after.sum(0) - self.after) - self.of_sums(
+            self.before.sum(0) - self.before
+        )
 
     def resampled(self, counts: np.ndarray) -> np.ndarray:
         """quantized - baseline where each cluster is there `counts` times [resamples, clusters]."""
@@ -71,7 +76,11 @@ def pair(metric: Metric, clusters: Sequence[str] | None = None) -> Pair:
     if clusters is not None:
         names, labels = np.unique(np.asarray(clusters), return_inverse=True)
         members = (labels == np.arange(len(names))[:, None]).astype(float)
-        sums, sizes, changed = [members @ one for one in sums], members.sum(1), members @ changed > 0
+        sums, sizes, changed = (
+            [members @ one for one in sums],
+            members.sum(1),
+            members @ changed > 0,
+        )
     return Pair(*sums, metric.of_sums, metric.smooth, sizes, changed)
 
 
@@ -95,11 +104,13 @@ class Difference:
 
     @property
     def detectable(self) -> float:
-        """The smallest true difference that a sample of this size would show, at 95% confidence four
-        times in five."""
+        """The smallest true difference that a sample of this size would show, at 95% confidence
+        four times in five."""
         t = stats.t(self.degrees)
-        return float(np.hypot(t.ppf(1 - TAIL) * self.standard_error, self.unseen)
-                     + t.ppf(POWER) * self.standard_error)
+        return float(
+            np.hypot(t.ppf(1 - TAIL) * self.standard_error, self.unseen)
+            + t.ppf(POWER) * self.standard_error
+        )
 
 
 def difference(paired: Pair, share: bool = False) -> Difference:
@@ -122,14 +133,20 @@ def difference(paired: Pair, share: bool = False) -> Difference:
     groups, samples = len(paired.sizes), int(paired.sizes.sum())
     before, after = paired.values
     value = after - before
-    unseen = 1 - TAIL ** (1 / (groups * (samples / groups) ** paired.changed.mean())) if share and groups else 0.0
+    unseen = (
+        1 - TAIL ** (1 / (groups * (samples / groups) ** paired.changed.mean()))
+        if share and groups
+        else 0.0
+    )
     if groups < 2:
         return Difference(value, np.nan, np.nan, np.nan, samples, groups, 1.0, unseen)
     degrees = max(float(samples**2 / np.square(paired.sizes).sum()) - 1, 1.0)
     if not paired.smooth:
         found = np.concatenate([paired.resampled(chunk) for chunk in _drawn(groups)])
         low, high = np.quantile(found, [TAIL, 1 - TAIL])
-        return Difference(value, float(low), float(high), float(found.std()), samples, groups, degrees)
+        return Difference(
+            value, float(low), float(high), float(found.std()), samples, groups, degrees
+        )
     left_out = paired.left_out()
     error = float(np.sqrt((groups - 1) / groups * np.square(left_out - left_out.mean()).sum()))
     half = np.hypot(stats.t.ppf(1 - TAIL, degrees) * error, unseen)
@@ -155,14 +172,16 @@ def swap_test(paired: Pair) -> tuple[float, float]:
     value, slack = after - before, 1e-12
     # Among random swaps the one that was observed counts too; among all of them it already is.
     observed = int(groups > _ALL_SWAPS)
-    lower, higher = [(int(count) + observed) / (len(found) + observed)
-                     for count in ((found <= value + slack).sum(), (found >= value - slack).sum())]
+    lower, higher = [
+        (int(count) + observed) / (len(found) + observed)
+        for count in ((found <= value + slack).sum(), (found >= value - slack).sum())
+    ]
     return lower, higher
 
 
 def t_test(found: Difference) -> tuple[float, float]:
-    """One-sided p-values of a true difference below and above zero by Student's t: for means over long
-    texts, which are nearly normal, however few."""
+    """One-sided p-values of a true difference below and above zero by Student's t: for means over
+    long texts, which are nearly normal, however few."""
     if not np.isfinite(found.standard_error):
         return 1.0, 1.0
     if found.standard_error == 0:
@@ -173,7 +192,9 @@ def t_test(found: Difference) -> tuple[float, float]:
 
 @lru_cache(maxsize=4)
 def _swaps(groups: int) -> list[np.ndarray]:
-    """Which clusters are swapped, 1 or 0, in chunks [resamples, clusters]; the same for every metric."""
+    """Which clusters are swapped, 1 or 0, in chunks [resamples, clusters]; the same for every
+    metric.
+    """
     if groups <= _ALL_SWAPS:
         whole = np.arange(2**groups)[:, None] >> np.arange(groups) & 1
     else:
@@ -183,7 +204,8 @@ def _swaps(groups: int) -> list[np.ndarray]:
 
 @lru_cache(maxsize=4)
 def _drawn(groups: int) -> list[np.ndarray]:
-    """How often each cluster is drawn in each bootstrap resample, in chunks [resamples, clusters]."""
+    """How often each cluster is drawn in each bootstrap resample, in chunks [resamples,
+    clusters]."""
     counts = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), _RESAMPLES)
     return np.split(counts.astype(np.uint16), range(_CHUNK, _RESAMPLES, _CHUNK))
 
@@ -197,11 +219,13 @@ class Flips:
 
     @property
     def p_values(self) -> tuple[float, float]:
-        """Of a loss and of a gain, by exact one-sided McNemar tests: the chance of so many among the
-        flips if losses and gains were as likely and every answer stood for itself."""
+        """Of a loss and of a gain, by exact one-sided McNemar tests: the chance of so many among
+        the flips if losses and gains were as likely and every answer stood for itself."""
         changed = self.to_wrong + self.to_right
-        loss, gain = [float(stats.binom.sf(count - 1, changed, 0.5)) if changed else 1.0
-                      for count in (self.to_wrong, self.to_right)]
+        loss, gain = [
+            float(stats.binom.sf(count - 1, changed, 0.5)) if changed else 1.0
+            for count in (self.to_wrong, self.to_right)
+        ]
         return loss, gain
 
 
@@ -212,7 +236,9 @@ def flips(baseline: Sequence[float], quantized: Sequence[float]) -> Flips:
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
-    """Holm's adjusted p-values of a family of tests, by name: the chance of one false alarm in the family stays what it was."""
+    """Holm's adjusted p-values of a family of tests, by name: the chance of one false alarm in the
+    family stays what it was.
+    """
     adjusted, largest = {}, 0.0
     ordered = sorted(p_values, key=lambda name: p_values[name])
     for rank, name in enumerate(ordered):
@@ -224,7 +250,9 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
 NO_LOSS, LOSS, GAIN = "no loss seen", "loss", "gain"
 
 
-def verdict(found: Difference, larger_is_better: bool, margin: float, p_loss: float, p_gain: float) -> str:
+def verdict(
+    found: Difference, larger_is_better: bool, margin: float, p_loss: float, p_gain: float
+) -> str:
     """A word for a difference.
 
     "loss": the interval lies wholly on the worse side of zero and p_loss is at most 0.05. "gain":

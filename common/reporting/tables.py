@@ -9,16 +9,21 @@ from html import escape
 import numpy as np
 
 from common.reporting.comparison import Comparison, adjusted_p_values, by_metric
-from common.results.documents import ModelResults
 from common.reporting.significance import GAIN, NO_LOSS
+from common.results.documents import ModelResults
 from common.tasks import perplexity, speed
 from common.tasks.task import MetricKind, all_metrics, all_tasks
 
 # By configuration, its differences to the baseline.
 Comparisons = dict[str, list[Comparison]]
 
-STATES = {"not started": "⬜ Not started", "running": "🔄 Running", "done": "✅ Done",
-          "failed": "❌ Failed", "warning": "⚠️ Check"}
+STATES = {
+    "not started": "⬜ Not started",
+    "running": "🔄 Running",
+    "done": "✅ Done",
+    "failed": "❌ Failed",
+    "warning": "⚠️ Check",
+}
 NONE = "–"
 
 
@@ -103,9 +108,16 @@ def size_table(results: ModelResults) -> Table:
         if ratio is None and baseline:
             ratio = baseline["quantization"]["weights_bytes"] / facts["weights_bytes"]
         group = NONE if grid is None else str(grid["group_size"] or "channel")
-        rows.append([name, "16" if grid is None else str(grid["bits"]), group,
-                     f"{facts['weights_bytes'] / 1e6:.1f}", f"{ratio:.2f}" if ratio else NONE,
-                     f"{facts['folder_bytes'] / 1e6:.1f}"])
+        rows.append(
+            [
+                name,
+                "16" if grid is None else str(grid["bits"]),
+                group,
+                f"{facts['weights_bytes'] / 1e6:.1f}",
+                f"{ratio:.2f}" if ratio else NONE,
+                f"{facts['folder_bytes'] / 1e6:.1f}",
+            ]
+        )
     header = ["Configuration", "Bits", "Group", "Weights, MB", "Times smaller", "Folder, MB"]
     return Table("Size", header, rows)
 
@@ -120,15 +132,23 @@ def accuracy_table(results: ModelResults, comparisons: Comparisons) -> Table:
             value = document["tasks"].get(kind.task, {}).get(kind.key)
             shown = number(value) if kind.share else significant(value)
             one = compared.get((kind.task, kind.key))
-            row.append(shown if one is None or value is None
-                       else f"{shown} ({one.shown_difference()})")
+            row.append(
+                shown if one is None or value is None else f"{shown} ({one.shown_difference()})"
+            )
         rows.append(row)
-    clusters = "".join(f", {task.title} by {task.clustered}"
-                       for task in all_tasks() if task.clustered)
-    note = ("In brackets: the difference to the baseline on the same questions with its 95% "
-            f"interval (Student's t on a jackknife{clusters}; of the median a bootstrap's).")
-    return Table("Accuracy", ["Configuration", *[kind.heading for kind in columns]], rows,
-                 note=" ".join([note, *[task.note for task in all_tasks() if task.note]]))
+    clusters = "".join(
+        f", {task.title} by {task.clustered}" for task in all_tasks() if task.clustered
+    )
+    note = (
+        "In brackets: the difference to the baseline on the same questions with its 95% "
+        f"interval (Student's t on a jackknife{clusters}; of the median a bootstrap's)."
+    )
+    return Table(
+        "Accuracy",
+        ["Configuration", *[kind.heading for kind in columns]],
+        rows,
+        note=" ".join([note, *[task.note for task in all_tasks() if task.note]]),
+    )
 
 
 def verdict_table(comparisons: Comparisons) -> Table:
@@ -148,14 +168,20 @@ def verdict_table(comparisons: Comparisons) -> Table:
                 continue
             size = one.difference.detectable
             detectable.setdefault(kind.heading, []).append(
-                math.expm1(size) if kind.logarithmic else size)
+                math.expm1(size) if kind.logarithmic else size
+            )
             p_loss, p_gain = adjusted[name, kind.task, kind.key]
             word = one.verdict(p_loss, p_gain)
             flips = "" if one.flips is None else f"{one.flips.to_wrong}/{one.flips.to_right}, "
             row.append(f"{word} ({flips}p {p_gain if word == GAIN else p_loss:.2g})")
         rows.append(row)
-    return Table("What the differences mean", ["Configuration", *[kind.heading for kind in judged]],
-                 rows, numbers=False, note=_verdict_note(judged, detectable))
+    return Table(
+        "What the differences mean",
+        ["Configuration", *[kind.heading for kind in judged]],
+        rows,
+        numbers=False,
+        note=_verdict_note(judged, detectable),
+    )
 
 
 def _verdict_note(judged: list[MetricKind], detectable: dict[str, list[float]]) -> str:
@@ -165,20 +191,27 @@ def _verdict_note(judged: list[MetricKind], detectable: dict[str, list[float]]) 
     swaps = "".join(
         f"; for {task.title} the two models' answers are swapped at random, {task.clustered} by "
         f"{task.clustered}, because answers to one {task.clustered} are not independent"
-        for task in all_tasks() if task.clustered)
-    sizes = "; ".join(f"{heading} {max(values):.2g}" for heading, values in detectable.items()
-                      if np.isfinite(max(values)))
-    return (f"A loss is an interval wholly below zero with p at most 0.05, a gain the reverse; "
-            f"\"{NO_LOSS}\" an interval that excludes a loss of {MetricKind.margin} ({margins}). "
-            "In brackets: answers that went wrong / came right, and the one-sided p of a loss, or "
-            "of a gain where it is called one, after Holm over all configurations: McNemar's exact "
-            "test where answers are right or wrong, Student's t for "
-            f"{', '.join(kind.name.lower() for kind in ratios)}{swaps}. Smallest differences that "
-            f"samples of this size detect four times in five: {sizes}.")
+        for task in all_tasks()
+        if task.clustered
+    )
+    sizes = "; ".join(
+        f"{heading} {max(values):.2g}"
+        for heading, values in detectable.items()
+        if np.isfinite(max(values))
+    )
+    return (
+        f"A loss is an interval wholly below zero with p at most 0.05, a gain the reverse; "
+        f'"{NO_LOSS}" an interval that excludes a loss of {MetricKind.margin} ({margins}). '
+        "In brackets: answers that went wrong / came right, and the one-sided p of a loss, or "
+        "of a gain where it is called one, after Holm over all configurations: McNemar's exact "
+        "test where answers are right or wrong, Student's t for "
+        f"{', '.join(kind.name.lower() for kind in ratios)}{swaps}. Smallest differences that "
+        f"samples of this size detect four times in five: {sizes}."
+    )
 
 
 def divergence_table(results: ModelResults, comparisons: Comparisons) -> Table:
-    kind, = perplexity.TASK.metrics
+    (kind,) = perplexity.TASK.metrics
     rows = []
     for name, document in results.evaluated():
         text, apart = perplexity.TASK.of(document), perplexity.divergence_of(document) or {}
@@ -187,16 +220,35 @@ def divergence_table(results: ModelResults, comparisons: Comparisons) -> Table:
         shown = number(value, 2)
         if error is not None and math.isfinite(error):
             shown = f"{shown} ± {error:.2f}"
-        rows.append([name, shown, NONE if one is None else one.shown_difference(),
-                     *[significant(apart.get(key))
-                       for key in ("kl_mean", "kl_median", "kl_99", "kl_999")],
-                     NONE if not apart else f"{100 * apart['same_top']:.2f}"])
-    return Table("Perplexity and divergence from the baseline",
-                 ["Configuration", "Perplexity ± standard error", "Ratio [95%]", "KL mean",
-                  "KL median", "KL 99%", "KL 99.9%", "Same top token, %"], rows,
-                 note="Kullback-Leibler divergence in nats per token, on the same tokens. The "
-                      "baseline's own row is the noise floor: the same model computed in other "
-                      "batches.")
+        rows.append(
+            [
+                name,
+                shown,
+                NONE if one is None else one.shown_difference(),
+                *[
+                    significant(apart.get(key))
+                    for key in ("kl_mean", "kl_median", "kl_99", "kl_999")
+                ],
+                NONE if not apart else f"{100 * apart['same_top']:.2f}",
+            ]
+        )
+    return Table(
+        "Perplexity and divergence from the baseline",
+        [
+            "Configuration",
+            "Perplexity ± standard error",
+            "Ratio [95%]",
+            "KL mean",
+            "KL median",
+            "KL 99%",
+            "KL 99.9%",
+            "Same top token, %",
+        ],
+        rows,
+        note="Kullback-Leibler divergence in nats per token, on the same tokens. The "
+        "baseline's own row is the noise floor: the same model computed in other "
+        "batches.",
+    )
 
 
 def efficiency_table(results: ModelResults) -> Table:
@@ -205,12 +257,32 @@ def efficiency_table(results: ModelResults) -> Table:
         timed, facts = speed.TASK.of(document), document["quantization"]
         seconds, quantizing = facts.get("seconds", {}).get("total"), facts.get("memory", {})
         peak = quantizing.get("peak_device_bytes") or quantizing.get("peak_host_bytes")
-        rows.append([name, number(timed.get("latency_seconds"), 2),
-                     number(timed.get("tokens_per_second"), 1), timed.get("kernels", NONE),
-                     gib(document["memory"]["weights_bytes"]), gib(timed.get("memory_bytes")),
-                     number(seconds, 1), gib(peak)])
-    return Table("Efficiency",
-                 ["Configuration", "Latency, s", "Tokens/s", "Kernels", "Weights in memory, GiB",
-                  "Memory to run, GiB", "Quantization, s", "Quantization peak, GiB"], rows,
-                 note=" ".join(text for word, text in speed.KERNELS.items()
-                               if any(word in row[3] for row in rows)))
+        rows.append(
+            [
+                name,
+                number(timed.get("latency_seconds"), 2),
+                number(timed.get("tokens_per_second"), 1),
+                timed.get("kernels", NONE),
+                gib(document["memory"]["weights_bytes"]),
+                gib(timed.get("memory_bytes")),
+                number(seconds, 1),
+                gib(peak),
+            ]
+        )
+    return Table(
+        "Efficiency",
+        [
+            "Configuration",
+            "Latency, s",
+            "Tokens/s",
+            "Kernels",
+            "Weights in memory, GiB",
+            "Memory to run, GiB",
+            "Quantization, s",
+            "Quantization peak, GiB",
+        ],
+        rows,
+        note=" ".join(
+            text for word, text in speed.KERNELS.items() if any(word in row[3] for row in rows)
+        ),
+    )

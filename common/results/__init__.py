@@ -1,1 +1,3 @@
-"""Results on disk: under which name, what they were made from, and whether they answer for what is asked now."""
+"""Results on disk: under which name, what they were made from, and whether they answer for what is
+asked now.
+"""

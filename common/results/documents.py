@@ -1,4 +1,6 @@
-"""Results on disk: one document per evaluated configuration, and what state each configuration of a batch is in."""
+"""Results on disk: one document per evaluated configuration, and what state each configuration of a
+batch is in.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,23 @@ SIZES = ("samples", "windows", "length")
 # The configurations of the comparison, in the order of the tables: method and bits.
 CONFIGURATIONS: dict[str, tuple[str, int] | None] = {
     "baseline": None,
-    "gptq-4bit": ("gptq", 4), "gptq-8bit": ("gptq", 8), "awq-4bit": ("awq", 4),
-    "hqq-4bit": ("hqq", 4), "hqq-8bit": ("hqq", 8), "smoothquant-8bit": ("smoothquant", 8),
-    "adaround-4bit": ("adaround", 4), "adaround-8bit": ("adaround", 8), "quarot-4bit": ("quarot", 4),
+    "gptq-4bit": ("gptq", 4),
+    "gptq-8bit": ("gptq", 8),
+    "awq-4bit": ("awq", 4),
+    "hqq-4bit": ("hqq", 4),
+    "hqq-8bit": ("hqq", 8),
+    "smoothquant-8bit": ("smoothquant", 8),
+    "adaround-4bit": ("adaround", 4),
+    "adaround-8bit": ("adaround", 8),
+    "quarot-4bit": ("quarot", 4),
 }
 
 
 @dataclass
 class ModelResults:
-    """All results of one model. documents: by configuration; status: by configuration, {"state", "reason"}; documented: they
-    are not of this machine but come with the project; left_out: by configuration, tasks that `of_one_size` took out.
+    """All results of one model. documents: by configuration; status: by configuration, {"state",
+    "reason"}; documented: they are not of this machine but come with the project; left_out: by
+    configuration, tasks that `of_one_size` took out.
     """
 
     name: str
@@ -43,11 +52,14 @@ class ModelResults:
 
     def evaluated(self) -> list[tuple[str, dict]]:
         """Names and documents of those that were evaluated, in the order of the tables."""
-        return [(name, self.documents[name]) for name in self.configurations()
-                if name in self.documents]
+        return [
+            (name, self.documents[name]) for name in self.configurations() if name in self.documents
+        ]
 
     def configurations(self) -> list[str]:
-        """Names in the order of the tables: those of the comparison, then any others that were evaluated."""
+        """Names in the order of the tables: those of the comparison, then any others that were
+        evaluated.
+        """
         return [*CONFIGURATIONS, *sorted(set(self.documents) - set(CONFIGURATIONS))]
 
 
@@ -71,22 +83,48 @@ def load_model_results(folder: Path, documented: bool = False) -> ModelResults:
 
 def load_all(results_dir: Path, documented: bool = False) -> list[ModelResults]:
     """Results of every model, by name."""
-    folders = sorted(path for path in results_dir.iterdir() if path.is_dir()) if results_dir.is_dir() else []
+    folders = (
+        sorted(path for path in results_dir.iterdir() if path.is_dir())
+        if results_dir.is_dir()
+        else []
+    )
     found = [load_model_results(folder, documented) for folder in folders]
     return [results for results in found if results.documents or results.status]
 
 
 def of_one_size(results: ModelResults) -> ModelResults:
-    """Results without tasks that were evaluated on more or fewer samples than the baseline's (else the first configuration's),
-    for which tables say how many they are of."""
-    evaluated = {name: results.documents[name] for name in results.configurations() if name in results.documents}
+    """Results without tasks that were evaluated on more or fewer samples than the baseline's (else
+    the first configuration's), for which tables say how many they are of."""
+    evaluated = {
+        name: results.documents[name]
+        for name in results.configurations()
+        if name in results.documents
+    }
     first = next(iter(evaluated.values()), {"tasks": {}})["tasks"]
-    left_out = {name: [task for task, found in document["tasks"].items() if task in first and any(
-                    found.get(size) != first[task].get(size) for size in SIZES)]
-                for name, document in evaluated.items()}
-    documents = {name: {**document, "tasks": {task: found for task, found in document["tasks"].items()
-                                              if task not in left_out[name]}} for name, document in evaluated.items()}
-    return replace(results, documents=documents, left_out={name: tasks for name, tasks in left_out.items() if tasks})
+    left_out = {
+        name: [
+            task
+            for task, found in document["tasks"].items()
+            if task in first and any(found.get(size) != first[task].get(size) for size in SIZES)
+        ]
+        for name, document in evaluated.items()
+    }
+    documents = {
+        name: {
+            **document,
+            "tasks": {
+                task: found
+                for task, found in document["tasks"].items()
+                if task not in left_out[name]
+            },
+        }
+        for name, document in evaluated.items()
+    }
+    return replace(
+        results,
+        documents=documents,
+        left_out={name: tasks for name, tasks in left_out.items() if tasks},
+    )
 
 
 def size_in_words(summary: dict) -> str:
@@ -115,8 +153,12 @@ def has_samples(results_dir: Path, model: str, configuration: str) -> bool:
     return _samples_file(results_dir, model, configuration).is_file()
 
 
-def write_samples(results_dir: Path, model: str, configuration: str, samples: dict[str, list[dict]]) -> None:
+def write_samples(
+    results_dir: Path, model: str, configuration: str, samples: dict[str, list[dict]]
+) -> None:
     """Write per-sample records as compressed JSON lines, byte for byte reproducible."""
-    lines = [json.dumps({"task": task, **sample}) for task, rows in samples.items() for sample in rows]
+    lines = [
+        json.dumps({"task": task, **sample}) for task, rows in samples.items() for sample in rows
+    ]
     with replacing(_samples_file(results_dir, model, configuration)) as unfinished:
         unfinished.write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))

@@ -16,13 +16,13 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from common.checkpoint.writer import METADATA_FILE
 from common.base.errors import UserError
 from common.base.files import json_or_none, write_json
-from common.model.source import TensorReader, resolve_folder
-from common.results.naming import BASELINE, Subject
 from common.base.progress import say
+from common.checkpoint.writer import METADATA_FILE
+from common.model.source import TensorReader, resolve_folder
 from common.results.documents import SIZES, has_samples, load_model_results, read_document
+from common.results.naming import BASELINE, Subject
 
 # What all tasks of a document share, and how a difference is called.
 SHARED = {
@@ -65,8 +65,8 @@ def checkpoint_hash(folder: Path, results_dir: Path) -> str:
 
 
 def source_hash(folder: Path, results_dir: Path) -> str:
-    """SHA-256 over a 16-bit model's weights and config.json, which are the same in every copy of it.
-    Arguments and errors as of `checkpoint_hash`.
+    """SHA-256 over a 16-bit model's weights and config.json, which are the same in every copy of
+    it. Arguments and errors as of `checkpoint_hash`.
     """
     weights = [name for name, *_ in TensorReader(folder).describe()]
     return _hash_of_files(folder, {*weights, "config.json"}, results_dir)
@@ -254,7 +254,8 @@ def _original_of(tasks: dict[str, dict]) -> str | None:
 
 
 def incomparable(baseline: dict, quantized: dict) -> list[str]:
-    """Why nothing of two documents may be compared, in words; empty if what all tasks share agrees."""
+    """Why nothing of two documents may be compared, in words; empty if what all tasks share
+    agrees."""
     shared = {key: quantized.get(key) for key in SHARED if key not in _OWN}
     found = [f"another {change}" for change in shared_changes(baseline, shared)]
     original = _original_of(quantized["tasks"])
@@ -265,7 +266,8 @@ def incomparable(baseline: dict, quantized: dict) -> list[str]:
 
 def measured_apart(document: dict, other: dict) -> str | None:
     """What of a document is not to be shown beside another, as it was measured with another device,
-    type or versions, or on other data: in brackets the tasks, empty for all of it; None for nothing.
+    type or versions, or on other data: in brackets the tasks, empty for all of it; None for
+    nothing.
     """
     if shared_changes(other, {key: document.get(key) for key in _MEASURED_WITH}):
         return ""

@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.base.errors import UserError
+from common.base.files import json_or_none
+from common.base.progress import say
 from common.checkpoint import metadata
 from common.checkpoint.writer import METADATA_FILE, is_quantized
 from common.model.demo import DEMO_NAME
-from common.base.errors import UserError
-from common.base.files import json_or_none
 from common.model.source import MODELS_FOLDER
-from common.base.progress import say
 from common.results.documents import RESULTS_FOLDER, STATUS_FILE
 
 BASELINE = "baseline"

@@ -1,7 +1,7 @@
 """What a checkpoint was made from, and whether a finished one answers for what is asked now.
 
-It does with the same options, from the same weights and calibration text, by the same code. What its
-metadata does not say is unknown, which is not the same.
+It does with the same options, from the same weights and calibration text, by the same code. What
+its metadata does not say is unknown, which is not the same.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from common.base.errors import UserError
 from common.checkpoint import metadata
 from common.checkpoint.writer import METADATA_FILE
-from common.base.errors import UserError
-from common.results.identity import code_hash, source_hash
 from common.model.source import resolve_folder
+from common.results.identity import code_hash, source_hash
 from common.results.naming import Subject, source_of
 
 # What a checkpoint is made from besides options, and how it is called.
-MADE_FROM = {"model": "files of --model", "calibration": "text of --calib-data", "code": "quantization code"}
+MADE_FROM = {
+    "model": "files of --model",
+    "calibration": "text of --calib-data",
+    "code": "quantization code",
+}
 # Modules that quantize scripts import to check, name or describe what they make.
 _BESIDE_CODES = (
     "common.numerics.divergence",
@@ -57,8 +61,8 @@ def quantization_code_hash(method: str) -> str:
 
 
 def made_from(model: str, method: str, results_dir: Path) -> dict[str, str]:
-    """The hashes of what a checkpoint of `model` is made from, as far as they are known before it is
-    opened. Raises UserError where the model cannot be had.
+    """The hashes of what a checkpoint of `model` is made from, as far as they are known before it
+    is opened. Raises UserError where the model cannot be had.
     """
     model_hash = source_hash(resolve_folder(model), results_dir)
     return {"model": model_hash, "code": quantization_code_hash(method)}
@@ -134,6 +138,7 @@ def check_original(subject: Subject, results_dir: Path) -> None:
         return  # a model that cannot be had is not compared with either
     if then != now:
         raise UserError(
-            f"{subject.original} has changed since {subject.folder} was made from it, or is another "
+            f"{subject.original} has changed since {subject.folder} was made from it, or is "
+            f"another "
             "model; quantize again with --overwrite, or name the right one with --baseline"
         )

@@ -1,1 +1,3 @@
-"""What run_all_quantization.sh needs besides the batch: the check of the machine, options that are passed on."""
+"""What run_all_quantization.sh needs besides the batch: the check of the machine, options that are
+passed on.
+"""

@@ -16,16 +16,16 @@ from pathlib import Path
 import psutil
 import torch
 
-from common.run_all import check_lines as judge
 from common.base import machine
+from common.base.errors import UserError
+from common.base.machine import Driver
+from common.base.progress import say
+from common.kernels.dispatch import triton_problem
+from common.model.demo import DEMO_NAME
+from common.model.source import MODELS_FOLDER, TensorReader, hub_errors, load_config
+from common.run_all import check_lines as judge
 from common.run_all.check_lines import DEMO_BYTES, FAIL, PASS, WARN, Line, ModelFacts
 from common.text.data import locate_rows
-from common.model.demo import DEMO_NAME
-from common.base.errors import UserError
-from common.kernels.dispatch import triton_problem
-from common.base.machine import Driver
-from common.model.source import MODELS_FOLDER, TensorReader, hub_errors, load_config
-from common.base.progress import say
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 
@@ -174,9 +174,7 @@ def evaluation_samples(limit: int | None) -> list[tuple]:
     return [rows for task in all_tasks() if (rows := task.reads(limit))]
 
 
-def _look_for(
-    samples: Iterable[tuple], data_root: Path | None
-) -> tuple[dict[str, str], list[str]]:
+def _look_for(samples: Iterable[tuple], data_root: Path | None) -> tuple[dict[str, str], list[str]]:
     """Where rows are, by data set, and what is said of those that are nowhere."""
     places, problems = {}, []
     for address, *sample in samples if data_root is None or data_root.is_dir() else ():

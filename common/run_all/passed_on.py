@@ -10,8 +10,16 @@ from common.base.progress import say
 
 # Options that the batch itself gives every script; of two the last would count, for each
 # configuration alike.
-_OWN_OPTIONS = ("model", "bits", "output", "overwrite", "device", "device_memory", "dtype",
-                "data_root")
+_OWN_OPTIONS = (
+    "model",
+    "bits",
+    "output",
+    "overwrite",
+    "device",
+    "device_memory",
+    "dtype",
+    "data_root",
+)
 
 
 def method_parser(method: str) -> argparse.ArgumentParser:
@@ -29,11 +37,16 @@ def share_out(words: list[str], methods: set[str]) -> dict[str, list[str]]:
     shared: dict[str, list[str]] = {method: [] for method in sorted(methods)}
     left_out = []
     for option in _options(words):
-        refusals = {method: refusal for method in shared
-                    if (refusal := _refusal(method, option)) is not None}
+        refusals = {
+            method: refusal
+            for method in shared
+            if (refusal := _refusal(method, option)) is not None
+        }
         if len(refusals) == len(shared):
-            unknown = (f"unknown option {' '.join(option)}: neither the batch nor a method script "
-                       "that it runs has it; see --help of run_all_quantization.sh and of those")
+            unknown = (
+                f"unknown option {' '.join(option)}: neither the batch nor a method script "
+                "that it runs has it; see --help of run_all_quantization.sh and of those"
+            )
             raise UserError(next(filter(None, refusals.values()), unknown))
         for method in shared.keys() - refusals.keys():
             shared[method] += option
@@ -61,8 +74,9 @@ def _refusal(method: str, option: list[str]) -> str | None:
     parser = method_parser(method)
 
     def refuse(message: str):
-        raise UserError(f"{message} (it is passed to quantize_{method}.py, whose --help lists its "
-                        "options)")
+        raise UserError(
+            f"{message} (it is passed to quantize_{method}.py, whose --help lists its options)"
+        )
 
     parser.error = refuse
     # Only parsing knows --bits=3 and --bit 3 for what they are.
@@ -70,9 +84,11 @@ def _refusal(method: str, option: list[str]) -> str | None:
     try:
         found, unknown = parser.parse_known_args(option)
         if own := [name for name in _OWN_OPTIONS if getattr(found, name) is not None]:
-            return (f"{' '.join(option)} cannot be passed on: the batch itself tells each script "
-                    f"its --{own[0].replace('_', '-')}; see --help for what it takes, or run "
-                    f"quantize_{method}.py on its own")
+            return (
+                f"{' '.join(option)} cannot be passed on: the batch itself tells each script "
+                f"its --{own[0].replace('_', '-')}; see --help for what it takes, or run "
+                f"quantize_{method}.py on its own"
+            )
         return "" if unknown else None
     except UserError as error:
         return str(error)

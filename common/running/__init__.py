@@ -1,1 +1,3 @@
-"""Checkpoints that run: packed weights, decoding with captured graphs, and what speed and memory are measured by."""
+"""Checkpoints that run: packed weights, decoding with captured graphs, and what speed and memory
+are measured by.
+"""

@@ -1,8 +1,10 @@
-"""Greedy decoding with a cache of fixed size, one captured CUDA graph per batch size, and packed or dense weights.
+"""Greedy decoding with a cache of fixed size, one captured CUDA graph per batch size, and packed or
+dense weights.
 
-A prompt goes through transformers' own forward pass; what it leaves in the cache is copied over, and from there each step is
-the short list of operations in `kernels.inference`. Prompts of different lengths are padded at their end: every row has its own
-position, and what the padding left in the cache is overwritten before it is ever attended to.
+A prompt goes through transformers' own forward pass; what it leaves in the cache is copied over,
+and from there each step is the short list of operations in `kernels.inference`. Prompts of
+different lengths are padded at their end: every row has its own position, and what the padding left
+in the cache is overwritten before it is ever attended to.
 """
 
 from __future__ import annotations
@@ -11,18 +13,26 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from common.model.architecture import is_fused
-from common.base.device_memory import TOKENS_SHARE, available, cache_bytes, halved_to_fit, token_bytes
+from common.base.device_memory import (
+    TOKENS_SHARE,
+    available,
+    cache_bytes,
+    halved_to_fit,
+    token_bytes,
+)
 from common.kernels.forms import Rotary
 from common.kernels.inference import add_rms_norm, attend, largest_index, row_matmul, silu_mul
+from common.model.architecture import is_fused
 from common.running.packed import PackedLinear, stack
 
-# Tokens of prompts that go through the model at once, and steps after which the host looks at what was generated.
+# Tokens of prompts that go through the model at once, and steps after which the host looks at what
+# was generated.
 PROMPT_TOKENS, STEPS_AT_ONCE = 16384, 8
 
 
 def can_decode(model, length: int) -> bool:
-    """Whether `Decoder` computes what the model's own forward pass does, for up to `length` tokens."""
+    """Whether `Decoder` computes what the model's own forward pass does, for up to `length`
+    tokens."""
     config = model.config
     if not is_fused(config):
         return False
@@ -31,16 +41,25 @@ def can_decode(model, length: int) -> bool:
     # Where transformers rounds inputs itself, inside its linears' forward pass.
     scheme = getattr(attention.q_proj, "quantization_scheme", None)
     rounds_inputs = scheme is not None and scheme.input_activations is not None
-    return (config._attn_implementation == "sdpa"
-            and size >= 16 and size & (size - 1) == 0 and config.hidden_act == "silu" and not rounds_inputs
-            and not hasattr(attention, "online") and not getattr(model, "streamed", 0) and (window is None or length <= window))
+    return (
+        config._attn_implementation == "sdpa"
+        and size >= 16
+        and size & (size - 1) == 0
+        and config.hidden_act == "silu"
+        and not rounds_inputs
+        and not hasattr(attention, "online")
+        and not getattr(model, "streamed", 0)
+        and (window is None or length <= window)
+    )
 
 
 def cache_after(prefix: DynamicCache | None, rows: int) -> DynamicCache:
     """A cache for `rows` prompts that all follow the tokens in `prefix` (of one row), if any."""
     cache = DynamicCache()
     for index, layer in enumerate(prefix.layers if prefix is not None else ()):
-        cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), index)
+        cache.update(
+            layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), index
+        )
     return cache
 
 
@@ -58,8 +77,9 @@ class _Layer:
         self.bits = getattr(self.down, "activation_bits", None)
         linears = [self.qkv, self.output, self.gate_up, self.down]
         # Whether one row's norms, residual sums and gate can be part of its products.
-        self.one_row = all(isinstance(linear, PackedLinear) for linear in linears) and \
-            all(linear.bias is None for linear in linears[1:])
+        self.one_row = all(isinstance(linear, PackedLinear) for linear in linears) and all(
+            linear.bias is None for linear in linears[1:]
+        )
         self.scaling = attention.scaling
         self.norms = None
         if hasattr(attention, "q_norm"):
@@ -86,7 +106,8 @@ class Decoder:
     """Greedy generation for up to `rows` prompts at once and `length` tokens in all of each.
 
     Args:
-        model: a causal LM of transformers for which `can_decode`; its linears become views of joined ones.
+        model: a causal LM of transformers for which `can_decode`; its linears become views of
+            joined ones.
     """
 
     def __init__(self, model, rows: int, length: int):
@@ -104,11 +125,16 @@ class Decoder:
         self.positions = torch.zeros(rows, dtype=torch.long, device=self.device)
         self.written = torch.zeros(STEPS_AT_ONCE, rows, dtype=torch.long, device=self.device)
         positions = torch.arange(length, device=self.device)
-        self.tables = [table[0].to(dtype).contiguous() for table in model.model.rotary_emb(norm, positions.unsqueeze(0))]
+        self.tables = [
+            table[0].to(dtype).contiguous()
+            for table in model.model.rotary_emb(norm, positions.unsqueeze(0))
+        ]
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def step(self, rows: int, index: int = 0) -> None:
-        """One token more for the first `rows` rows: reads tokens and positions, and replaces them; notes the new tokens."""
+        """One token more for the first `rows` rows: reads tokens and positions, and replaces them;
+        notes the new tokens.
+        """
         tokens, positions = self.tokens[:rows], self.positions[:rows]
         epsilon = self.model.model.norm.variance_epsilon
         hidden, update = self.model.model.embed_tokens(tokens), None
@@ -117,9 +143,13 @@ class Decoder:
             if rows == 1 and layer.one_row:
                 self._one_row(layer, hidden, cache, epsilon)
                 continue
-            projected = layer.qkv(add_rms_norm(hidden, update, layer.input_norm.weight, epsilon, layer.bits))
+            projected = layer.qkv(
+                add_rms_norm(hidden, update, layer.input_norm.weight, epsilon, layer.bits)
+            )
             update = layer.output(self._attend(layer, projected, cache))
-            gate_up = layer.gate_up(add_rms_norm(hidden, update, layer.output_norm.weight, epsilon, layer.bits))
+            gate_up = layer.gate_up(
+                add_rms_norm(hidden, update, layer.output_norm.weight, epsilon, layer.bits)
+            )
             update = layer.down(silu_mul(*gate_up.chunk(2, -1), layer.bits))
         gain, head = self.model.model.norm.weight, self.model.lm_head
         if rows == 1 and update is None and isinstance(head, PackedLinear):
@@ -131,20 +161,36 @@ class Decoder:
         positions.add_(1).clamp_(max=self.length - 1)
 
     def _attend(self, layer: _Layer, projected: Tensor, cache: Tensor) -> Tensor:
-        return attend(projected, Rotary(*self.tables, layer.norms), self.positions[:len(projected)], *cache, layer.scaling)
+        return attend(
+            projected,
+            Rotary(*self.tables, layer.norms),
+            self.positions[: len(projected)],
+            *cache,
+            layer.scaling,
+        )
 
     def _one_row(self, layer: _Layer, hidden: Tensor, cache: Tensor, epsilon: float) -> None:
-        """A layer of packed linears for a single row: hidden [1, size] becomes what leaves the layer."""
+        """A layer of packed linears for a single row: hidden [1, size] becomes what leaves the
+        layer.
+        """
         bits = layer.bits
-        projected = row_matmul(hidden, layer.qkv.codes, (layer.input_norm.weight, epsilon), bits=bits)
+        projected = row_matmul(
+            hidden, layer.qkv.codes, (layer.input_norm.weight, epsilon), bits=bits
+        )
         if layer.qkv.bias is not None:
             projected = projected + layer.qkv.bias
-        row_matmul(self._attend(layer, projected, cache), layer.output.codes, added_to=hidden, bits=bits)
-        gated = row_matmul(hidden, layer.gate_up.codes, (layer.output_norm.weight, epsilon), gated=True, bits=bits)
+        row_matmul(
+            self._attend(layer, projected, cache), layer.output.codes, added_to=hidden, bits=bits
+        )
+        gated = row_matmul(
+            hidden, layer.gate_up.codes, (layer.output_norm.weight, epsilon), gated=True, bits=bits
+        )
         row_matmul(gated, layer.down.codes, added_to=hidden, bits=bits)
 
     def run(self, rows: int) -> Tensor:
-        """Let the first `rows` rows go on by STEPS_AT_ONCE steps. Returns the new tokens [steps, rows]."""
+        """Let the first `rows` rows go on by STEPS_AT_ONCE steps. Returns the new tokens [steps,
+        rows].
+        """
         if self.device.type == "cuda":
             if rows not in self._graphs:
                 self._capture(rows)
@@ -163,7 +209,7 @@ class Decoder:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.step(rows)                                                     # compiles what has to be
+            self.step(rows)  # compiles what has to be
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
@@ -174,8 +220,9 @@ class Decoder:
         self.positions.copy_(kept[1])
 
     def start(self, prompts: list[list[int]], prefix: DynamicCache | None = None) -> Tensor:
-        """Read prompts, that all follow the tokens in `prefix`, into the first rows. Returns the logits after each [rows,
-        vocabulary], whose largest become the tokens that the next step reads.
+        """Read prompts, that all follow the tokens in `prefix`, into the first rows. Returns the
+        logits after each [rows, vocabulary], whose largest become the tokens that the next step
+        reads.
         """
         before = prefix.get_seq_length() if prefix is not None else 0
         lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -185,31 +232,37 @@ class Decoder:
             part = slice(first, min(first + at_once, len(prompts)))
             logits.append(self._read(prompts[part], part, prefix, before))
         logits = torch.cat(logits)
-        self.positions[:len(prompts)] = (lengths + before).to(self.device)
-        torch.argmax(logits, -1, out=self.tokens[:len(prompts)])
+        self.positions[: len(prompts)] = (lengths + before).to(self.device)
+        torch.argmax(logits, -1, out=self.tokens[: len(prompts)])
         return logits
 
     def _prompts_at_once(self, length: int, before: int) -> int:
-        """How many prompts of up to `length` tokens, after `before` of a prefix, are read at once."""
+        """How many prompts of up to `length` tokens, after `before` of a prefix, are read at
+        once."""
         most = max(1, PROMPT_TOKENS // length)
-        if min(most, self.rows) == 1:                                           # asking the card takes time
+        if min(most, self.rows) == 1:  # asking the card takes time
             return 1
         element = self.cache.element_size()
-        row = length * token_bytes(self.model.config, element) + (length + before) * cache_bytes(self.model, element)
+        row = length * token_bytes(self.model.config, element) + (length + before) * cache_bytes(
+            self.model, element
+        )
         return halved_to_fit(most, row, TOKENS_SHARE * available(self.device))
 
-    def _read(self, prompts: list[list[int]], rows: slice, prefix: DynamicCache | None, before: int) -> Tensor:
+    def _read(
+        self, prompts: list[list[int]], rows: slice, prefix: DynamicCache | None, before: int
+    ) -> Tensor:
         length = max(map(len, prompts))
         tokens = torch.zeros(len(prompts), length, dtype=torch.long)
         for row, prompt in enumerate(prompts):
-            tokens[row, :len(prompt)] = torch.tensor(prompt)
+            tokens[row, : len(prompt)] = torch.tensor(prompt)
         cache = cache_after(prefix, len(prompts))
         positions = torch.arange(before, before + length, device=self.device).unsqueeze(0)
-        hidden = self.model.model(tokens.to(self.device), position_ids=positions, past_key_values=cache,
-                                  use_cache=True).last_hidden_state
+        hidden = self.model.model(
+            tokens.to(self.device), position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
         for index, layer in enumerate(cache.layers):
-            self.cache[index, 0, rows, :, :before + length] = layer.keys
-            self.cache[index, 1, rows, :, :before + length] = layer.values
+            self.cache[index, 0, rows, :, : before + length] = layer.keys
+            self.cache[index, 1, rows, :, : before + length] = layer.values
         last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
         return self.model.lm_head(hidden[torch.arange(len(prompts), device=self.device), last])
 
@@ -217,6 +270,6 @@ class Decoder:
         """Move the given rows to the front; the rest is forgotten."""
         chosen = torch.tensor(rows, device=self.device)
         for layer in self.cache:
-            layer[:, :len(rows)] = layer[:, chosen]
-        self.tokens[:len(rows)] = self.tokens[chosen]
-        self.positions[:len(rows)] = self.positions[chosen]
+            layer[:, : len(rows)] = layer[:, chosen]
+        self.tokens[: len(rows)] = self.tokens[chosen]
+        self.positions[: len(rows)] = self.positions[chosen]

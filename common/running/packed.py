@@ -1,4 +1,6 @@
-"""Models whose linears, embedding and head stay packed in memory and are unpacked inside the matrix product."""
+"""Models whose linears, embedding and head stay packed in memory and are unpacked inside the matrix
+product.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from common.model.architecture import FAMILIES, fill_buffers
-from common.checkpoint.format import open_checkpoint, stored_parts, unknown_form, weight_format
-from common.checkpoint.format import stored_codes
 from common.base.errors import UserError
-from common.numerics.grid import Grid
+from common.checkpoint.format import (
+    open_checkpoint,
+    stored_codes,
+    stored_parts,
+    unknown_form,
+    weight_format,
+)
 from common.kernels.forms import PackedWeight, Rounded, pack
 from common.kernels.inference import integer_matmul, packed_matmul, round_rows, unpack
+from common.model.architecture import FAMILIES, fill_buffers
 from common.model.online import CONFIG_KEY
+from common.numerics.grid import Grid
 
 PACKED_BITS = (4, 8)
 
@@ -30,7 +37,9 @@ class PackedLinear(nn.Module):
         activation_bits: 8 for inputs rounded per token as they come; a product of integers then.
     """
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None, activation_bits: int | None = None):
+    def __init__(
+        self, weight: PackedWeight, bias: Tensor | None, activation_bits: int | None = None
+    ):
         super().__init__()
         self.activation_bits = activation_bits
         self.put(weight, bias)
@@ -38,8 +47,12 @@ class PackedLinear(nn.Module):
     def put(self, weight: PackedWeight, bias: Tensor | None) -> None:
         """Replace the weights and the bias."""
         self._bits = weight.bits
-        for name, tensor in (("packed", weight.packed), ("scale", weight.scale), ("zero_point", weight.zero_point),
-                             ("bias", bias)):
+        for name, tensor in (
+            ("packed", weight.packed),
+            ("scale", weight.scale),
+            ("zero_point", weight.zero_point),
+            ("bias", bias),
+        ):
             self.register_buffer(name, tensor)
 
     @property
@@ -59,13 +72,20 @@ class PackedLinear(nn.Module):
 
 
 def stack(linears: list[PackedLinear]) -> PackedLinear:
-    """One linear of all output channels of several that share their input; those become views of it."""
+    """One linear of all output channels of several that share their input; those become views of
+    it.
+    """
+
     def joined(tensors: list[Tensor | None]) -> Tensor | None:
         return None if tensors[0] is None else torch.cat(tensors)
 
     codes = [linear.codes for linear in linears]
-    whole = replace(codes[0], packed=joined([part.packed for part in codes]), scale=joined([part.scale for part in codes]),
-                    zero_point=joined([part.zero_point for part in codes]))
+    whole = replace(
+        codes[0],
+        packed=joined([part.packed for part in codes]),
+        scale=joined([part.scale for part in codes]),
+        zero_point=joined([part.zero_point for part in codes]),
+    )
     bias = joined([linear.bias for linear in linears])
     start = 0
     for linear, part in zip(linears, codes, strict=True):
@@ -93,7 +113,8 @@ class PackedEmbedding(nn.Module):
 
 
 def can_be_packed(config: dict, names: Iterable[str]) -> bool:
-    """Whether a checkpoint can run on packed weights: only what is known exactly, anything else is left to transformers.
+    """Whether a checkpoint can run on packed weights: only what is known exactly, anything else is
+    left to transformers.
 
     Args:
         config: the content of its config.json.
@@ -102,7 +123,7 @@ def can_be_packed(config: dict, names: Iterable[str]) -> bool:
     if CONFIG_KEY in config or unknown_form(config, names):
         return False
     stored = weight_format(config)
-    return all(grid.bits in PACKED_BITS for grid in (stored.grid, *stored.ends.values()))
+    return all(grid.bits in PACKED_BITS for grid in (stored.grid, *stored.vocabulary.values()))
 
 
 def load_packed(folder: Path, device: torch.device, dtype: torch.dtype):
@@ -113,8 +134,10 @@ def load_packed(folder: Path, device: torch.device, dtype: torch.dtype):
     """
     content, tensors = open_checkpoint(folder)
     stored = weight_format(content)
-    ends = stored.ends
-    config = AutoConfig.for_model(**{key: value for key, value in content.items() if key != "quantization_config"})
+    vocabulary = stored.vocabulary
+    config = AutoConfig.for_model(
+        **{key: value for key, value in content.items() if key != "quantization_config"}
+    )
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -124,7 +147,9 @@ def load_packed(folder: Path, device: torch.device, dtype: torch.dtype):
         bias = tensors.read(f"{name}.bias").to(device, dtype) if f"{name}.bias" in tensors else None
         try:
             codes, zero_point = stored_codes(parts, grid)
-            return PackedLinear(pack(codes, parts["weight_scale"], zero_point, grid.bits), bias, bits)
+            return PackedLinear(
+                pack(codes, parts["weight_scale"], zero_point, grid.bits), bias, bits
+            )
         except KeyError as error:
             raise UserError(f"{folder}: {name} lacks its {error.args[0]}; quantize again") from None
 
@@ -132,16 +157,18 @@ def load_packed(folder: Path, device: torch.device, dtype: torch.dtype):
     fill_buffers(model, device)
     for index, layer in enumerate(decoder.layers):
         for name in FAMILIES[config.model_type].linears:
-            layer.set_submodule(name, linear(f"model.layers.{index}.{name}", stored.grid, stored.activation_bits))
-    if ends:
-        if "model.embed_tokens" in ends or config.tie_word_embeddings:
-            rows = linear("model.embed_tokens", next(iter(ends.values())))
+            layer.set_submodule(
+                name, linear(f"model.layers.{index}.{name}", stored.grid, stored.activation_bits)
+            )
+    if vocabulary:
+        if "model.embed_tokens" in vocabulary or config.tie_word_embeddings:
+            rows = linear("model.embed_tokens", next(iter(vocabulary.values())))
             factor = getattr(decoder.embed_tokens, "embed_scale", None)
             decoder.embed_tokens = PackedEmbedding(rows, dtype, factor)
             if config.tie_word_embeddings:
                 model.lm_head = rows
-        if "lm_head" in ends and not config.tie_word_embeddings:
-            model.lm_head = linear("lm_head", ends["lm_head"])
+        if "lm_head" in vocabulary and not config.tie_word_embeddings:
+            model.lm_head = linear("lm_head", vocabulary["lm_head"])
     for name, parameter in list(model.named_parameters()):
         if name != "lm_head.weight" or not config.tie_word_embeddings:
             owner, _, leaf = name.rpartition(".")

@@ -1,7 +1,8 @@
 """Load a checkpoint to run it, and measure how it runs: latency, tokens per second, memory.
 
-On CUDA a checkpoint runs on packed weights where there is a kernel for them (`packed`) and decodes through captured graphs
-(`decoding`). On CPU, and where there is none, it runs on plain dense weights: transformers decompresses it at the first forward.
+On CUDA a checkpoint runs on packed weights where there is a kernel for them (`packed`) and decodes
+through captured graphs (`decoding`). On CPU, and where there is none, it runs on plain dense
+weights: transformers decompresses it at the first forward.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from common.base import host_memory
-from common.model.architecture import FAMILIES, FILLED_BY_CODE, let_head_finish_logits
-from common.running.decoding import STEPS_AT_ONCE, Decoder, can_decode
 from common.base.device_memory import available, working_bytes
 from common.base.errors import UserError
-from common.model.fused import fuse_layers
-from common.numerics.grid import float16_holds
+from common.base.progress import say, track
 from common.kernels.dispatch import triton_works
-from common.model.source import SourceModel, TensorReader, load_tokenizer, read_config
+from common.model.architecture import FAMILIES, FILLED_BY_CODE, let_head_finish_logits
+from common.model.fused import fuse_layers
 from common.model.online import attach_all, read_keys, take_from_config
+from common.model.source import SourceModel, TensorReader, load_tokenizer, read_config
+from common.numerics.grid import float16_holds
+from common.running.decoding import STEPS_AT_ONCE, Decoder, can_decode
 from common.running.packed import PackedLinear, can_be_packed, load_packed
 from common.text.probe import check_finite, probe_tokens
-from common.base.progress import say, track
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
 REPEATS = {"cpu": 3, "cuda": 10}
@@ -44,7 +45,8 @@ def load_for_running(folder: Path, device: torch.device, dtype: torch.dtype):
     kernels for them.
 
     Raises:
-        UserError: as `load_model`; or the model's activations, on a fixed text, overflow in float16.
+        UserError: as `load_model`; or the model's activations, on a fixed text, overflow in
+            float16.
     """
     model, tokenizer = _load_packed_or_dense(folder, device, dtype)
     if dtype == torch.float16:
@@ -60,8 +62,11 @@ def _load_packed_or_dense(folder: Path, device: torch.device, dtype: torch.dtype
         return load_model(folder, device, dtype)
     content = read_config(folder)
     quantized = "quantization_config" in content
-    if content.get("model_type") in FAMILIES and not quantized and (
-            dense_bytes(folder, dtype, working=True) > available(device)):
+    if (
+        content.get("model_type") in FAMILIES
+        and not quantized
+        and (dense_bytes(folder, dtype, working=True) > available(device))
+    ):
         return load_streamed(folder, device, dtype)
     if quantized and triton_works() and can_be_packed(content, TensorReader(folder)):
         model, tokenizer = load_packed(folder, device, dtype), load_tokenizer(folder)
@@ -74,7 +79,8 @@ def _load_packed_or_dense(folder: Path, device: torch.device, dtype: torch.dtype
 
 
 def dense_bytes(folder: Path, dtype: torch.dtype, working: bool = False) -> int:
-    """Bytes of a checkpoint's or model's weights, unpacked, in `dtype`; with `working` and of what it takes to run it well. 0
+    """Bytes of a checkpoint's or model's weights, unpacked, in `dtype`; with `working` and of what
+    it takes to run it well. 0
     where its configuration is not understood: loading it says what is wrong.
     """
     content = read_config(folder)
@@ -90,8 +96,9 @@ def dense_bytes(folder: Path, dtype: torch.dtype, working: bool = False) -> int:
 
 
 def load_streamed(folder: Path, device: torch.device, dtype: torch.dtype):
-    """Model and tokenizer of a 16-bit model that the device has no room for: the first decoder layers stay there, the others
-    are read from the files for every forward pass and forgotten after it.
+    """Model and tokenizer of a 16-bit model that the device has no room for: the first decoder
+    layers stay there, the others are read from the files for every forward pass and forgotten after
+    it.
     """
     source = SourceModel(str(folder), device, dtype)
     model, layers = source.model, source.model.model.layers
@@ -107,8 +114,12 @@ def load_streamed(folder: Path, device: torch.device, dtype: torch.dtype):
             layer.register_forward_hook(partial(_release, source, index))
     let_head_finish_logits(model)
     model.streamed = len(layers) - resident
-    say(f"{folder}: the GPU has no room for its weights, so {model.streamed} of {len(layers)} layers are read anew "
-        "for every forward pass, which makes answers slow; --tasks arc,perplexity does without them, --limit asks for fewer")
+    say(
+        f"{folder}: the GPU has no room for its weights, so {model.streamed} of {len(layers)} "
+        f"layers are read anew "
+        "for every forward pass, which makes answers slow; --tasks arc,perplexity does without "
+        "them, --limit asks for fewer"
+    )
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, source.tokenizer
@@ -133,8 +144,8 @@ def kernels_of(model) -> str:
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
-    """Model and tokenizer of a checkpoint or a plain model folder, ready to run (decompressed). It runs on the CPU, and a line
-    says so, where the device has no room for the weights.
+    """Model and tokenizer of a checkpoint or a plain model folder, ready to run (decompressed). It
+    runs on the CPU, and a line says so, where the device has no room for the weights.
 
     Raises:
         UserError: the folder holds no model that can be loaded.
@@ -152,8 +163,14 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
             config["config"] = AutoConfig.for_model(**content)
         # No code from the folder is run, and no pickle read.
         model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True,
-            trust_remote_code=False, **config)
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **config,
+        )
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # a damaged configuration can break the library anywhere
@@ -164,16 +181,21 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
         names = map(str, sorted(loading.get(problem) or []))
         names = [name for name in names if name not in FILLED_BY_CODE]
         if names:
-            raise UserError(f"{folder} does not load as it is: {problem.replace('_', ' ')} "
-                            f"{', '.join(names[:3])}")
+            raise UserError(
+                f"{folder} does not load as it is: {problem.replace('_', ' ')} "
+                f"{', '.join(names[:3])}"
+            )
     model.to(device).eval().requires_grad_(False)
     try:
-        with torch.inference_mode():                                            # decompresses packed weights
+        with torch.inference_mode():  # decompresses packed weights
             model(torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # the same
-        raise UserError(f"{folder}: its weights cannot be unpacked ({(str(error).splitlines() or [''])[0][:150]})") from None
+        raise UserError(
+            f"{folder}: its weights cannot be unpacked "
+            f"({(str(error).splitlines() or [''])[0][:150]})"
+        ) from None
     if transforms:
         attach_all(model, transforms)
     let_head_finish_logits(model)
@@ -187,32 +209,44 @@ def _with_room(folder: Path, device: torch.device, dtype: torch.dtype) -> torch.
     needed, room = dense_bytes(folder, dtype), available(device)
     if needed + DENSE_ROOM <= room:
         return device
-    say(f"{folder}: unpacked its weights take {needed / 2**30:.1f} GiB, and the GPU has {room / 2**30:.1f} left; it runs on "
-        "the CPU")
+    say(
+        f"{folder}: unpacked its weights take {needed / 2**30:.1f} GiB, and the GPU has "
+        f"{room / 2**30:.1f} left; it runs on "
+        "the CPU"
+    )
     return torch.device("cpu")
 
 
 def _check_scales(folder: Path, content: dict) -> None:
-    """Refuse to load a checkpoint in float16 that does not hold its scales: transformers rounds them to the model's type."""
+    """Refuse to load a checkpoint in float16 that does not hold its scales: transformers rounds
+    them to the model's type.
+    """
     if "quantization_config" not in content:
         return
     tensors = TensorReader(folder)
     for name in tensors.names():
         if name.endswith(".weight_scale") and not float16_holds(tensors.read(name)):
-            raise UserError(f"{folder}: float16 does not hold the scales of {name.removesuffix('.weight_scale')}; use "
-                            "--dtype bfloat16 or float32")
+            raise UserError(
+                f"{folder}: float16 does not hold the scales of "
+                f"{name.removesuffix('.weight_scale')}; use "
+                "--dtype bfloat16 or float32"
+            )
 
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers as they lie in memory, shared ones once."""
-    storages = {tensor.data_ptr(): tensor.numel() * tensor.element_size()
-                for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta}
+    storages = {
+        tensor.data_ptr(): tensor.numel() * tensor.element_size()
+        for tensor in [*model.parameters(), *model.buffers()]
+        if not tensor.is_meta
+    }
     return sum(storages.values())
 
 
 @torch.inference_mode()
 def measure_speed(model, vocabulary: int, seed: int = 0) -> dict:
-    """Time single answers: a prompt of 64 random tokens, 32 new tokens or so, batch 1; medians over several runs.
+    """Time single answers: a prompt of 64 random tokens, 32 new tokens or so, batch 1; medians over
+    several runs.
 
     Returns:
         latency_seconds (whole answer), prefill_seconds, tokens_per_second (of decoding).
@@ -221,29 +255,41 @@ def measure_speed(model, vocabulary: int, seed: int = 0) -> dict:
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(0, vocabulary, (1, PROMPT_TOKENS), generator=generator)
     graphs = device.type == "cuda" and can_decode(model, PROMPT_TOKENS + 2 * NEW_TOKENS)
-    answer = _answer_by_graph(model, prompt) if graphs else _answer_by_forward(model, prompt.to(device))
+    answer = (
+        _answer_by_graph(model, prompt) if graphs else _answer_by_forward(model, prompt.to(device))
+    )
     answer()
     repeats = 1 if getattr(model, "streamed", 0) else REPEATS[device.type]
     runs = [answer() for _ in track(range(repeats), "speed", unit="runs")]
     prefill = statistics.median(first for first, _, _ in runs)
     decode = statistics.median(rest for _, rest, _ in runs)
-    return {"prompt_tokens": PROMPT_TOKENS, "new_tokens": runs[0][2] + 1, "runs": len(runs),
-            "kernels": kernels_of(model) + (", graph" if graphs else ""), "prefill_seconds": prefill,
-            "latency_seconds": statistics.median(first + rest for first, rest, _ in runs),
-            "tokens_per_second": runs[0][2] / decode}
+    return {
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": runs[0][2] + 1,
+        "runs": len(runs),
+        "kernels": kernels_of(model) + (", graph" if graphs else ""),
+        "prefill_seconds": prefill,
+        "latency_seconds": statistics.median(first + rest for first, rest, _ in runs),
+        "tokens_per_second": runs[0][2] / decode,
+    }
 
 
 @torch.inference_mode()
-def measure_memory(model, vocabulary: int, context: int = CONTEXT_TOKENS, seed: int = 0) -> int | None:
-    """Bytes that running the model takes: its weights, a cache of 2,048 tokens (or what the model can read) and what is worked
-    with while it reads a prompt and writes a few tokens, batch 1. To be called while the model is alone on its device.
+def measure_memory(
+    model, vocabulary: int, context: int = CONTEXT_TOKENS, seed: int = 0
+) -> int | None:
+    """Bytes that running the model takes: its weights, a cache of 2,048 tokens (or what the model
+    can read) and what is worked with while it reads a prompt and writes a few tokens, batch 1. To
+    be called while the model is alone on its device.
 
-    On a card this is what torch allocates at most. On a CPU it is the weights and by how much the process's resident memory
-    grows; None where the system does not tell.
+    On a card this is what torch allocates at most. On a CPU it is the weights and by how much the
+    process's resident memory grows; None where the system does not tell.
     """
     device, weights = next(model.parameters()).device, weight_bytes(model)
     context = min(context, model.config.max_position_embeddings)
-    prompt = torch.randint(0, vocabulary, (1, context - STEPS_AT_ONCE), generator=torch.Generator().manual_seed(seed))
+    prompt = torch.randint(
+        0, vocabulary, (1, context - STEPS_AT_ONCE), generator=torch.Generator().manual_seed(seed)
+    )
     gc.collect()
     if device.type != "cuda":
         grown = host_memory.growth(_answer_by_forward(model, prompt, STEPS_AT_ONCE))
@@ -265,10 +311,13 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _answer_by_forward(model, prompt: Tensor, new_tokens: int = NEW_TOKENS) -> Callable[[], tuple[float, float, int]]:
-    """A function that lets the model's own forward pass answer. Returns seconds until the first token, seconds of the rest
-    and how many tokens that were.
+def _answer_by_forward(
+    model, prompt: Tensor, new_tokens: int = NEW_TOKENS
+) -> Callable[[], tuple[float, float, int]]:
+    """A function that lets the model's own forward pass answer. Returns seconds until the first
+    token, seconds of the rest and how many tokens that were.
     """
+
     def answer() -> tuple[float, float, int]:
         start = _now(prompt.device)
         output = model(prompt, use_cache=True, logits_to_keep=1)
@@ -282,8 +331,12 @@ def _answer_by_forward(model, prompt: Tensor, new_tokens: int = NEW_TOKENS) -> C
     return answer
 
 
-def _answer_by_graph(model, prompt: Tensor, length: int = PROMPT_TOKENS + 2 * NEW_TOKENS,
-                     rounds: int = NEW_TOKENS // STEPS_AT_ONCE) -> Callable[[], tuple[float, float, int]]:
+def _answer_by_graph(
+    model,
+    prompt: Tensor,
+    length: int = PROMPT_TOKENS + 2 * NEW_TOKENS,
+    rounds: int = NEW_TOKENS // STEPS_AT_ONCE,
+) -> Callable[[], tuple[float, float, int]]:
     """The same by a `Decoder` for `length` tokens in all."""
     decoder = Decoder(model, 1, length)
 

@@ -1,1 +1,3 @@
-"""Which integers stand for a matrix of weights: functions of weights and statistics, whatever model they come from."""
+"""Which integers stand for a matrix of weights: functions of weights and statistics, whatever model
+they come from.
+"""

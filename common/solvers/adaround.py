@@ -1,8 +1,8 @@
 """Learned rounding (AdaRound): up or down for each weight, by gradient descent on the output error.
 
-A weight is represented as scale · (clip(⌊w / scale⌋ + h + zero_point) - zero_point) with h between 0 (down) and 1 (up),
-h = clip(1.2 sigmoid(v) - 0.1, 0, 1) (Nagel et al. 2020, arXiv 2004.10568, equation 23). A regulariser that grows sharper as β
-falls drives every h to 0 or 1 (equation 24).
+A weight is represented as scale · (clip(⌊w / scale⌋ + h + zero_point) - zero_point) with h between
+0 (down) and 1 (up), h = clip(1.2 sigmoid(v) - 0.1, 0, 1) (Nagel et al. 2020, arXiv 2004.10568,
+equation 23). A regulariser that grows sharper as β falls drives every h to 0 or 1 (equation 24).
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from common.base import parallel
-from common.numerics.grid import Grid, QuantizedLinear, grouped
-from common.kernels.adam import EPSILON, MOMENT_DECAY, VARIANCE_DECAY
 from common.kernels.dispatch import triton_kernels, use_triton
+from common.kernels.learning import EPSILON, MOMENT_DECAY, OFFSET, STRETCH, VARIANCE_DECAY
+from common.numerics.grid import Grid, QuantizedLinear, grouped
 
-STRETCH, OFFSET = 1.2, -0.1
 BETA_START, BETA_END = 20.0, 2.0
 # Share of the iterations before the regulariser sets in.
 WARM_UP = 0.2
@@ -26,7 +25,9 @@ WARM_UP = 0.2
 
 @dataclass
 class SoftRounding:
-    """The rounding of one linear as it is learned. v, low and the codes are [out, in]; scale and zero_point [out, groups]."""
+    """The rounding of one linear as it is learned. v, low and the codes are [out, in]; scale and
+    zero_point [out, groups].
+    """
 
     low: Tensor
     scale: Tensor
@@ -36,7 +37,9 @@ class SoftRounding:
 
     @classmethod
     def start(cls, weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> SoftRounding:
-        """h starts as the fraction w / scale - ⌊w / scale⌋, so that the soft weights are the true ones."""
+        """h starts as the fraction w / scale - ⌊w / scale⌋, so that the soft weights are the true
+        ones.
+        """
         position = (grouped(weight, grid) / scale.unsqueeze(-1)).flatten(1)
         low = position.floor()
         share = ((position - low) - OFFSET) / STRETCH
@@ -48,7 +51,9 @@ class SoftRounding:
     def weight(self, h: Tensor) -> Tensor:
         """The weights [out, in] for some h."""
         zero = self.zero_point.unsqueeze(-1)
-        codes = (grouped(self.low + h, self.grid) + zero).clamp(self.grid.code_min, self.grid.code_max)
+        codes = (grouped(self.low + h, self.grid) + zero).clamp(
+            self.grid.code_min, self.grid.code_max
+        )
         return ((codes - zero) * self.scale.unsqueeze(-1)).flatten(1)
 
     def codes(self) -> Tensor:
@@ -83,14 +88,19 @@ def regulariser_gradient(h: Tensor, beta: float) -> Tensor:
 
 
 class Learning:
-    """Adam on v for the loss tr(D G Dᵀ) / u + strength · Σ (1 - |2h - 1|^β), with D [out, in] the error of the soft weights.
+    """Adam on v for the loss tr(D G Dᵀ) / u + strength · Σ (1 - |2h - 1|^β), with D [out, in] the
+    error of the soft weights.
 
     u, the mean s² G of a weight, lets `strength` weigh the regulariser alike in every layer.
     """
 
     def __init__(self, soft: SoftRounding, weight: Tensor, gram: Tensor):
         self.soft, self.target, self.gram = soft, weight.contiguous(), gram
-        steps = soft.scale.unsqueeze(-1).expand(-1, -1, weight.shape[1] // soft.scale.shape[1]).flatten(1)
+        steps = (
+            soft.scale.unsqueeze(-1)
+            .expand(-1, -1, weight.shape[1] // soft.scale.shape[1])
+            .flatten(1)
+        )
         self.unit = parallel.mean(steps.square() * gram.diagonal())
         # Before Adam's state, as it takes intermediate tensors of its own.
         self.difference = soft.weight(soft.h()) - self.target
@@ -115,11 +125,26 @@ class Learning:
         return gradient.mul_(STRETCH * sigmoid * (1 - sigmoid) * ((h > 0) & (h < 1)))
 
     def step(self, strength: float, beta: float | None, rate: float) -> None:
-        """One step; `rate` holds the learning rate and Adam's corrections for its start from zero."""
+        """One step; `rate` holds the learning rate and Adam's corrections for its start from
+        zero."""
         soft, product = self.soft, self.difference @ self.gram
         if kernels := triton_kernels(soft.v):
-            kernels.rounding.learning_step(soft.v, soft.low, soft.scale, soft.zero_point, self.target, product, self.unit,
-                                           self.moment, self.variance, self.difference, soft.grid, strength, beta, rate)
+            kernels.rounding.learning_step(
+                soft.v,
+                soft.low,
+                soft.scale,
+                soft.zero_point,
+                self.target,
+                product,
+                self.unit,
+                self.moment,
+                self.variance,
+                self.difference,
+                soft.grid,
+                strength,
+                beta,
+                rate,
+            )
             return
         gradient = self._by_v(product, strength, beta)
         self.moment.lerp_(gradient, 1 - MOMENT_DECAY)
@@ -128,11 +153,20 @@ class Learning:
         self.difference = soft.weight(soft.h()).sub_(self.target)
 
 
-def learn_rounding(weight: Tensor, gram: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, iterations: int,
-                   strength: float, learning_rate: float) -> SoftRounding:
+def learn_rounding(
+    weight: Tensor,
+    gram: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    grid: Grid,
+    iterations: int,
+    strength: float,
+    learning_rate: float,
+) -> SoftRounding:
     """Learn the rounding of one or more stacked linears through the Gram matrix of their input.
 
-    The loss is tr(D G Dᵀ), exact over all calibration tokens; its gradient by the weights is 2 D G. Adam, as in the paper.
+    The loss is tr(D G Dᵀ), exact over all calibration tokens; its gradient by the weights is 2 D G.
+    Adam, as in the paper.
 
     Args:
         weight: [out, in] float32; gram: [in, in]; scale, zero_point: [out, groups].

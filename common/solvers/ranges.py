@@ -10,15 +10,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from common.numerics.grid import Grid, QuantizedLinear, min_max, round_scale, rounding_error
 from common.kernels.rounding import TILE_ELEMENTS, search_range
+from common.numerics.grid import Grid, QuantizedLinear, min_max, round_scale, rounding_error
 
 # Candidates of `choose_ranges`: share of each group's full range.
 RANGE_CANDIDATES = tuple(torch.linspace(1.04, 0.55, 16).tolist())
 
 
-def choose_ranges(weight: Tensor, gram: Tensor, grid: Grid, scale_dtype: torch.dtype,
-                  sweeps: int = 1) -> tuple[Tensor, Tensor]:
+def choose_ranges(
+    weight: Tensor, gram: Tensor, grid: Grid, scale_dtype: torch.dtype, sweeps: int = 1
+) -> tuple[Tensor, Tensor]:
     """Scale and zero-point of each group for nearest rounding, by the output error with all the
     other groups' errors.
 
@@ -41,15 +42,30 @@ def choose_ranges(weight: Tensor, gram: Tensor, grid: Grid, scale_dtype: torch.d
             current = difference[:, span]
             # The pull of the other groups' errors.
             others = difference @ gram[:, span] - current @ block
-            best = _best_range(values, current, scale[:, group], zero_point[:, group], block,
-                               others, grid, scale_dtype)
+            best = _best_range(
+                values,
+                current,
+                scale[:, group],
+                zero_point[:, group],
+                block,
+                others,
+                grid,
+                scale_dtype,
+            )
             difference[:, span], scale[:, group], zero_point[:, group] = best
     return scale, zero_point
 
 
-def _best_range(values: Tensor, current: Tensor, scale: Tensor, zero_point: Tensor, block: Tensor,
-                others: Tensor, grid: Grid, scale_dtype: torch.dtype,
-                ) -> tuple[Tensor, Tensor, Tensor]:
+def _best_range(
+    values: Tensor,
+    current: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    block: Tensor,
+    others: Tensor,
+    grid: Grid,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The best of the current range and all candidates for one group: error [out, group], scale and
     zero_point [out].
 
@@ -80,8 +96,9 @@ def _best_range(values: Tensor, current: Tensor, scale: Tensor, zero_point: Tens
 GAIN_BITS = 4
 
 
-def restore_gain(weight: Tensor, rounded: QuantizedLinear, gram: Tensor | None,
-                 scale_dtype: torch.dtype) -> QuantizedLinear:
+def restore_gain(
+    weight: Tensor, rounded: QuantizedLinear, gram: Tensor | None, scale_dtype: torch.dtype
+) -> QuantizedLinear:
     """The same codes with scales with which the output of each row, regressed on the original one,
     has slope one; below GAIN_BITS bits with the scales as they are.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from common.numerics.grid import Grid, QuantizedLinear, scale_type
 from common.kernels.rounding import search_range
 from common.model.source import SourceModel
+from common.numerics.grid import Grid, QuantizedLinear, scale_type
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 # Rows that are rounded at once.
@@ -37,8 +37,8 @@ class VocabularyRounding:
 
 
 def round_rows(source: SourceModel, name: str, bits: int) -> tuple[QuantizedLinear, float]:
-    """Round the embedding or head to nearest, one symmetric scale per row of the vocabulary, and put
-    the result in place. Returns the codes and the relative error of the matrix.
+    """Round the embedding or head to nearest, one symmetric scale per row of the vocabulary, and
+    put the result in place. Returns the codes and the relative error of the matrix.
     """
     grid = Grid(bits, None, symmetric=True)
     parameter = source.model.get_submodule(name).weight

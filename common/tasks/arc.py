@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from common.text.data import Rows
 from common.base.errors import UserError
-from common.tasks.metrics import Metric, macro_f1
 from common.tasks.harness import HarnessTask
+from common.tasks.metrics import Metric, macro_f1
 from common.tasks.scoring import mean_of
 from common.tasks.task import MetricKind, Record, of_field
+from common.text.data import Rows
 
 LETTERS = "ABCDEFGH"
 
 
 def _macro_f1(samples: list[Record]) -> Metric:
-    return macro_f1([sample["gold"] for sample in samples],
-                    [sample["predicted"] for sample in samples])
+    return macro_f1(
+        [sample["gold"] for sample in samples], [sample["predicted"] for sample in samples]
+    )
 
 
 class Arc(HarnessTask):
@@ -32,10 +33,23 @@ class Arc(HarnessTask):
     chat = False
     answer_score = "acc"
     metrics = (
-        MetricKind(name, "accuracy", "ARC accuracy", of_field("acc"), binary="acc",
-                   column="ARC accuracy", judged=True, plotted=True),
-        MetricKind(name, "accuracy_norm", "ARC accuracy, length-normalised", of_field("acc_norm"),
-                   binary="acc_norm"),
+        MetricKind(
+            name,
+            "accuracy",
+            "ARC accuracy",
+            of_field("acc"),
+            binary="acc",
+            column="ARC accuracy",
+            judged=True,
+            plotted=True,
+        ),
+        MetricKind(
+            name,
+            "accuracy_norm",
+            "ARC accuracy, length-normalised",
+            of_field("acc_norm"),
+            binary="acc_norm",
+        ),
         MetricKind(name, "macro_f1", "ARC macro F1", _macro_f1, column="ARC F1"),
     )
 
@@ -49,7 +63,8 @@ class Arc(HarnessTask):
                 raise UserError(
                     f"{loaded.source}: the answerKey {key!r} of "
                     f"{row.get('id') or row['question']} is none of its labels {labels}; correct "
-                    f"it, give other data with {self.flag}, or leave {self.name} out of --tasks")
+                    f"it, give other data with {self.flag}, or leave {self.name} out of --tasks"
+                )
         return loaded.rows
 
     def score(self, row: dict, results: list[tuple[float, bool]]) -> Record:
@@ -60,15 +75,22 @@ class Arc(HarnessTask):
         plain, normalised = int(scores.argmax()), int((scores / lengths).argmax())
         # Some questions label their choices 1 to 4: positions are mapped to letters, so that macro
         # F1 has one class each.
-        return {"acc": float(plain == gold), "acc_norm": float(normalised == gold),
-                "gold": LETTERS[gold], "predicted": LETTERS[plain],
-                "predicted_norm": LETTERS[normalised],
-                "scores": [round(float(score), 4) for score in scores]}
+        return {
+            "acc": float(plain == gold),
+            "acc_norm": float(normalised == gold),
+            "gold": LETTERS[gold],
+            "predicted": LETTERS[plain],
+            "predicted_norm": LETTERS[normalised],
+            "scores": [round(float(score), 4) for score in scores],
+        }
 
     def summary(self, samples: list[Record]) -> dict:
-        return {"samples": len(samples), "accuracy": mean_of(samples, "acc"),
-                "accuracy_norm": mean_of(samples, "acc_norm"),
-                "macro_f1": _macro_f1(samples).value}
+        return {
+            "samples": len(samples),
+            "accuracy": mean_of(samples, "acc"),
+            "accuracy_norm": mean_of(samples, "acc_norm"),
+            "macro_f1": _macro_f1(samples).value,
+        }
 
     def in_words(self, summary: dict) -> str:
         return f"ARC accuracy {summary['accuracy']:.3f} F1 {summary['macro_f1']:.3f}"

@@ -6,23 +6,28 @@ import argparse
 import time
 from pathlib import Path
 
-from common.results import identity
-from common.checkpoint import metadata
-from common.text import overlap
-from common.cli import configure_torch
 from common.base.device import device_and_dtype, dtype_name
 from common.base.errors import UserError
 from common.base.files import write_json
-from common.model.source import load_tokenizer
-from common.results.naming import Subject
 from common.base.progress import say
+from common.checkpoint import metadata
+from common.cli import configure_torch
+from common.model.source import load_tokenizer
+from common.results import identity
 from common.results.documents import has_samples, load_samples, read_document, write_samples
+from common.results.naming import Subject
 from common.running.runtime import load_for_running, weight_bytes
 from common.tasks.task import Evaluation, Record, Task, all_tasks, task_names
+from common.text import overlap
 
 
-def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, twice: bool = False,
-                   compared: str | None = None) -> dict:
+def evaluate_model(
+    subject: Subject,
+    options: argparse.Namespace,
+    reuse: bool,
+    twice: bool = False,
+    compared: str | None = None,
+) -> dict:
     """Evaluate a model and write its results. Returns the document that was written, or found.
 
     Args:
@@ -37,7 +42,8 @@ def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, t
     device, dtype = device_and_dtype(options)
     configure_torch(0)
     demo = options.data == "demo" or (
-        options.data == "auto" and subject.source == "demo" and options.data_root is None)
+        options.data == "auto" and subject.source == "demo" and options.data_root is None
+    )
     evaluation = Evaluation(subject, options, demo, device, dtype, load_tokenizer(folder))
     tasks = [task for task in all_tasks() if task.name in options.tasks]
     # Data first: a missing data set should not cost the time it takes to load the model.
@@ -45,9 +51,15 @@ def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, t
     # Early, too: damaged metadata should not cost an evaluation.
     facts = metadata.quantization_facts(folder)
     _check_overlap(tasks, loaded, evaluation)
-    shared = {"source": subject.source, "checkpoint": identity.checkpoint_hash(folder, results_dir),
-              "code": identity.code_hash(), "demo_data": demo, "versions": metadata.versions(),
-              "device": metadata.describe_device(device), "compute_dtype": dtype_name(dtype)}
+    shared = {
+        "source": subject.source,
+        "checkpoint": identity.checkpoint_hash(folder, results_dir),
+        "code": identity.code_hash(),
+        "demo_data": demo,
+        "versions": metadata.versions(),
+        "device": metadata.describe_device(device),
+        "compute_dtype": dtype_name(dtype),
+    }
     found = {task.name: task.conditions(loaded[task.name], evaluation) for task in tasks}
     conditions = {name: found[name] for name in options.tasks}
     if reuse:
@@ -64,28 +76,38 @@ def evaluate_model(subject: Subject, options: argparse.Namespace, reuse: bool, t
     loading, device = time.perf_counter() - started, next(model.parameters()).device
     memory = metadata.peak_memory(device)
     # Here the model is alone on the device.
-    alone = {task.name: task.run(model, prepared[task.name], evaluation)[0]
-             for task in tasks if not task.per_sample}
-    say(f"Evaluating {subject.name} {subject.configuration} on {device} in {dtype_name(dtype)}: "
-        f"{', '.join(conditions)}")
+    alone = {
+        task.name: task.run(model, prepared[task.name], evaluation)[0]
+        for task in tasks
+        if not task.per_sample
+    }
+    say(
+        f"Evaluating {subject.name} {subject.configuration} on {device} in {dtype_name(dtype)}: "
+        f"{', '.join(conditions)}"
+    )
     summaries, samples, noise = {}, {}, {}
     for task in (task for task in tasks if task.per_sample):
         summary, samples[task.name] = task.run(model, prepared[task.name], evaluation)
         summaries[task.name] = {**summary, **conditions[task.name]}
-        if twice and (again := task.noise(model, prepared[task.name], evaluation,
-                                          samples[task.name])):
+        if twice and (
+            again := task.noise(model, prepared[task.name], evaluation, samples[task.name])
+        ):
             noise[task.name] = again
     document = {
-        "format_version": 2, "model": subject.name, "configuration": subject.configuration,
-        **shared, "date": time.strftime("%Y-%m-%d"), "load_seconds": round(loading, 2),
-        "quantization": facts, "tasks": summaries,
+        "format_version": 2,
+        "model": subject.name,
+        "configuration": subject.configuration,
+        **shared,
+        "date": time.strftime("%Y-%m-%d"),
+        "load_seconds": round(loading, 2),
+        "quantization": facts,
+        "tasks": summaries,
     }
     if noise:
         document["noise"] = noise
     document.update(alone)
     # Measuring the memory to run has reset the peaks.
-    peaks = {key: max(memory[key], value)
-             for key, value in metadata.peak_memory(device).items()}
+    peaks = {key: max(memory[key], value) for key, value in metadata.peak_memory(device).items()}
     document["memory"] = {"weights_bytes": weight_bytes(model), **peaks}
     document["seconds"] = round(time.perf_counter() - started, 2)
     say(in_words(document))
@@ -99,14 +121,15 @@ def _check_overlap(tasks: list[Task], loaded: dict, evaluation: Evaluation) -> N
     prints = ((record or {}).get("calibration") or {}).get("passages")
     if not prints:
         return
-    known = overlap.unpack(prints)
+    known = overlap.decode(prints)
     for task in tasks:
         share, passage = overlap.largest_share(known, task.texts(loaded[task.name], evaluation))
         if share >= overlap.TOO_MUCH:
             raise UserError(
                 f"{task.name} would be evaluated on text that {folder} was calibrated on "
-                f"(\"{passage} ...\"); quantize with other --calib-data, evaluate on other data, "
-                f"or leave {task.name} out of --tasks")
+                f'("{passage} ..."); quantize with other --calib-data, evaluate on other data, '
+                f"or leave {task.name} out of --tasks"
+            )
 
 
 def write_results(results_dir: Path, document: dict, samples: dict[str, list[Record]]) -> dict:
@@ -122,13 +145,24 @@ def write_results(results_dir: Path, document: dict, samples: dict[str, list[Rec
         if not identity.shared_changes(earlier, document):
             old = load_samples(results_dir, name, configuration)
             missing = {task for task in earlier["tasks"] if task not in document["tasks"]}
-            kept = {task: [{key: value for key, value in sample.items() if key != "task"}
-                           for sample in old if sample["task"] == task] for task in missing}
+            kept = {
+                task: [
+                    {key: value for key, value in sample.items() if key != "task"}
+                    for sample in old
+                    if sample["task"] == task
+                ]
+                for task in missing
+            }
             samples = {**kept, **samples}
-            noise = {task: found for task, found in earlier.get("noise", {}).items()
-                     if task in missing}
-            document = {**earlier, **document, "tasks": {**earlier["tasks"], **document["tasks"]},
-                        "noise": {**noise, **document.get("noise", {})}}
+            noise = {
+                task: found for task, found in earlier.get("noise", {}).items() if task in missing
+            }
+            document = {
+                **earlier,
+                **document,
+                "tasks": {**earlier["tasks"], **document["tasks"]},
+                "noise": {**noise, **document.get("noise", {})},
+            }
     order = [task for task in task_names() if task in document["tasks"]]
     document["tasks"] = {task: document["tasks"][task] for task in order}
     # Nothing answers for samples of another run, should this one end here.
@@ -141,5 +175,7 @@ def write_results(results_dir: Path, document: dict, samples: dict[str, list[Rec
 def in_words(document: dict) -> str:
     """The evaluation in a few words."""
     words = [task.in_words(found) for task in all_tasks() if (found := task.of(document))]
-    return (f"{document['model']} {document['configuration']}: {'; '.join(words)} "
-            f"({document['seconds']:.0f} s)")
+    return (
+        f"{document['model']} {document['configuration']}: {'; '.join(words)} "
+        f"({document['seconds']:.0f} s)"
+    )

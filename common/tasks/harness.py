@@ -10,9 +10,9 @@ from pathlib import Path
 import yaml
 
 from common.results import identity
+from common.tasks.task import Evaluation, Record, Task
 from common.text.chat import template_date
 from common.text.data import Rows, check_columns, demo_rows, load_rows
-from common.tasks.task import Evaluation, Record, Task
 
 SAMPLE_SEED = 1234
 # Bytes to fetch for one task's sample of a split too large to be fetched whole, unless one row
@@ -61,8 +61,12 @@ class HarnessTask(Task):
         raise NotImplementedError
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(self.flag, dest=f"{self.name}_data", metavar="DATA",
-                            help=f"another data set (default: {self.address})")
+        parser.add_argument(
+            self.flag,
+            dest=f"{self.name}_data",
+            metavar="DATA",
+            help=f"another data set (default: {self.address})",
+        )
 
     def sample(self, limit: int | None) -> tuple:
         """Of the rows of its data set, for `data.load_rows`: limit, seed, columns, budget."""
@@ -83,17 +87,20 @@ class HarnessTask(Task):
         address = getattr(options, f"{self.name}_data", None)
         if demo and self.demo and not address:
             loaded = demo_rows(self.demo)
-            return Rows(loaded.rows[:options.limit], loaded.source)
+            return Rows(loaded.rows[: options.limit], loaded.source)
         loaded = load_rows(address or self.address, options.data_root, *self.sample(options.limit))
         check_columns(loaded, self.needs, f"{self.name}, whose data are like {self.address}")
-        return Rows(self.usable(loaded)[:options.limit or self.limit], loaded.source)
+        return Rows(self.usable(loaded)[: options.limit or self.limit], loaded.source)
 
     def load(self, evaluation: Evaluation) -> Rows:
         return self.rows(evaluation.options, evaluation.demo)
 
     def conditions(self, loaded: Rows, evaluation: Evaluation) -> dict:
-        return {"data": loaded.source, "samples": len(loaded.rows),
-                "fingerprint": identity.rows_fingerprint(loaded.rows)}
+        return {
+            "data": loaded.source,
+            "samples": len(loaded.rows),
+            "fingerprint": identity.rows_fingerprint(loaded.rows),
+        }
 
     def texts(self, loaded: Rows, evaluation: Evaluation) -> list[str]:
         return [" ".join(_strings(row)) for row in loaded.rows]
@@ -105,16 +112,23 @@ class HarnessTask(Task):
         """Once more in other batches: how many answers' scores change, and by how much at most,
         though nothing has changed.
         """
-        _, again = run_task(self, model, evaluation.tokenizer, prepared, evaluation.demo,
-                            batch_share=0.5)
-        changes = [abs(one[self.answer_score] - other[self.answer_score])
-                   for one, other in zip(samples, again, strict=True)]
-        return {"changed": sum(change > 0 for change in changes), "largest": max(changes),
-                "samples": len(changes)}
+        _, again = run_task(
+            self, model, evaluation.tokenizer, prepared, evaluation.demo, batch_share=0.5
+        )
+        changes = [
+            abs(one[self.answer_score] - other[self.answer_score])
+            for one, other in zip(samples, again, strict=True)
+        ]
+        return {
+            "changed": sum(change > 0 for change in changes),
+            "largest": max(changes),
+            "samples": len(changes),
+        }
 
 
-def run_task(task: HarnessTask, model, tokenizer, rows: Rows, demo: bool,
-             batch_share: float = 1.0) -> tuple[dict, list[Record]]:
+def run_task(
+    task: HarnessTask, model, tokenizer, rows: Rows, demo: bool, batch_share: float = 1.0
+) -> tuple[dict, list[Record]]:
     """Run a task by lm-eval, in batches of a share of the usual size. Returns its summary and the
     record of every sample.
     """
@@ -129,7 +143,8 @@ def run_task(task: HarnessTask, model, tokenizer, rows: Rows, demo: bool,
     config.update(
         custom_dataset=lambda **_: {"test": datasets.Dataset.from_list(rows.rows)},
         process_results=lambda doc, results: {"record": task.score(doc, results)},
-        metric_list=[{"metric": "record", "aggregation": len, "higher_is_better": True}])
+        metric_list=[{"metric": "record", "aggregation": len, "higher_is_better": True}],
+    )
     if demo:
         config.update(config.get("metadata", {}).get("demo", {}))
     chat = task.chat and not demo and bool(tokenizer.chat_template)
@@ -137,14 +152,24 @@ def run_task(task: HarnessTask, model, tokenizer, rows: Rows, demo: bool,
     outcome = evaluate(
         HarnessModel(model, tokenizer, batch_share),
         {"tasks": {task.name: lm_eval.api.task.ConfigurableTask(config=config)}, "groups": {}},
-        bootstrap_iters=0, apply_chat_template=chat, fewshot_as_multiturn=chat)
+        bootstrap_iters=0,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+    )
     seconds = time.perf_counter() - start
     logged = sorted(outcome["samples"][task.name], key=lambda sample: sample["doc_id"])
-    samples = [{"id": sample["doc"].get("id") or f"{task.name}-{sample['doc_id']}",
-                **sample["record"]} for sample in logged]
-    summary = {**task.summary(samples), "data": rows.source, "chat_template": chat,
-               "template_date": template_date(tokenizer) if chat else None,
-               "seconds": round(seconds, 2), "first_prompt": logged[0]["arguments"][0][0]}
+    samples = [
+        {"id": sample["doc"].get("id") or f"{task.name}-{sample['doc_id']}", **sample["record"]}
+        for sample in logged
+    ]
+    summary = {
+        **task.summary(samples),
+        "data": rows.source,
+        "chat_template": chat,
+        "template_date": template_date(tokenizer) if chat else None,
+        "seconds": round(seconds, 2),
+        "first_prompt": logged[0]["arguments"][0][0],
+    }
     return summary, samples
 
 

@@ -1,4 +1,6 @@
-"""The model as lm-eval's task engine sees it: log-likelihoods and greedy answers, batched, shared prefixes once."""
+"""The model as lm-eval's task engine sees it: log-likelihoods and greedy answers, batched, shared
+prefixes once.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,6 @@ from lm_eval.api.model import TemplateLM
 from torch import Tensor
 from transformers import DynamicCache
 
-from common.text import chat
-from common.running.decoding import STEPS_AT_ONCE, Decoder, cache_after, can_decode
 from common.base.device_memory import (
     TOKENS_SHARE,
     available,
@@ -21,8 +21,10 @@ from common.base.device_memory import (
     token_bytes,
     tokens_at_once,
 )
-from common.text.probe import check_finite
 from common.base.progress import track
+from common.running.decoding import STEPS_AT_ONCE, Decoder, cache_after, can_decode
+from common.text import chat
+from common.text.probe import check_finite
 
 # Tokens in one batch of questions, and answers that are generated at once.
 SCORING_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -36,8 +38,9 @@ CACHE_SHARE = 0.4
 class HarnessModel(TemplateLM):
     """A causal LM and its tokenizer behind lm-eval's interface.
 
-    All choices of one question are scored in one row: they follow the question side by side, and a mask keeps them from
-    seeing each other. Prompts that start alike are generated from one shared prefix.
+    All choices of one question are scored in one row: they follow the question side by side, and a
+    mask keeps them from seeing each other. Prompts that start alike are generated from one shared
+    prefix.
     """
 
     def __init__(self, model, tokenizer, batch_share: float = 1.0):
@@ -47,7 +50,8 @@ class HarnessModel(TemplateLM):
         self.batch_size = max(1, int(batch_share * GENERATION_BATCH[self._device.type]))
         self.scoring_tokens = int(batch_share * SCORING_TOKENS[self._device.type])
 
-    # --- what lm-eval asks about the model --------------------------------------------------------------------------
+    # --- what lm-eval asks about the model
+    # --------------------------------------------------------------------------
 
     @property
     def device(self):
@@ -61,7 +65,9 @@ class HarnessModel(TemplateLM):
     def tokenizer_name(self) -> str:
         return self.tokenizer.name_or_path.replace("/", "__")
 
-    def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict], add_generation_prompt: bool = True
+    ) -> str:
         return chat.render(self.tokenizer, chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
@@ -74,7 +80,8 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         raise NotImplementedError("perplexity is measured by common.evaluation.perplexity")
 
-    # --- scoring choices --------------------------------------------------------------------------------------------
+    # --- scoring choices
+    # --------------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -84,13 +91,21 @@ class HarnessModel(TemplateLM):
         questions: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, (_, context, _) in enumerate(requests):
             questions[tuple(context)].append(index)
-        rows = [(list(context), [requests[i][2] for i in indices], indices) for context, indices in questions.items()]
+        rows = [
+            (list(context), [requests[i][2] for i in indices], indices)
+            for context, indices in questions.items()
+        ]
         if self._slides(max(map(_row_length, rows), default=0)):
-            rows = [(context, [choice], [i]) for context, choices, indices in rows
-                    for choice, i in zip(choices, indices, strict=True)]
-        rows.sort(key=lambda row: -_row_length(row))                            # longest first: memory shows at once
+            rows = [
+                (context, [choice], [i])
+                for context, choices, indices in rows
+                for choice, i in zip(choices, indices, strict=True)
+            ]
+        rows.sort(key=lambda row: -_row_length(row))  # longest first: memory shows at once
         answers: list = [None] * len(requests)
-        tokens = tokens_at_once(self.scoring_tokens, self.model.config, self._element(), self._device)
+        tokens = tokens_at_once(
+            self.scoring_tokens, self.model.config, self._element(), self._device
+        )
         for batch in track(_batches(rows, tokens), "choices", unit="batches"):
             for row, scored in zip(batch, self._score_rows(batch), strict=True):
                 for index, value in zip(row[2], scored, strict=True):
@@ -98,11 +113,12 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _score_rows(self, rows) -> list[list[tuple[float, bool]]]:
-        """(log-likelihood, is greedy) of each choice of each row (context ids, [choice ids], ...)."""
+        """(log-likelihood, is greedy) of each choice of each row (context ids, [choice ids],
+        ...)."""
         length = max(map(_row_length, rows))
         tokens = torch.zeros(len(rows), length, dtype=torch.long)
         positions = torch.zeros(len(rows), length, dtype=torch.long)
-        branch = torch.full((len(rows), length), -1)                            # 0: question, 1..: choices, -1: padding
+        branch = torch.full((len(rows), length), -1)  # 0: question, 1..: choices, -1: padding
         sources, targets, owners = [], [], []
         for r, (context, choices, *_) in enumerate(rows):
             end = len(context)
@@ -122,7 +138,9 @@ class HarnessModel(TemplateLM):
         mask = (branch >= 0).long() if self._slides(length) else _tree_mask(branch)
         hidden = self._hidden(tokens, positions, mask)
         row_index, column = torch.tensor(sources, device=self._device).unbind(1)
-        scores, greedy = self._scores(hidden[row_index, column], torch.tensor(targets, device=self._device))
+        scores, greedy = self._scores(
+            hidden[row_index, column], torch.tensor(targets, device=self._device)
+        )
         totals = [[[0.0, True] for _ in choices] for _, choices, *_ in rows]
         for (r, c), score, hit in zip(owners, scores, greedy, strict=True):
             totals[r][c][0] += score
@@ -130,9 +148,13 @@ class HarnessModel(TemplateLM):
         return [[(score, hit) for score, hit in row] for row in totals]
 
     def _scores(self, hidden: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
-        """Log-likelihood of each target [positions] after hidden [positions, size], and whether it is the most likely token."""
+        """Log-likelihood of each target [positions] after hidden [positions, size], and whether it
+        is the most likely token.
+        """
         scores, greedy = [], []
-        size = logits_at_once(LOGITS_POSITIONS[self._device.type], self.model.config.vocab_size, self._device)
+        size = logits_at_once(
+            LOGITS_POSITIONS[self._device.type], self.model.config.vocab_size, self._device
+        )
         for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
             logits = self.model.lm_head(part).float()
             found = torch.log_softmax(logits, -1).gather(1, wanted.unsqueeze(1)).squeeze(1)
@@ -154,10 +176,15 @@ class HarnessModel(TemplateLM):
         return self.model.model.norm.weight.element_size()
 
     def _hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        return self.model.model(tokens.to(self._device), position_ids=positions.to(self._device),
-                                attention_mask=mask.to(self._device), use_cache=False).last_hidden_state
+        return self.model.model(
+            tokens.to(self._device),
+            position_ids=positions.to(self._device),
+            attention_mask=mask.to(self._device),
+            use_cache=False,
+        ).last_hidden_state
 
-    # --- generating answers -----------------------------------------------------------------------------------------
+    # --- generating answers
+    # -----------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:
@@ -173,9 +200,11 @@ class HarnessModel(TemplateLM):
         if self._device.type == "cuda" and can_decode(self.model, length):
             decoder = Decoder(self.model, size, length)
         else:
-            row = (len(prompts[order[0]]) - prefix) * token_bytes(self.model.config, self._element())
+            row = (len(prompts[order[0]]) - prefix) * token_bytes(
+                self.model.config, self._element()
+            )
             size = halved_to_fit(size, row, TOKENS_SHARE * available(self._device))
-        batches = [order[i:i + size] for i in range(0, len(order), size)]
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
         for batch in track(batches, "answers", unit="batches"):
             rest = [prompts[i][prefix:] for i in batch]
             if decoder:
@@ -191,23 +220,31 @@ class HarnessModel(TemplateLM):
         row = length * cache_bytes(self.model, self._element())
         return halved_to_fit(self.batch_size, row, CACHE_SHARE * available(self._device))
 
-    def _decode(self, decoder: Decoder, prompts: list[list[int]], shared: DynamicCache | None, until: list[str],
-                max_new: int) -> list[str]:
+    def _decode(
+        self,
+        decoder: Decoder,
+        prompts: list[list[int]],
+        shared: DynamicCache | None,
+        until: list[str],
+        max_new: int,
+    ) -> list[str]:
         """As `_generate`, on a card: several steps between two looks at what was written."""
         decoder.start(prompts, shared)
         stops = self._stop_tokens()
         written: list[list[int]] = [[] for _ in prompts]
-        slots: list[int | None] = list(range(len(prompts)))                     # which prompt is in which row
-        new = [decoder.tokens[:len(prompts)].tolist()]
+        slots: list[int | None] = list(range(len(prompts)))  # which prompt is in which row
+        new = [decoder.tokens[: len(prompts)].tolist()]
         while True:
             for row, sample in enumerate(slots):
-                if sample is not None and self._take(written[sample], [step[row] for step in new], stops, until, max_new):
+                if sample is not None and self._take(
+                    written[sample], [step[row] for step in new], stops, until, max_new
+                ):
                     slots[row] = None
             going = [row for row, sample in enumerate(slots) if sample is not None]
             if not going:
                 break
             rows = len(slots)
-            if 2 * len(going) <= rows:                                          # answers that ended leave the batch
+            if 2 * len(going) <= rows:  # answers that ended leave the batch
                 decoder.keep(going)
                 slots = [slots[row] for row in going]
                 rows = len(going)
@@ -215,9 +252,13 @@ class HarnessModel(TemplateLM):
             rows = min(1 << (rows - 1).bit_length(), decoder.rows)
             slots += [None] * (rows - len(slots))
             new = decoder.run(rows).tolist()
-        return [_cut(self.tokenizer.decode(ids, skip_special_tokens=True), until) for ids in written]
+        return [
+            _cut(self.tokenizer.decode(ids, skip_special_tokens=True), until) for ids in written
+        ]
 
-    def _take(self, written: list[int], new: list[int], stops: set[int], until: list[str], max_new: int) -> bool:
+    def _take(
+        self, written: list[int], new: list[int], stops: set[int], until: list[str], max_new: int
+    ) -> bool:
         """Add new tokens to an answer. Returns whether it has ended."""
         for token in new:
             if token in stops or len(written) >= max_new:
@@ -227,18 +268,28 @@ class HarnessModel(TemplateLM):
 
     def _prefix_cache(self, tokens: list[int]) -> DynamicCache:
         cache = DynamicCache()
-        self.model.model(torch.tensor([tokens], device=self._device), past_key_values=cache, use_cache=True)
+        self.model.model(
+            torch.tensor([tokens], device=self._device), past_key_values=cache, use_cache=True
+        )
         return cache
 
-    def _generate(self, prompts: list[list[int]], prefix: int, shared: DynamicCache | None, until: list[str],
-                  max_new: int) -> list[str]:
-        """Greedy answers to prompts that all follow `prefix` tokens in the cache `shared`; cut before a stop string."""
+    def _generate(
+        self,
+        prompts: list[list[int]],
+        prefix: int,
+        shared: DynamicCache | None,
+        until: list[str],
+        max_new: int,
+    ) -> list[str]:
+        """Greedy answers to prompts that all follow `prefix` tokens in the cache `shared`; cut
+        before a stop string.
+        """
         length = max(map(len, prompts))
         tokens = torch.zeros(len(prompts), length, dtype=torch.long)
         mask = torch.ones(len(prompts), prefix + length, dtype=torch.long)
-        for row, prompt in enumerate(prompts):                                  # left padding, between prefix and prompt
-            tokens[row, length - len(prompt):] = torch.tensor(prompt)
-            mask[row, prefix:prefix + length - len(prompt)] = 0
+        for row, prompt in enumerate(prompts):  # left padding, between prefix and prompt
+            tokens[row, length - len(prompt) :] = torch.tensor(prompt)
+            mask[row, prefix : prefix + length - len(prompt)] = 0
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, prefix:]
         cache = cache_after(shared, len(prompts))
         tokens, mask, positions = (t.to(self._device) for t in (tokens, mask, positions))
@@ -246,8 +297,13 @@ class HarnessModel(TemplateLM):
         written: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))
         for _ in range(max_new):
-            hidden = self.model.model(tokens, position_ids=positions, attention_mask=mask, past_key_values=cache,
-                                      use_cache=True).last_hidden_state[:, -1]
+            hidden = self.model.model(
+                tokens,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
             chosen = self.model.lm_head(hidden).argmax(-1)
             going = []
             for row, (sample, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
@@ -258,7 +314,7 @@ class HarnessModel(TemplateLM):
                     going.append(row)
             if not going:
                 break
-            if len(going) < len(active):                                        # answers that ended leave the batch
+            if len(going) < len(active):  # answers that ended leave the batch
                 keep = torch.tensor(going, device=self._device)
                 cache.batch_select_indices(keep)
                 chosen, mask, positions = chosen[keep], mask[keep], positions[keep]
@@ -271,7 +327,7 @@ class HarnessModel(TemplateLM):
 
     def _stopped(self, written: list[int], until: list[str]) -> bool:
         # A stop string may span tokens, so a few of the last ones are looked at together.
-        tail = self.tokenizer.decode(written[-8 - STEPS_AT_ONCE:], skip_special_tokens=True)
+        tail = self.tokenizer.decode(written[-8 - STEPS_AT_ONCE :], skip_special_tokens=True)
         return any(stop in tail for stop in until)
 
     def _stop_tokens(self) -> set[int]:
@@ -289,13 +345,15 @@ def _batches(rows: list, tokens: int) -> list[list]:
     batches, start = [], 0
     while start < len(rows):
         size = max(1, tokens // _row_length(rows[start]))
-        batches.append(rows[start:start + size])
+        batches.append(rows[start : start + size])
         start += size
     return batches
 
 
 def _tree_mask(branch: Tensor) -> Tensor:
-    """Attention mask [batch, 1, length, length] (True: may see) of rows with a question (0) and branches (1, 2, ...)."""
+    """Attention mask [batch, 1, length, length] (True: may see) of rows with a question (0) and
+    branches (1, 2, ...).
+    """
     length = branch.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     same = branch.unsqueeze(2) == branch.unsqueeze(1)

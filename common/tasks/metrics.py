@@ -30,8 +30,10 @@ class Metric:
 def mean(values: Sequence[float]) -> Metric:
     """The mean of per-sample values; NaN of no samples."""
     values = np.asarray(values, float)
-    return Metric(np.stack([values, np.ones_like(values)], -1),
-                  lambda sums: _ratio(sums[..., 0], sums[..., 1], np.nan))
+    return Metric(
+        np.stack([values, np.ones_like(values)], -1),
+        lambda sums: _ratio(sums[..., 0], sums[..., 1], np.nan),
+    )
 
 
 def macro_f1(gold: Sequence[str], predicted: Sequence[str]) -> Metric:
@@ -44,8 +46,9 @@ def macro_f1(gold: Sequence[str], predicted: Sequence[str]) -> Metric:
         present, hits, both = np.split(sums, 3, -1)
         return _ratio(_ratio(2 * hits, both, 0.0).sum(-1), (present > 0).sum(-1), np.nan)
 
-    return Metric(np.concatenate([wanted, wanted & found, wanted.astype(float) + found], -1),
-                  of_sums)
+    return Metric(
+        np.concatenate([wanted, wanted & found, wanted.astype(float) + found], -1), of_sums
+    )
 
 
 def median(values: Sequence[float]) -> Metric:

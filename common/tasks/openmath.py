@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from common.tasks import metrics
-from common.text.data import Rows
 from common.base.errors import UserError
+from common.tasks import metrics
 from common.tasks.harness import HarnessTask
 from common.tasks.numbers import extract_number, parse_number
 from common.tasks.scoring import mean_of
 from common.tasks.task import MetricKind, Record, of_field
+from common.text.data import Rows
 
 TOLERANCE = 1e-6
 
@@ -32,30 +32,60 @@ class OpenMath(HarnessTask):
     # Many problems have no numeric answer.
     fetch = 1024
     answer_score = "correct"
-    note = ("Mean and median absolute difference are over the answers that hold a number, their "
-            "differences over the problems that both models answered with one, so that silence is "
-            "no gain; `no number` is the share of answers that hold none.")
+    note = (
+        "Mean and median absolute difference are over the answers that hold a number, their "
+        "differences over the problems that both models answered with one, so that silence is "
+        "no gain; `no number` is the share of answers that hold none."
+    )
     metrics = (
-        MetricKind(name, "within_tolerance", "OpenMath correct", of_field("correct"),
-                   binary="correct", column="OpenMath correct", judged=True),
-        MetricKind(name, "mean_absolute_difference", "OpenMath mean absolute difference",
-                   of_field("absolute_difference"), larger_is_better=False, margin=0.0,
-                   needs="absolute_difference", share=False,
-                   column="OpenMath mean absolute difference"),
-        MetricKind(name, "median_absolute_difference", "OpenMath median absolute difference",
-                   of_field("absolute_difference", metrics.median), larger_is_better=False,
-                   margin=0.0, needs="absolute_difference", share=False,
-                   column="OpenMath median absolute difference"),
-        MetricKind(name, "no_number", "OpenMath no number", _no_number, larger_is_better=False,
-                   column="OpenMath no number"),
+        MetricKind(
+            name,
+            "within_tolerance",
+            "OpenMath correct",
+            of_field("correct"),
+            binary="correct",
+            column="OpenMath correct",
+            judged=True,
+        ),
+        MetricKind(
+            name,
+            "mean_absolute_difference",
+            "OpenMath mean absolute difference",
+            of_field("absolute_difference"),
+            larger_is_better=False,
+            margin=0.0,
+            needs="absolute_difference",
+            share=False,
+            column="OpenMath mean absolute difference",
+        ),
+        MetricKind(
+            name,
+            "median_absolute_difference",
+            "OpenMath median absolute difference",
+            of_field("absolute_difference", metrics.median),
+            larger_is_better=False,
+            margin=0.0,
+            needs="absolute_difference",
+            share=False,
+            column="OpenMath median absolute difference",
+        ),
+        MetricKind(
+            name,
+            "no_number",
+            "OpenMath no number",
+            _no_number,
+            larger_is_better=False,
+            column="OpenMath no number",
+        ),
     )
 
     def usable(self, loaded: Rows) -> list[dict]:
         """Those with a numeric answer: an expression has no distance from a number. Raises
         UserError where there is none.
         """
-        numeric = [row for row in loaded.rows
-                   if parse_number(str(row["expected_answer"])) is not None]
+        numeric = [
+            row for row in loaded.rows if parse_number(str(row["expected_answer"])) is not None
+        ]
         if not numeric:
             raise UserError(f"{loaded.source} has no row with a numeric expected_answer")
         return numeric
@@ -65,26 +95,40 @@ class OpenMath(HarnessTask):
         expected = parse_number(str(row["expected_answer"]))
         predicted = extract_number(results[0])
         difference = None if predicted is None else abs(predicted - expected)
-        return {"correct": float(difference is not None and difference <= TOLERANCE),
-                "expected": expected, "predicted": predicted, "absolute_difference": difference,
-                "text": results[0]}
+        return {
+            "correct": float(difference is not None and difference <= TOLERANCE),
+            "expected": expected,
+            "predicted": predicted,
+            "absolute_difference": difference,
+            "text": results[0],
+        }
 
     def summary(self, samples: list[Record]) -> dict:
         """Mean and median of the absolute difference are over the answers that hold a number; the
         share of answers that hold none is `no_number`.
         """
-        differences = [sample["absolute_difference"] for sample in samples
-                       if sample["absolute_difference"] is not None]
-        mean, median = [float(of(differences)) if differences else None
-                        for of in (np.mean, np.median)]
-        return {"samples": len(samples), "within_tolerance": mean_of(samples, "correct"),
-                "mean_absolute_difference": mean, "median_absolute_difference": median,
-                "no_number": 1 - len(differences) / len(samples)}
+        differences = [
+            sample["absolute_difference"]
+            for sample in samples
+            if sample["absolute_difference"] is not None
+        ]
+        mean, median = [
+            float(of(differences)) if differences else None for of in (np.mean, np.median)
+        ]
+        return {
+            "samples": len(samples),
+            "within_tolerance": mean_of(samples, "correct"),
+            "mean_absolute_difference": mean,
+            "median_absolute_difference": median,
+            "no_number": 1 - len(differences) / len(samples),
+        }
 
     def in_words(self, summary: dict) -> str:
         difference = summary["mean_absolute_difference"]
-        return (f"OpenMath correct {summary['within_tolerance']:.3f}, mean difference "
-                f"{'none' if difference is None else f'{difference:.4g}'}")
+        return (
+            f"OpenMath correct {summary['within_tolerance']:.3f}, mean difference "
+            f"{'none' if difference is None else f'{difference:.4g}'}"
+        )
 
 
 TASK = OpenMath()

@@ -16,18 +16,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.text.windows import Windows
 from common.base.files import replacing
-from common.model.source import SourceModel
 from common.base.progress import track
+from common.model.source import SourceModel
+from common.text.windows import Windows
 from common.walk.streams import advance, cut, embed_chunks, hidden_bytes, home_of, run_layer
 
 
 @torch.no_grad()
 def last_hidden_states(source: SourceModel, windows: Tensor) -> Tensor:
-    """Hidden states [samples, length, hidden] after the last decoder layer, on the host, of token ids [samples, length]."""
+    """Hidden states [samples, length, hidden] after the last decoder layer, on the host, of token
+    ids [samples, length].
+    """
     arguments = source.layer_arguments(windows.shape[1])
-    chunks = embed_chunks(source, cut(source, windows), home_of(hidden_bytes(source, windows), source.device))
+    chunks = embed_chunks(
+        source, cut(source, windows), home_of(hidden_bytes(source, windows), source.device)
+    )
     for index in track(range(source.num_layers), "original model", unit="layers"):
         layer = source.load_layer(index)
         advance(partial(run_layer, layer, arguments=arguments[index]), chunks, source.device)
@@ -36,11 +40,21 @@ def last_hidden_states(source: SourceModel, windows: Tensor) -> Tensor:
 
 
 def hidden_states(source: SourceModel, windows: Windows, folder: Path) -> Tensor:
-    """`last_hidden_states` [samples, length, hidden], from a file in `folder` where this was computed before.
+    """`last_hidden_states` [samples, length, hidden], from a file in `folder` where this was
+    computed before.
 
-    The file's name is a hash of the tokens, the model's files and how it was computed. Above two gigabytes nothing is kept.
+    The file's name is a hash of the tokens, the model's files and how it was computed. Above two
+    gigabytes nothing is kept.
     """
-    identity = repr((windows.fingerprint, source.tensors.describe(), str(source.dtype), source.device.type, torch.__version__))
+    identity = repr(
+        (
+            windows.fingerprint,
+            source.tensors.describe(),
+            str(source.dtype),
+            source.device.type,
+            torch.__version__,
+        )
+    )
     path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
     try:
         return load_file(path)["states"]
@@ -53,13 +67,15 @@ def hidden_states(source: SourceModel, windows: Windows, folder: Path) -> Tensor
 
 
 def place_head(source: SourceModel, model: nn.Module) -> None:
-    """Bring the original's head to its device, for `SourceModel.logits` beside `model`; where that has the same head, its own
-    serves both.
+    """Bring the original's head to its device, for `SourceModel.logits` beside `model`; where that
+    has the same head, its own serves both.
     """
     head, own = source.model.lm_head, getattr(model.lm_head, "weight", None)
     alike = own is not None and (own.shape, own.dtype) == (head.weight.shape, head.weight.dtype)
-    if alike and all(torch.equal(one.to(own.device), other)
-                     for one, other in zip(head.weight.split(4096), own.split(4096), strict=True)):
+    if alike and all(
+        torch.equal(one.to(own.device), other)
+        for one, other in zip(head.weight.split(4096), own.split(4096), strict=True)
+    ):
         head.weight = nn.Parameter(own, requires_grad=False)
     else:
         head.to(source.device)

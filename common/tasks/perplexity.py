@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.results import identity
-from common.text.windows import Windows, evaluation_windows, text_sample
 from common.base.arguments import positive, two_or_more
 from common.base.device_memory import logits_at_once
-from common.numerics.divergence import summarise_divergence, token_divergence
 from common.base.errors import UserError
-from common.model.source import SourceModel, read_config
-from common.tasks.original import hidden_states, place_head
-from common.text.probe import check_finite
 from common.base.progress import say, track
+from common.model.source import SourceModel, read_config
+from common.numerics.divergence import summarise_divergence, token_divergence
+from common.results import identity
 from common.results.reuse import check_original
+from common.tasks.original import hidden_states, place_head
 from common.tasks.task import Evaluation, MetricKind, Record, Task, of_field
+from common.text.probe import check_finite
+from common.text.windows import Windows, evaluation_windows, text_sample
 
 ADDRESS = "Salesforce/wikitext/wikitext-2-raw-v1:test"
 # On a CPU; on a GPU the whole text is evaluated, as in published tables.
@@ -45,20 +45,40 @@ class Perplexity(Task):
     """Perplexity of consecutive windows of a text."""
 
     name, title, place = "perplexity", "Perplexity", 4
-    metrics = (MetricKind(name, "perplexity", "Perplexity", of_field("loss"),
-                          larger_is_better=False, margin=0.01, share=False, logarithmic=True,
-                          judged=True, plotted=True),)
+    metrics = (
+        MetricKind(
+            name,
+            "perplexity",
+            "Perplexity",
+            of_field("loss"),
+            larger_is_better=False,
+            margin=0.01,
+            share=False,
+            logarithmic=True,
+            judged=True,
+            plotted=True,
+        ),
+    )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--perplexity-data", metavar="DATA",
-                            help=f"another text (default: {ADDRESS})")
-        parser.add_argument("--windows", type=positive, metavar="N",
-                            help="at most this many perplexity windows, from the text's beginning "
-                                 f"(default: the whole text on a GPU, {CPU_WINDOWS} on a CPU; demo "
-                                 f"{DEMO_WINDOWS})")
-        parser.add_argument("--window-length", type=two_or_more, metavar="N",
-                            help="tokens per window, at least 2, cut to the model's context "
-                                 f"(default: {WINDOW_LENGTH}; demo {DEMO_WINDOW_LENGTH})")
+        parser.add_argument(
+            "--perplexity-data", metavar="DATA", help=f"another text (default: {ADDRESS})"
+        )
+        parser.add_argument(
+            "--windows",
+            type=positive,
+            metavar="N",
+            help="at most this many perplexity windows, from the text's beginning "
+            f"(default: the whole text on a GPU, {CPU_WINDOWS} on a CPU; demo "
+            f"{DEMO_WINDOWS})",
+        )
+        parser.add_argument(
+            "--window-length",
+            type=two_or_more,
+            metavar="N",
+            help="tokens per window, at least 2, cut to the model's context "
+            f"(default: {WINDOW_LENGTH}; demo {DEMO_WINDOW_LENGTH})",
+        )
 
     def reads(self, limit: int | None) -> tuple:
         return ADDRESS, *text_sample()
@@ -66,10 +86,12 @@ class Perplexity(Task):
     def load(self, evaluation: Evaluation) -> Windows:
         options, demo = evaluation.options, evaluation.demo
         return evaluation_windows(
-            options.perplexity_data or ("demo" if demo else ADDRESS), evaluation.tokenizer,
+            options.perplexity_data or ("demo" if demo else ADDRESS),
+            evaluation.tokenizer,
             options.windows or default_windows(demo, evaluation.device),
             _window_length(evaluation.subject.folder, options.window_length, demo),
-            options.data_root)
+            options.data_root,
+        )
 
     def conditions(self, loaded: Windows, evaluation: Evaluation) -> dict:
         """Raises UserError where the 16-bit model is another than the one that the checkpoint was
@@ -78,9 +100,13 @@ class Perplexity(Task):
         subject, results_dir = evaluation.subject, evaluation.options.results_dir
         check_original(subject, results_dir)
         samples, length = loaded.tokens.shape
-        return {"data": loaded.source, "windows": samples, "length": length,
-                "fingerprint": loaded.fingerprint,
-                "original": identity.original_hash(subject, results_dir)}
+        return {
+            "data": loaded.source,
+            "windows": samples,
+            "length": length,
+            "fingerprint": loaded.fingerprint,
+            "original": identity.original_hash(subject, results_dir),
+        }
 
     def texts(self, loaded: Windows, evaluation: Evaluation) -> list[str]:
         return [evaluation.tokenizer.decode(window) for window in loaded.tokens]
@@ -95,7 +121,7 @@ class Perplexity(Task):
             return Prepared(loaded)
         folder = evaluation.options.results_dir / subject.name / STATES_FOLDER
         references = hidden_states(original, loaded, folder)
-        original.move_ends(torch.device("cpu"))
+        original.move_vocabulary(torch.device("cpu"))
         return Prepared(loaded, original, references)
 
     def run(self, model, prepared: Prepared, evaluation: Evaluation) -> tuple[dict, list[Record]]:
@@ -131,8 +157,9 @@ def _window_length(folder: Path, asked: int | None, demo: bool) -> int:
 
 
 @torch.inference_mode()
-def perplexity(model, windows: Windows, original: SourceModel | None = None,
-               references: Tensor | None = None) -> tuple[dict, list[Record]]:
+def perplexity(
+    model, windows: Windows, original: SourceModel | None = None, references: Tensor | None = None
+) -> tuple[dict, list[Record]]:
     """Perplexity of consecutive windows [samples, length]: exp of the mean negative log-likelihood
     per token.
 
@@ -152,7 +179,8 @@ def perplexity(model, windows: Windows, original: SourceModel | None = None,
     slice_size = logits_at_once(256, model.config.vocab_size, device)
     samples = []
     for index, (window, reference) in enumerate(
-            zip(track(windows.tokens, "perplexity", unit="windows"), references, strict=True)):
+        zip(track(windows.tokens, "perplexity", unit="windows"), references, strict=True)
+    ):
         window = window.to(device)
         hidden = model.model(window.unsqueeze(0), use_cache=False).last_hidden_state[0, :-1]
         # A slice of the vocabulary's logits at a time: all of them would take gigabytes.
@@ -171,15 +199,22 @@ def perplexity(model, windows: Windows, original: SourceModel | None = None,
         samples.append({"id": f"window-{index}", "loss": total.item() / (len(window) - 1)})
         if divergence:
             values = torch.cat(divergence).tolist()
-            samples[-1] |= {"kl": [float(f"{value:.3e}") for value in values],
-                            "same_top": same.item()}
+            samples[-1] |= {
+                "kl": [float(f"{value:.3e}") for value in values],
+                "same_top": same.item(),
+            }
     losses = torch.tensor([sample["loss"] for sample in samples], dtype=torch.float64)
     error = losses.std() / len(losses) ** 0.5 if len(losses) > 1 else torch.tensor(float("nan"))
     mean = losses.mean()
-    summary = {"perplexity": mean.exp().item(), "standard_error": (mean.exp() * error).item(),
-               "windows": len(losses), "length": windows.tokens.shape[1], "data": windows.source,
-               "fingerprint": windows.fingerprint,
-               "seconds": round(time.perf_counter() - start, 2)}
+    summary = {
+        "perplexity": mean.exp().item(),
+        "standard_error": (mean.exp() * error).item(),
+        "windows": len(losses),
+        "length": windows.tokens.shape[1],
+        "data": windows.source,
+        "fingerprint": windows.fingerprint,
+        "seconds": round(time.perf_counter() - start, 2),
+    }
     if original:
         summary["divergence"] = summarise_divergence(samples)
     return summary, samples

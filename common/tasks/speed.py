@@ -8,11 +8,11 @@ from common.tasks.task import Evaluation, Record, Task
 # What the words in the column of kernels mean (`runtime.kernels_of`).
 KERNELS = {
     "dense": "Kernels `dense`: plain transformers unpacks the weights when the model is loaded, so "
-             "a smaller checkpoint saves disk there, not memory or time; the library's wrappers "
-             "cost a little.",
+    "a smaller checkpoint saves disk there, not memory or time; the library's wrappers "
+    "cost a little.",
     "packed": "`packed`: weights stay packed in memory and are unpacked inside the product.",
     "streamed": "`streamed`: the GPU has no room for the weights, so layers are read from the "
-                "files for every forward pass.",
+    "files for every forward pass.",
     "graph": "`graph`: decoding replays a captured CUDA graph.",
 }
 
@@ -38,7 +38,9 @@ TASK = Speed()
 def method_in_words(summary: dict, device_type: str) -> str:
     """How the figures were measured, in two sentences."""
     where = "GPU" if device_type == "cuda" else "host without Python and its packages"
-    return (f"Latency is one answer of {summary['new_tokens']} tokens to a prompt of "
-            f"{summary['prompt_tokens']}, batch 1, median of {summary['runs']} runs; tokens/s is "
-            "its decoding. Memory to run is what the model takes with 2,048 tokens of context, "
-            f"batch 1: weights, cache and what it works with, on the {where}.")
+    return (
+        f"Latency is one answer of {summary['new_tokens']} tokens to a prompt of "
+        f"{summary['prompt_tokens']}, batch 1, median of {summary['runs']} runs; tokens/s is "
+        "its decoding. Memory to run is what the model takes with 2,048 tokens of context, "
+        f"batch 1: weights, cache and what it works with, on the {where}."
+    )

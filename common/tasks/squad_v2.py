@@ -32,30 +32,53 @@ class SquadV2(HarnessTask):
     answer_score = "f1"
     clustered = "article"
     metrics = (
-        MetricKind(name, "f1", "SQuAD v2 F1", of_field("f1"), cluster="cluster",
-                   column="SQuAD v2 F1", judged=True),
-        MetricKind(name, "exact_match", "SQuAD v2 exact match", of_field("exact_match"),
-                   binary="exact_match", cluster="cluster", column="SQuAD v2 EM", judged=True),
+        MetricKind(
+            name,
+            "f1",
+            "SQuAD v2 F1",
+            of_field("f1"),
+            cluster="cluster",
+            column="SQuAD v2 F1",
+            judged=True,
+        ),
+        MetricKind(
+            name,
+            "exact_match",
+            "SQuAD v2 exact match",
+            of_field("exact_match"),
+            binary="exact_match",
+            cluster="cluster",
+            column="SQuAD v2 EM",
+            judged=True,
+        ),
     )
 
     def score(self, row: dict, results: list[str]) -> Record:
         """Best exact match and F1 over the question's gold answers."""
         predicted = prediction(results[0])
         golds = list(row["answers"]["text"]) or [""]
-        return {"exact_match": max(exact_match(predicted, gold) for gold in golds),
-                "f1": max(token_f1(predicted, gold) for gold in golds),
-                "answerable": bool(row["answers"]["text"]), "predicted": predicted,
-                "text": results[0], "cluster": row.get("title") or row["context"][:60]}
+        return {
+            "exact_match": max(exact_match(predicted, gold) for gold in golds),
+            "f1": max(token_f1(predicted, gold) for gold in golds),
+            "answerable": bool(row["answers"]["text"]),
+            "predicted": predicted,
+            "text": results[0],
+            "cluster": row.get("title") or row["context"][:60],
+        }
 
     def summary(self, samples: list[Record]) -> dict:
         answerable = [sample for sample in samples if sample["answerable"]]
         unanswerable = [sample for sample in samples if not sample["answerable"]]
-        return {"samples": len(samples), "f1": mean_of(samples, "f1"),
-                "exact_match": mean_of(samples, "exact_match"),
-                "answerable_samples": len(answerable), "answerable_f1": mean_of(answerable, "f1"),
-                "answerable_exact_match": mean_of(answerable, "exact_match"),
-                "unanswerable_samples": len(unanswerable),
-                "unanswerable_exact_match": mean_of(unanswerable, "exact_match")}
+        return {
+            "samples": len(samples),
+            "f1": mean_of(samples, "f1"),
+            "exact_match": mean_of(samples, "exact_match"),
+            "answerable_samples": len(answerable),
+            "answerable_f1": mean_of(answerable, "f1"),
+            "answerable_exact_match": mean_of(answerable, "exact_match"),
+            "unanswerable_samples": len(unanswerable),
+            "unanswerable_exact_match": mean_of(unanswerable, "exact_match"),
+        }
 
     def in_words(self, summary: dict) -> str:
         return f"SQuAD F1 {summary['f1']:.3f} EM {summary['exact_match']:.3f}"

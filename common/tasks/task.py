@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from common.results.naming import Subject
 from common.tasks import metrics
 from common.tasks.metrics import Metric
-from common.results.naming import Subject
 
 # The record of one sample: what the model answered and its scores.
 Record = dict[str, Any]
@@ -128,8 +128,9 @@ class Task:
         """Evaluate a model. Returns the summary for the results, and a record of each sample."""
         raise NotImplementedError
 
-    def noise(self, model, prepared: Any, evaluation: Evaluation,
-              samples: list[Record]) -> dict | None:
+    def noise(
+        self, model, prepared: Any, evaluation: Evaluation, samples: list[Record]
+    ) -> dict | None:
         """How much of the records changes when the task is run again in other batches; None where
         nothing can.
         """

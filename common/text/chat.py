@@ -12,8 +12,15 @@ from common.base.errors import UserError
 # Llama 3's own date for when there is no clock; templates that name none of their own get it too.
 DATE = "26 Jul 2024"
 # ShareGPT's names of who speaks.
-_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
-             "assistant": "assistant", "system": "system", "tool": "tool"}
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
 _OWN_DATE = re.compile(r"""date_string\s*=\s*["'](\d{1,2} [A-Z][a-z]{2} \d{4})["']""")
 
 
@@ -42,8 +49,11 @@ def _message(item) -> dict:
             raise ValueError(f"a message from {speaker!r} (known are {', '.join(_SPEAKERS)})")
         return {"role": _SPEAKERS[speaker], "content": item["value"]}
     if isinstance(content, list):
-        texts = [part["text"] for part in content
-                 if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        texts = [
+            part["text"]
+            for part in content
+            if isinstance(part, dict) and isinstance(part.get("text"), str)
+        ]
         content = "".join(texts) if texts else content
     if isinstance(role, str) and isinstance(content, str):
         return {**item, "content": content}
@@ -76,8 +86,9 @@ def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False)
     # What is passed hides transformers' own function of this name.
     clock = {"strftime_now": date.fromisoformat(day).strftime} if day else {}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False,
-                                             add_generation_prompt=add_generation_prompt, **clock)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **clock
+        )
     except TemplateError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"the model's chat template refuses a conversation: {reason}") from None

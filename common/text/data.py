@@ -1,4 +1,6 @@
-"""Rows of a data set: a local file, a folder that mirrors the hub (`--data-root`), the hub itself, or the demo's own."""
+"""Rows of a data set: a local file, a folder that mirrors the hub (`--data-root`), the hub itself,
+or the demo's own.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class DataName:
-    """A data set's address: `owner/name`, `owner/name/config` and, after a colon, a split ("train" if none)."""
+    """A data set's address: `owner/name`, `owner/name/config` and, after a colon, a split ("train"
+    if none).
+    """
 
     repository: str
     config: str | None
@@ -27,8 +31,10 @@ class DataName:
         path, _, split = text.partition(":")
         parts = path.split("/")
         if len(parts) not in (2, 3) or not all(parts):
-            raise UserError(f"{text} is neither a file ({', '.join(LOCAL_SUFFIXES)}) nor a data set; write "
-                            "owner/name, owner/name/config or owner/name/config:split, or demo")
+            raise UserError(
+                f"{text} is neither a file ({', '.join(LOCAL_SUFFIXES)}) nor a data set; write "
+                "owner/name, owner/name/config or owner/name/config:split, or demo"
+            )
         return cls("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split or "train")
 
     def __str__(self) -> str:
@@ -43,9 +49,14 @@ class Rows:
     source: str
 
 
-def load_rows(address: str, data_root: Path | None = None, limit: int | None = None,
-              seed: int | None = None, columns: tuple[str, ...] | None = None,
-              budget: int | None = None) -> Rows:
+def load_rows(
+    address: str,
+    data_root: Path | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    columns: tuple[str, ...] | None = None,
+    budget: int | None = None,
+) -> Rows:
     """Read a data set's rows, the same from the hub and from a mirror (`sampling.draw_rows`).
 
     Args:
@@ -74,8 +85,15 @@ def load_rows(address: str, data_root: Path | None = None, limit: int | None = N
     return Rows(rows, f"{name}@{revision}")
 
 
-def locate_rows(address: str, data_root: Path | None, limit: int | None, seed: int | None, columns: tuple[str, ...] | None,
-                budget: int | None, timeout: float = 10) -> str:
+def locate_rows(
+    address: str,
+    data_root: Path | None,
+    limit: int | None,
+    seed: int | None,
+    columns: tuple[str, ...] | None,
+    budget: int | None,
+    timeout: float = 10,
+) -> str:
     """Where `load_rows` would read these rows, in words; nothing is read or fetched.
 
     Args:
@@ -97,7 +115,9 @@ def locate_rows(address: str, data_root: Path | None, limit: int | None, seed: i
 
 
 def _find_under(data_root: Path, name: DataName) -> Path | None:
-    """The parquet file of a split under `data_root`; a file <split>_sample.parquet serves where the split is not whole."""
+    """The parquet file of a split under `data_root`; a file <split>_sample.parquet serves where the
+    split is not whole.
+    """
     if not data_root.is_dir():
         raise UserError(f"--data-root {data_root} is not a folder")
     base = data_root / name.repository
@@ -109,8 +129,13 @@ def _find_under(data_root: Path, name: DataName) -> Path | None:
     return None
 
 
-def _read_file(path: Path, limit: int | None = None, seed: int | None = None,
-               columns: tuple[str, ...] | None = None, budget: int | None = None) -> list[dict]:
+def _read_file(
+    path: Path,
+    limit: int | None = None,
+    seed: int | None = None,
+    columns: tuple[str, ...] | None = None,
+    budget: int | None = None,
+) -> list[dict]:
     try:
         if path.suffix == ".txt":
             return [{"text": path.read_text(encoding="utf-8")}]
@@ -142,8 +167,10 @@ def check_columns(loaded: Rows, needs: tuple[str, ...], purpose: str) -> None:
         raise UserError(f"{loaded.source} has no rows")
     for row in loaded.rows:
         if missing := lacking(row, needs):
-            raise UserError(f"{loaded.source} has a row without {', '.join(missing)}; it has "
-                            f"{', '.join(row) or 'nothing'}; give other data for {purpose}")
+            raise UserError(
+                f"{loaded.source} has a row without {', '.join(missing)}; it has "
+                f"{', '.join(row) or 'nothing'}; give other data for {purpose}"
+            )
 
 
 def lacking(document: dict, needs: tuple[str, ...]) -> list[str]:
@@ -165,7 +192,8 @@ def demo_rows(task: str) -> Rows:
 
 
 def demo_text(part: str) -> list[str]:
-    """Texts of the documentation that CPython ships (`pydoc_data.topics`), split in two parts that share no paragraph.
+    """Texts of the documentation that CPython ships (`pydoc_data.topics`), split in two parts that
+    share no paragraph.
 
     Args:
         part: "calibration" (two topics of three) or "evaluation" (every third).
@@ -176,7 +204,8 @@ def demo_text(part: str) -> list[str]:
     held_out = texts[::3]
     if part == "evaluation":
         return held_out
-    # Topics quote each other, so a paragraph that is evaluated is taken out of the calibration text.
+    # Topics quote each other, so a paragraph that is evaluated is taken out of the calibration
+    # text.
     known = {paragraph for text in held_out for paragraph in text.split("\n\n")}
     calibration = [text for i, text in enumerate(texts) if i % 3]
     return ["\n\n".join(p for p in text.split("\n\n") if p not in known) for text in calibration]

@@ -105,7 +105,8 @@ def _fetching(name: DataName) -> Iterator[None]:
     except Exception as error:  # aiohttp, httpx, hub and file-system errors share no base class
         if HF_HUB_OFFLINE:
             raise UserError(
-                f"data set {name} cannot be fetched: HF_HUB_OFFLINE is set, and these rows were not "
+                f"data set {name} cannot be fetched: HF_HUB_OFFLINE is set, and these rows were "
+                f"not "
                 "fetched before; unset it, or give a local file, --data-root, or demo"
             ) from None
         raise UserError(

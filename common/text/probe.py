@@ -1,6 +1,8 @@
-"""A fixed short text that travels through every quantization: errors per linear and recorded logits are measured on it.
+"""A fixed short text that travels through every quantization: errors per linear and recorded logits
+are measured on it.
 
-It belongs to no calibration or evaluation set, so what is measured on it is comparable between methods.
+It belongs to no calibration or evaluation set, so what is measured on it is comparable between
+methods.
 """
 
 from __future__ import annotations
@@ -9,26 +11,35 @@ import torch
 from torch import Tensor
 
 from common.base.device import dtype_name
-from common.numerics.divergence import mean_divergence
 from common.base.errors import UserError
+from common.numerics.divergence import mean_divergence
 
 # How many positions, and entries of the vocabulary, have their logits recorded.
 POSITIONS, ENTRIES = 4, 256
 
-TEXT = """The lighthouse at the end of the pier had been dark for eleven years when the council decided to sell it. \
-Nobody on the island expected a buyer. It had no road, no water and only half a roof, and the stairs inside were so \
-narrow that the last keeper used to carry his coal up in a hat. But in the spring a retired engineer named Marta Olsen \
-came over on the mail boat, walked around it twice, and asked the clerk what the lamp had cost when it was new.
+TEXT = """The lighthouse at the end of the pier had been dark for eleven years when the council \
+decided to sell it. \
+Nobody on the island expected a buyer. It had no road, no water and only half a roof, and the \
+stairs inside were so \
+narrow that the last keeper used to carry his coal up in a hat. But in the spring a retired \
+engineer named Marta Olsen \
+came over on the mail boat, walked around it twice, and asked the clerk what the lamp had cost \
+when it was new.
 
 "Four hundred and twenty crowns," said the clerk, who had looked it up. "Plus the glass."
 
 "Then I will give you that," she said, "and I will light it again before winter."
 
-To light a lamp you need three things: a source of energy, something that turns the energy into light, and a way to send \
-the light where it is wanted. The first keeper burned whale oil. The second burned paraffin, which is cleaner and gives \
-about twice as much light for the same weight. Olsen used sunlight: eight panels on the south wall charge a battery of \
-24 volts during the day, and at night a diode no larger than a coin does what a flame as tall as a child once did. If \
-each panel delivers 50 watts for 6 hours, the eight of them store 8 * 50 * 6 = 2400 watt-hours, and a lamp of 100 watts \
+To light a lamp you need three things: a source of energy, something that turns the energy into \
+light, and a way to send \
+the light where it is wanted. The first keeper burned whale oil. The second burned paraffin, \
+which is cleaner and gives \
+about twice as much light for the same weight. Olsen used sunlight: eight panels on the south \
+wall charge a battery of \
+24 volts during the day, and at night a diode no larger than a coin does what a flame as tall as \
+a child once did. If \
+each panel delivers 50 watts for 6 hours, the eight of them store 8 * 50 * 6 = 2400 watt-hours, \
+and a lamp of 100 watts \
 can burn for 24 hours on that.
 
 Her notebook contains the whole program that switches it:
@@ -37,7 +48,8 @@ def lamp_is_on(hour, sunset, sunrise):
     # The night spans midnight, so one comparison is not enough.
     return hour >= sunset or hour < sunrise
 
-Fishermen say that the light can be seen from the mainland, 19 miles away. On clear evenings children count the seconds \
+Fishermen say that the light can be seen from the mainland, 19 miles away. On clear evenings \
+children count the seconds \
 between its flashes, and they always get the same answer: one, two, three, four, five."""
 
 
@@ -47,8 +59,8 @@ def probe_tokens(tokenizer) -> Tensor:
 
 
 def overflow(where: str, dtype: torch.dtype) -> UserError:
-    """The error of activations that a type does not hold: some models have single values hundreds of
-    times the usual.
+    """The error of activations that a type does not hold: some models have single values hundreds
+    of times the usual.
     """
     kind = dtype_name(dtype)
     return UserError(f"{where}: its inputs or outputs overflow in {kind}; use --dtype float32")
@@ -65,18 +77,24 @@ def check_finite(values: Tensor, where: str, dtype: torch.dtype) -> None:
 
 def perplexity(logits: Tensor, tokens: Tensor) -> float:
     """Perplexity of tokens [1, length] under their logits [length, vocabulary]."""
-    return torch.exp(torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[0, 1:].to(logits.device))).item()
+    return torch.exp(
+        torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[0, 1:].to(logits.device))
+    ).item()
 
 
 def divergence(reference: Tensor, logits: Tensor) -> float:
-    """Mean Kullback-Leibler divergence in nats of `logits` from `reference`, both [length, vocabulary]."""
+    """Mean Kullback-Leibler divergence in nats of `logits` from `reference`, both [length,
+    vocabulary].
+    """
     expected = torch.log_softmax(reference.float(), -1)
     found = torch.log_softmax(logits.float(), -1)
     return mean_divergence(expected, found)
 
 
 def sample_logits(logits: Tensor) -> dict:
-    """A small sample of logits [length, vocabulary] to keep in the metadata: positions, every stride-th entry, values."""
+    """A small sample of logits [length, vocabulary] to keep in the metadata: positions, every
+    stride-th entry, values.
+    """
     length, vocabulary = logits.shape
     positions = torch.linspace(length // 4, length - 1, POSITIONS).long().tolist()
     stride = max(1, vocabulary // ENTRIES)
@@ -85,7 +103,9 @@ def sample_logits(logits: Tensor) -> dict:
 
 
 def sample_difference(logits: Tensor, recorded: dict) -> float:
-    """Root mean square difference between logits and a record of `sample_logits`, relative to the record's spread."""
-    found = logits[recorded["positions"], ::recorded["vocabulary_stride"]].float().cpu()
+    """Root mean square difference between logits and a record of `sample_logits`, relative to the
+    record's spread.
+    """
+    found = logits[recorded["positions"], :: recorded["vocabulary_stride"]].float().cpu()
     expected = torch.tensor(recorded["logits"])
     return ((found - expected).square().mean().sqrt() / expected.std()).item()

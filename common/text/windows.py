@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.base.errors import UserError
 from common.text import chat
 from common.text.data import demo_text, load_rows
-from common.base.errors import UserError
 
 # Chat text: instruct models are calibrated through their chat template, as they are used.
 DEFAULT_DATA = "HuggingFaceH4/ultrachat_200k:train_sft"
@@ -33,8 +33,8 @@ DEMO_SAMPLES, DEMO_LENGTH = 16, 512
 _TEXT_COLUMNS = ("text", "content", "messages", "conversations")
 # Rows fetched from a hub data set for each window that is asked for: enough for short documents.
 _ROWS_PER_WINDOW = 24
-# Bytes to fetch for calibration text, apart from the ends of the files, which say where what is, and unless one row group is
-# larger.
+# Bytes to fetch for calibration text, apart from the ends of the files, which say where what is,
+# and unless one row group is larger.
 _TRAFFIC = 120_000_000
 # Windows that are cut for each one that is used.
 _CHOICE = 2
@@ -59,18 +59,31 @@ class Windows:
 
     def describe(self) -> dict:
         samples, length = self.tokens.shape
-        return {"data": self.source, "samples": samples, "length": length,
-                "tokens": self.tokens.numel(), "seed": self.seed,
-                "template_date": self.template_date, "fingerprint": self.fingerprint}
+        return {
+            "data": self.source,
+            "samples": samples,
+            "length": length,
+            "tokens": self.tokens.numel(),
+            "seed": self.seed,
+            "template_date": self.template_date,
+            "fingerprint": self.fingerprint,
+        }
 
 
 def text_sample(windows: int | None = None, seed: int | None = None) -> tuple:
-    """Which rows `data.load_rows` is asked for: for so many windows of calibration, or all: limit, seed, columns, budget."""
+    """Which rows `data.load_rows` is asked for: for so many windows of calibration, or all: limit,
+    seed, columns, budget.
+    """
     return None if windows is None else _ROWS_PER_WINDOW * windows, seed, _TEXT_COLUMNS, _TRAFFIC
 
 
-def load_texts(data: str, part: str, data_root: Path | None = None, windows: int | None = None,
-               seed: int | None = None) -> tuple[list[str | list[dict]], str]:
+def load_texts(
+    data: str,
+    part: str,
+    data_root: Path | None = None,
+    windows: int | None = None,
+    seed: int | None = None,
+) -> tuple[list[str | list[dict]], str]:
     """Documents of a data set and the name of their source.
 
     Each is a text, empty where the row is blank, or a list of messages.
@@ -88,14 +101,18 @@ def load_texts(data: str, part: str, data_root: Path | None = None, windows: int
         raise UserError(f"{data} has no rows")
     column = next((name for name in _TEXT_COLUMNS if name in loaded.rows[0]), None)
     if column is None:
-        raise UserError(f"{data} has none of the columns {', '.join(_TEXT_COLUMNS)}; it has "
-                        f"{', '.join(loaded.rows[0])}")
+        raise UserError(
+            f"{data} has none of the columns {', '.join(_TEXT_COLUMNS)}; it has "
+            f"{', '.join(loaded.rows[0])}"
+        )
     try:
         return [chat.document(row.get(column)) for row in loaded.rows], loaded.source
     except ValueError as error:
-        raise UserError(f"{data} has a row whose {column} is {error}; wanted is a text or a list "
-                        "of messages {role, content} or {from, value}: convert it, or give other "
-                        "data") from None
+        raise UserError(
+            f"{data} has a row whose {column} is {error}; wanted is a text or a list "
+            "of messages {role, content} or {from, value}: convert it, or give other "
+            "data"
+        ) from None
 
 
 def start_tokens(tokenizer) -> list[int]:
@@ -105,15 +122,17 @@ def start_tokens(tokenizer) -> list[int]:
     tokenizers); a BOS that begins every message, as ChatML's `<|im_start|>` may be called, is part
     of the message.
     """
-    plain, special = (tokenizer("a", add_special_tokens=flag)["input_ids"]
-                      for flag in (False, True))
+    plain, special = (
+        tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True)
+    )
     if len(special) > len(plain):
-        return special[:special.index(plain[0])] if plain and plain[0] in special else []
+        return special[: special.index(plain[0])] if plain and plain[0] in special else []
     bos = tokenizer.bos_token
     if not bos or not getattr(tokenizer, "chat_template", None):
         return []
-    text = chat.render(tokenizer, [{"role": "user", "content": "a"},
-                                   {"role": "assistant", "content": "a"}])
+    text = chat.render(
+        tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    )
     return [tokenizer.bos_token_id] if text.startswith(bos) and text.count(bos) == 1 else []
 
 
@@ -127,22 +146,26 @@ def encode_document(document: str | list[dict], tokenizer, start: list[int]) -> 
     if is_chat:
         text = chat.render(tokenizer, document)
         if not text.strip() and any(message["content"].strip() for message in document):
-            raise UserError("the model's chat template writes nothing of a conversation; give data "
-                            "of plain text instead")
+            raise UserError(
+                "the model's chat template writes nothing of a conversation; give data "
+                "of plain text instead"
+            )
     elif isinstance(document, str):
         text = document
     else:
         text = "\n\n".join(message["content"] for message in document)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if start and tokens[:len(start)] == start:
-        tokens = tokens[len(start):]
+    if start and tokens[: len(start)] == start:
+        tokens = tokens[len(start) :]
     eos = tokenizer.eos_token_id
     return tokens if is_chat or eos is None or tokens[-1:] == [eos] else [*tokens, eos]
 
 
-def calibration_windows(data: str, tokenizer, samples: int, length: int, seed: int,
-                        data_root: Path | None = None) -> Windows:
-    """Draw `samples` windows of `length` tokens: documents in seeded order, joined, cut and sampled.
+def calibration_windows(
+    data: str, tokenizer, samples: int, length: int, seed: int, data_root: Path | None = None
+) -> Windows:
+    """Draw `samples` windows of `length` tokens: documents in seeded order, joined, cut and
+    sampled.
 
     The form of a window is described at the top of this file.
 
@@ -161,18 +184,23 @@ def calibration_windows(data: str, tokenizer, samples: int, length: int, seed: i
         if len(tokens) >= _CHOICE * needed:
             break
     if len(tokens) < needed:
-        raise UserError(f"calibration data {data} has {len(tokens):,} tokens, {needed:,} are needed for {samples} samples "
-                        f"of {length}; use at most --calib-samples {len(tokens) // max(body, 1)} or a larger --calib-data")
+        raise UserError(
+            f"calibration data {data} has {len(tokens):,} tokens, {needed:,} are needed for "
+            f"{samples} samples "
+            f"of {length}; use at most --calib-samples {len(tokens) // max(body, 1)} or a larger "
+            f"--calib-data"
+        )
     # More windows than needed, so that the seed chooses even where the text is one long document.
     chosen = rng.sample(range(len(tokens) // body), samples)
-    windows = torch.tensor([tokens[i * body:(i + 1) * body] for i in chosen], dtype=torch.int64)
+    windows = torch.tensor([tokens[i * body : (i + 1) * body] for i in chosen], dtype=torch.int64)
     if start:
         windows = torch.cat([torch.tensor(start).expand(samples, -1), windows], dim=1)
     return Windows(windows, source, seed, _date_in(texts, tokenizer))
 
 
-def evaluation_windows(data: str, tokenizer, samples: int | None, length: int,
-                       data_root: Path | None = None) -> Windows:
+def evaluation_windows(
+    data: str, tokenizer, samples: int | None, length: int, data_root: Path | None = None
+) -> Windows:
     """The first `samples` consecutive windows of `length` tokens of an evaluation text, or all for
     None; fewer if the text ends before.
 
@@ -193,7 +221,7 @@ def evaluation_windows(data: str, tokenizer, samples: int | None, length: int,
     count = len(tokens) // length if samples is None else min(samples, len(tokens) // length)
     if count == 0:
         raise UserError(f"{data} has {len(tokens):,} tokens, fewer than one window of {length}")
-    windows = tokens[:count * length].view(count, length).clone()
+    windows = tokens[: count * length].view(count, length).clone()
     return Windows(windows, source, None, _date_in(texts, tokenizer))
 
 

@@ -1,1 +1,3 @@
-"""The way of the hidden states through a model, layer by layer, and what a method does with each layer."""
+"""The way of the hidden states through a model, layer by layer, and what a method does with each
+layer.
+"""

@@ -11,15 +11,18 @@ from torch import Tensor
 
 from common.base import parallel
 from common.model.architecture import LinearGroup
+from common.solvers.rounding import catch_up
 from common.walk.inputs import InputStatistics, add_in_parts, group_inputs, new_sums
 from common.walk.method import Layer, Method
-from common.solvers.rounding import catch_up
 from common.walk.streams import each_chunk
 
 
-def collect_statistics(layer: Layer, device: torch.device, method: Method,
-                       originals: list[Tensor] | None,
-                       ) -> dict[LinearGroup, InputStatistics]:
+def collect_statistics(
+    layer: Layer,
+    device: torch.device,
+    method: Method,
+    originals: list[Tensor] | None,
+) -> dict[LinearGroup, InputStatistics]:
     """Statistics of every linear group over all calibration windows. With `Method.original_inputs`
     the layer's inputs become its outputs.
 
@@ -38,14 +41,17 @@ def collect_statistics(layer: Layer, device: torch.device, method: Method,
     attention, mlp = family.writing
     after_attention: list[Tensor] = []
     watch = layer.module.get_submodule(family.reading[1].fed_by).register_forward_pre_hook(
-        lambda _, arguments: after_attention.append(arguments[0]))
+        lambda _, arguments: after_attention.append(arguments[0])
+    )
     with group_inputs(layer.module, inputs.__setitem__):
+
         def visit(i: int) -> None:
             chunk, original = layer.inputs[i].to(device), None
             after_attention.clear()
             inputs.clear()
-            parted = originals is not None and (originals[i] is not layer.inputs[i]
-                                                or method.online is not None)
+            parted = originals is not None and (
+                originals[i] is not layer.inputs[i] or method.online is not None
+            )
             if parted:
                 with method.as_original():
                     original = layer.forward(originals[i].to(device))
@@ -55,8 +61,10 @@ def collect_statistics(layer: Layer, device: torch.device, method: Method,
                 lags = {attention: after_attention[0] - after_attention[1], mlp: original - output}
             weights = {attention: token_weights(chunk), mlp: token_weights(output)}
             if family.normalises_output:
-                weights = {group: found * output_weights(layer, group, inputs[group])
-                           for group, found in weights.items()}
+                weights = {
+                    group: found * output_weights(layer, group, inputs[group])
+                    for group, found in weights.items()
+                }
             for group in family.groups:
                 lag = lags.get(group)
                 if lag is not None:

@@ -1,4 +1,5 @@
-"""GPTQ of one decoder layer, as quantize_gptq.py does it and quantize_quarot.py after its rotation."""
+"""GPTQ of one decoder layer, as quantize_gptq.py does it and quantize_quarot.py after its
+rotation."""
 
 from __future__ import annotations
 
@@ -7,13 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from common.kernels.rounding import search_range
 from common.model.architecture import LinearGroup
 from common.numerics.grid import Grid, QuantizedLinear, grouped, min_max
-from common.walk.inputs import InputStatistics
-from common.kernels.rounding import search_range
-from common.walk.method import Layer
 from common.solvers.ranges import restore_gain
 from common.solvers.rounding import damped, refine, solve
+from common.walk.inputs import InputStatistics
+from common.walk.method import Layer
 
 # Refinements after the solve; docs/quantization_methods_deep_dive.md has the measurement.
 SWEEPS = 1
@@ -22,21 +23,26 @@ SWEEPS = 1
 # Scale and zero-point [out, groups], from weights [out, in], the grid, the mean square [in] of the
 # inputs and the type that scales are stored in.
 Ranges = Callable[[Tensor, Grid, Tensor, torch.dtype], tuple[Tensor, Tensor]]
-# From so many bits on, nothing large is clipped: error feedback hands the error of a clipped weight,
-# which always moves inwards, on to channels that clip in turn, and the massive activations that
-# attention rests on shrink. Fewer have no room for it. Measured on several models
+# From so many bits on, nothing large is clipped: error feedback hands the error of a clipped
+# weight, which always moves inwards, on to channels that clip in turn, and the massive activations
+# that attention rests on shrink. Fewer have no room for it. Measured on several models
 # (docs/quantization_methods_deep_dive.md).
 UNCLIPPED_BITS = 4
 
 
-def clipped_ranges(weight: Tensor, grid: Grid, mean_square: Tensor, scale_dtype: torch.dtype,
-                   ) -> tuple[Tensor, Tensor]:
+def clipped_ranges(
+    weight: Tensor,
+    grid: Grid,
+    mean_square: Tensor,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     """`Ranges` searched at both ends, on the output error without its cross terms."""
     return search_range(weight, grid, mean_square, scale_dtype=scale_dtype)
 
 
-def ranges_of_plain_weights(weight: Tensor, grid: Grid, mean_square: Tensor,
-                            scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def ranges_of_plain_weights(
+    weight: Tensor, grid: Grid, mean_square: Tensor, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """`Ranges` of which, from UNCLIPPED_BITS on, the larger end stays and the other is searched on
     the plain error of the weights.
     """
@@ -45,16 +51,18 @@ def ranges_of_plain_weights(weight: Tensor, grid: Grid, mean_square: Tensor,
     return search_range(weight, grid, scale_dtype=scale_dtype, keep_larger_end=True)
 
 
-def ranges_of_rotated_weights(weight: Tensor, grid: Grid, mean_square: Tensor,
-                              scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def ranges_of_rotated_weights(
+    weight: Tensor, grid: Grid, mean_square: Tensor, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """`Ranges` that, from UNCLIPPED_BITS on, are full: no rotated weight stands out."""
     if grid.symmetric or grid.bits < UNCLIPPED_BITS:
         return clipped_ranges(weight, grid, mean_square, scale_dtype)
     return min_max(grouped(weight, grid), grid, scale_dtype=scale_dtype)
 
 
-def gptq_layer(layer: Layer, damping: float, sweeps: int,
-               ranges: Ranges = ranges_of_plain_weights) -> dict[str, QuantizedLinear]:
+def gptq_layer(
+    layer: Layer, damping: float, sweeps: int, ranges: Ranges = ranges_of_plain_weights
+) -> dict[str, QuantizedLinear]:
     """Codes of every linear of a layer. Linears that read the same tensor are solved together.
 
     After `ranges`, codes are found with error feedback, then scales and codes are refined `sweeps`
@@ -62,14 +70,17 @@ def gptq_layer(layer: Layer, damping: float, sweeps: int,
     """
     grid, scale_dtype = layer.grid, layer.scale_dtype
 
-    def quantize_group(group: LinearGroup, weight: Tensor,
-                       statistics: InputStatistics) -> QuantizedLinear:
+    def quantize_group(
+        group: LinearGroup, weight: Tensor, statistics: InputStatistics
+    ) -> QuantizedLinear:
         gram = statistics.gram
         scale, zero_point = ranges(weight, grid, statistics.mean_square, scale_dtype)
-        codes, used = solve(weight, gram, scale, zero_point, grid, damping,
-                            name=layer.where(group.linears[0]))
-        codes, scale = refine(weight, codes, scale, zero_point, gram, grid, scale_dtype, sweeps,
-                              used)
+        codes, used = solve(
+            weight, gram, scale, zero_point, grid, damping, name=layer.where(group.linears[0])
+        )
+        codes, scale = refine(
+            weight, codes, scale, zero_point, gram, grid, scale_dtype, sweeps, used
+        )
         rounded = QuantizedLinear(codes, scale, zero_point, grid)
         return restore_gain(weight, rounded, damped(gram, used), scale_dtype)
 

@@ -106,8 +106,9 @@ class InputSums:
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, device=self._device)
 
-    def add(self, inputs: Tensor, token_weights: Tensor | None = None,
-            lag: Tensor | None = None) -> None:
+    def add(
+        self, inputs: Tensor, token_weights: Tensor | None = None, lag: Tensor | None = None
+    ) -> None:
         """Take in one more batch [..., in].
 
         Args:
@@ -130,7 +131,7 @@ class InputSums:
             torch.maximum(largest, absolute.amax(0), out=largest)
             total += absolute.sum(0, dtype=torch.float32)
         if Needs.SAMPLES in self.needs:
-            self._samples.append(rows[::max(1, len(rows) // SAMPLES_PER_BATCH)].float())
+            self._samples.append(rows[:: max(1, len(rows) // SAMPLES_PER_BATCH)].float())
 
     def _starts(self) -> range:
         """Where the Gram matrix's blocks begin. It is symmetric: the upper ones suffice until all
@@ -149,8 +150,9 @@ class InputSums:
         if self._squares is not None:
             self._squares += (weighted * rows).sum(0)
 
-    def _add_products_of_halves(self, rows: Tensor, weights: Tensor | None,
-                                lag: Tensor | None) -> None:
+    def _add_products_of_halves(
+        self, rows: Tensor, weights: Tensor | None, lag: Tensor | None
+    ) -> None:
         """The same on tensor cores: products of 16-bit numbers are exact and summed in float32.
 
         The root of a token's weight goes into both factors of the Gram matrix, which so stays one
@@ -160,7 +162,7 @@ class InputSums:
         scaled = rows if root is None else rows * root
         parts, product = [], None
         for i, start in enumerate(self._starts()):
-            left, right = scaled[:, start:start + self._block].T, scaled[:, start:]
+            left, right = scaled[:, start : start + self._block].T, scaled[:, start:]
             if self._parts:
                 parts.append(torch.addmm(self._parts[i], left, right, out_dtype=torch.float32))
             else:
@@ -181,7 +183,7 @@ class InputSums:
     def finish(self) -> InputStatistics:
         """Turn sums into means, once all batches are in; nothing can be added any more."""
         for i, part in enumerate(self._parts):
-            self._gram[i * self._block:(i + 1) * self._block, i * self._block:] += part
+            self._gram[i * self._block : (i + 1) * self._block, i * self._block :] += part
         self._parts.clear()
         sample = torch.cat(self._samples) if self._samples else None
         self._samples.clear()
@@ -207,7 +209,8 @@ class InputSums:
         """Add the sums of the other processes, if there are any; returns the samples of all."""
         if parallel.size() == 1:
             return sample
-        # A process whose chunks were halved may have taken a lag of zero where the others took none.
+        # A process whose chunks were halved may have taken a lag of zero where the others took
+        # none.
         counts = parallel.gather((self._tokens, 0 if self._lag is None else len(self._lag)))
         self._tokens, rows = sum(tokens for tokens, _ in counts), max(rows for _, rows in counts)
         if rows and self._lag is None:
@@ -223,8 +226,9 @@ class InputSums:
         return None if sample is None else parallel.join_rows(sample)
 
 
-def add_in_parts(sums: InputSums, inputs: Tensor, token_weights: Tensor | None,
-                 lag: Tensor | None) -> None:
+def add_in_parts(
+    sums: InputSums, inputs: Tensor, token_weights: Tensor | None, lag: Tensor | None
+) -> None:
     """`InputSums.add`; a batch [batch, ...] that the GPU has no room for is added in halves."""
     try:
         return sums.add(inputs, token_weights, lag)
@@ -234,8 +238,12 @@ def add_in_parts(sums: InputSums, inputs: Tensor, token_weights: Tensor | None,
     torch.cuda.empty_cache()
     half = len(inputs) // 2
     for part in (slice(None, half), slice(half, None)):
-        add_in_parts(sums, inputs[part], None if token_weights is None else token_weights[part],
-                     None if lag is None else lag[part])
+        add_in_parts(
+            sums,
+            inputs[part],
+            None if token_weights is None else token_weights[part],
+            None if lag is None else lag[part],
+        )
 
 
 def root_weights(weights: Tensor, rows: Tensor, lag: Tensor | None) -> Tensor:
@@ -254,13 +262,16 @@ def root_weights(weights: Tensor, rows: Tensor, lag: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def group_inputs(layer: nn.Module, receive: Callable[[LinearGroup, Tensor], None],
-                 ) -> Iterator[None]:
+def group_inputs(
+    layer: nn.Module,
+    receive: Callable[[LinearGroup, Tensor], None],
+) -> Iterator[None]:
     """While open, call `receive(group, input)` each time a linear group of `layer` is given
     its input.
     """
     handles = []
     for group in family_of(layer).groups:
+
         def hook(_module, arguments, group=group):
             receive(group, arguments[0])
 
@@ -272,8 +283,13 @@ def group_inputs(layer: nn.Module, receive: Callable[[LinearGroup, Tensor], None
             handle.remove()
 
 
-def new_sums(layer: nn.Module, device: torch.device, needs: Needs,
-             ) -> dict[LinearGroup, InputSums]:
+def new_sums(
+    layer: nn.Module,
+    device: torch.device,
+    needs: Needs,
+) -> dict[LinearGroup, InputSums]:
     """Empty sums for each linear group of a layer."""
-    return {group: InputSums(group.in_features(layer), device, needs)
-            for group in family_of(layer).groups}
+    return {
+        group: InputSums(group.in_features(layer), device, needs)
+        for group in family_of(layer).groups
+    }

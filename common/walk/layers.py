@@ -1,4 +1,5 @@
-"""The walk over decoder layers: statistics, the method's rounding, propagation, a record per linear.
+"""The walk over decoder layers: statistics, the method's rounding, propagation, a record per
+linear.
 
 What differs from method to method is in its `Method`; all the rest is here, and the same for all.
 """
@@ -14,18 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from common.base import parallel
-from common.model.architecture import Family, LinearGroup
-from common.walk.collecting import catch_up_layer, collect_statistics
 from common.base.errors import UserError
+from common.base.progress import say, track
+from common.base.stopwatch import Stopwatch
+from common.model.architecture import Family, LinearGroup
+from common.model.source import SourceModel
 from common.numerics.grid import Grid, QuantizedLinear
+from common.text.probe import check_finite, overflow
+from common.walk.collecting import catch_up_layer, collect_statistics
 from common.walk.inputs import group_inputs
 from common.walk.method import Layer, Method
-from common.model.source import SourceModel
-from common.text.probe import check_finite, overflow
-from common.base.progress import say, track
 from common.walk.resume import Resumption, replay
-from common.base.stopwatch import Stopwatch
-from common.walk.streams import Streams, advance, cut, embed_chunks, hidden_bytes, home_of, run_layer
+from common.walk.streams import (
+    Streams,
+    advance,
+    cut,
+    embed_chunks,
+    hidden_bytes,
+    home_of,
+    run_layer,
+)
 
 # Is handed index, module, codes by linear, and record of each finished layer.
 LayerReceiver = Callable[[int, nn.Module, dict[str, QuantizedLinear], dict], None]
@@ -35,8 +44,10 @@ LayerReceiver = Callable[[int, nn.Module, dict[str, QuantizedLinear], dict], Non
 class WalkResult:
     """What the walk leaves behind, beside the layers it handed on.
 
-    linears: by full name, bits, group_size and relative_output_error, which is ‖x(Q - W)ᵀ‖ / ‖xWᵀ‖ over the probe text.
-    probe_logits, baseline_probe_logits: [length, vocabulary] of the quantized and of the original model.
+    linears: by full name, bits, group_size and relative_output_error, which is ‖x(Q - W)ᵀ‖ / ‖xWᵀ‖
+    over the probe text.
+    probe_logits, baseline_probe_logits: [length, vocabulary] of the quantized and of the original
+    model.
     layer_notes: by layer index, what the method recorded.
     """
 
@@ -47,27 +58,40 @@ class WalkResult:
 
 
 @torch.no_grad()
-def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Tensor | None,
-                   probe: Tensor, finished: LayerReceiver, watch: Stopwatch,
-                   round_embedding_and_head: Callable[[], None] = lambda: None,
-                   resumption: Resumption | None = None) -> WalkResult:
+def quantize_model(
+    source: SourceModel,
+    method: Method,
+    grid: Grid,
+    windows: Tensor | None,
+    probe: Tensor,
+    finished: LayerReceiver,
+    watch: Stopwatch,
+    round_embedding_and_head: Callable[[], None] = lambda: None,
+    resumption: Resumption | None = None,
+) -> WalkResult:
     """Quantize every decoder layer in turn; each sees the output of the quantized layers before it.
 
     Args:
         windows: calibration tokens [samples, length], or None for a method that needs none.
-        probe: tokens [1, length] of a fixed text that travels along; errors and recorded logits are measured on it.
-        finished: called with (index, layer, codes, record) once a layer holds its dequantized weights.
+        probe: tokens [1, length] of a fixed text that travels along; errors and recorded logits are
+            measured on it.
+        finished: called with (index, layer, codes, record) once a layer holds its dequantized
+            weights.
         round_embedding_and_head: called before the first layer, to round embedding and head.
-        resumption: layers that need not be quantized again; the streams are led through them as they were then.
+        resumption: layers that need not be quantized again; the streams are led through them as
+            they were then.
     Raises:
-        UserError: a layer whose codes or scales are not finite, or activations that overflow; names the layer or the head.
+        UserError: a layer whose codes or scales are not finite, or activations that overflow; names
+            the layer or the head.
     """
     records = list(resumption.records) if resumption else []
     resumed = len(records)
     with watch("load"):
         streams = _start(source, method, windows, probe, round_embedding_and_head)
-        source.move_ends(torch.device("cpu"))
-    for index in track(range(source.num_layers), f"{method.name} {grid.bits}-bit layers", unit="layers"):
+        source.move_vocabulary(torch.device("cpu"))
+    for index in track(
+        range(source.num_layers), f"{method.name} {grid.bits}-bit layers", unit="layers"
+    ):
         with watch("load"):
             module = source.load_layer(index)
             layer = Layer(index, module, grid, source.storage_dtype)
@@ -98,15 +122,20 @@ def quantize_model(source: SourceModel, method: Method, grid: Grid, windows: Ten
     streams.hidden = streams.originals = None
     linears = {name: linear for record in records for name, linear in record["linears"].items()}
     with watch("record"):
-        source.move_ends(source.device)
+        source.move_vocabulary(source.device)
         logits = source.logits(streams.probed)[0], source.original_logits(streams.reference)[0]
         for found in logits:
             check_finite(found, f"{source.name}, the last layer or the head", source.dtype)
         return WalkResult(linears, [record["notes"] for record in records], *logits)
 
 
-def _start(source: SourceModel, method: Method, windows: Tensor | None, probe: Tensor,
-           round_embedding_and_head: Callable[[], None]) -> Streams:
+def _start(
+    source: SourceModel,
+    method: Method,
+    windows: Tensor | None,
+    probe: Tensor,
+    round_embedding_and_head: Callable[[], None],
+) -> Streams:
     """The streams before the first layer, the model's small parts rewritten and rounded."""
     reference = source.embed(probe)
     if method.rewrite_model:
@@ -122,25 +151,43 @@ def _start(source: SourceModel, method: Method, windows: Tensor | None, probe: T
     round_embedding_and_head()
     hidden, arguments = None, None
     if windows is not None:
-        hidden, arguments = embed_chunks(source, chunks, home), source.layer_arguments(windows.shape[1])
+        hidden, arguments = (
+            embed_chunks(source, chunks, home),
+            source.layer_arguments(windows.shape[1]),
+        )
         if originals is not None:
-            # Chunks that nothing has changed yet are the same tensors, which need to pass through the first layer once.
-            hidden = [old if torch.equal(old, new) else new for old, new in zip(originals, hidden, strict=True)]
-    return Streams(reference, source.embed(probe), hidden, originals,
-                   source.layer_arguments(probe.shape[1]), arguments)
+            # Chunks that nothing has changed yet are the same tensors, which need to pass through
+            # the first layer once.
+            hidden = [
+                old if torch.equal(old, new) else new
+                for old, new in zip(originals, hidden, strict=True)
+            ]
+    return Streams(
+        reference,
+        source.embed(probe),
+        hidden,
+        originals,
+        source.layer_arguments(probe.shape[1]),
+        arguments,
+    )
 
 
 def _catches_up(method: Method, family: Family) -> bool:
     """Whether linears are made to recover the stream's lag; says so where they cannot be."""
     if method.catch_up and family.normalises_output:
-        say(f"{family.model_type} normalises what attention and MLP add to the residual stream, so "
-            "linears cannot catch up with its lag: --catch-up does nothing")
+        say(
+            f"{family.model_type} normalises what attention and MLP add to the residual stream, so "
+            "linears cannot catch up with its lag: --catch-up does nothing"
+        )
     return bool(method.catch_up) and not family.normalises_output
 
 
-def _quantize_layer(layer: Layer, method: Method, streams: Streams, source: SourceModel,
-                    watch: Stopwatch) -> tuple[dict[str, QuantizedLinear], dict]:
-    """Quantize a layer and put the dequantized weights into it. Returns the codes and the record of the layer."""
+def _quantize_layer(
+    layer: Layer, method: Method, streams: Streams, source: SourceModel, watch: Stopwatch
+) -> tuple[dict[str, QuantizedLinear], dict]:
+    """Quantize a layer and put the dequantized weights into it. Returns the codes and the record of
+    the layer.
+    """
     module = layer.module
     if streams.hidden is not None:
         with watch("statistics"):
@@ -160,29 +207,45 @@ def _quantize_layer(layer: Layer, method: Method, streams: Streams, source: Sour
     with watch("solve"):
         codes = _exchange(layer, method.quantize_layer(layer))
     with watch("record"):
-        found = [_install(layer, name, codes[name], inputs[group], method)
-                 for group in layer.family.groups for name in group.linears]
+        found = [
+            _install(layer, name, codes[name], inputs[group], method)
+            for group in layer.family.groups
+            for name in group.linears
+        ]
         errors, finite = torch.stack([torch.stack(pair) for pair in found]).T.tolist()
     linears = {}
     for name, error, is_finite in zip(layer.family.linears, errors, finite, strict=True):
         if not is_finite:
-            raise UserError(f"{layer.where(name)}: quantization gave NaN or Inf; use other calibration data or --dtype float32")
+            raise UserError(
+                f"{layer.where(name)}: quantization gave NaN or Inf; use other calibration data or "
+                f"--dtype float32"
+            )
         if not math.isfinite(error):
             raise overflow(layer.where(name), streams.probed.dtype)
-        linears[layer.where(name)] = {"bits": layer.grid.bits, "group_size": layer.grid.group_size,
-                                      "relative_output_error": error}
+        linears[layer.where(name)] = {
+            "bits": layer.grid.bits,
+            "group_size": layer.grid.group_size,
+            "relative_output_error": error,
+        }
     return codes, {"linears": linears, "notes": layer.notes}
 
 
 def _exchange(layer: Layer, codes: dict[str, QuantizedLinear]) -> dict[str, QuantizedLinear]:
-    """The codes of all rows, out of those that each process found; of the notes, the least of all processes."""
+    """The codes of all rows, out of those that each process found; of the notes, the least of all
+    processes.
+    """
     if parallel.size() == 1:
         return codes
     whole = {}
     for name in layer.family.linears:
         found, count = codes[name], layer.module.get_submodule(name).out_features
-        whole[name] = QuantizedLinear(*(parallel.join_rows(tensor, count)
-                                        for tensor in (found.codes, found.scale, found.zero_point)), layer.grid)
+        whole[name] = QuantizedLinear(
+            *(
+                parallel.join_rows(tensor, count)
+                for tensor in (found.codes, found.scale, found.zero_point)
+            ),
+            layer.grid,
+        )
     for notes in parallel.gather(layer.notes):
         for key, value in notes.items():
             layer.notes[key] = min(value, layer.notes.get(key, value))
@@ -190,16 +253,21 @@ def _exchange(layer: Layer, codes: dict[str, QuantizedLinear]) -> dict[str, Quan
 
 
 def round_to_storage(module: nn.Module, family: Family, dtype: torch.dtype) -> None:
-    """Round what is stored as it is (norms, biases, embedding, head) to the stored type, so that memory equals file."""
+    """Round what is stored as it is (norms, biases, embedding, head) to the stored type, so that
+    memory equals file.
+    """
     quantized = {f"{name}.weight" for name in family.linears}
     for name, parameter in module.named_parameters():
         if not parameter.is_meta and name not in quantized:
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
-def _install(layer: Layer, name: str, quantized: QuantizedLinear, inputs: Tensor,
-             method: Method) -> tuple[Tensor, Tensor]:
-    """Put the dequantized weights into the layer; returns the relative output error, and whether all is finite as 0 or 1."""
+def _install(
+    layer: Layer, name: str, quantized: QuantizedLinear, inputs: Tensor, method: Method
+) -> tuple[Tensor, Tensor]:
+    """Put the dequantized weights into the layer; returns the relative output error, and whether
+    all is finite as 0 or 1.
+    """
     linear = layer.module.get_submodule(name)
     weight = quantized.dequantize(linear.weight.dtype)
     before = nn.functional.linear(inputs, linear.weight).float()

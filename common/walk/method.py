@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from common.base import parallel
 from common.model.architecture import Family, LinearGroup, family_of
+from common.model.online import OnlineTransforms
+from common.model.source import SourceModel
 from common.numerics.grid import Grid, QuantizedLinear, round_per_token, scale_type
 from common.walk.inputs import InputStatistics, Needs
-from common.model.source import SourceModel
-from common.model.online import OnlineTransforms
 
 # Codes for a group's stacked weights [out, in], out of those and of the group's statistics (None
 # for a method that needs no calibration).
@@ -80,10 +80,16 @@ class Layer:
 
     def _split(self, group: LinearGroup, whole: QuantizedLinear) -> dict[str, QuantizedLinear]:
         """The linears of a group by name, out of what was found for their stacked weights."""
-        sizes = [len(parallel.own_rows(self.module.get_submodule(name).weight))
-                 for name in group.linears]
-        parts = zip(group.linears, whole.codes.split(sizes), whole.scale.split(sizes),
-                    whole.zero_point.split(sizes), strict=True)
+        sizes = [
+            len(parallel.own_rows(self.module.get_submodule(name).weight)) for name in group.linears
+        ]
+        parts = zip(
+            group.linears,
+            whole.codes.split(sizes),
+            whole.scale.split(sizes),
+            whole.zero_point.split(sizes),
+            strict=True,
+        )
         return {name: QuantizedLinear(*tensors, whole.grid) for name, *tensors in parts}
 
     def choose_scale_type(self, storage_dtype: torch.dtype) -> None:

@@ -24,8 +24,13 @@ class Resumption:
     restore: Callable[[int, nn.Module], None]
 
 
-def replay(layer: Layer, method: Method, streams: Streams, device: torch.device,
-           restore: Callable[[int, nn.Module], None]) -> None:
+def replay(
+    layer: Layer,
+    method: Method,
+    streams: Streams,
+    device: torch.device,
+    restore: Callable[[int, nn.Module], None],
+) -> None:
     """Do to the streams what quantizing the layer did, and put its finished weights into the
     module.
     """

@@ -1,9 +1,11 @@
-"""Scale input channels of a linear group and undo it in what feeds them: the function stays, the weights' form changes.
+"""Scale input channels of a linear group and undo it in what feeds them: the function stays, the
+weights' form changes.
 
-With a positive s per channel, W' = W diag(s) reads x' = x / s. The division goes into the norm's gain, or into the rows of the
-linear whose output is x: up_proj feeds down_proj, and v_proj feeds o_proj through the attention's averages, where all
-query heads that share a key-value head must share s; `architecture` says which it is. `equalize`
-chooses s as AWQ does (Lin et al. 2023, arXiv 2306.00978).
+With a positive s per channel, W' = W diag(s) reads x' = x / s. The division goes into the norm's
+gain, or into the rows of the
+linear whose output is x: up_proj feeds down_proj, and v_proj feeds o_proj through the attention's
+averages, where all query heads that share a key-value head must share s; `architecture` says which
+it is. `equalize` chooses s as AWQ does (Lin et al. 2023, arXiv 2306.00978).
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ from torch import Tensor
 from common.base import parallel
 from common.model.architecture import LinearGroup
 from common.numerics.grid import Grid, QuantizedLinear, grouped, min_max
-from common.walk.method import Layer
 from common.solvers.rounding import output_error
+from common.walk.method import Layer
 
 # Exponents that `search_scale` tries, beside no scaling at all.
 RATIOS = 14
 
 
 def shared_by_heads(layer: Layer, group: LinearGroup, values: Tensor) -> Tensor:
-    """Values [in] per input channel made equal wherever a scale has to be: over query heads of a key-value head, the mean."""
+    """Values [in] per input channel made equal wherever a scale has to be: over query heads of a
+    key-value head, the mean.
+    """
     if not group.by_head:
         return values
     by_head = values.view(group.heads(len(values), layer.config))
@@ -32,9 +36,11 @@ def shared_by_heads(layer: Layer, group: LinearGroup, values: Tensor) -> Tensor:
 
 
 def fold_scale(layer: Layer, group: LinearGroup, scale: Tensor) -> None:
-    """Multiply the input columns of a group's linears by scale [in], divide what feeds them, and adapt the statistics.
+    """Multiply the input columns of a group's linears by scale [in], divide what feeds them, and
+    adapt the statistics.
 
-    For o_proj, `scale` has to be equal over the query heads of a key-value head (`shared_by_heads`).
+    For o_proj, `scale` has to be equal over the query heads of a key-value head
+    (`shared_by_heads`).
     """
     for name in group.linears:
         weight = layer.module.get_submodule(name).weight
@@ -45,26 +51,33 @@ def fold_scale(layer: Layer, group: LinearGroup, scale: Tensor) -> None:
         layer.family.set_gain(feeder, layer.family.gain(feeder).float() / rows)
     else:
         for parameter in feeder.parameters():  # weight [out, in] and bias [out]
-            fed = parameter.data[-len(rows):]
+            fed = parameter.data[-len(rows) :]
             fed.copy_(fed.float() / rows.view(-1, *[1] * (fed.dim() - 1)))
     if layer.statistics is not None:
         layer.statistics[group] = layer.statistics[group].divided(scale)
 
 
 def power_ratio(activation: Tensor, weight: Tensor, exponent: float) -> Tensor:
-    """activation^exponent / weight^(1 - exponent), centred so that its largest times its smallest value is one. All [in]."""
+    """activation^exponent / weight^(1 - exponent), centred so that its largest times its smallest
+    value is one. All [in].
+    """
     scale = activation.clamp(min=1e-5).pow(exponent) / weight.clamp(min=1e-5).pow(1 - exponent)
     scale = scale.clamp(min=1e-4)
     return scale / (scale.max() * scale.min()).sqrt()
 
 
 def largest_weight(weights: list[Tensor]) -> Tensor:
-    """Largest |w| of each input channel over all rows of all linears [out, in] that read it: [in]."""
+    """Largest |w| of each input channel over all rows of all linears [out, in] that read it:
+    [in]."""
     return torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
 
 
-def rounding_loss(weight: Tensor, gram: Tensor, grid: Grid, scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """Output error of weight [out, in] when weight * scale is rounded on its full range and divided by scale again."""
+def rounding_loss(
+    weight: Tensor, gram: Tensor, grid: Grid, scale: Tensor, scale_dtype: torch.dtype
+) -> Tensor:
+    """Output error of weight [out, in] when weight * scale is rounded on its full range and divided
+    by scale again.
+    """
     scaled = weight * scale
     grid_scale, zero_point = min_max(grouped(scaled, grid), grid, scale_dtype=scale_dtype)
     rounded = QuantizedLinear.nearest(scaled, grid_scale, zero_point, grid).dequantize() / scale
@@ -81,7 +94,10 @@ def search_scale(layer: Layer, group: LinearGroup) -> Tensor:
     for step in range(RATIOS):
         ratio = power_ratio(statistics.abs_mean, relative, step / (RATIOS - 1))
         candidates.append(shared_by_heads(layer, group, ratio))
-    losses = [rounding_loss(weight, statistics.gram, layer.grid, scale, layer.scale_dtype) for scale in candidates]
+    losses = [
+        rounding_loss(weight, statistics.gram, layer.grid, scale, layer.scale_dtype)
+        for scale in candidates
+    ]
     return torch.stack(candidates)[parallel.add(torch.stack(losses)).argmin()]
 
 
@@ -91,7 +107,9 @@ def equalize(layer: Layer) -> None:
 
 
 def fold_all(layer: Layer, search: Callable[[LinearGroup], Tensor]) -> None:
-    """Fold the scale [in] that `search` finds for each linear group. No fold changes what the search of another group reads."""
+    """Fold the scale [in] that `search` finds for each linear group. No fold changes what the
+    search of another group reads.
+    """
     found = {group: search(group) for group in layer.family.groups}
     for group, scale in found.items():
         # Several processes find the same, but for a tie.

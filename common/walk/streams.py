@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from common.base import device_memory
 from common.base.errors import UserError
-from common.model.source import SourceModel
 from common.base.progress import say
+from common.model.source import SourceModel
 
 # Tokens that go through a layer at once.
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -39,8 +39,12 @@ class Streams:
 
 
 def home_of(size: int, device: torch.device) -> torch.device:
-    """Where hidden states of `size` bytes in all are kept: on the device, or on the host where they would take too much of it."""
-    return device if size <= _DEVICE_SHARE * device_memory.available(device) else torch.device("cpu")
+    """Where hidden states of `size` bytes in all are kept: on the device, or on the host where they
+    would take too much of it.
+    """
+    return (
+        device if size <= _DEVICE_SHARE * device_memory.available(device) else torch.device("cpu")
+    )
 
 
 def hidden_bytes(source: SourceModel, windows: Tensor) -> int:
@@ -50,12 +54,17 @@ def hidden_bytes(source: SourceModel, windows: Tensor) -> int:
 
 def cut(source: SourceModel, windows: Tensor) -> tuple[Tensor, ...]:
     """Token ids [samples, length] in chunks that pass through a layer at once."""
-    tokens = device_memory.tokens_at_once(CHUNK_TOKENS[source.device.type], source.config, source.dtype.itemsize, source.device)
+    tokens = device_memory.tokens_at_once(
+        CHUNK_TOKENS[source.device.type], source.config, source.dtype.itemsize, source.device
+    )
     return windows.split(max(1, tokens // windows.shape[1]))
 
 
-def embed_chunks(source: SourceModel, chunks: tuple[Tensor, ...], home: torch.device) -> list[Tensor]:
-    """Hidden states before the first layer of token ids in chunks [batch, length], kept on `home`."""
+def embed_chunks(
+    source: SourceModel, chunks: tuple[Tensor, ...], home: torch.device
+) -> list[Tensor]:
+    """Hidden states before the first layer of token ids in chunks [batch, length], kept on
+    `home`."""
     return [source.embed(chunk).to(home) for chunk in chunks]
 
 
@@ -65,15 +74,22 @@ def run_layer(module: nn.Module, hidden: Tensor, arguments: dict) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def advance(forward: Callable[[Tensor], Tensor], chunks: list[Tensor], device: torch.device) -> None:
-    """Replace hidden states, in chunks, by those after a layer; one chunk at a time, each where it was."""
+def advance(
+    forward: Callable[[Tensor], Tensor], chunks: list[Tensor], device: torch.device
+) -> None:
+    """Replace hidden states, in chunks, by those after a layer; one chunk at a time, each where it
+    was.
+    """
+
     def visit(i: int) -> None:
         chunks[i] = forward(chunks[i].to(device)).to(chunks[i].device)
 
     each_chunk(visit, chunks)
 
 
-def each_chunk(visit: Callable[[int], None], chunks: list[Tensor], others: list[Tensor] | None = None) -> None:
+def each_chunk(
+    visit: Callable[[int], None], chunks: list[Tensor], others: list[Tensor] | None = None
+) -> None:
     """Call visit(i) for every chunk [batch, length, hidden]. One that the GPU has no room for is
     halved, and so is what comes after; `visit` must not have changed anything when it runs out of
     memory.
@@ -94,11 +110,17 @@ def each_chunk(visit: Callable[[int], None], chunks: list[Tensor], others: list[
                 # Nothing is done here, where the exception still holds what was allocated.
                 pass
             if len(chunks[i]) == 1:
-                raise UserError(f"the GPU has no room for one calibration window of {chunks[i].shape[1]} tokens; lower "
-                                "--calib-length, or use --device cpu")
+                raise UserError(
+                    f"the GPU has no room for one calibration window of {chunks[i].shape[1]} "
+                    f"tokens; lower "
+                    "--calib-length, or use --device cpu"
+                )
             most = len(chunks[i]) // 2
-            say(f"the GPU has no room for {len(chunks[i]) * chunks[i].shape[1]} tokens at once; going on with {most} windows of "
-                f"{chunks[i].shape[1]}")
+            say(
+                f"the GPU has no room for {len(chunks[i]) * chunks[i].shape[1]} tokens at once; "
+                f"going on with {most} windows of "
+                f"{chunks[i].shape[1]}"
+            )
             torch.cuda.empty_cache()
         for part in (chunks,) if others is None else (chunks, others):
-            part[i:i + 1] = [half.clone() for half in part[i].split(most)]
+            part[i : i + 1] = [half.clone() for half in part[i].split(most)]
