@@ -21,13 +21,15 @@ from common import cli
 from common.base.errors import UserError
 from common.base.progress import say
 from common.checkpoint.writer import is_quantized
-from common.evaluation import add_evaluation_arguments, evaluate_model
+from common.evaluation import add_evaluation_arguments
 from common.model.source import resolve_folder
 from common.reporting.comparison import compare_samples, facts, print_comparison, samples_by_task
-from common.reporting.plots import comparison_chart, save
+from common.reporting.drawing import save
+from common.reporting.plots import comparison_chart
 from common.results.identity import incomparable, other_data
 from common.results.naming import baseline_of, subject_of
 from common.results.reuse import check_original
+from common.tasks.evaluate import evaluate_model
 from common.tasks.perplexity import divergence_of
 
 

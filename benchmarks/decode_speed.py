@@ -32,7 +32,7 @@ from common.model.fused import fuse_layers
 from common.numerics.grid import Grid, grouped, min_max, quantize
 from common.running.decoding import STEPS_AT_ONCE, Decoder
 from common.running.packed import PackedEmbedding, PackedLinear
-from common.running.runtime import weight_bytes
+from common.running.speed import weight_bytes
 
 PROMPT, NEW, CACHE, REPEATS = 64, 128, 2048, 5
 

@@ -27,7 +27,8 @@ from scripts import processes
 from transformers import LlamaForCausalLM, pipelines  # noqa: F401
 
 from common.base.files import write_json
-from common.model.source import DEMO_NAME, MODELS_FOLDER, resolve_folder
+from common.model.demo import DEMO_NAME
+from common.model.source import MODELS_FOLDER, resolve_folder
 from common.results.documents import CONFIGURATIONS, DOCUMENTED_FOLDER, STATUS_FILE
 from common.running import packed  # noqa: F401
 from common.tasks import language_model  # noqa: F401

@@ -17,9 +17,10 @@ if __name__ == "__main__":
 import argparse
 
 from common.cli import run
-from common.evaluation import add_evaluation_arguments, add_reuse_argument, evaluate_model
+from common.evaluation import add_evaluation_arguments, add_reuse_argument
 from common.model.source import DEFAULT_MODEL, load_config, resolve_folder
 from common.results.naming import baseline_of
+from common.tasks.evaluate import evaluate_model
 
 
 def main() -> None:

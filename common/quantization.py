@@ -23,9 +23,6 @@ from common.cli import configure_torch, resolve_sizes
 from common.model.source import (
     MODELS_FOLDER,
     SourceModel,
-    load_config,
-    load_tokenizer,
-    resolve_folder,
 )
 from common.numerics.grid import SUPPORTED_BITS, Grid, resolve_group_size
 from common.results import reuse
@@ -33,7 +30,7 @@ from common.results.documents import RESULTS_FOLDER
 from common.results.naming import filed_as
 from common.solvers.vocabulary import VocabularyRounding
 from common.text import overlap, probe
-from common.text.windows import Windows, calibration_windows
+from common.text.windows import Windows, windows_of
 from common.verification import wrecked
 from common.walk.inputs import Needs
 from common.walk.layers import WalkResult, quantize_model
@@ -81,7 +78,7 @@ def run(
     configuration = f"{method.name}-{options.bits}bit"
     output = options.output or MODELS_FOLDER / filed_as(options.model) / configuration
     if options.resume and (output / METADATA_FILE).is_file() and not options.overwrite:
-        _check_finished(output, options, method, dtype)
+        reuse.check_finished(output, options, method.name, dtype_name(dtype))
         say(f"{output} is finished, with the same options; there is nothing to resume")
         return output
     check_output(output, options.overwrite)
@@ -158,7 +155,7 @@ class _Run:
         windows = None
         if method.needs != Needs.NOTHING:
             with watch("calibration text"):
-                windows = _windows(options, source.tokenizer, source.config)
+                windows = windows_of(options, source.tokenizer, source.config)
         return cls(
             options,
             method,
@@ -304,47 +301,6 @@ class _Run:
             },
             "compression_ratio": round(before / weight_bytes, 4),
         }
-
-
-def _check_finished(
-    output: Path, options: argparse.Namespace, method: Method, dtype: torch.dtype
-) -> None:
-    """Refuse a finished checkpoint that was made with other options or from other things than are
-    there now.
-
-    Raises:
-        UserError: naming them and the way out.
-    """
-    record = metadata.read(output)
-    changes = reuse.changed_options(record, options, method.name, dtype_name(dtype))
-    then = reuse.recorded_sources(record)
-    changes += reuse.changed_sources(
-        then, reuse.made_from(options.model, method.name, RESULTS_FOLDER)
-    )
-    # To compare the text it has to be read and cut into tokens, by the tokenizer of the same model.
-    if not changes and record["calibration"] is not None:
-        folder = resolve_folder(options.model)
-        windows = _windows(options, load_tokenizer(folder), load_config(folder))
-        changes = reuse.changed_sources(then, {"calibration": windows.fingerprint})
-    if changes:
-        more = f" and {len(changes) - 2} more" if len(changes) > 2 else ""
-        raise UserError(
-            f"{output} was made with {', '.join(changes[:2])}{more}; --overwrite makes it again; "
-            f"to "
-            "keep it, move it away first"
-        )
-
-
-def _windows(options: argparse.Namespace, tokenizer, config) -> Windows:
-    length = min(options.calib_length, config.max_position_embeddings)
-    return calibration_windows(
-        options.calib_data,
-        tokenizer,
-        options.calib_samples,
-        length,
-        options.seed,
-        options.data_root,
-    )
 
 
 def _first_only(writer: CheckpointWriter) -> AbstractContextManager[CheckpointWriter | None]:

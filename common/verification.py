@@ -13,19 +13,11 @@ from common import metadata
 from common.base.device import dtype_name
 from common.base.device_memory import logits_at_once
 from common.base.errors import UserError
-from common.checkpoint.format import (
-    REQUIRED_PARTS,
-    decompress,
-    family_of,
-    open_checkpoint,
-    stored_codes,
-    stored_parts,
-    unknown_form,
-    weight_format,
-)
+from common.checkpoint.format import family_of, open_checkpoint, unknown_form, weight_format
+from common.checkpoint.tensors import REQUIRED_PARTS, decompress, stored_codes, stored_parts
 from common.checkpoint.writer import file_hashes
 from common.model.online import CONFIG_KEY
-from common.model.source import TensorReader
+from common.model.tensors import TensorReader
 from common.numerics.grid import Grid
 from common.running.runtime import load_model
 from common.text import probe

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, ROOT, assert_user_error, run_script
 
-from common.checkpoint.format import decompress, open_checkpoint, stored_parts, weight_format
+from common.checkpoint.format import open_checkpoint, weight_format
+from common.checkpoint.tensors import decompress, stored_parts
 from common.checkpoint.writer import METADATA_FILE
 from common.model.architecture import FAMILIES
 

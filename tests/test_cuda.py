@@ -21,7 +21,8 @@ from common.numerics import grid
 from common.numerics.grid import Grid
 from common.running import runtime
 from common.running.decoding import Decoder
-from common.running.runtime import load_for_running, load_model, measure_memory, weight_bytes
+from common.running.runtime import load_for_running, load_model
+from common.running.speed import measure_memory, weight_bytes
 from common.solvers import adaround, rounding
 from common.walk.inputs import InputSums
 

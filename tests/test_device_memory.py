@@ -10,7 +10,8 @@ from transformers import LlamaConfig
 from common.base import device_memory
 from common.base.errors import UserError
 from common.checkpoint import format
-from common.model.source import SourceModel, TensorReader
+from common.model.source import SourceModel
+from common.model.tensors import TensorReader
 from common.running import decoding, runtime
 from common.running.decoding import Decoder, can_decode
 from common.solvers import vocabulary

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.base.errors import UserError
-from common.checkpoint.format import compress, decompress, open_checkpoint, scheme_of, stored_parts
+from common.checkpoint.format import open_checkpoint, scheme_of
+from common.checkpoint.tensors import compress, decompress, stored_parts
 from common.checkpoint.writer import METADATA_FILE
 from common.kernels.rounding import search_range
 from common.model.architecture import FAMILIES

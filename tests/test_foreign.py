@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from common.base.errors import UserError
 from common.model.architecture import FAMILIES
-from common.model.source import INDEX_FILE, TensorReader
+from common.model.tensors import INDEX_FILE, TensorReader
 from common.running.packed import can_be_packed, load_packed
 from common.running.runtime import load_model
 

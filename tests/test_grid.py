@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.base.errors import UserError
-from common.checkpoint.format import compress, decompress, stored_codes
+from common.checkpoint.tensors import compress, decompress, stored_codes
 from common.kernels.rounding import SEARCH, search_range
 from common.numerics.grid import (
     Grid,

@@ -260,7 +260,8 @@ def test_a_changed_original_is_refused(tiny, tmp_path):
 
 
 def test_a_stale_baseline_is_not_compared_with(made, tiny, tmp_path, capsys):
-    from common.reporting.comparison import compare_all, incomparable, other_data
+    from common.reporting.comparison import compare_all
+    from common.results.identity import incomparable, other_data
 
     shutil.copytree(made[1], tmp_path / "results")
     results = load_model_results(tmp_path / "results" / tiny.name)

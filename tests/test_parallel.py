@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from common.base import parallel
 from common.base.errors import UserError
-from common.checkpoint.format import open_checkpoint, stored_codes, stored_parts, weight_format
+from common.checkpoint.format import open_checkpoint, weight_format
+from common.checkpoint.tensors import stored_codes, stored_parts
 
 COMMON = ["--calib-data", "demo", "--calib-samples", "5", "--calib-length", "64", "--device", "cpu"]
 

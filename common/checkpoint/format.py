@@ -8,39 +8,29 @@ list as known is left to transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from compressed_tensors import __version__ as compressed_tensors_version
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from torch import Tensor
 
 from common.base.errors import UserError
 from common.base.files import load_json
 from common.model.architecture import FAMILIES, Family
 from common.model.online import MODEL_TYPE_SUFFIX
-from common.model.source import TensorReader
-from common.numerics.grid import SUPPORTED_BITS, Grid, QuantizedLinear
+from common.model.tensors import TensorReader
+from common.numerics.grid import SUPPORTED_BITS, Grid
 
 # Weights alone are packed; 8-bit weights with 8-bit activations stay int8, as the integer kernels
 # want them.
 PACKED, INTEGER = "pack-quantized", "int-quantized"
 # The tensors of a linear, and those that each form cannot do without.
-_PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-REQUIRED_PARTS = {
-    PACKED: ("weight_packed", "weight_scale", "weight_shape"),
-    INTEGER: ("weight", "weight_scale"),
-}
+PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 # What a config group is about: the decoder layers' linears, or embedding and head.
 _DECODER_TARGET = "re:.*_proj$"
 _VOCABULARY_TARGETS = {"model.embed_tokens": "re:.*embed_tokens$", "lm_head": "re:.*lm_head$"}
 VOCABULARY = tuple(_VOCABULARY_TARGETS)
-# Rows of an embedding or head that are compressed at once.
-_ROWS_AT_ONCE = 16384
 # What a configuration may say without changing what the codes stand for.
 _HARMLESS = {
     "version",
@@ -182,76 +172,6 @@ def grid_of(scheme: dict) -> Grid:
     weights = scheme["weights"]
     group_size = weights.get("group_size") if weights["strategy"] == "group" else None
     return Grid(weights["num_bits"], group_size, weights["symmetric"])
-
-
-def compress(
-    quantized: QuantizedLinear, scale_dtype: torch.dtype, form: str = PACKED
-) -> dict[str, Tensor]:
-    """The tensors that stand for one linear in the file, made by the library's own compressor; form
-    PACKED or INTEGER.
-
-    Scales are stored in `scale_dtype`, or in bfloat16 where that does not hold them as they are
-    (`grid.scale_type`).
-    """
-    scale = quantized.scale.to(scale_dtype)
-    if not torch.equal(scale.float(), quantized.scale.float()):
-        scale = quantized.scale.to(torch.bfloat16)
-    state = {"weight": quantized.dequantize(), "weight_scale": scale}
-    if not quantized.grid.symmetric:
-        state["weight_zero_point"] = quantized.zero_point.to(torch.int8)
-    return BaseCompressor.load_from_registry(form).compress(state, scheme_of(quantized.grid))
-
-
-def compress_rows(
-    quantized: QuantizedLinear, scale_dtype: torch.dtype, form: str
-) -> dict[str, Tensor]:
-    """`compress` for a vocabulary's many rows, some at a time: the library works on copies of them
-    in float32.
-    """
-    tensors = (quantized.codes, quantized.scale, quantized.zero_point)
-    parts = [
-        compress(QuantizedLinear(*rows, quantized.grid), scale_dtype, form)
-        for rows in zip(*(tensor.split(_ROWS_AT_ONCE) for tensor in tensors), strict=True)
-    ]
-    whole = {
-        name: torch.cat([part[name] for part in parts])
-        for name in parts[0]
-        if name != "weight_shape"
-    }
-    if "weight_shape" in parts[0]:
-        whole["weight_shape"] = parts[0]["weight_shape"].new_tensor(quantized.codes.shape)
-    return whole
-
-
-def decompress(state: dict[str, Tensor], grid: Grid) -> Tensor:
-    """The float32 weights [out, in] of one linear's stored tensors, by the library's own
-    decompressor.
-    """
-    state = {**state, "weight_scale": state["weight_scale"].float()}
-    form = PACKED if "weight_packed" in state else INTEGER
-    return BaseCompressor.load_from_registry(form).decompress(state, scheme_of(grid))["weight"]
-
-
-def stored_parts(
-    read: Callable[[str], Tensor], names: Container[str], linear: str
-) -> dict[str, Tensor]:
-    """The tensors of one linear (by full name) among `names`, keyed as `compress` made them."""
-    return {part: read(f"{linear}.{part}") for part in _PARTS if f"{linear}.{part}" in names}
-
-
-def stored_codes(state: dict[str, Tensor], grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """Codes [out, in] and zero-points [out, groups] (None if symmetric) of one linear's stored
-    tensors, both int8.
-    """
-    if "weight" in state:
-        return state["weight"], None
-    shape = torch.Size(state["weight_shape"].tolist())
-    codes = unpack_from_int32(state["weight_packed"], grid.bits, shape)
-    if grid.symmetric:
-        return codes, None
-    return codes, unpack_from_int32(
-        state["weight_zero_point"], grid.bits, state["weight_scale"].shape, packed_dim=0
-    )
 
 
 def family_of(config: dict) -> Family | None:
@@ -397,7 +317,7 @@ def _unknown_tensors(config: dict, names: set[str], vocabulary: list[str]) -> st
     """A tensor of a kind that is not known, or a linear that is quantized, or is not, against
     expectation.
     """
-    odd = sorted(name for name in names if name.rpartition(".")[2] not in (*_PARTS, "bias"))
+    odd = sorted(name for name in names if name.rpartition(".")[2] not in (*PARTS, "bias"))
     if odd:
         return f"tensor {odd[0]}"
     linears = family_of(config).linears

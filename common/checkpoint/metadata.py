@@ -14,7 +14,7 @@ import torch
 from common.base.errors import UserError
 from common.base.files import read_json
 from common.checkpoint.writer import METADATA_FILE, folder_bytes
-from common.model.source import TensorReader
+from common.model.tensors import TensorReader
 from common.text.data import lacking
 
 VERSION = 1

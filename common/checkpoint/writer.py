@@ -24,17 +24,15 @@ from common.base.errors import UserError
 from common.base.files import load_json, replace_folder
 from common.checkpoint.format import (
     VOCABULARY,
-    compress,
-    compress_rows,
-    decompress,
     form_of_linears,
     form_of_vocabulary,
     quantization_config,
-    stored_parts,
 )
+from common.checkpoint.tensors import compress, compress_rows, decompress, stored_parts
 from common.checkpoint.unfinished import UnfinishedFolder
 from common.model.online import OnlineTransforms, mark_config, write_keys
-from common.model.source import INDEX_FILE, MODEL_FILES, SourceModel, TensorReader, read_config
+from common.model.source import MODEL_FILES, SourceModel, read_config
+from common.model.tensors import INDEX_FILE, TensorReader
 from common.numerics.grid import Grid, QuantizedLinear
 
 METADATA_FILE = "quantization_metadata.json"

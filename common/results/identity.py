@@ -20,7 +20,8 @@ from common.base.errors import UserError
 from common.base.files import json_or_none, write_json
 from common.base.progress import say
 from common.checkpoint.writer import METADATA_FILE
-from common.model.source import TensorReader, resolve_folder
+from common.model.source import resolve_folder
+from common.model.tensors import TensorReader
 from common.results.documents import SIZES, has_samples, load_model_results, read_document
 from common.results.naming import BASELINE, Subject
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from common.base.errors import UserError
 from common.checkpoint import metadata
 from common.checkpoint.writer import METADATA_FILE
-from common.model.source import resolve_folder
+from common.model.source import load_config, load_tokenizer, resolve_folder
+from common.results.documents import RESULTS_FOLDER
 from common.results.identity import code_hash, source_hash
 from common.results.naming import Subject, source_of
+from common.text.windows import windows_of
 
 # What a checkpoint is made from besides options, and how it is called.
 MADE_FROM = {
@@ -122,6 +124,30 @@ def changed_options(
     except (KeyError, TypeError, AttributeError):
         raise UserError(_DAMAGED) from None
     return [f"{name} {then}, not {now}" for name, then, now in found if then != now]
+
+
+def check_finished(output: Path, options: argparse.Namespace, method: str, dtype: str) -> None:
+    """Refuse a finished checkpoint that was made with other options or from other things than are
+    there now.
+
+    Raises:
+        UserError: naming them and the way out.
+    """
+    record = metadata.read(output)
+    changes = changed_options(record, options, method, dtype)
+    then = recorded_sources(record)
+    changes += changed_sources(then, made_from(options.model, method, RESULTS_FOLDER))
+    # To compare the text it has to be read and cut into tokens, by the tokenizer of the same model.
+    if not changes and record["calibration"] is not None:
+        folder = resolve_folder(options.model)
+        windows = windows_of(options, load_tokenizer(folder), load_config(folder))
+        changes = changed_sources(then, {"calibration": windows.fingerprint})
+    if changes:
+        more = f" and {len(changes) - 2} more" if len(changes) > 2 else ""
+        raise UserError(
+            f"{output} was made with {', '.join(changes[:2])}{more}; --overwrite makes it again; "
+            "to keep it, move it away first"
+        )
 
 
 def check_original(subject: Subject, results_dir: Path) -> None:

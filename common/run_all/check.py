@@ -22,7 +22,8 @@ from common.base.machine import Driver
 from common.base.progress import say
 from common.kernels.dispatch import triton_problem
 from common.model.demo import DEMO_NAME
-from common.model.source import MODELS_FOLDER, TensorReader, hub_errors, load_config
+from common.model.source import MODELS_FOLDER, hub_errors, load_config
+from common.model.tensors import TensorReader
 from common.run_all import check_lines as judge
 from common.run_all.check_lines import DEMO_BYTES, FAIL, PASS, WARN, Line, ModelFacts
 from common.text.data import locate_rows

@@ -13,13 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from common.base.errors import UserError
-from common.checkpoint.format import (
-    open_checkpoint,
-    stored_codes,
-    stored_parts,
-    unknown_form,
-    weight_format,
-)
+from common.checkpoint.format import open_checkpoint, unknown_form, weight_format
+from common.checkpoint.tensors import stored_codes, stored_parts
 from common.kernels.forms import PackedWeight, Rounded, pack
 from common.kernels.inference import integer_matmul, packed_matmul, round_rows, unpack
 from common.model.architecture import FAMILIES, fill_buffers

@@ -16,7 +16,8 @@ from common.model.source import load_tokenizer
 from common.results import identity
 from common.results.documents import has_samples, load_samples, read_document, write_samples
 from common.results.naming import Subject
-from common.running.runtime import load_for_running, weight_bytes
+from common.running.runtime import load_for_running
+from common.running.speed import weight_bytes
 from common.tasks.task import Evaluation, Record, Task, all_tasks, task_names
 from common.text import overlap
 

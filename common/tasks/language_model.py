@@ -4,7 +4,6 @@ prefixes once.
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 
 import torch
@@ -23,6 +22,7 @@ from common.base.device_memory import (
 )
 from common.base.progress import track
 from common.running.decoding import STEPS_AT_ONCE, Decoder, cache_after, can_decode
+from common.tasks.batching import batches, common_prefix, cut, row_length, tree_mask
 from common.text import chat
 from common.text.probe import check_finite
 
@@ -95,18 +95,18 @@ class HarnessModel(TemplateLM):
             (list(context), [requests[i][2] for i in indices], indices)
             for context, indices in questions.items()
         ]
-        if self._slides(max(map(_row_length, rows), default=0)):
+        if self._slides(max(map(row_length, rows), default=0)):
             rows = [
                 (context, [choice], [i])
                 for context, choices, indices in rows
                 for choice, i in zip(choices, indices, strict=True)
             ]
-        rows.sort(key=lambda row: -_row_length(row))  # longest first: memory shows at once
+        rows.sort(key=lambda row: -row_length(row))  # longest first: memory shows at once
         answers: list = [None] * len(requests)
         tokens = tokens_at_once(
             self.scoring_tokens, self.model.config, self._element(), self._device
         )
-        for batch in track(_batches(rows, tokens), "choices", unit="batches"):
+        for batch in track(batches(rows, tokens), "choices", unit="batches"):
             for row, scored in zip(batch, self._score_rows(batch), strict=True):
                 for index, value in zip(row[2], scored, strict=True):
                     answers[index] = value
@@ -115,7 +115,7 @@ class HarnessModel(TemplateLM):
     def _score_rows(self, rows) -> list[list[tuple[float, bool]]]:
         """(log-likelihood, is greedy) of each choice of each row (context ids, [choice ids],
         ...)."""
-        length = max(map(_row_length, rows))
+        length = max(map(row_length, rows))
         tokens = torch.zeros(len(rows), length, dtype=torch.long)
         positions = torch.zeros(len(rows), length, dtype=torch.long)
         branch = torch.full((len(rows), length), -1)  # 0: question, 1..: choices, -1: padding
@@ -135,7 +135,7 @@ class HarnessModel(TemplateLM):
                 targets += choice
                 owners += [(r, c - 1)] * len(choice)
                 end += len(choice)
-        mask = (branch >= 0).long() if self._slides(length) else _tree_mask(branch)
+        mask = (branch >= 0).long() if self._slides(length) else tree_mask(branch)
         hidden = self._hidden(tokens, positions, mask)
         row_index, column = torch.tensor(sources, device=self._device).unbind(1)
         scores, greedy = self._scores(
@@ -193,7 +193,7 @@ class HarnessModel(TemplateLM):
         settings = requests[0].args[1]
         until, max_new = list(settings.get("until") or []), settings["max_gen_toks"]
         length = len(prompts[order[0]]) + max_new + STEPS_AT_ONCE
-        prefix = 0 if self._slides(length) else _common_prefix(prompts)
+        prefix = 0 if self._slides(length) else common_prefix(prompts)
         shared = self._prefix_cache(prompts[0][:prefix]) if prefix else None
         answers: list[str] = [""] * len(requests)
         decoder, size = None, self._rows_that_fit(length)
@@ -252,9 +252,7 @@ class HarnessModel(TemplateLM):
             rows = min(1 << (rows - 1).bit_length(), decoder.rows)
             slots += [None] * (rows - len(slots))
             new = decoder.run(rows).tolist()
-        return [
-            _cut(self.tokenizer.decode(ids, skip_special_tokens=True), until) for ids in written
-        ]
+        return [cut(self.tokenizer.decode(ids, skip_special_tokens=True), until) for ids in written]
 
     def _take(
         self, written: list[int], new: list[int], stops: set[int], until: list[str], max_new: int
@@ -323,7 +321,7 @@ class HarnessModel(TemplateLM):
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             positions = positions[:, -1:] + 1
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
-        return [_cut(text, until) for text in texts]
+        return [cut(text, until) for text in texts]
 
     def _stopped(self, written: list[int], until: list[str]) -> bool:
         # A stop string may span tokens, so a few of the last ones are looked at together.
@@ -334,40 +332,3 @@ class HarnessModel(TemplateLM):
         configured = self.model.generation_config.eos_token_id
         ids = configured if isinstance(configured, list) else [configured]
         return {i for i in [*ids, self.tokenizer.eos_token_id] if i is not None}
-
-
-def _row_length(row) -> int:
-    return len(row[0]) + sum(map(len, row[1]))
-
-
-def _batches(rows: list, tokens: int) -> list[list]:
-    """Cut rows, longest first, into batches of at most about `tokens` padded tokens."""
-    batches, start = [], 0
-    while start < len(rows):
-        size = max(1, tokens // _row_length(rows[start]))
-        batches.append(rows[start : start + size])
-        start += size
-    return batches
-
-
-def _tree_mask(branch: Tensor) -> Tensor:
-    """Attention mask [batch, 1, length, length] (True: may see) of rows with a question (0) and
-    branches (1, 2, ...).
-    """
-    length = branch.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    same = branch.unsqueeze(2) == branch.unsqueeze(1)
-    question = (branch == 0).unsqueeze(1)
-    return (causal & (same | question)).unsqueeze(1)
-
-
-def _common_prefix(prompts: list[list[int]]) -> int:
-    """Tokens that all prompts start with; at least one token of each prompt is left over."""
-    first = os.path.commonprefix(prompts)
-    return min(len(first), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
-
-
-def _cut(text: str, until: list[str]) -> str:
-    for stop in until:
-        text = text.split(stop)[0]
-    return text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.running.runtime import measure_memory, measure_speed
+from common.running.speed import measure_memory, measure_speed
 from common.tasks.task import Evaluation, Record, Task
 
 # What the words in the column of kernels mean (`runtime.kernels_of`).

@@ -13,6 +13,7 @@ adds it, begins the first window and no other.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import itertools
 import random
@@ -196,6 +197,19 @@ def calibration_windows(
     if start:
         windows = torch.cat([torch.tensor(start).expand(samples, -1), windows], dim=1)
     return Windows(windows, source, seed, _date_in(texts, tokenizer))
+
+
+def windows_of(options: argparse.Namespace, tokenizer, config) -> Windows:
+    """The calibration windows that a quantize script's options ask for."""
+    length = min(options.calib_length, config.max_position_embeddings)
+    return calibration_windows(
+        options.calib_data,
+        tokenizer,
+        options.calib_samples,
+        length,
+        options.seed,
+        options.data_root,
+    )
 
 
 def evaluation_windows(

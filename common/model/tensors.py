@@ -1,0 +1,102 @@
+"""Tensors of a checkpoint's safetensors files, read when they are needed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from common.base.errors import UserError
+from common.base.files import load_json
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+class TensorReader:
+    """Reads single tensors out of a folder's safetensors files, sharded or not."""
+
+    def __init__(self, folder: Path, single: str = "model.safetensors"):
+        """Args: single: the file with all tensors, where there is no index."""
+        index = folder / INDEX_FILE
+        try:
+            if index.is_file():
+                weight_map = load_json(index)["weight_map"]
+                if not isinstance(weight_map, dict) or not all(
+                    isinstance(name, str) for name in weight_map.values()
+                ):
+                    raise ValueError(f"{INDEX_FILE} is damaged")
+            elif (folder / single).is_file():
+                with safe_open(folder / single, "pt") as file:
+                    weight_map = dict.fromkeys(file.keys(), single)
+            else:
+                raise UserError(
+                    f"{folder} has no model.safetensors (only safetensors weights are read)"
+                )
+            # Opened again for every tensor: what was read of an open file stays in the process's
+            # memory.
+            self._files = sorted(set(weight_map.values()))
+            for name in self._files:
+                with safe_open(folder / name, "pt"):
+                    pass
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder}: weights are incomplete or damaged ({first_line(error)})"
+            ) from None
+        self._weight_map = weight_map
+        self._folder = folder
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weight_map
+
+    def __iter__(self):
+        return iter(self._weight_map)
+
+    def names(self, prefix: str = "") -> list[str]:
+        return [name for name in self._weight_map if name.startswith(prefix)]
+
+    def read(self, name: str) -> Tensor:
+        try:
+            with safe_open(self._folder / self._weight_map[name], "pt") as file:
+                return file.get_tensor(name)
+        except (KeyError, SafetensorError, OSError) as error:
+            raise UserError(
+                f"{self._folder}: tensor {name} is missing or damaged ({first_line(error)})"
+            ) from None
+
+    def describe(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and time of last change of every file, to tell whether it is still the same
+        model.
+        """
+        stats = [(name, (self._folder / name).stat()) for name in self._files]
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+    def total_bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        total = 0
+        for name in self._files:
+            with safe_open(self._folder / name, "pt") as file:
+                for tensor, where in self._weight_map.items():
+                    if where == name:
+                        view = file.get_slice(tensor)
+                        total += math.prod(view.get_shape()) * _BYTES[view.get_dtype()]
+        return total
+
+
+_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}

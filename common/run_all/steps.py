@@ -1,0 +1,275 @@
+"""One configuration of the batch: quantize, verify, evaluate, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.base.errors import UserError
+from common.base.files import write_json
+from common.base.progress import say
+from common.checkpoint.writer import METADATA_FILE
+from common.model.source import MODELS_FOLDER
+from common.results.documents import CONFIGURATIONS, STATUS_FILE
+from common.results.identity import checkpoint_hash
+from common.results.naming import source_of
+from common.results.reuse import changed_sources, made_from
+
+_REASON_LENGTH = 200
+
+
+@dataclass
+class Batch:
+    """What all configurations of a run share."""
+
+    model: str
+    name: str
+    results: Path
+    overwrite: bool
+    device: list[str]
+    dtype: str
+    evaluation: list[str]
+    # By method, the options that its script is told.
+    passed_on: dict[str, list[str]]
+    status: dict[str, dict] = field(default_factory=dict)
+    # GPUs that no configuration is using; None without --gpus, when nothing is said about which to
+    # use.
+    free: queue.Queue[str] | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def gpu(self) -> Iterator[dict[str, str]]:
+        """While open a GPU belongs to the caller; gives the environment that lets processes see
+        that one alone.
+        """
+        if self.free is None:
+            yield {}
+            return
+        gpu = self.free.get()
+        try:
+            yield {"CUDA_VISIBLE_DEVICES": gpu}
+        finally:
+            self.free.put(gpu)
+
+    def note(self, configuration: str, state: str, reason: str = "", **more) -> None:
+        """Record the state of a configuration, where analyze_results.py finds it, and whose it is.
+        How its checkpoint was made is kept.
+        """
+        with self.lock:
+            before = self.status.get(configuration, {})
+            kept = {"made": before["made"]} if "made" in before else {}
+            self.status[configuration] = {
+                "state": state,
+                **({"reason": reason} if reason else {}),
+                "source": source_of(self.model),
+                **kept,
+                **more,
+            }
+            write_json(self.results / self.name / STATUS_FILE, self.status)
+
+    def quantization_options(self, method: str) -> list[str]:
+        """What a method's script is told that decides a checkpoint's weights."""
+        without_effect = ("--save-metadata", "--no-save-metadata", "--resume")
+        words = [word for word in self.passed_on.get(method, []) if word not in without_effect]
+        return [*words, *(["--dtype", self.dtype] if self.dtype != "auto" else [])]
+
+
+class StepFailed(Exception):
+    """A step of a configuration ended with an error; the message is its last line."""
+
+
+def step(title: str, command: list[str], log: Path, gpu: dict[str, str]) -> str:
+    """Run one script, showing its output and keeping it in `log`. Raises StepFailed with its error
+    line.
+    Returns its first warning of something wrecked, the worst.
+
+    Args:
+        gpu: environment that says which GPU to use; lines are shown with the configuration's name
+            when it says so.
+    """
+    prefix = f"[{log.stem}] " if gpu else ""
+    say(f"{prefix}--- {title}")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    last, error, wrecked = "", "", ""
+    with log.open("a") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**os.environ, **gpu},
+        )
+        for line in process.stdout:
+            sys.stdout.write(prefix + line)
+            sys.stdout.flush()
+            file.write(line)
+            last = line.strip() or last
+            if line.startswith(("error: ", "FAIL")):
+                error = line.strip().removeprefix("error: ")
+            if line.startswith("warning: ") and " is wrecked" in line:
+                wrecked = wrecked or line.strip().removeprefix("warning: ")
+        code = process.wait()
+    if code:
+        if code < 0:
+            error = error or f"killed by signal {-code}" + (
+                " (out of memory?)" if code == -9 else ""
+            )
+        raise StepFailed((error or last or f"exit code {code}")[:_REASON_LENGTH])
+    return wrecked
+
+
+def run_configuration(batch: Batch, configuration: str) -> bool:
+    """Quantize, verify and evaluate one configuration. Returns whether all went well."""
+    wanted = CONFIGURATIONS[configuration]
+    folder = MODELS_FOLDER / batch.name / configuration
+    log = Path("logs") / batch.name / f"{configuration}.log"
+    say(f"=== {configuration}")
+    if batch.overwrite or not folder.is_dir():
+        log.unlink(missing_ok=True)
+    verified = batch.status.get(configuration, {}).get("verified")
+    batch.note(configuration, "running")
+    try:
+        with batch.gpu() as gpu:
+            verified = _run_steps(batch, configuration, folder, log, gpu, verified)
+    except (StepFailed, UserError) as failure:
+        say(f"=== {configuration} failed: {failure}")
+        batch.note(
+            configuration, "warning" if folder.is_dir() and wanted else "failed", str(failure)
+        )
+        return False
+    batch.note(configuration, "done", **({"verified": verified} if verified else {}))
+    return True
+
+
+def _run_steps(
+    batch: Batch,
+    configuration: str,
+    folder: Path,
+    log: Path,
+    gpu: dict[str, str],
+    verified: str | None,
+) -> str | None:
+    """Quantize what is not there yet, verify, evaluate. Returns the hash of the checkpoint that was
+    verified.
+
+    Args:
+        verified: the hash of the one that an earlier run verified.
+    Raises:
+        StepFailed: a step ended with an error, what is there was made with other options, or a part
+            of it is wrecked.
+    """
+    wanted = CONFIGURATIONS[configuration]
+    evaluate = [*batch.device, *batch.evaluation, "--results-dir", str(batch.results)]
+    evaluate += [] if batch.overwrite else ["--reuse"]
+    if wanted is None:
+        step(
+            "evaluate",
+            [sys.executable, "common/baseline.py", "--model", batch.model, *evaluate],
+            log,
+            gpu,
+        )
+        return None
+    method, bits = wanted
+    found = None if batch.overwrite or (folder / METADATA_FILE).is_file() else _hash(batch, folder)
+    if found:
+        _check_made(batch, configuration, method, folder, found)
+        say(f"{folder} is finished, with the same options; there is nothing to resume")
+    else:
+        # What is there is not made again: --resume ends at once, or refuses it for its options.
+        extra = ["--overwrite"] if batch.overwrite else ["--resume"] if folder.is_dir() else []
+        wrecked = step(
+            "quantize",
+            [
+                sys.executable,
+                f"quantize_{method}.py",
+                "--model",
+                batch.model,
+                "--bits",
+                str(bits),
+                "--output",
+                str(folder),
+                *batch.device,
+                *batch.passed_on.get(method, []),
+                *extra,
+            ],
+            log,
+            gpu,
+        )
+        found = _hash(batch, folder)
+        made = {"checkpoint": found, "options": batch.quantization_options(method)}
+        if found and not (folder / METADATA_FILE).is_file():
+            made.update(made_from=made_from(batch.model, method, batch.results), wrecked=wrecked)
+        batch.note(configuration, "running", made=made)
+    # Noted where there is no metadata for verification to read it from.
+    if reason := batch.status[configuration].get("made", {}).get("wrecked"):
+        raise StepFailed(reason)
+    if found is None or found != verified or batch.overwrite:
+        step(
+            "verify",
+            [sys.executable, "verify_model.py", "--model-path", str(folder), *batch.device],
+            log,
+            gpu,
+        )
+    else:
+        say(f"{configuration}: verified before")
+    step(
+        "evaluate",
+        [
+            sys.executable,
+            "common/evaluation.py",
+            "--model-path",
+            str(folder),
+            "--baseline",
+            batch.model,
+            *evaluate,
+        ],
+        log,
+        gpu,
+    )
+    return found
+
+
+def _hash(batch: Batch, folder: Path) -> str | None:
+    """The hash of a checkpoint; None where there is none, or a broken one, as a later step says."""
+    try:
+        return checkpoint_hash(folder, batch.results) if folder.is_dir() else None
+    except UserError:
+        return None
+
+
+def _check_made(batch: Batch, configuration: str, method: str, folder: Path, found: str) -> None:
+    """Refuse a checkpoint without metadata unless it is known to be made with the same options.
+
+    Args:
+        found: the checkpoint's hash.
+    Raises:
+        StepFailed: naming the way out.
+    """
+    made, asked = (
+        batch.status.get(configuration, {}).get("made", {}),
+        batch.quantization_options(method),
+    )
+    if made.get("checkpoint") != found:
+        reason = "it is not known what it was made with"
+    elif made.get("options") != asked:
+        both = made.get("options", []), asked
+        then, now = (" ".join(words) or "the defaults" for words in both)
+        reason = f"it was made with {then}, not {now}"
+    elif changes := changed_sources(
+        made.get("made_from", {}), made_from(batch.model, method, batch.results)
+    ):
+        reason = f"it was made with {', '.join(changes)}"
+    else:
+        return
+    raise StepFailed(
+        f"{folder} has no metadata and {reason}; --overwrite makes it again; to keep it, "
+        "move it away first"
+    )
