@@ -4,6 +4,8 @@
 """
 
 from common.checkpoint.metadata import (
+    METADATA_FILE,
+    VERSION,
     describe_device,
     peak_memory,
     quantization_facts,
@@ -11,4 +13,12 @@ from common.checkpoint.metadata import (
     versions,
 )
 
-__all__ = ["describe_device", "peak_memory", "quantization_facts", "read", "versions"]
+__all__ = [
+    "METADATA_FILE",
+    "VERSION",
+    "describe_device",
+    "peak_memory",
+    "quantization_facts",
+    "read",
+    "versions",
+]

@@ -78,7 +78,7 @@ def run(
     configuration = f"{method.name}-{options.bits}bit"
     output = options.output or MODELS_FOLDER / filed_as(options.model) / configuration
     if options.resume and (output / METADATA_FILE).is_file() and not options.overwrite:
-        reuse.check_finished(output, options, method.name, dtype_name(dtype))
+        reuse.check_finished(output, options, method.name, dtype_name(dtype), RESULTS_FOLDER)
         say(f"{output} is finished, with the same options; there is nothing to resume")
         return output
     check_output(output, options.overwrite)

@@ -12,4 +12,4 @@ fi
 # Two files at a time, each with half of the cores; the longest first (conftest.py).
 cores=$(nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( cores > 1 ? cores / 2 : 1 ))}"
-exec "$PYTHON" -m pytest -c tests/pytest.ini -n 2 --dist loadfile --no-loadscope-reorder tests "$@"
+exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests "$@"

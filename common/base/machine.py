@@ -135,7 +135,7 @@ def ask_driver(smi: str | None, root: Path = Path("/")) -> Driver:
     version, cuda = (
         re.search(rf"{name} Version:\s*([\d.]+)", output) for name in ("Driver", r"CUDA(?: \w+)?")
     )
-    return Driver(version and version.group(1), cuda and cuda.group(1))
+    return Driver(*(found.group(1) if found else None for found in (version, cuda)))
 
 
 def obstacle(machine: Machine) -> Obstacle | None:

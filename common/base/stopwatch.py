@@ -37,6 +37,6 @@ class Stopwatch:
             torch.cuda.synchronize()
         found: dict[str, float] = {}
         for phase, start, end in self._spans:
-            span = start.elapsed_time(end) / 1000 if self._on_gpu else end - start
+            span = end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
             found[phase] = found.get(phase, 0.0) + span
         return found

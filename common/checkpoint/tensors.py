@@ -50,8 +50,10 @@ def compress_rows(
     """
     tensors = (quantized.codes, quantized.scale, quantized.zero_point)
     parts = [
-        compress(QuantizedLinear(*rows, quantized.grid), scale_dtype, form)
-        for rows in zip(*(tensor.split(_ROWS_AT_ONCE) for tensor in tensors), strict=True)
+        compress(QuantizedLinear(codes, scale, zero_point, quantized.grid), scale_dtype, form)
+        for codes, scale, zero_point in zip(
+            *(tensor.split(_ROWS_AT_ONCE) for tensor in tensors), strict=True
+        )
     ]
     whole = {
         name: torch.cat([part[name] for part in parts])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,16 +45,17 @@ def _has_kernels(hidden: Tensor) -> bool:
 def _norm(norm: nn.Module, original: Callable, hidden: Tensor) -> Tensor:
     if not _has_kernels(hidden):
         return original(hidden)
-    return add_rms_norm(
-        hidden.reshape(-1, hidden.shape[-1]), None, norm.weight, norm.variance_epsilon
-    ).view(hidden.shape)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    found = cast(Tensor, add_rms_norm(rows, None, norm.weight, norm.variance_epsilon))
+    return found.view(hidden.shape)
 
 
 def _mlp(mlp: nn.Module, original: Callable, hidden: Tensor) -> Tensor:
     if not _has_kernels(hidden):
         return original(hidden)
     gate, up = mlp.gate_proj(hidden), mlp.up_proj(hidden)
-    return mlp.down_proj(silu_mul(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape))
+    found = cast(Tensor, silu_mul(gate.flatten(0, -2), up.flatten(0, -2)))
+    return mlp.down_proj(found.view(gate.shape))
 
 
 def _attention(

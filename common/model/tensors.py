@@ -51,7 +51,7 @@ class TensorReader:
         self._weight_map = weight_map
         self._folder = folder
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._weight_map
 
     def __iter__(self):

@@ -50,8 +50,8 @@ class Comparison:
         if self.kind.logarithmic:
             point, low, high = map(math.exp, values)
             return f"{point:.3f} x [{low:.3f}, {high:.3f}]"
-        point, low, high = map(signed, values)
-        return f"{point} [{low}, {high}]"
+        shown = [signed(value) for value in values]
+        return f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
     def as_dict(self) -> dict:
         """For --json and CSV."""
@@ -111,7 +111,8 @@ def compare_samples(
                 all(sample[kind.needs] is not None for sample in samples)
                 for samples in zip(*pair, strict=True)
             ]
-            pair = tuple(list(compress(samples, both)) for samples in pair)
+            one, other = pair
+            pair = list(compress(one, both)), list(compress(other, both))
         found.append(_compare_metric(kind, *pair))
     return found
 
@@ -129,9 +130,12 @@ def _compare_metric(kind: MetricKind, baseline: list[dict], quantized: list[dict
     clusters = [sample[kind.cluster] for sample in baseline] if kind.cluster else None
     pair = significance.pair(kind.metric([*baseline, *quantized]), clusters)
     difference = significance.difference(pair, kind.share)
-    flips = kind.binary and significance.flips(
-        *[[sample[kind.binary] for sample in samples] for samples in (baseline, quantized)]
-    )
+    flips = None
+    if kind.binary:
+        before, after = (
+            [sample[kind.binary] for sample in samples] for samples in (baseline, quantized)
+        )
+        flips = significance.flips(before, after)
     if flips and not clusters:
         p_values = flips.p_values
     else:
@@ -140,7 +144,9 @@ def _compare_metric(kind: MetricKind, baseline: list[dict], quantized: list[dict
         )
         p_values = lower_higher if kind.larger_is_better else lower_higher[::-1]
     values = [math.exp(one) for one in pair.values] if kind.logarithmic else pair.values
-    return Comparison(kind, *values, difference, flips, *p_values)
+    lower, higher = p_values
+    then, now = values
+    return Comparison(kind, then, now, difference, flips, lower, higher)
 
 
 def by_metric(comparisons: list[Comparison]) -> dict[tuple[str, str], Comparison]:

@@ -6,7 +6,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import matplotlib
 import matplotlib.pyplot as plt
+
+# Files alone are drawn, on machines without a screen too.
+matplotlib.use("Agg")
 
 # Okabe and Ito's colours, in an order whose greys differ, and a marker for each method: colour is
 # never alone.

@@ -105,7 +105,11 @@ def memory(results: ModelResults):
     names = [name for name in results.configurations() if name in results.documents]
     if not names:
         return None
-    bars = {"weights on disk": [], "weights while running": [], "peak while quantizing": []}
+    bars: dict[str, list[float]] = {
+        "weights on disk": [],
+        "weights while running": [],
+        "peak while quantizing": [],
+    }
     for name in names:
         document = results.documents[name]
         quantizing = document["quantization"].get("memory", {})

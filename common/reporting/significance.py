@@ -81,7 +81,8 @@ def pair(metric: Metric, clusters: Sequence[str] | None = None) -> Pair:
             members.sum(1),
             members @ changed > 0,
         )
-    return Pair(*sums, metric.of_sums, metric.smooth, sizes, changed)
+    before, after = sums
+    return Pair(before, after, metric.of_sums, metric.smooth, sizes, changed)
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,8 @@ def verdict_table(comparisons: Comparisons) -> Table:
     """
     adjusted = adjusted_p_values(comparisons)
     judged = [kind for kind in all_metrics() if kind.judged]
-    rows, detectable = [], {}
+    rows: list[list[str]] = []
+    detectable: dict = {}
     for name, compared in comparisons.items():
         found = by_metric(compared)
         row = [name]

@@ -100,7 +100,7 @@ def of_one_size(results: ModelResults) -> ModelResults:
         for name in results.configurations()
         if name in results.documents
     }
-    first = next(iter(evaluated.values()), {"tasks": {}})["tasks"]
+    first: dict = next(iter(evaluated.values()), {"tasks": {}})["tasks"]
     left_out = {
         name: [
             task

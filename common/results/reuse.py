@@ -13,7 +13,6 @@ from common.base.errors import UserError
 from common.checkpoint import metadata
 from common.checkpoint.writer import METADATA_FILE
 from common.model.source import load_config, load_tokenizer, resolve_folder
-from common.results.documents import RESULTS_FOLDER
 from common.results.identity import code_hash, source_hash
 from common.results.naming import Subject, source_of
 from common.text.windows import windows_of
@@ -126,7 +125,9 @@ def changed_options(
     return [f"{name} {then}, not {now}" for name, then, now in found if then != now]
 
 
-def check_finished(output: Path, options: argparse.Namespace, method: str, dtype: str) -> None:
+def check_finished(
+    output: Path, options: argparse.Namespace, method: str, dtype: str, results_dir: Path
+) -> None:
     """Refuse a finished checkpoint that was made with other options or from other things than are
     there now.
 
@@ -136,7 +137,7 @@ def check_finished(output: Path, options: argparse.Namespace, method: str, dtype
     record = metadata.read(output)
     changes = changed_options(record, options, method, dtype)
     then = recorded_sources(record)
-    changes += changed_sources(then, made_from(options.model, method, RESULTS_FOLDER))
+    changes += changed_sources(then, made_from(options.model, method, results_dir))
     # To compare the text it has to be read and cut into tokens, by the tokenizer of the same model.
     if not changes and record["calibration"] is not None:
         folder = resolve_folder(options.model)

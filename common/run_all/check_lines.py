@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from packaging.requirements import Requirement
@@ -39,7 +40,11 @@ class Line:
     def text(self) -> str:
         """As it is shown: at most 80 columns, a mend on lines of its own."""
         start = f"{self.state}  {self.name:<11} "
-        shape = {"width": _WIDTH, "break_long_words": False, "break_on_hyphens": False}
+        shape: dict[str, Any] = {
+            "width": _WIDTH,
+            "break_long_words": False,
+            "break_on_hyphens": False,
+        }
         text = textwrap.fill(
             self.found, initial_indent=start, subsequent_indent=" " * len(start), **shape
         )

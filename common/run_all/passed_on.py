@@ -78,7 +78,7 @@ def _refusal(method: str, option: list[str]) -> str | None:
             f"{message} (it is passed to quantize_{method}.py, whose --help lists its options)"
         )
 
-    parser.error = refuse
+    parser.error = refuse  # type: ignore[method-assign]  # argparse offers no other way
     # Only parsing knows --bits=3 and --bit 3 for what they are.
     parser.set_defaults(**dict.fromkeys(_OWN_OPTIONS))
     try:

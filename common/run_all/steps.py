@@ -204,7 +204,7 @@ def _run_steps(
             gpu,
         )
         found = _hash(batch, folder)
-        made = {"checkpoint": found, "options": batch.quantization_options(method)}
+        made: dict = {"checkpoint": found, "options": batch.quantization_options(method)}
         if found and not (folder / METADATA_FILE).is_file():
             made.update(made_from=made_from(batch.model, method, batch.results), wrecked=wrecked)
         batch.note(configuration, "running", made=made)

@@ -150,7 +150,8 @@ class Decoder:
             gate_up = layer.gate_up(
                 add_rms_norm(hidden, update, layer.output_norm.weight, epsilon, layer.bits)
             )
-            update = layer.down(silu_mul(*gate_up.chunk(2, -1), layer.bits))
+            gate, up = gate_up.chunk(2, -1)
+            update = layer.down(silu_mul(gate, up, layer.bits))
         gain, head = self.model.model.norm.weight, self.model.lm_head
         if rows == 1 and update is None and isinstance(head, PackedLinear):
             logits = row_matmul(hidden, head.codes, (gain, epsilon))
@@ -161,13 +162,11 @@ class Decoder:
         positions.add_(1).clamp_(max=self.length - 1)
 
     def _attend(self, layer: _Layer, projected: Tensor, cache: Tensor) -> Tensor:
-        return attend(
-            projected,
-            Rotary(*self.tables, layer.norms),
-            self.positions[: len(projected)],
-            *cache,
-            layer.scaling,
-        )
+        cosine, sine = self.tables
+        keys, values = cache
+        rotary = Rotary(cosine, sine, layer.norms)
+        positions = self.positions[: len(projected)]
+        return attend(projected, rotary, positions, keys, values, layer.scaling)
 
     def _one_row(self, layer: _Layer, hidden: Tensor, cache: Tensor, epsilon: float) -> None:
         """A layer of packed linears for a single row: hidden [1, size] becomes what leaves the

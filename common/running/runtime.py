@@ -168,8 +168,8 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
         raise UserError(f"{folder} cannot be loaded: {first[:200]}") from None
     # transformers fills what it misses with random numbers and only warns.
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = map(str, sorted(loading.get(problem) or []))
-        names = [name for name in names if name not in FILLED_BY_CODE]
+        found = map(str, sorted(loading.get(problem) or []))
+        names = [name for name in found if name not in FILLED_BY_CODE]
         if names:
             raise UserError(
                 f"{folder} does not load as it is: {problem.replace('_', ' ')} "

@@ -56,5 +56,5 @@ def round_rows(source: SourceModel, name: str, bits: int) -> tuple[QuantizedLine
         parts.append((part.codes.cpu(), part.scale.cpu(), part.zero_point.cpu()))
     parameter.data = torch.cat(values)
     missed, whole = torch.stack(squares).sum(0).sqrt().tolist()
-    codes = QuantizedLinear(*(torch.cat(column) for column in zip(*parts, strict=True)), grid)
-    return codes, missed / max(whole, 1e-30)
+    codes, scale, zero_point = (torch.cat(column) for column in zip(*parts, strict=True))
+    return QuantizedLinear(codes, scale, zero_point, grid), missed / max(whole, 1e-30)

@@ -141,11 +141,12 @@ class HarnessModel(TemplateLM):
         scores, greedy = self._scores(
             hidden[row_index, column], torch.tensor(targets, device=self._device)
         )
-        totals = [[[0.0, True] for _ in choices] for _, choices, *_ in rows]
+        sums = [[0.0 for _ in choices] for _, choices, *_ in rows]
+        all_greedy = [[True for _ in choices] for _, choices, *_ in rows]
         for (r, c), score, hit in zip(owners, scores, greedy, strict=True):
-            totals[r][c][0] += score
-            totals[r][c][1] &= hit
-        return [[(score, hit) for score, hit in row] for row in totals]
+            sums[r][c] += score
+            all_greedy[r][c] &= hit
+        return [list(zip(*row, strict=True)) for row in zip(sums, all_greedy, strict=True)]
 
     def _scores(self, hidden: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
         """Log-likelihood of each target [positions] after hidden [positions, size], and whether it

@@ -38,9 +38,8 @@ def mean(values: Sequence[float]) -> Metric:
 
 def macro_f1(gold: Sequence[str], predicted: Sequence[str]) -> Metric:
     """Mean over the gold classes of the F1 of each class."""
-    gold, predicted = np.asarray(gold), np.asarray(predicted)
-    labels = np.unique(gold)
-    wanted, found = gold[:, None] == labels, predicted[:, None] == labels
+    labels = np.unique(np.asarray(gold))
+    wanted, found = (np.asarray(one)[:, None] == labels for one in (gold, predicted))
 
     def of_sums(sums: np.ndarray) -> np.ndarray:
         present, hits, both = np.split(sums, 3, -1)

@@ -91,8 +91,8 @@ def read_sample(
     import pyarrow
 
     names = files[0].schema_arrow.names
-    columns = [name for name in names if columns is None or name in columns] or names
-    groups = row_groups(files, columns)
+    kept = [name for name in names if columns is None or name in columns] or names
+    groups = row_groups(files, kept)
     rows = draw_rows(groups, limit, seed, budget)
     # In rising order each row group is read once; the drawn order is restored at the end.
     rising = sorted(range(len(rows)), key=rows.__getitem__)
@@ -103,9 +103,9 @@ def read_sample(
             local.append(rows[rising[at]] - group.first)
             at += 1
         if local:
-            parts.append(files[group.file].read_row_group(group.index, columns=columns).take(local))
+            parts.append(files[group.file].read_row_group(group.index, columns=kept).take(local))
     if not parts:
-        return files[0].schema_arrow.empty_table().select(columns)
+        return files[0].schema_arrow.empty_table().select(kept)
     place = [0] * len(rows)
     for position, row in enumerate(rising):
         place[row] = position

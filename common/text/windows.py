@@ -96,7 +96,7 @@ def load_texts(
         UserError: no rows, no column of text, or a row that holds neither a text nor messages.
     """
     if data == "demo":
-        return demo_text(part), "demo"
+        return [*demo_text(part)], "demo"
     loaded = load_rows(data, data_root, *text_sample(windows, seed))
     if not loaded.rows:
         raise UserError(f"{data} has no rows")
@@ -143,8 +143,9 @@ def encode_document(document: str | list[dict], tokenizer, start: list[int]) -> 
     Raises:
         UserError: the chat template refuses the conversation, or writes nothing of it.
     """
-    is_chat = not isinstance(document, str) and bool(getattr(tokenizer, "chat_template", None))
-    if is_chat:
+    is_chat = False
+    if not isinstance(document, str) and getattr(tokenizer, "chat_template", None):
+        is_chat = True
         text = chat.render(tokenizer, document)
         if not text.strip() and any(message["content"].strip() for message in document):
             raise UserError(
@@ -226,8 +227,9 @@ def evaluation_windows(
         UserError: the text does not fill one window.
     """
     texts, source = load_texts(data, "evaluation", data_root)
-    if all(isinstance(text, str) for text in texts):
-        tokens = tokenizer("\n\n".join(texts), return_tensors="pt", verbose=False)["input_ids"][0]
+    plain = [text for text in texts if isinstance(text, str)]
+    if len(plain) == len(texts):
+        tokens = tokenizer("\n\n".join(plain), return_tensors="pt", verbose=False)["input_ids"][0]
     else:
         start = start_tokens(tokenizer)
         documents = [encode_document(text, tokenizer, start) for text in texts if text]

@@ -37,7 +37,8 @@ def collect_statistics(
         originals: hidden states of the original model before the layer; they become those after it.
     """
     sums = new_sums(layer.module, device, method.needs)
-    family, inputs = layer.family, {}
+    family = layer.family
+    inputs: dict[LinearGroup, Tensor] = {}
     attention, mlp = family.writing
     after_attention: list[Tensor] = []
     watch = layer.module.get_submodule(family.reading[1].fed_by).register_forward_pre_hook(

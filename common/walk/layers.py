@@ -239,13 +239,11 @@ def _exchange(layer: Layer, codes: dict[str, QuantizedLinear]) -> dict[str, Quan
     whole = {}
     for name in layer.family.linears:
         found, count = codes[name], layer.module.get_submodule(name).out_features
-        whole[name] = QuantizedLinear(
-            *(
-                parallel.join_rows(tensor, count)
-                for tensor in (found.codes, found.scale, found.zero_point)
-            ),
-            layer.grid,
+        codes_of_all, scale, zero_point = (
+            parallel.join_rows(tensor, count)
+            for tensor in (found.codes, found.scale, found.zero_point)
         )
+        whole[name] = QuantizedLinear(codes_of_all, scale, zero_point, layer.grid)
     for notes in parallel.gather(layer.notes):
         for key, value in notes.items():
             layer.notes[key] = min(value, layer.notes.get(key, value))

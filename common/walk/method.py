@@ -64,7 +64,10 @@ class Layer:
 
     def groups(self) -> list[tuple[LinearGroup, InputStatistics | None]]:
         """The groups of linears and their statistics."""
-        return [(group, self.statistics and self.statistics[group]) for group in self.family.groups]
+        return [
+            (group, self.statistics[group] if self.statistics else None)
+            for group in self.family.groups
+        ]
 
     def weight(self, name: str) -> Tensor:
         """The weights [out, in] of linear `name`, in float32."""
@@ -90,7 +93,10 @@ class Layer:
             whole.zero_point.split(sizes),
             strict=True,
         )
-        return {name: QuantizedLinear(*tensors, whole.grid) for name, *tensors in parts}
+        return {
+            name: QuantizedLinear(codes, scale, zero_point, whole.grid)
+            for name, codes, scale, zero_point in parts
+        }
 
     def choose_scale_type(self, storage_dtype: torch.dtype) -> None:
         """Set the type of the layer's scales, which its linears' weights as they are now decide
