@@ -39,7 +39,7 @@ ITERATIONS, DEMO_ITERATIONS = 150, 60
 DAMPING = 1.0
 # Weight of the regulariser, and how far Adam could carry a v in all (from one end of h to the other
 # is about 5): with less of either up to a third of the roundings stay undecided
-# (docs/quantization_methods_deep_dive.md).
+# (docs/Quantization_Methods_Deep_Dive.md).
 STRENGTH, TRAVEL = 1.0, 50.0
 # Windows of a step of the block's reconstruction, weight of its error, in units of what it starts
 # from, and travel there.

@@ -34,7 +34,7 @@ from common.solvers.ranges import restore_gain
 from common.walk.inputs import Needs
 from common.walk.method import Layer, Method
 
-# p from 4 bits on, and below; chosen on several models (docs/quantization_methods_deep_dive.md). A
+# p from 4 bits on, and below; chosen on several models (docs/Quantization_Methods_Deep_Dive.md). A
 # small one gives up the few large weights of a group, a large one serves them alone, which coarse
 # steps do not allow.
 LP_NORM, COARSE_LP_NORM = 8.0, 4.0

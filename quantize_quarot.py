@@ -52,7 +52,7 @@ from common.walk.scaling import fold_scale
 # Rotated inputs are even, and need no more damping than the GPTQ paper's.
 DAMPING = 0.01
 # Shares of their range that activations and cache keep. The paper's is 0.9 for all activations; the
-# best for each token loses a sixth less (docs/quantization_methods_deep_dive.md).
+# best for each token loses a sixth less (docs/Quantization_Methods_Deep_Dive.md).
 ACTIVATION_CLIPS, KV_CLIP = (1.0, 0.9, 0.8, 0.7, 0.6), 0.95
 # Of the calibration text, for `align` and `key_form`.
 ALIGN_TOKENS = 16384

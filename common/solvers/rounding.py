@@ -21,7 +21,7 @@ from common.numerics.grid import Grid, grouped, round_scale
 BLOCK = 128
 # As a share of the mean diagonal. More than the paper's 0.01: errors then avoid the directions that
 # the calibration text happens not to use (WikiText-2 perplexity 1.176 against 1.190 of the
-# baseline's; docs/quantization_methods_deep_dive.md).
+# baseline's; docs/Quantization_Methods_Deep_Dive.md).
 DAMPING = 0.1
 _DAMPING_TRIES = 5
 # Of `catch_up`: the share of the lag that o_proj and down_proj each recover, and the damping as a

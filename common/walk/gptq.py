@@ -16,7 +16,7 @@ from common.solvers.rounding import damped, refine, solve
 from common.walk.inputs import InputStatistics
 from common.walk.method import Layer
 
-# Refinements after the solve; docs/quantization_methods_deep_dive.md has the measurement.
+# Refinements after the solve; docs/Quantization_Methods_Deep_Dive.md has the measurement.
 SWEEPS = 1
 
 
@@ -26,7 +26,7 @@ Ranges = Callable[[Tensor, Grid, Tensor, torch.dtype], tuple[Tensor, Tensor]]
 # From so many bits on, nothing large is clipped: error feedback hands the error of a clipped
 # weight, which always moves inwards, on to channels that clip in turn, and the massive activations
 # that attention rests on shrink. Fewer have no room for it. Measured on several models
-# (docs/quantization_methods_deep_dive.md).
+# (docs/Quantization_Methods_Deep_Dive.md).
 UNCLIPPED_BITS = 4
 
 
