@@ -20,6 +20,7 @@ from torch import Tensor
 
 from common import cli
 from common.base.arguments import share
+from common.base.errors import UserError
 from common.kernels.rounding import search_range
 from common.model.architecture import LinearGroup
 from common.numerics.grid import Grid, QuantizedLinear, min_max, round_per_token, rounding_error
@@ -116,6 +117,10 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = argument_parser().parse_args()
+    if not options.symmetric:
+        raise UserError(
+            "kernels of 8-bit weights and activations have no zero-points; leave --asymmetric out"
+        )
     # The best α is searched on some of the inputs.
     needs = Needs.MAGNITUDES | (Needs.SAMPLES if options.alpha is None else Needs.NOTHING)
     run(

@@ -146,8 +146,19 @@ def quantization_parser(description: str, bits: int) -> argparse.ArgumentParser:
         "all "
         "linears, channel one scale per output channel",
     )
-    parser.add_argument(
-        "--symmetric", action="store_true", help="no zero-points: codes are centred on zero"
+    zero_points = parser.add_mutually_exclusive_group()
+    zero_points.add_argument(
+        "--symmetric",
+        action="store_const",
+        const=True,
+        help="no zero-points: codes are centred on zero (the default at 8 bits)",
+    )
+    zero_points.add_argument(
+        "--asymmetric",
+        dest="symmetric",
+        action="store_const",
+        const=False,
+        help="a zero-point for each group (the default below 8 bits)",
     )
     parser.add_argument(
         "--head-bits",

@@ -75,6 +75,9 @@ def run(
     configure_torch(options.seed)
     parallel.start(device)
     resolve_sizes(options)
+    if options.symmetric is None:
+        # Zero-points gain nothing at 8 bits, and fast kernels elsewhere have none.
+        options.symmetric = options.bits == 8
     configuration = f"{method.name}-{options.bits}bit"
     output = options.output or MODELS_FOLDER / filed_as(options.model) / configuration
     if options.resume and (output / METADATA_FILE).is_file() and not options.overwrite:
