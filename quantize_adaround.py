@@ -164,8 +164,7 @@ def argument_parser() -> argparse.ArgumentParser:
         choices=("layer", "block"),
         default="layer",
         help="learn each linear's rounding alone, or then all of a decoder layer's together "
-        "(default: "
-        "%(default)s)",
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--equalize",

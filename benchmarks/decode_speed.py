@@ -156,12 +156,9 @@ def main() -> None:
             results["rows"].append(row)
             print(
                 f"RESULT {name}, batch {batch}: prefill {row['prefill_tokens_per_second']:.0f}, "
-                f"decode "
-                f"{row['decode_tokens_per_second']:.0f} tokens/s, latency "
-                f"{row['latency_seconds']:.3f} s, weights "
-                f"{weights / 2**30:.2f} GiB, in use {row['memory_bytes'] / 2**30:.2f} GiB, "
-                f"roofline "
-                f"{row['roofline_share']:.0%}",
+                f"decode {row['decode_tokens_per_second']:.0f} tokens/s, latency "
+                f"{row['latency_seconds']:.3f} s, weights {weights / 2**30:.2f} GiB, in use "
+                f"{row['memory_bytes'] / 2**30:.2f} GiB, roofline {row['roofline_share']:.0%}",
                 flush=True,
             )
         del model

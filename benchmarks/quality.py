@@ -250,8 +250,7 @@ def main() -> None:
                 )
                 print(
                     f"RESULT {model} {run} seed {seed}: {found['perplexity']:.4f}, "
-                    f"{found['ratio']:.4f} x, KL "
-                    f"{found['kl']:.4f}, {seconds:.1f} s",
+                    f"{found['ratio']:.4f} x, KL {found['kl']:.4f}, {seconds:.1f} s",
                     flush=True,
                 )
                 if options.output:

@@ -39,10 +39,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         prog="run_all_quantization.sh",
         allow_abbrev=False,
         description="Baseline and all quantization methods: quantized, verified, evaluated, README "
-        "regenerated. "
-        "Arguments that are not listed here are passed to the method scripts that take them, such "
-        "as "
-        "--group-size 64.",
+        "regenerated. Arguments that are not listed here are passed to the method scripts that "
+        "take them, such as --group-size 64.",
     )
     parser.add_argument(
         "--demo",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from common.base.arguments import gibibytes, positive, share
+from common.base.arguments import gibibytes, positive, share, two_or_more
 from common.base.device import DTYPES
 from common.base.errors import UserError
 from common.model.source import DEFAULT_MODEL
@@ -34,16 +34,14 @@ def run(main: Callable[[], int | None]) -> None:
     except torch.cuda.OutOfMemoryError:
         code = fail(
             "the GPU ran out of memory; lower --calib-length or --calib-samples, raise "
-            "--device-memory if you set "
-            "it, close other programs on the GPU, or use --device cpu"
+            "--device-memory if you set it, close other programs on the GPU, or use --device cpu"
         )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
         code = fail(
             f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space or "
-            f"choose "
-            "another --output"
+            "choose another folder"
         )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -103,8 +101,7 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
         type=gibibytes,
         metavar="GIB",
         help="GPU memory that the process may take, its CUDA context included (default: what is "
-        "free when it "
-        "starts)",
+        "free when it starts)",
     )
     parser.add_argument(
         "--dtype",
@@ -143,8 +140,7 @@ def quantization_parser(description: str, bits: int) -> argparse.ArgumentParser:
         default="auto",
         metavar="N|auto|channel",
         help="input channels that share a scale; auto is the largest of 128, 64, 32 that divides "
-        "all "
-        "linears, channel one scale per output channel",
+        "all linears, channel one scale per output channel",
     )
     zero_points = parser.add_mutually_exclusive_group()
     zero_points.add_argument(
@@ -176,8 +172,7 @@ def quantization_parser(description: str, bits: int) -> argparse.ArgumentParser:
         "--calib-data",
         metavar="DATA",
         help="calibration text: a data set (owner/name[/config][:split]), a .txt, .jsonl or "
-        ".parquet "
-        f"file, or demo (default: {windows.DEFAULT_DATA}; demo for the demo model)",
+        f".parquet file, or demo (default: {windows.DEFAULT_DATA}; demo for the demo model)",
     )
     parser.add_argument(
         "--calib-samples",
@@ -188,7 +183,7 @@ def quantization_parser(description: str, bits: int) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--calib-length",
-        type=positive,
+        type=two_or_more,
         metavar="N",
         help=f"tokens per window, cut to the model's context (default: {windows.DEFAULT_LENGTH}; "
         f"{windows.DEMO_LENGTH} with demo text)",
@@ -220,8 +215,7 @@ def add_catch_up(parser: argparse.ArgumentParser) -> None:
         default=CATCH_UP,
         metavar="SHARE",
         help="share of the quantized layers' accumulated error that each layer is made to recover; "
-        "0 spares a "
-        "second pass (default: %(default)s)",
+        "0 spares a second pass (default: %(default)s)",
     )
 
 
@@ -245,6 +239,8 @@ def configure_torch(seed: int) -> None:
 
 
 def _group_size(text: str) -> str:
-    if text not in ("auto", "channel"):
-        positive(text)
+    if text not in ("auto", "channel") and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither a number of channels, auto nor channel"
+        )
     return text

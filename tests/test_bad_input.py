@@ -125,6 +125,33 @@ def test_an_output_that_is_no_checkpoint_is_never_replaced(tiny, tmp_path):
     assert (output / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_model_that_is_not_quantized_is_never_replaced(tiny, tmp_path):
+    """Not the one that is quantized, nor another."""
+    source, other = shutil.copytree(tiny, tmp_path / "a"), shutil.copytree(tiny, tmp_path / "b")
+    before = (source / "model.safetensors").read_bytes()
+    for output in (source, other):
+        result = run_script(HQQ, "--model", source, "--output", output, "--overwrite")
+        assert_user_error(result, "a model that is not quantized", "another --output")
+        assert (output / "model.safetensors").read_bytes() == before
+    made = tmp_path / "out"
+    for _ in range(2):
+        result = run_script(HQQ, "--model", source, "--output", made, "--overwrite")
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere", "a file"])
+def test_results_that_cannot_be_written(tiny, tmp_path, place):
+    """Said before anything is evaluated."""
+    if place == "a file":
+        place = tmp_path / "file"
+        place.write_text("")
+    result = run_script(
+        ROOT / "common/baseline.py", "--model", tiny, "--data", "demo", "--results-dir", place
+    )
+    assert_user_error(result, "results cannot be written to", "--results-dir")
+    assert "samples" not in result.stdout
+
+
 @pytest.mark.parametrize("limit, left", [(30000, True), (9000, False)])
 def test_disk_full(tiny, tmp_path, limit, left):
     """A writer that cannot write half-way: the size limit of a file stands in for the full disk.

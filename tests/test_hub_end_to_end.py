@@ -84,6 +84,7 @@ def scores(project: Path) -> dict[str, dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_with_a_hub_and_then_without(project, tmp_path):
     """Nothing is set but where the hub is; README is regenerated. The second run has no hub."""
     served, home = tmp_path / "served", tmp_path / "home"

@@ -4,32 +4,46 @@ line, for what is not one.
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentTypeError
 
 
 def share(text: str) -> float:
-    value = float(text)
+    value = _real(text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+        raise ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
 
 
 def positive(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        raise ArgumentTypeError(f"{text} is not a positive number")
     return value
 
 
 def two_or_more(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 2:
-        raise argparse.ArgumentTypeError(f"{text} is less than 2")
+        raise ArgumentTypeError(f"{text} is less than 2")
     return value
 
 
 def gibibytes(text: str) -> float:
-    value = float(text)
+    value = _real(text)
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of GiB")
+        raise ArgumentTypeError(f"{text} is not a positive number of GiB")
     return value
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text} is not a whole number") from None
+
+
+def _real(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text} is not a number") from None

@@ -46,10 +46,8 @@ def allocation(free: int, gib: float | None = None) -> int:
             asked, taken = f" and --device-memory allows {gib:g} GiB", CONTEXT + LIBRARIES
         raise UserError(
             f"the GPU has {free / 2**30:.2f} GiB of memory free{asked}, of which CUDA and its "
-            f"libraries "
-            f"take {taken / 2**30:.1f}: too little to work with; close other programs on the GPU, "
-            f"or "
-            "use --device cpu"
+            f"libraries take {taken / 2**30:.1f}: too little to work with; close other programs on "
+            "the GPU, or use --device cpu"
         )
     return room
 

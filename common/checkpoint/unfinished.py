@@ -81,8 +81,7 @@ class UnfinishedFolder:
         if changes:
             raise UserError(
                 f"cannot resume {self.path}: {'; '.join(changes)}; run it as it was begun, or "
-                f"without --resume to "
-                "start again"
+                "without --resume to start again"
             )
         self.records = progress["layers"]
         if self.records:

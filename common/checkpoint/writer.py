@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from common.base.device import dtype_name
 from common.base.errors import UserError
-from common.base.files import load_json, replace_folder
+from common.base.files import json_or_none, load_json, replace_folder
 from common.checkpoint.format import (
     VOCABULARY,
     form_of_linears,
@@ -51,10 +51,17 @@ def check_output(output: Path, overwrite: bool) -> None:
         )
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file, not a folder")
-    if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
-        raise UserError(
-            f"output {output} holds something that is not a checkpoint; it is not replaced"
-        )
+    if output.is_dir() and any(output.iterdir()):
+        config = json_or_none(output / "config.json")
+        if config is None:
+            raise UserError(
+                f"output {output} holds something that is not a checkpoint; it is not replaced"
+            )
+        if "quantization_config" not in config:
+            raise UserError(
+                f"output {output} holds a model that is not quantized; it is not replaced, "
+                "choose another --output"
+            )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         probe = output.with_name(f"{output.name}.{os.getpid()}")

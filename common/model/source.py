@@ -77,6 +77,7 @@ def _download(model: str) -> Path:
 def hub_errors(model: str) -> Iterator[None]:
     """While open, what the hub's library raises about `model` becomes a UserError."""
     from httpx import HTTPError
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -102,6 +103,11 @@ def hub_errors(model: str) -> Iterator[None]:
             f"{model} is neither a folder here nor a hub id; use --model demo to try things out"
         ) from None
     except (LocalEntryNotFoundError, OSError, HTTPError) as error:
+        if HF_HUB_OFFLINE:
+            raise UserError(
+                f"{model} is not on this machine and HF_HUB_OFFLINE is set: unset it, give a "
+                "local folder, or use --model demo"
+            ) from None
         raise UserError(
             f"cannot download {model}: no network, or the hub does not answer "
             f"({type(error).__name__}); run the "

@@ -87,8 +87,7 @@ def resolve_group_size(choice: str | int, in_features: dict[str, int]) -> int | 
         if not fitting:
             raise UserError(
                 f"none of the group sizes {', '.join(map(str, AUTO_GROUP_SIZES))} divides all "
-                f"linears "
-                f"({_sizes(in_features)}); use --group-size channel"
+                f"linears ({_sizes(in_features)}); use --group-size channel"
             )
         return fitting[0]
     size = int(choice)

@@ -98,8 +98,7 @@ def compare_samples(
     if apart := other_samples(baseline, quantized):
         raise UserError(
             f"the two models were evaluated on different samples of {', '.join(apart)}; evaluate "
-            f"both again with "
-            "--overwrite"
+            "both again with --overwrite"
         )
     found = []
     for kind in all_metrics():

@@ -37,8 +37,7 @@ def conditions(results: ModelResults) -> str:
     sentences = [
         f"Evaluated on {device['name']} ({device['type']}, {device['threads']} threads) in "
         f"{first['compute_dtype']}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, "
-        f"Python {versions['python']}."
+        f"{versions['transformers']}, Python {versions['python']}."
     ]
     parts = [
         f"{task} {size_in_words(summary)} ({short_revision(summary['data'])})"
@@ -78,8 +77,7 @@ def conditions(results: ModelResults) -> str:
     if odd:
         sentences.append(
             f"⚠️ Measured on another device, type, version or data than {evaluated[0][0]}, so not "
-            f"to be "
-            f"compared with it: {', '.join(odd)}."
+            f"to be compared with it: {', '.join(odd)}."
         )
     if results.left_out:
         tasks = ", ".join(
@@ -98,8 +96,7 @@ def introduction(results: ModelResults) -> list[str]:
     when += f" to {dates[-1]}" if len(dates) > 1 else ""
     parts = [
         f"The documented run{when}: its results come with the project, in `{DOCUMENTED_FOLDER}`, "
-        f"and are not of "
-        "this machine."
+        "and are not of this machine."
         if results.documented
         else f"A local run{when}.",
         conditions(results),

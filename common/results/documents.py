@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -61,6 +62,20 @@ class ModelResults:
         evaluated.
         """
         return [*CONFIGURATIONS, *sorted(set(self.documents) - set(CONFIGURATIONS))]
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder for results that cannot be made or written to. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"results cannot be written to {folder} ({error.strerror or error}); choose another "
+            "--results-dir"
+        ) from None
 
 
 def read_document(path: Path) -> dict:

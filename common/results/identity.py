@@ -288,8 +288,11 @@ def other_data(baseline: dict, quantized: dict) -> list[str]:
     ]
 
 
-def spare(subject: Subject, results_dir: Path, tasks: dict[str, dict], compared: str) -> None:
-    """Refuse to evaluate a baseline on other data while other configurations are compared with it.
+def spare(
+    subject: Subject, results_dir: Path, tasks: dict[str, dict], compared: str | None = None
+) -> None:
+    """Refuse to evaluate a baseline on other data while other configurations are compared with it;
+    where it is evaluated for its own sake, say which will have none.
 
     Args:
         tasks: by task to be evaluated, what its results have to agree with.
@@ -309,9 +312,14 @@ def spare(subject: Subject, results_dir: Path, tasks: dict[str, dict], compared:
         and not incomparable(known, one)
         and {*changes} & {*one["tasks"]} - {*other_data(known, one)}
     ]
-    if resting:
-        raise UserError(
-            f"{', '.join(resting)} would have no baseline any more: there "
-            f"{'; '.join(f'{task} {change}' for task, change in changes.items())}; leave the "
-            "difference out, give a --results-dir of its own, or --overwrite both"
-        )
+    if not resting:
+        return
+    names = ", ".join(resting)
+    differences = "; ".join(f"{task} {change}" for task, change in changes.items())
+    if compared is None:
+        say(f"{names} will have no baseline until evaluated again as well: there {differences}")
+        return
+    raise UserError(
+        f"{names} would have no baseline any more: there {differences}; leave the "
+        "difference out, give a --results-dir of its own, or --overwrite both"
+    )

@@ -166,6 +166,5 @@ def check_original(subject: Subject, results_dir: Path) -> None:
     if then != now:
         raise UserError(
             f"{subject.original} has changed since {subject.folder} was made from it, or is "
-            f"another "
-            "model; quantize again with --overwrite, or name the right one with --baseline"
+            "another model; quantize again with --overwrite, or name the right one with --baseline"
         )

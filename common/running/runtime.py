@@ -106,9 +106,8 @@ def load_streamed(folder: Path, device: torch.device, dtype: torch.dtype):
     model.streamed = len(layers) - resident
     say(
         f"{folder}: the GPU has no room for its weights, so {model.streamed} of {len(layers)} "
-        f"layers are read anew "
-        "for every forward pass, which makes answers slow; --tasks arc,perplexity does without "
-        "them, --limit asks for fewer"
+        "layers are read anew for every forward pass, which makes answers slow; --tasks "
+        "arc,perplexity does without them, --limit asks for fewer"
     )
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -14,8 +14,14 @@ from common.checkpoint import metadata
 from common.cli import configure_torch
 from common.model.source import load_tokenizer
 from common.results import identity
-from common.results.documents import has_samples, load_samples, read_document, write_samples
-from common.results.naming import Subject
+from common.results.documents import (
+    check_folder,
+    has_samples,
+    load_samples,
+    read_document,
+    write_samples,
+)
+from common.results.naming import BASELINE, Subject
 from common.running.runtime import load_for_running
 from common.running.speed import weight_bytes
 from common.tasks.task import Evaluation, Record, Task, all_tasks, task_names
@@ -40,6 +46,7 @@ def evaluate_model(
         UserError: no data, or evaluation data that the model was calibrated on.
     """
     folder, results_dir = subject.folder, options.results_dir
+    check_folder(results_dir)
     device, dtype = device_and_dtype(options)
     configure_torch(0)
     demo = options.data == "demo" or (
@@ -63,6 +70,8 @@ def evaluate_model(
     }
     found = {task.name: task.conditions(loaded[task.name], evaluation) for task in tasks}
     conditions = {name: found[name] for name in options.tasks}
+    if subject.configuration == BASELINE and not (reuse and compared):
+        identity.spare(subject, results_dir, conditions)
     if reuse:
         left = identity.left_to_do(subject, results_dir, shared, conditions, twice)
         if not left:

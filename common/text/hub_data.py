@@ -106,8 +106,7 @@ def _fetching(name: DataName) -> Iterator[None]:
         if HF_HUB_OFFLINE:
             raise UserError(
                 f"data set {name} cannot be fetched: HF_HUB_OFFLINE is set, and these rows were "
-                f"not "
-                "fetched before; unset it, or give a local file, --data-root, or demo"
+                "not fetched before; unset it, or give a local file, --data-root, or demo"
             ) from None
         raise UserError(
             f"data set {name} cannot be fetched ({type(error).__name__}): no network, or no such "

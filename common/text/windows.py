@@ -186,11 +186,11 @@ def calibration_windows(
         if len(tokens) >= _CHOICE * needed:
             break
     if len(tokens) < needed:
+        most = len(tokens) // max(body, 1)
+        fewer = f"at most --calib-samples {most}" if most else "a smaller --calib-length"
         raise UserError(
             f"calibration data {data} has {len(tokens):,} tokens, {needed:,} are needed for "
-            f"{samples} samples "
-            f"of {length}; use at most --calib-samples {len(tokens) // max(body, 1)} or a larger "
-            f"--calib-data"
+            f"{samples} samples of {length}; use {fewer} or a larger --calib-data"
         )
     # More windows than needed, so that the seed chooses even where the text is one long document.
     chosen = rng.sample(range(len(tokens) // body), samples)

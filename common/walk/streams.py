@@ -112,8 +112,7 @@ def each_chunk(
             if len(chunks[i]) == 1:
                 raise UserError(
                     f"the GPU has no room for one calibration window of {chunks[i].shape[1]} "
-                    f"tokens; lower "
-                    "--calib-length, or use --device cpu"
+                    "tokens; lower --calib-length, or use --device cpu"
                 )
             most = len(chunks[i]) // 2
             say(
