@@ -148,7 +148,7 @@ def quantize(
     method: str, folder: Path, output: Path, cap: float, samples: int, length: int, more: list[str]
 ) -> None:
     tokens = torch.randint(0, 49152, (samples, length), generator=torch.Generator().manual_seed(0))
-    quantization_speed.quantization.calibration_windows = lambda *_, **__: Windows(
+    quantization_speed.quantization.windows_of = lambda *_, **__: Windows(
         tokens, "random tokens", 0
     )
     words = quantization_speed.METHODS[method]

@@ -25,6 +25,7 @@ import torch
 import triton
 
 from common.kernels import products_triton as kernels
+from common.kernels import row_product_triton
 from common.kernels.forms import pack
 from common.kernels.inference import integer_matmul, packed_matmul, round_rows
 
@@ -73,7 +74,7 @@ def forms(kind: str) -> list[tuple[int, ...]]:
 
 def set_form(form: tuple[int, ...]) -> None:
     if form in VECTOR_FORMS:
-        kernels._members = lambda weight: form[0]
+        row_product_triton._members = lambda weight: form[0]
         return
     kernels.BLOCK_OUT, programs, kernels.WARPS, stages = form
     kernels.BLOCK_OUT_WIDE, kernels.FLOATS, kernels.INTEGERS = (

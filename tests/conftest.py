@@ -22,6 +22,9 @@ if not shutil.which("nvidia-smi"):
 import pytest
 import torch
 
+# Fixtures that several test files share; pytest registers them.
+pytest_plugins = ["batch_stand_ins", "stub_chats"]
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_rounding import problem
+from layer_problems import problem
 
 from common.numerics.grid import Grid, dequantize, quantize
 from common.solvers.adaround import (

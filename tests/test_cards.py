@@ -28,7 +28,7 @@ def launched(monkeypatch):
     use.
     """
     pytest.importorskip("triton", reason="triton is not installed")
-    from common.kernels import inference_triton, products_triton, rounding_triton
+    from common.kernels import attention_triton, inference_triton, products_triton, rounding_triton
 
     called: list[str] = []
 
@@ -56,12 +56,12 @@ def launched(monkeypatch):
         },
         inference_triton: {
             "silu_mul": lambda gate, *_: gate,
-            "attend": lambda projected, *_: projected,
             "largest_index": lambda values: values,
             "round_rows": lambda inputs, bits: inputs,
             "add_rms_norm": lambda hidden, *_: hidden,
             "rotate_heads": lambda *_: None,
         },
+        attention_triton: {"attend": lambda projected, *_: projected},
         rounding_triton: {"round_block": lambda *_: None},
     }
     for module, functions in results.items():

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from conftest import ROOT, assert_user_error, run_script
-from test_report_and_batch import README, analyze, document
+from made_up_results import README, analyze, document
 from test_tables import tables
 
 from common.reporting.comparison import Comparison

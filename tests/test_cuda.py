@@ -1,5 +1,5 @@
-"""On a card only: kernels against their twins, packed models against the plain dense load, codes
-against the CPU's.
+"""On a card only: packed models against the plain dense load, fused layers against transformers'
+own, and the memory that models take.
 """
 
 from __future__ import annotations
@@ -10,231 +10,19 @@ import json
 import pytest
 import torch
 from conftest import run_script
+from kernel_checks import relative
 
-from common.base import gpu
-from common.kernels import forms, inference
-from common.kernels.dispatch import triton_works
-from common.kernels.forms import PackedWeight
-from common.kernels.rounding import search_range
 from common.model.fused import fuse_layers
-from common.numerics import grid
-from common.numerics.grid import Grid
 from common.running import runtime
 from common.running.decoding import Decoder
 from common.running.runtime import load_for_running, load_model
 from common.running.speed import measure_memory, weight_bytes
-from common.solvers import adaround, rounding
-from common.walk.inputs import InputSums
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+CUDA = torch.device("cuda")
 # Largest relative difference of logits between packed kernels and the dense load, both in bfloat16;
 # rounded activations make small differences large where a value lies between two codes.
 LOGITS_TOLERANCE = {"smoothquant": 0.06}
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return (
-        (found.double().cpu() - expected.double().cpu()).norm() / expected.double().norm().cpu()
-    ).item()
-
-
-def test_triton_works_here():
-    assert triton_works()
-
-
-def moved(weight: PackedWeight) -> PackedWeight:
-    zero = None if weight.zero_point is None else weight.zero_point.cuda()
-    return PackedWeight(weight.packed.cuda(), weight.scale.cuda(), zero, weight.bits)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 8, 32, 64, 200])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("bits", "group", "asymmetric"),
-    [(4, 128, True), (4, 64, False), (8, None, False), (8, 64, True)],
-)
-def test_packed_matmul(generator, rows, bits, group, asymmetric, dtype):
-    channels, out, half = 1152, 192, 1 << bits - 1
-    groups = 1 if group is None else channels // group
-    codes = torch.randint(-half, half, (out, channels), generator=generator).to(torch.int8)
-    zero = (
-        torch.randint(-half, half, (out, groups), generator=generator).to(torch.int8)
-        if asymmetric
-        else None
-    )
-    weight = forms.pack(codes, torch.rand(out, groups, generator=generator).to(dtype), zero, bits)
-    inputs = torch.randn(rows, channels, generator=generator).to(dtype)
-    exact = inputs.double() @ inference.unpack(weight, torch.float64).T
-    assert relative(inference.packed_matmul(inputs.cuda(), moved(weight)), exact) < 6e-3
-    assert torch.equal(
-        inference.unpack(moved(weight), dtype).cpu(), inference.unpack(weight, dtype)
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("bits", "groups", "asymmetric"), [(4, 9, True), (4, 18, False), (8, 1, False)]
-)
-@pytest.mark.parametrize("out", [192, 8192])
-def test_row_matmul(generator, out, bits, groups, asymmetric, dtype):
-    half = 1 << bits - 1
-    codes = torch.randint(-half, half, (out, 1152), generator=generator).to(torch.int8)
-    zero = (
-        torch.randint(-half, half, (out, groups), generator=generator).to(torch.int8)
-        if asymmetric
-        else None
-    )
-    scale = (0.01 * torch.rand(out, groups, generator=generator)).to(dtype)
-    weight = forms.pack(codes, scale, zero, bits)
-    exact, on_card = inference.unpack(weight, torch.float64), moved(weight)
-    inputs, gain = (
-        torch.randn(1, 1152, generator=generator).to(dtype),
-        torch.rand(1152, generator=generator).to(dtype),
-    )
-    hidden = torch.randn(1, out, generator=generator).to(dtype)
-    product = inputs.double() @ exact.T
-    normed = (
-        inputs.double() / (inputs.double().square().mean() + 1e-5).sqrt() * gain.double()
-    ) @ exact.T
-    gate, up = normed.chunk(2, -1)
-    norm = gain.cuda(), 1e-5
-    assert relative(inference.row_matmul(inputs.cuda(), on_card), product) < 6e-3
-    assert relative(inference.row_matmul(inputs.cuda(), on_card, norm), normed) < 6e-3
-    assert (
-        relative(
-            inference.row_matmul(inputs.cuda(), on_card, norm, gated=True),
-            gate / (1 + (-gate).exp()) * up,
-        )
-        < 6e-3
-    )
-    target = hidden.cuda()
-    inference.row_matmul(inputs.cuda(), on_card, added_to=target)
-    assert relative(target, hidden.double() + product) < 6e-3
-
-
-@pytest.mark.parametrize("out", [192, 8192])
-def test_row_matmul_with_rounded_inputs(generator, out):
-    """Rounded as the kernels for several rows do it."""
-    codes = torch.randint(-128, 128, (out, 1152), generator=generator).to(torch.int8)
-    weight = moved(
-        forms.pack(codes, (0.01 * torch.rand(out, 1, generator=generator)).bfloat16(), None, 8)
-    )
-    inputs = torch.randn(1, 1152, generator=generator).bfloat16().cuda()
-    norm = torch.rand(1152, generator=generator).bfloat16().cuda(), 1e-5
-    exact = inference.unpack(weight, torch.float64)
-    plain = inference.round_rows(inputs, 8).values().double() @ exact.T
-    gate, up = (inference.add_rms_norm(inputs, None, *norm, 8).values().double() @ exact.T).chunk(
-        2, -1
-    )
-    assert relative(inference.row_matmul(inputs, weight, bits=8), plain) < 6e-3
-    assert (
-        relative(
-            inference.row_matmul(inputs, weight, norm, gated=True, bits=8),
-            gate / (1 + (-gate).exp()) * up,
-        )
-        < 2e-2
-    )
-
-
-@pytest.mark.parametrize("rows", [1, 8, 33, 64, 200])
-def test_integer_matmul(generator, rows):
-    codes = torch.randint(-128, 128, (192, 1152), generator=generator).to(torch.int8)
-    weight = forms.pack(codes, torch.rand(192, 1, generator=generator).bfloat16(), None, 8)
-    rounded = inference.round_rows(
-        torch.randn(rows, 1152, generator=generator).bfloat16().cuda(), 8
-    )
-    exact = (
-        rounded.codes.cpu().double()
-        * rounded.scale.cpu().double()
-        @ inference.unpack(weight, torch.float64).T
-    )
-    assert relative(inference.integer_matmul(rounded, moved(weight)), exact) < 6e-3
-
-
-@pytest.mark.parametrize("rows", [1, 2, 64, 200])
-def test_products_as_on_an_rtx_20(generator, monkeypatch, rows):
-    """In float16, by what is left without tensor cores in Triton, bfloat16 units and overlapping
-    launches.
-    """
-    monkeypatch.setattr(gpu, "card", lambda: gpu.Card((7, 5), 64 << 10))
-    inputs = torch.randn(rows, 1152, generator=generator).half().cuda()
-    for bits, groups in ((4, 9), (8, 1)):
-        half = 1 << bits - 1
-        codes = torch.randint(-half, half, (192, 1152), generator=generator).to(torch.int8)
-        weight = forms.pack(
-            codes, (0.01 * torch.rand(192, groups, generator=generator)).half(), None, bits
-        )
-        exact, weight = inference.unpack(weight, torch.float64), moved(weight)
-        assert (
-            relative(inference.packed_matmul(inputs, weight), inputs.cpu().double() @ exact.T)
-            < 2e-3
-        )
-    rounded = inference.round_rows(inputs, 8)
-    expected = rounded.codes.cpu().double() * rounded.scale.cpu().double() @ exact.T
-    assert relative(inference.integer_matmul(rounded, weight), expected) < 2e-3
-
-
-def test_gram_matrix_in_float16(generator):
-    """A token of next to no size, whose weight float16 does not hold, leaves it finite; without it
-    nothing changes.
-    """
-    inputs = torch.randn(300, 256, generator=generator)
-    sizes = torch.rand(300, generator=generator) + 0.5
-    gram = (inputs / sizes.unsqueeze(1)).double()
-    expected = gram.T @ gram / (1 / sizes.double().square()).sum()
-    found = InputSums(256, CUDA)
-    found.add(inputs.half().cuda(), 1 / sizes.square().cuda())
-    assert relative(found.finish().gram, expected) < 2e-3
-    sizes[7] = 1e-6
-    found = InputSums(256, CUDA)
-    found.add(inputs.half().cuda(), 1 / sizes.square().cuda())
-    assert torch.isfinite(found.finish().gram).all()
-
-
-def test_round_rows(generator):
-    inputs = torch.randn(40, 576, generator=generator).bfloat16().cuda()
-    expected = grid.round_per_token(inputs, 8)
-    assert torch.equal(inference.round_rows(inputs, 8).values(), expected)
-    gain = torch.ones(576, device=CUDA, dtype=torch.bfloat16)
-    normed = inference.add_rms_norm(inputs, None, gain, 1e-5)
-    rounded = inference.add_rms_norm(inputs, None, gain, 1e-5, 8)
-    assert torch.equal(rounded.values(), grid.round_per_token(normed, 8))
-    both = torch.randn(40, 1152, generator=generator).bfloat16().cuda()
-    gated = inference.silu_mul(*both.chunk(2, -1))
-    assert torch.equal(
-        inference.silu_mul(*both.chunk(2, -1), 8).values(), grid.round_per_token(gated, 8)
-    )
-
-
-@pytest.mark.parametrize("form", [Grid(4, 64), Grid(4, 128, True), Grid(8, None)], ids=str)
-def test_rounding_kernels(generator, form):
-    """The same ranges, codes and learned roundings as on the CPU, but for ties."""
-    inputs = torch.randn(4000, 256, generator=generator) * torch.rand(256, generator=generator)
-    gram, weight = inputs.T @ inputs / 4000, torch.randn(300, 256, generator=generator)
-    for keep in (True, False):
-        scale, zero = search_range(weight, form, gram.diagonal(), keep_larger_end=keep)
-        on_card = search_range(weight.cuda(), form, gram.cuda().diagonal(), keep_larger_end=keep)
-        assert (on_card[0].cpu() == scale).float().mean() > 0.99
-    for function in (
-        lambda *tensors: rounding.solve(*tensors, form)[0],
-        lambda weight, gram, scale, zero: rounding.refine(
-            weight,
-            grid.quantize(weight, scale, zero, form),
-            scale,
-            zero,
-            gram,
-            form,
-            torch.bfloat16,
-            1,
-        )[0],
-        lambda weight, gram, scale, zero: adaround.learn_rounding(
-            weight, gram, scale, zero, form, 20, 1.0, 0.5
-        ).codes(),
-    ):
-        expected = function(weight, gram, scale, zero)
-        found = function(weight.cuda(), gram.cuda(), scale.cuda(), zero.cuda()).cpu()
-        assert (found == expected).float().mean() > 0.97
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])

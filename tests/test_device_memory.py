@@ -9,10 +9,10 @@ from transformers import LlamaConfig
 
 from common.base import device_memory
 from common.base.errors import UserError
-from common.checkpoint import format
+from common.checkpoint import tensors
 from common.model.source import SourceModel
 from common.model.tensors import TensorReader
-from common.running import decoding, runtime
+from common.running import decoding, runtime, speed
 from common.running.decoding import Decoder, can_decode
 from common.solvers import vocabulary
 from common.tasks import language_model, perplexity
@@ -261,7 +261,7 @@ def test_rows_of_the_cache_fit(monkeypatch):
 def test_embedding_in_parts(tiny, tmp_path, monkeypatch):
     for rows in (10**6, 100):
         monkeypatch.setattr(vocabulary, "ROWS_AT_ONCE", rows)
-        monkeypatch.setattr(format, "_ROWS_AT_ONCE", rows)
+        monkeypatch.setattr(tensors, "_ROWS_AT_ONCE", rows)
         result = run_script(
             ROOT / "quantize_hqq.py",
             "--model",
@@ -304,7 +304,7 @@ def test_a_model_without_room_is_read_layer_by_layer(deep, monkeypatch, capsys):
             and can_decode(plain, 30)
             and runtime.kernels_of(model) == "streamed"
         )
-        assert runtime.weight_bytes(model) < runtime.weight_bytes(plain)
+        assert speed.weight_bytes(model) < speed.weight_bytes(plain)
     answer = HarnessModel(model, tiny_tokenizer())._generate([[5, 6, 7]], 0, None, [], 6)
     assert answer == HarnessModel(plain, tiny_tokenizer())._generate([[5, 6, 7]], 0, None, [], 6)
 

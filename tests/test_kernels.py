@@ -11,24 +11,13 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from kernel_checks import close, skip_without_the_interpreter
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip(
-        "there is a card: test_cuda.py runs the kernels themselves", allow_module_level=True
-    )
-pytest.importorskip("triton", reason="triton is not installed: its kernels are tested where it is")
+skip_without_the_interpreter()
 
-from common.kernels import forms, inference, products_triton, rounding, rounding_triton
+from common.kernels import attention_triton, forms, inference, products_triton, row_product_triton
 from common.kernels import inference_triton as kernels
-from common.kernels.rounding import search_range
 from common.numerics import grid
-from common.numerics.grid import Grid
-from common.solvers import adaround
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
-    difference = (found.double() - expected.double()).norm() / expected.double().norm()
-    assert difference < bound, difference
 
 
 def packed_weights(generator, out: int, channels: int, groups: int, bits: int, asymmetric: bool):
@@ -74,7 +63,7 @@ def test_packed_matmul(generator, bits, channels, groups, asymmetric):
 @pytest.mark.parametrize("members", [4, 32])
 def test_row_matmul(generator, monkeypatch, bits, channels, groups, members):
     """With a norm before it, a gate or a sum after it: kernel and twin against float64."""
-    monkeypatch.setattr(products_triton, "_members", lambda weight: members)
+    monkeypatch.setattr(row_product_triton, "_members", lambda weight: members)
     # Several programs, the last of which is not full.
     out = 38 if members == 32 else 14
     packed, weight = packed_weights(generator, out, channels, groups, bits, groups > 1)
@@ -213,7 +202,7 @@ def test_attend(generator, length, normed):
         for head in range(heads):
             key, value = after[:, row, head // (heads // key_heads), : position + 1]
             expected[row, head] = torch.softmax(0.3 * key @ turned[head], 0) @ value
-    for function in (inference.attend, kernels.attend):
+    for function in (inference.attend, attention_triton.attend):
         keys, values = cached.clone()
         rotary = inference.Rotary(
             angle.cos(), angle.sin(), (gains[0], gains[1], 1e-6) if normed else None
@@ -271,107 +260,6 @@ def test_round_rows(generator):
     # The interpreter cuts where a card rounds to bfloat16.
     half = inputs.bfloat16()
     close(kernels.round_rows(half, 8).values(), grid.round_per_token(half, 8), 0.02)
-
-
-GRIDS = [Grid(4, 32), Grid(4, 32, True), Grid(8, None), Grid(3, 48)]
-
-
-def weights_on_grid(generator, form: Grid, rows: int = 21, channels: int = 96):
-    weight = torch.randn(rows, channels, generator=generator)
-    scale, zero_point = search_range(weight, form)
-    return weight, scale, zero_point
-
-
-@pytest.mark.parametrize("form", GRIDS, ids=str)
-@pytest.mark.parametrize("channels", [128, 40])
-def test_round_block(generator, form, channels):
-    rows = 11
-    target = torch.randn(channels, rows, generator=generator)
-    shifted = target + 0.1 * torch.randn(channels, rows, generator=generator)
-    # Above the diagonal the factor holds anything.
-    factor = 0.2 * torch.randn(channels, channels, generator=generator)
-    scale = (torch.rand(channels, rows, generator=generator) + 0.5) / form.code_max
-    zero = torch.randint(-2, 3, (channels, rows), generator=generator).float()
-    results = []
-    for function in (rounding.round_block, rounding_triton.round_block):
-        codes, error = torch.empty(channels, rows, dtype=torch.int8), torch.empty(channels, rows)
-        function(target, shifted, factor, scale, zero, form, codes, error)
-        results.append((codes, error))
-    assert torch.equal(results[0][0], results[1][0])
-    close(results[1][1], results[0][1], 1e-5)
-
-
-@pytest.mark.parametrize("form", GRIDS, ids=str)
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize(
-    ("weighted", "norm", "stored", "size"),
-    [
-        (True, 2.0, torch.float32, 1.0),
-        (False, 4.0, torch.float32, 1.0),
-        (False, 8.0, torch.float32, 1.0),
-        (False, 8.0, torch.bfloat16, 1e-6),
-        (True, 2.0, torch.float16, 2e-3),
-        (True, 2.0, torch.float16, 1e-6),
-        (True, 2.0, torch.bfloat16, 1e-6),
-    ],
-)
-def test_search_range(generator, form, weighted, norm, stored, size, keep):
-    weight = torch.randn(21, 96, generator=generator) * size
-    weight[3] = 0
-    # As it comes: a diagonal, which is not contiguous.
-    importance = torch.rand(96, 96, generator=generator).diagonal() if weighted else None
-    first, last, steps = rounding.SEARCH.get(form.bits, rounding.SEARCH[4])
-    candidates = [1.0, *torch.linspace(first, last, steps).tolist()]
-    expected = search_range(weight, form, importance, norm, stored, keep)
-    found = rounding_triton.search_range(weight, form, importance, norm, stored, candidates, keep)
-    assert ((found[0] == 1) == (grid.grouped(weight, form).abs().amax(-1) == 0)).all()
-
-    def losses(scale, zero_point):
-        error = (
-            grid.rounding_error(grid.grouped(weight, form), scale, zero_point, form)
-            .div(size)
-            .abs()
-            .pow(norm)
-        )
-        return (error if importance is None else error * grid.grouped(importance[None], form)).sum(
-            -1
-        )
-
-    # Two candidates that are equally good may be told apart either way.
-    assert (found[0] == expected[0]).float().mean() > 0.95
-    torch.testing.assert_close(losses(*found), losses(*expected), rtol=1e-4, atol=1e-9)
-
-
-@pytest.mark.parametrize("form", GRIDS, ids=str)
-def test_learning_step(generator, form):
-    weight, scale, zero_point = weights_on_grid(generator, form)
-    inputs = torch.randn(200, 96, generator=generator)
-    gram = inputs.T @ inputs / 200
-    soft = adaround.SoftRounding.start(weight, scale, zero_point, form)
-    twin = adaround.Learning(soft, weight, gram)
-    other = adaround.Learning(
-        adaround.SoftRounding(soft.low, scale, zero_point, form, soft.v.clone()), weight, gram
-    )
-    for beta in (None, 20.0, 2.5):
-        twin.step(0.7, beta, 0.3)
-        rounding_triton.learning_step(
-            other.soft.v,
-            soft.low,
-            scale,
-            zero_point,
-            weight,
-            other.difference @ gram,
-            other.unit,
-            other.moment,
-            other.variance,
-            other.difference,
-            form,
-            0.7,
-            beta,
-            0.3,
-        )
-        close(other.soft.v, twin.soft.v, 1e-4)
-        close(other.difference, twin.difference, 1e-3)
 
 
 @pytest.mark.parametrize(

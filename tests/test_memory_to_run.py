@@ -12,7 +12,7 @@ from common import evaluation
 from common.base import host_memory
 from common.model.source import SourceModel
 from common.results.naming import Subject
-from common.running import runtime
+from common.running import speed as running_speed
 from common.tasks import evaluate, perplexity, speed
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def test_growth_is_unknown_where_the_system_does_not_tell(monkeypatch, tmp_path)
     monkeypatch.setattr(host_memory, "_STATUS", tmp_path / "status")
     monkeypatch.setattr(host_memory, "_CLEAR", tmp_path / "missing" / "clear_refs")
     assert host_memory.growth(lambda: None) is None
-    assert runtime.measure_memory(build_tiny("llama", True), 320) is None
+    assert running_speed.measure_memory(build_tiny("llama", True), 320) is None
 
 
 def test_memory_is_weights_and_what_a_full_context_takes(monkeypatch):
@@ -48,12 +48,12 @@ def test_memory_is_weights_and_what_a_full_context_takes(monkeypatch):
     monkeypatch.setattr(model, "forward", forward)
     monkeypatch.setattr(host_memory, "growth", lambda work: work() and 1234)
     weights = sum(parameter.numel() for parameter in model.parameters()) * 2
-    assert runtime.measure_memory(model, 320) == pytest.approx(
+    assert running_speed.measure_memory(model, 320) == pytest.approx(
         weights + 1234, abs=100
     )  # rotary frequencies
     assert lengths[0] == 256 - 8 and lengths[-1] == 256 - 1  # the tiny model reads 256 tokens
     lengths.clear()
-    runtime.measure_memory(model, 320, context=100)
+    running_speed.measure_memory(model, 320, context=100)
     assert lengths[0] == 92 and len(lengths) == 8
 
 

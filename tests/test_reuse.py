@@ -7,9 +7,9 @@ import os
 import shutil
 
 import pytest
+from batch_stand_ins import STAND_INS
 from conftest import ROOT, assert_user_error, build_tiny, run_script
 from test_identity import TASKS, compare, perplexities, quantize
-from test_report_and_batch import STAND_INS, batch, real_batch  # noqa: F401
 
 from common.base.errors import UserError
 from common.base.files import write_json
@@ -228,7 +228,7 @@ def test_a_changed_original_is_refused_on_another_device_too(tmp_path, key, valu
 
 
 @pytest.mark.parametrize("metadata", [[], ["--no-save-metadata"]])
-def test_a_batch_on_other_weights(real_batch, model, metadata):  # noqa: F811
+def test_a_batch_on_other_weights(real_batch, model, metadata):
     words = ["--model", str(model), "--limit", "2", *metadata]
     code, status = real_batch(*words)
     assert code == 0 and status["hqq-4bit"]["state"] == "done"
@@ -249,7 +249,7 @@ def test_a_batch_on_other_weights(real_batch, model, metadata):  # noqa: F811
     assert code == 0 and status["hqq-4bit"]["state"] == "done"
 
 
-def test_a_batch_without_metadata_after_a_change_of_the_code(real_batch):  # noqa: F811
+def test_a_batch_without_metadata_after_a_change_of_the_code(real_batch):
     words = ["--limit", "2", "--no-save-metadata", "--only", "hqq-4bit"]
     code, status = real_batch(*words)
     assert code == 0
@@ -262,10 +262,10 @@ def test_a_batch_without_metadata_after_a_change_of_the_code(real_batch):  # noq
     )
 
 
-def test_a_batch_marks_a_wrecked_checkpoint_without_metadata(batch, monkeypatch):  # noqa: F811
+def test_a_batch_marks_a_wrecked_checkpoint_without_metadata(batch, monkeypatch):
     """Its verification cannot know; the batch does, on a second run too."""
-    monkeypatch.setattr("common.batch.checkpoint_hash", lambda *_: "1" * 64)
-    monkeypatch.setattr("common.batch.made_from", lambda *_: {})
+    monkeypatch.setattr("common.run_all.steps.checkpoint_hash", lambda *_: "1" * 64)
+    monkeypatch.setattr("common.run_all.steps.made_from", lambda *_: {})
     said = (
         "lm_head is wrecked, its output is off by 0.98 of its size; saved without metadata, so "
         "verify_model.py cannot know"

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script
+from layer_problems import problem
 
 from common.base.errors import UserError
 from common.kernels.rounding import search_range
 from common.model.architecture import FAMILIES
-from common.numerics.grid import Grid, QuantizedLinear, dequantize, grouped, min_max, quantize
-from common.solvers.ranges import choose_ranges, restore_gain
+from common.numerics.grid import Grid, dequantize, quantize
 from common.solvers.rounding import (
     BLOCK,
     CATCH_UP_DAMPING,
@@ -48,22 +48,6 @@ def gptq_by_the_paper(weight, gram, scale, zero_point, grid, damping):
     back = np.empty_like(codes)
     back[:, order] = codes
     return back
-
-
-def correlated_inputs(tokens, channels, generator):
-    mixing = torch.randn(channels, channels, generator=generator) / channels**0.5
-    return (
-        torch.randn(tokens, channels, generator=generator)
-        @ (mixing + 0.3 * torch.eye(channels))
-        * torch.exp(torch.randn(channels, generator=generator))
-    )
-
-
-def problem(rows, channels, grid, generator):
-    weight = torch.randn(rows, channels, generator=generator) * 0.05
-    x = correlated_inputs(1024, channels, generator)
-    gram = x.T @ x / len(x)
-    return weight, x, gram, *search_range(weight, grid, gram.diagonal())
 
 
 @pytest.mark.parametrize(
@@ -148,106 +132,6 @@ def test_refinement_never_raises_the_loss(grid, generator):
     assert (loss(refined, fitted) <= loss(codes, scale) * (1 + 1e-4)).all()
     assert loss(refined, fitted).sum() < 0.998 * loss(codes, scale).sum()
     assert refined.min() >= grid.code_min and refined.max() <= grid.code_max
-
-
-@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(3, 64, True), Grid(2, 64)], ids=str)
-def test_chosen_ranges_beat_searched_ones(grid, generator):
-    weight, _, gram, scale, zero_point = problem(16, 192, grid, generator)
-
-    def loss(scale, zero_point):
-        rounded = dequantize(quantize(weight, scale, zero_point, grid), scale, zero_point, grid)
-        return output_error(rounded - weight, gram)
-
-    chosen = loss(*choose_ranges(weight, gram, grid, torch.bfloat16))
-    assert (chosen <= loss(scale, zero_point) * (1 + 1e-4)).all()
-    assert chosen.sum() < 0.97 * loss(scale, zero_point).sum()
-
-
-@pytest.mark.parametrize("massive", [False, True])
-@pytest.mark.parametrize(
-    "grid", [Grid(4, 32), Grid(4, 64, True), Grid(3, 32), Grid(2, 64)], ids=str
-)
-def test_ranges_are_not_worse_than_full_ones_on_other_tokens(grid, massive, generator):
-    """Fitted on half of the tokens, held to the error on the other half, in float64; with a few
-    tokens a hundred times as large in both halves too.
-    """
-    weight = torch.randn(48, 128, generator=generator) * torch.exp(
-        0.5 * torch.randn(48, 128, generator=generator)
-    )
-    inputs = correlated_inputs(2048, 128, generator)
-    if massive:
-        inputs[torch.tensor([0, 1, 700, 701])] *= 100
-    gram, others = inputs[::2].T @ inputs[::2] / 1024, inputs[1::2].double()
-
-    def error(codes, ranges):
-        return ((dequantize(codes, *ranges, grid) - weight).double() @ others.T).square().sum()
-
-    full, chosen = (
-        min_max(grouped(weight, grid), grid),
-        choose_ranges(weight, gram, grid, torch.bfloat16),
-    )
-    assert error(quantize(weight, *chosen, grid), chosen) < error(
-        quantize(weight, *full, grid), full
-    )
-    searched = search_range(weight, grid, gram.diagonal())
-    by_search, by_full = (
-        error(solve(weight, gram, *ranges, grid)[0], ranges) for ranges in (searched, full)
-    )
-    # A diagonal does not see that massive tokens share a direction, which error feedback makes use
-    # of.
-    assert by_search < by_full * (1.05 if massive else 1.0)
-
-
-@pytest.mark.parametrize(
-    "grid", [Grid(4, 64), Grid(4, 32, True), Grid(8, None), Grid(4, None)], ids=str
-)
-def test_the_gain_that_clipping_costs_is_restored(grid, generator):
-    """Each row's output, regressed on the original one in float64, has slope one; without, less."""
-    weight, inputs, gram, *_ = problem(24, 192, grid, generator)
-    scale, zero_point = min_max(grouped(weight, grid), grid, 0.7, torch.float32)
-    rounded = QuantizedLinear.nearest(weight, scale, zero_point, grid)
-    codes = rounded.codes
-
-    def slopes(scale):
-        expected = inputs.double() @ weight.double().T
-        found = inputs.double() @ dequantize(codes, scale, zero_point, grid).double().T
-        return (found * expected).sum(0) / expected.square().sum(0)
-
-    assert slopes(scale).mean() < 0.995
-    alone = restore_gain(weight, rounded, None, torch.float32).dequantize().double()
-    whole = weight.double().square().sum(1)
-    torch.testing.assert_close((alone * weight).sum(1), whole, rtol=1e-4, atol=0)
-    restored = restore_gain(weight, rounded, gram, torch.float32).scale
-    torch.testing.assert_close(
-        slopes(restored), torch.ones(len(weight), dtype=torch.float64), rtol=0, atol=1e-4
-    )
-    stored = restore_gain(weight, rounded, gram, torch.bfloat16).scale
-    assert torch.equal(stored, stored.bfloat16().float())
-    assert (slopes(stored) - 1).abs().max() < 2**-7
-
-
-@pytest.mark.parametrize("bits", [2, 3])
-def test_few_bits_keep_their_scales(bits, generator):
-    grid = Grid(bits, 64)
-    weight, _, gram, scale, zero_point = problem(24, 192, grid, generator)
-    rounded = QuantizedLinear.nearest(weight, scale, zero_point, grid)
-    assert torch.equal(restore_gain(weight, rounded, gram, torch.bfloat16).scale, scale)
-
-
-def test_what_has_no_output_keeps_its_scales(generator):
-    grid = Grid(4, 64)
-    weight, _, gram, *_ = problem(24, 192, grid, generator)
-    weight[2] = 0
-    scale, zero_point = min_max(grouped(weight, grid), grid, 0.7, torch.float32)
-    rounded = QuantizedLinear.nearest(weight, scale, zero_point, grid)
-    restored = restore_gain(weight, rounded, gram, torch.float32).scale
-    assert (
-        torch.equal(restored[2], scale[2])
-        and torch.isfinite(restored).all()
-        and not torch.equal(restored, scale)
-    )
-    without = restore_gain(weight, rounded, torch.zeros_like(gram), torch.float32)
-    assert torch.equal(without.scale, scale)
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])

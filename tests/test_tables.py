@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -29,34 +30,20 @@ def evaluated(tiny_models, tmp_path_factory):
     for name in CONFIGURATIONS[1:]:
         method, bits = name.removesuffix("bit").split("-")
         # Two bits in truth and whole channels, so that answers do change.
-        result = run_script(
-            ROOT / f"quantize_{method}.py",
-            "--model",
-            model,
-            "--bits",
-            2,
-            "--output",
-            folder / name,
-            "--group-size",
-            "channel",
-            *(
-                ["--calib-data", "demo", "--calib-samples", 4, "--calib-length", 64]
-                if method == "gptq"
-                else []
-            ),
-        )
+        words = ["--model", model, "--output", folder / name]
+        words += ["--bits", 2, "--group-size", "channel"]
+        if method == "gptq":
+            words += ["--calib-data", "demo", "--calib-samples", 4, "--calib-length", 64]
+        result = run_script(ROOT / f"quantize_{method}.py", *words)
         assert result.returncode == 0, result.stderr
         result = run_script(ROOT / "common/evaluation.py", "--model-path", folder / name, *common)
         assert result.returncode == 0, result.stderr
     (folder / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\n")
     result = run_script(
         ROOT / "analyze_results.py",
-        "--results-dir",
-        results,
-        "--readme",
-        folder / "README.md",
-        "--figures-dir",
-        folder / "docs" / "figures",
+        *("--results-dir", results),
+        *("--readme", folder / "README.md"),
+        *("--figures-dir", folder / "docs" / "figures"),
     )
     assert result.returncode == 0, result.stderr
     return folder, model.name
@@ -328,10 +315,8 @@ def test_compare_prints_the_same(evaluated):
     folder, model = evaluated
     arguments = [
         ROOT / "compare_to_baseline.py",
-        "--quantized",
-        folder / "gptq-4bit",
-        "--results-dir",
-        folder / "results",
+        *("--quantized", folder / "gptq-4bit"),
+        *("--results-dir", folder / "results"),
         *DATA,
     ]
     printed = run_script(*arguments)
@@ -355,6 +340,4 @@ def test_compare_prints_the_same(evaluated):
             [row["quantized"], row["difference"], row["low"], row["high"]], abs=6e-4
         )
     assert content["divergence"]["kl_mean"] > 0
-    from pathlib import Path
-
     assert Path(content["chart"]).stat().st_size > 5000

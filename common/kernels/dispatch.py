@@ -26,6 +26,7 @@ class TritonKernels(NamedTuple):
     """The modules that hold the kernels."""
 
     inference: ModuleType
+    attention: ModuleType
     products: ModuleType
     rounding: ModuleType
 
@@ -40,9 +41,9 @@ def triton_kernels(tensor: Tensor) -> TritonKernels | None:
 @cache
 def _import_kernels() -> TritonKernels:
     # Only where one is called: Triton is not on every machine, and can be broken.
-    from common.kernels import inference_triton, products_triton, rounding_triton
+    from common.kernels import attention_triton, inference_triton, products_triton, rounding_triton
 
-    return TritonKernels(inference_triton, products_triton, rounding_triton)
+    return TritonKernels(inference_triton, attention_triton, products_triton, rounding_triton)
 
 
 def use_triton(tensor: Tensor) -> bool:

@@ -153,7 +153,7 @@ def attend(
         keys, values: the cache, [rows, key-value heads, length, size].
     """
     if kernels := triton_kernels(projected):
-        return kernels.inference.attend(projected, rotary, positions, keys, values, scaling)
+        return kernels.attention.attend(projected, rotary, positions, keys, values, scaling)
     key_heads, length, size = keys.shape[1:]
     heads = projected.view(len(projected), -1, size)
     query, key, value = heads.split([heads.shape[1] - 2 * key_heads, key_heads, key_heads], dim=1)
