@@ -133,7 +133,7 @@ def test_a_batch_without_metadata_run_again(real_batch):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--calib-samples", "abc"], "--calib-samples: invalid positive value: 'abc'"),
+        (["--calib-samples", "abc"], "--calib-samples: abc is not a whole number"),
         (["--grup-size", "64"], "unknown option --grup-size 64"),
         (["--only", "baseline", "--limt", "5"], "unknown option --limt 5"),
         (["--only", "smoothquant-8bit", "--damping", "0.1"], "unknown option --damping 0.1"),
