@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
+from methods import method_options
 from peers import PEERS
 from scripts import quantize
 from shape import random_model, write_random_model
@@ -40,14 +41,7 @@ from common.model.source import load_tokenizer, resolve_folder
 from common.text.windows import Windows
 
 SAMPLES, LENGTH = 128, 2048
-METHODS = {
-    "gptq": ["--group-size", "128"],
-    "awq": ["--group-size", "128"],
-    "hqq": ["--group-size", "64"],
-    "smoothquant": [],
-    "quarot": ["--group-size", "128"],
-    "adaround": ["--group-size", "128"],
-}
+METHODS = {**method_options(128), "hqq": ["--group-size", "64"]}
 # Phases that are no work on the model's weights.
 NOT_WORK = ("load", "write", "calibration text", "total")
 

@@ -28,6 +28,7 @@ pytest_plugins = ["batch_stand_ins", "stub_chats"]
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "benchmarks"))
 
 WORDS = (
     "the river runs past a small town where people read write count trade sing and build boats of "

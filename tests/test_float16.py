@@ -9,6 +9,7 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from conftest import ROOT, build_tiny, run_script, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from methods import method_options
 
 from common.base.errors import UserError
 from common.checkpoint.format import open_checkpoint, scheme_of
@@ -107,14 +108,7 @@ def test_clipped_rounding_loses_no_small_token(bits, generator):
     assert ((found - exact).abs() <= 0.5 * step * 1.01 + 2**-24 + exact.abs() * 2**-11).all()
 
 
-METHODS = {
-    "hqq": [],
-    "gptq": [],
-    "awq": [],
-    "quarot": [],
-    "adaround": ["--iterations", "20"],
-    "smoothquant": [],
-}
+METHODS = method_options(iterations=20)
 
 
 @pytest.fixture(scope="module")

@@ -5,19 +5,13 @@ wreck what hangs on them.
 import pytest
 import torch
 from conftest import ROOT, build_tiny, run_script, tiny_tokenizer
+from methods import method_options
 
 from common.running.runtime import load_model
 from common.tasks.perplexity import perplexity
 from common.text.windows import Windows
 
-METHODS = {
-    "gptq": [],
-    "awq": [],
-    "hqq": [],
-    "smoothquant": [],
-    "adaround": ["--iterations", 40],
-    "quarot": [],
-}
+METHODS = method_options(iterations=40)
 CPU = torch.device("cpu")
 # Perplexity relative to the original's; measured with a super weight, with a massive activation:
 # gptq 1.095, 1.012, awq 1.072, 1.005, hqq 1.122, 1.036, smoothquant 1.003, 1.052, adaround 1.091,

@@ -2,18 +2,12 @@
 that hang together.
 """
 
-import sys
-
 import numpy as np
 import pytest
-from conftest import ROOT
+from nominal_rates import KINDS, SIZES, by_hand, lost_articles, made_up_answers, paired
 
 from common.reporting import significance
 from common.reporting.significance import GAIN, LOSS, NO_LOSS
-
-sys.path.append(str(ROOT / "benchmarks"))
-
-from nominal_rates import KINDS, SIZES, by_hand, lost_articles, made_up_answers, paired
 
 
 def rates(sizes, kind, runs, seed):

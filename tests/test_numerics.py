@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from methods import method_options
 
 from common.checkpoint.writer import METADATA_FILE
 from common.kernels.rounding import search_range
@@ -18,14 +19,7 @@ from common.solvers.ranges import choose_ranges
 from common.solvers.rounding import damped, output_error, refine, solve
 from common.walk.scaling import power_ratio
 
-METHODS = {
-    "gptq": [],
-    "awq": [],
-    "hqq": [],
-    "smoothquant": [],
-    "adaround": ["--iterations", "5"],
-    "quarot": [],
-}
+METHODS = method_options(iterations=5)
 
 
 @settings(max_examples=40, deadline=None)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_script
+from methods import method_options
 from safetensors.torch import load_file
 
 from common.base import parallel
@@ -69,15 +70,7 @@ def codes_of(folder) -> torch.Tensor:
     return torch.cat(found)
 
 
-GROUPS = ["--group-size", "32"]
-OPTIONS = {
-    "gptq": GROUPS,
-    "awq": GROUPS,
-    "smoothquant": [],
-    "quarot": GROUPS,
-    "hqq": GROUPS,
-    "adaround": [*GROUPS, "--iterations", "100"],
-}
+OPTIONS = method_options(group_size=32, iterations=100)
 # AWQ stands for what scales channels, and so does what is marked slow.
 METHODS = [
     "gptq",

@@ -13,19 +13,15 @@ import time
 import pytest
 import torch
 from conftest import ROOT, assert_user_error, run_script
+from methods import method_options
 
 from common.checkpoint.unfinished import UnfinishedFolder
 from common.checkpoint.writer import METADATA_FILE
 
 LAYERS = 8
-METHODS = {
-    "gptq": [],
-    "awq": ["--embedding-bits", 8],
-    "hqq": [],
-    "smoothquant": [],
-    "adaround": ["--iterations", 15],
-    "quarot": ["--act-bits", 4, "--kv-bits", 4, "--head-bits", 8],
-}
+METHODS = method_options(iterations=15)
+METHODS["awq"] += ["--embedding-bits", 8]
+METHODS["quarot"] += ["--act-bits", 4, "--kv-bits", 4, "--head-bits", 8]
 
 
 def command(method, model, output, text, *extra):

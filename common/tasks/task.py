@@ -12,7 +12,6 @@ import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,7 +148,8 @@ class Task:
 @cache
 def all_tasks() -> tuple[Task, ...]:
     """The tasks of this package, by their place."""
-    names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    package = importlib.import_module(__package__)
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
     modules = [importlib.import_module(f"{__package__}.{name}") for name in names]
     tasks = [module.TASK for module in modules if hasattr(module, "TASK")]
     return tuple(sorted(tasks, key=lambda task: task.place))
