@@ -167,7 +167,7 @@ def test_the_whole_chain(sources, calibration_text, tmp_path, method):
     tokens = torch.arange(2, 42)[None]
     with torch.inference_mode():
         plain(tokens)  # unpacks
-    grid = Grid(8, None if method == "smoothquant" else 64, method == "smoothquant")
+    grid = Grid(8, None if method == "smoothquant" else 64, symmetric=True)
     for layer in range(2):
         for linear in FAMILIES["llama"].linears:
             name = f"model.layers.{layer}.{linear}"
