@@ -10,10 +10,9 @@ https://arxiv.org/abs/2404.00456. The gain of every RMSNorm is multiplied into t
 it; then a random Hadamard rotation R1 of the hidden state is multiplied into all that reads or
 writes it, and a Hadamard rotation R2 of each value head into v_proj and o_proj. What is left free,
 the scales between v_proj and o_proj and between up_proj and down_proj, is balanced first. All of
-this folds into
-the weights, in float64: the rotated model is a plain model with the same function. Its embedding
-and head are no longer the same matrix, so a tied head is stored on its own. Weights are quantized
-to W4A16.
+this folds into the weights, in float64: the rotated model is a plain model with the same function.
+Its embedding and head are no longer the same matrix, so a tied head is stored on its own. Weights
+are quantized to W4A16.
 
 With --act-bits or --kv-bits the inputs of the linears and the key-value cache are rounded as the
 model runs, after the paper's online rotations R3 of queries and keys and R4 of down_proj's input.

@@ -31,18 +31,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import lm_eval.evaluator  # noqa: F401
+import lm_eval.evaluator  # noqa: F401  (forked children have it)
 import quantization_speed
 import torch
 from card_memory import Driver
 from large_model import first_layers
 from scripts import processes, run_script
 from shape import write_random_shards
-from transformers import LlamaForCausalLM, pipelines  # noqa: F401
+from transformers import LlamaForCausalLM, pipelines  # noqa: F401  (forked children have it)
 
 from common import (
-    evaluation,  # noqa: F401
-    metadata,  # noqa: F401
+    evaluation,  # noqa: F401  (forked children have it)
+    metadata,  # noqa: F401  (forked children have it)
 )
 from common.cli import quiet_libraries
 from common.model.source import load_tokenizer, resolve_folder

@@ -46,9 +46,8 @@ def made_up_answers(
 
     Args:
         flips: share of answers that change. within: correlation of the changes within an article,
-            below
-            flips / 3: in each, changes to wrong and to right are unequally likely. graded: scores
-            between 0 and 1 as F1 has them, not right or wrong.
+            below flips / 3: in each, changes to wrong and to right are unequally likely. graded:
+            scores between 0 and 1 as F1 has them, not right or wrong.
     """
     article = np.repeat(np.arange(len(sizes)), sizes)
     # A lean of variance s^2 gives the changes (+1 or -1) the correlation flips * s^2.

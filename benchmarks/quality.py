@@ -1,18 +1,17 @@
 #!/usr/bin/env python3
-"""Perplexity and divergence of several models, each quantized by every method, from the same
+r"""Perplexity and divergence of several models, each quantized by every method, from the same
 calibration tokens.
 
-    python benchmarks/quality.py --data-root ../shared/data --models demo models/Other/baseline
-    --output quality.json
+    python benchmarks/quality.py --data-root ../shared/data --models demo models/Other/baseline \
+        --output quality.json
     python benchmarks/quality.py --data-root ../shared/data --models demo --seeds 0 1 2 --peers
 
 No default may be chosen on one model: give the demo model, others, and variants of both with the
 same function and other statistics. WikiText-2 test in windows of 2048; calibration 64 x 2048
 tokens, groups of 64, asymmetric. With --peers other libraries (benchmarks/requirements.txt)
 quantize the same models from the same tokens; what is not installed is left out. A line for each
-run as
-it ends, then a table: perplexity relative to the baseline's by model, its mean and worst, and the
-mean divergence in nats.
+run as it ends, then a table: perplexity relative to the baseline's by model, its mean and worst,
+and the mean divergence in nats.
 """
 
 import argparse

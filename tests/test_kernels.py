@@ -267,8 +267,7 @@ def test_round_rows(generator):
 )
 def test_every_kernel_compiles(tmp_path, which):
     """For all cards from compute capability 7.5 to 12.0, on a machine without one, and none needs
-    more
-    shared memory than the card has: the interpreter takes things that the compiler refuses.
+    more shared memory than the card has: the interpreter takes things that the compiler refuses.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, ROOT / "tests" / "compile_kernels.py", *which.split()]

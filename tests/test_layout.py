@@ -5,6 +5,8 @@ from graphlib import TopologicalSorter
 
 from conftest import ROOT
 
+from common.results import identity, reuse
+
 FILES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
     for file in (ROOT / "common").rglob("*.py")
@@ -108,3 +110,22 @@ def test_rooms_are_small():
     assert {
         file.name: lines for file in sources if (lines := len(file.read_text().splitlines())) > 350
     } == {}
+
+
+def test_nothing_hides_from_the_tests_above():
+    """No relative imports, none of the scripts, Triton itself in its kernels alone; modules that are
+    named in words exist.
+    """
+    scripts = {file.stem for file in ROOT.glob("*.py")}
+    for name, file in FILES.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, name
+                roots = {node.module.split(".")[0]}
+            elif isinstance(node, ast.Import):
+                roots = {alias.name.split(".")[0] for alias in node.names}
+            else:
+                continue
+            assert not roots & scripts, name
+            assert "triton" not in roots or name.endswith("_triton"), name
+    assert {*reuse._BESIDE_CODES, identity._ENTRY} <= set(FILES)

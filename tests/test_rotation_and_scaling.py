@@ -85,16 +85,6 @@ def test_rotation_leaves_logits_unchanged(tiny_models, tokens, architecture, tie
     assert (before - after).abs().max() < bound * before.abs().max()
 
 
-SEPARATE = (
-    lambda attention: (attention.q_proj, attention.k_proj, attention.v_proj),
-    lambda mlp: (mlp.gate_proj, mlp.up_proj),
-)
-READING = {
-    **dict.fromkeys(FAMILIES, SEPARATE),
-    "phi3": (lambda attention: (attention.qkv_proj,), lambda mlp: (mlp.gate_up_proj,)),
-}
-
-
 @pytest.mark.parametrize("architecture, tied", ARCHITECTURES)
 @torch.no_grad()
 def test_rescaled_channels_are_rotated_to_the_same_weights(tiny_models, architecture, tied):
@@ -114,19 +104,17 @@ def test_rescaled_channels_are_rotated_to_the_same_weights(tiny_models, architec
 
         # A rotation of the hidden state takes the norms' gains into the weights, with their scales.
         if hidden is not None:
-            for norm, linears in (
-                (module.input_layernorm, READING[architecture][0](attention)),
-                (module.post_attention_layernorm, READING[architecture][1](mlp)),
-            ):
+            for group in FAMILIES[architecture].reading:
                 scale = factors(64)
-                norm.weight /= scale
-                for linear in linears:
-                    linear.weight *= scale
+                module.get_submodule(group.fed_by).weight.data /= scale
+                for linear in group.linears:
+                    module.get_submodule(linear).weight.data *= scale
         scale = factors(128)
-        READING[architecture][1](mlp)[-1].weight[-128:] /= scale[:, None]
+        attention_reads, mlp_reads = FAMILIES[architecture].reading
+        module.get_submodule(mlp_reads.linears[-1]).weight.data[-128:] /= scale[:, None]
         mlp.down_proj.weight *= scale
         scale = factors(32)
-        for parameter in READING[architecture][0](attention)[-1].parameters():
+        for parameter in module.get_submodule(attention_reads.linears[-1]).parameters():
             parameter[-32:] /= scale.view(-1, *[1] * (parameter.dim() - 1))
         attention.o_proj.weight *= scale.view(2, 1, 16).expand(2, 2, 16).reshape(-1)
         rotate_layer(module, hidden, value)

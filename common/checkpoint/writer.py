@@ -1,9 +1,9 @@
-"""Writing a checkpoint (`checkpoint_format` knows the format), and what is asked of a folder that
+"""Writing a checkpoint (`format` knows the format), and what is asked of a folder that
 may be one.
 
 A checkpoint is written into `<output>.unfinished`, a shard for each decoder layer as it is
-finished, and gets its real
-name in one step when it is whole: a folder at the output's name is complete.
+finished, and gets its real name in one step when it is whole: a folder at the output's name is
+complete.
 """
 
 from __future__ import annotations

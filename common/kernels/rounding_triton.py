@@ -1,4 +1,4 @@
-"""The Triton kernels behind `grid.search_range`, `rounding.round_block` and the steps of
+"""The Triton kernels behind `rounding.search_range`, `rounding.round_block` and the steps of
 `adaround.learn_rounding`.
 """
 
@@ -109,8 +109,8 @@ def search_range(
     candidates: list[float],
     keep_larger_end: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`grid.search_range` for the norms 2, 4 and 8; a program keeps some groups in registers and
-    tries all candidates.
+    """`rounding.search_range` for the norms 2, 4 and 8; a program keeps some groups in registers
+    and tries all candidates.
     """
     rows, channels = weight.shape
     # Kernels read memory as it lies, and the importance is often a diagonal.

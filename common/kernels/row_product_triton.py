@@ -182,8 +182,8 @@ def _matvec(
     block of channels; a lane reads four words of each output channel. Its inputs become integers of
     16 bits, a high and a low byte, with a scale of their
     own: that moves them by less than rounding the largest to bfloat16 did. With INPUT_BITS they are
-    rounded as a token to at
-    most 8 bits, a high byte. EARLY: weights are read before the kernel before ends.
+    rounded as a token to at most 8 bits, a high byte. EARLY: weights are read before the kernel
+    before ends.
     """
     if not EARLY:
         begin(OVERLAP)

@@ -56,8 +56,8 @@ class Family:
     """The models of one transformers model type.
 
     groups: of a decoder layer's linears, in the order in which they run; they are all its linears.
-    gain_offset: what a norm adds to its stored weight to get its gain.
-    embedding_scale, residual_scale, logits_divisor, logits_cap: fields of the configuration with
+    gain_offset: what a norm adds to its stored weight to get its gain. embedding_scale,
+    residual_scale, logits_divisor, logits_cap: fields of the configuration with
         what the embedding's output and the output of attention and MLP are multiplied by, the
         logits divided by, and then softly capped at (c · tanh(x / c)); None where that is not
         done, or where the module itself does it.

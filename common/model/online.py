@@ -4,9 +4,9 @@ activations and cache.
 R3 turns queries and keys after the rotary embedding, R4 turns down_proj's input (Ashkboos et al.
 2024, arXiv 2404.00456, figure 3), and where inputs are rounded what the norms put out is turned
 too: their gains can then even out the channels before, which a rotation folded into the weights
-does not let them. Inputs of the linears are rounded per token, keys and
-values per token and head: as every vector of the cache is rounded by itself, rounding what
-attention reads is the same as storing it rounded.
+does not let them. Inputs of the linears are rounded per token, keys and values per token and head:
+as every vector of the cache is rounded by itself, rounding what attention reads is the same as
+storing it rounded.
 
 A model whose weights expect this is wrong without it, so such a checkpoint has a model type that
 transformers does not
@@ -44,8 +44,8 @@ class KeyForm:
     """How a layer's keys are put before they are rounded, so that few bits hold what tells them
     apart.
 
-    mean, scale [key-value heads, head size]: keys become (key - mean) * scale, queries
-    query / scale. Scores only lose query . mean, the same for all keys, which softmax does not see.
+    mean, scale [key-value heads, head size]: keys become (key - mean) * scale, queries query /
+    scale. Scores only lose query . mean, the same for all keys, which softmax does not see.
     """
 
     mean: Tensor
@@ -57,8 +57,8 @@ class KeyForm:
         square, averaged over the heads that share the keys; all [key-value heads, head size].
 
         After R3 an error is spread evenly, in steps that follow a key's length, so what it does to
-        scores is E|key * scale|^2 E|query / scale|^2 up to a factor, and scale^4 =
-        E query^2 / Var key makes that smallest.
+        scores is E|key * scale|^2 E|query / scale|^2 up to a factor, and scale^4 = E query^2 / Var
+        key makes that smallest.
         """
         scale = (query_square / (key_square - mean.square()).clamp(min=0)).pow(0.25)
         # A channel that is always the same, or that no query reads, has no scale.

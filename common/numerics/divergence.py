@@ -20,8 +20,8 @@ def divergence_terms(expected: Tensor, found: Tensor) -> Tensor:
 
 
 def token_divergence(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-    """Kullback-Leibler divergence of `found` from `expected`, both log-probabilities
-    [tokens, vocabulary], and whether the most likely token is the same: two tensors [tokens].
+    """Kullback-Leibler divergence of `found` from `expected`, both log-probabilities [tokens,
+    vocabulary], and whether the most likely token is the same: two tensors [tokens].
     """
     divergence = divergence_terms(expected, found).sum(-1)
     # Rounding can take the divergence of equal distributions a hair below zero.

@@ -87,8 +87,7 @@ class StepFailed(Exception):
 
 def step(title: str, command: list[str], log: Path, gpu: dict[str, str]) -> str:
     """Run one script, showing its output and keeping it in `log`. Raises StepFailed with its error
-    line.
-    Returns its first warning of something wrecked, the worst.
+    line. Returns its first warning of something wrecked, the worst.
 
     Args:
         gpu: environment that says which GPU to use; lines are shown with the configuration's name

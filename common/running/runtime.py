@@ -70,8 +70,8 @@ def _load_packed_or_dense(folder: Path, device: torch.device, dtype: torch.dtype
 
 def dense_bytes(folder: Path, dtype: torch.dtype, working: bool = False) -> int:
     """Bytes of a checkpoint's or model's weights, unpacked, in `dtype`; with `working` and of what
-    it takes to run it well. 0
-    where its configuration is not understood: loading it says what is wrong.
+    it takes to run it well. 0 where its configuration is not understood: loading it says what is
+    wrong.
     """
     content = read_config(folder)
     try:

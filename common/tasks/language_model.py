@@ -78,7 +78,7 @@ class HarnessModel(TemplateLM):
         return self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        raise NotImplementedError("perplexity is measured by common.evaluation.perplexity")
+        raise NotImplementedError("perplexity is measured by common.tasks.perplexity")
 
     # --- scoring choices
     # --------------------------------------------------------------------------------------------

@@ -162,9 +162,8 @@ def parse_number(text: str) -> float | None:
 
 
 def extract_number(text: str) -> float | None:
-    """The answer in a model's text: the last \\boxed, else what follows the last "answer is",
-    else the
-    last plain number.
+    """The answer in a model's text: the last \\boxed, else what follows the last "answer is", else
+    the last plain number.
 
     None where the answer that is given has digits and yet is no plain number, such as `2^{10}`.
     """

@@ -111,7 +111,7 @@ class Task:
 
     def conditions(self, loaded: Any, evaluation: Evaluation) -> dict:
         """What its results depend on besides what all tasks share: `data`, a `fingerprint`, sizes
-        (`results.SIZES`). Raises UserError where they could not answer for the subject.
+        (`documents.SIZES`). Raises UserError where they could not answer for the subject.
         """
         return {}
 

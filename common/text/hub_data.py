@@ -1,8 +1,8 @@
 """Rows of a data set on the hub: fetched once, at one revision, and kept for later runs.
 
-They are kept in HF_HOME (~/.cache/huggingface), in sampled_rows/<owner>/<name>/<revision>/:
-a small parquet file for each config, split and sample. The file `revision` beside holds the commit
-that all of them are of. Whoever wants a newer one deletes the folder of the data set.
+They are kept in HF_HOME (~/.cache/huggingface), in sampled_rows/<owner>/<name>/<revision>/: a small
+parquet file for each config, split and sample. The file `revision` beside holds the commit that all
+of them are of. Whoever wants a newer one deletes the folder of the data set.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 hashes of word sequences.
 
 Of the calibration text every eighth sequence of 13 words is hashed (13 words is the length
-customary for such checks), of
-the evaluation text every one: a run of 20 words in common is always found, and no text has to be
-kept. Set phrases are in many texts; an overlap is a text of which half or more is known.
+customary for such checks), of the evaluation text every one: a run of 20 words in common is always
+found, and no text has to be kept. Set phrases are in many texts; an overlap is a text of which half
+or more is known.
 """
 
 from __future__ import annotations

@@ -266,8 +266,8 @@ def group_inputs(
     layer: nn.Module,
     receive: Callable[[LinearGroup, Tensor], None],
 ) -> Iterator[None]:
-    """While open, call `receive(group, input)` each time a linear group of `layer` is given
-    its input.
+    """While open, call `receive(group, input)` each time a linear group of `layer` is given its
+    input.
     """
     handles = []
     for group in family_of(layer).groups:

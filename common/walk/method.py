@@ -113,6 +113,7 @@ class Layer:
 class Method:
     """A quantization method.
 
+    name: that of its script, quantize_<name>.py, and of its configurations.
     quantize_layer: returns the codes of a layer's `own_weight` of every linear
         (`Layer.quantize_groups`). What it does to a row may not depend on the other rows.
     needs: what is collected of the inputs of the linears; NOTHING for a method without calibration.
