@@ -113,8 +113,8 @@ def test_rooms_are_small():
 
 
 def test_nothing_hides_from_the_tests_above():
-    """No relative imports, none of the scripts, Triton itself in its kernels alone; modules that are
-    named in words exist.
+    """No relative imports, none of the scripts, Triton itself in its kernels alone; modules that
+    are named in words exist.
     """
     scripts = {file.stem for file in ROOT.glob("*.py")}
     for name, file in FILES.items():
