@@ -37,20 +37,6 @@ from common.walk.layers import WalkResult, quantize_model
 from common.walk.method import Method
 from common.walk.resume import Resumption
 
-# Options that change nothing in the result.
-_WITHOUT_EFFECT = (
-    "output",
-    "overwrite",
-    "resume",
-    "save_metadata",
-    "data_root",
-    "device",
-    "device_memory",
-    "dtype",
-    "calib_data",
-    "model",
-)
-
 
 def run(
     options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUPPORTED_BITS
@@ -209,7 +195,8 @@ class _Run:
             **{
                 f"--{name.replace('_', '-')}": value
                 for name, value in options
-                if name not in _WITHOUT_EFFECT
+                # The text's fingerprint stands for where it comes from.
+                if name not in (*reuse.WITHOUT_EFFECT, "calib_data")
             },
             "device": metadata.describe_device(self.device)["name"],
             "processes": parallel.size(),

@@ -163,6 +163,11 @@ def test_a_quick_comparison_does_not_take_the_baseline_from_others(place, tiny, 
     assert document_of(results, tiny, "baseline")["tasks"]["arc"]["samples"] == 2
     # Nothing rests on the baseline any more, but what this comparison evaluates again.
     perplexities(compare(checkpoint, results))
+    # Evaluated for its own sake it is not refused, and says who loses it.
+    words = ["--model", tiny, "--results-dir", results, "--data", "demo", "--tasks", "arc"]
+    alone = run_script(ROOT / "common/baseline.py", *words, "--limit", 2)
+    assert alone.returncode == 0, alone.stderr
+    assert "hqq-4bit, hqq-8bit will have no baseline until evaluated again" in alone.stdout
 
 
 def test_other_rows_under_the_same_name(made, tiny, tmp_path):

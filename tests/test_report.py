@@ -141,23 +141,13 @@ def test_another_results_folder_leaves_the_documented_run_in_the_readme(results)
 def test_documented_and_local_results_are_told_apart(results):
     """The documented run never passes as one of this machine; both are shown, each as what it
     is."""
+    words = [ROOT / "analyze_results.py", "--results-dir", results / "results"]
+    words += ["--documented-dir", results / "documented", "--readme", results / "README.md"]
+    words += ["--figures-dir", results / "figures"]
     shutil.copytree(results / "results", results / "documented")
     file = results / "results/tiny/baseline.json"
     file.write_text(json.dumps(document("baseline", 0.875, date="2031-05-06")))
-    assert (
-        run_script(
-            ROOT / "analyze_results.py",
-            "--results-dir",
-            results / "results",
-            "--documented-dir",
-            results / "documented",
-            "--readme",
-            results / "README.md",
-            "--figures-dir",
-            results / "figures",
-        ).returncode
-        == 0
-    )
+    assert run_script(*words).returncode == 0
     text = (results / "README.md").read_text()
     local, documented = text.split("### tiny (documented run)")
     assert (
@@ -174,20 +164,7 @@ def test_documented_and_local_results_are_told_apart(results):
         results / "tables/documented/tiny/measurements.csv"
     ).read_bytes()
     shutil.rmtree(results / "results")  # a fresh clone
-    assert (
-        run_script(
-            ROOT / "analyze_results.py",
-            "--results-dir",
-            results / "results",
-            "--documented-dir",
-            results / "documented",
-            "--readme",
-            results / "README.md",
-            "--figures-dir",
-            results / "figures",
-        ).returncode
-        == 0
-    )
+    assert run_script(*words).returncode == 0
     assert "local run" not in (results / "README.md").read_text()
 
 

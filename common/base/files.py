@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +60,18 @@ def replacing(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
     yield unfinished
     unfinished.rename(path)
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Make a folder and try a file in it. Returns what the system says against it, None if that
+    goes.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def replace_folder(finished: Path, folder: Path) -> None:

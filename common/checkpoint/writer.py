@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from common.base.device import dtype_name
 from common.base.errors import UserError
-from common.base.files import json_or_none, load_json, replace_folder
+from common.base.files import json_or_none, load_json, replace_folder, why_not_writable
 from common.checkpoint.format import (
     VOCABULARY,
     form_of_linears,
@@ -62,13 +62,8 @@ def check_output(output: Path, overwrite: bool) -> None:
                 f"output {output} holds a model that is not quantized; it is not replaced, "
                 "choose another --output"
             )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        probe = output.with_name(f"{output.name}.{os.getpid()}")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"output {output} cannot be written ({error.strerror or error})") from None
+    if reason := why_not_writable(output.parent):
+        raise UserError(f"output {output} cannot be written ({reason})")
 
 
 class CheckpointWriter:

@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common.base.errors import UserError
-from common.base.files import read_json, replacing
+from common.base.files import read_json, replacing, why_not_writable
 
 # Those of this machine, and those of the documented run, which come with the project.
 RESULTS_FOLDER, DOCUMENTED_FOLDER = Path("results"), Path("docs/results")
@@ -66,16 +65,10 @@ class ModelResults:
 
 def check_folder(folder: Path) -> None:
     """Refuse a folder for results that cannot be made or written to. Raises UserError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
+    if reason := why_not_writable(folder):
         raise UserError(
-            f"results cannot be written to {folder} ({error.strerror or error}); choose another "
-            "--results-dir"
-        ) from None
+            f"results cannot be written to {folder} ({reason}); choose another --results-dir"
+        )
 
 
 def read_document(path: Path) -> dict:

@@ -289,14 +289,18 @@ def other_data(baseline: dict, quantized: dict) -> list[str]:
 
 
 def spare(
-    subject: Subject, results_dir: Path, tasks: dict[str, dict], compared: str | None = None
+    subject: Subject,
+    results_dir: Path,
+    tasks: dict[str, dict],
+    compared: str | None,
+    refuse: bool,
 ) -> None:
-    """Refuse to evaluate a baseline on other data while other configurations are compared with it;
-    where it is evaluated for its own sake, say which will have none.
+    """Refuse to evaluate a baseline on other data while other configurations are compared with it,
+    or say which will have none.
 
     Args:
         tasks: by task to be evaluated, what its results have to agree with.
-        compared: the configuration that it is evaluated for.
+        compared: the configuration that it is evaluated for, if for one.
     """
     results = load_model_results(results_dir / subject.name)
     known = results.documents.get(BASELINE, {"tasks": {}})
@@ -316,7 +320,7 @@ def spare(
         return
     names = ", ".join(resting)
     differences = "; ".join(f"{task} {change}" for task, change in changes.items())
-    if compared is None:
+    if not refuse:
         say(f"{names} will have no baseline until evaluated again as well: there {differences}")
         return
     raise UserError(

@@ -41,7 +41,7 @@ _BESIDE_CODES = (
 )
 # Options of a quantize script that change nothing in the checkpoint, and those that matter only
 # where there is calibration.
-_WITHOUT_EFFECT = (
+WITHOUT_EFFECT = (
     "output",
     "overwrite",
     "resume",
@@ -107,7 +107,7 @@ def changed_options(
             ("--model", source_of(record["model"]["source"]), source_of(options.model)),
             ("--dtype", record["compute_dtype"], dtype),
         ]
-        ignored = {*_WITHOUT_EFFECT, *(_OF_CALIBRATION if record["calibration"] is None else ())}
+        ignored = {*WITHOUT_EFFECT, *(_OF_CALIBRATION if record["calibration"] is None else ())}
         for name, now in vars(options).items():
             then = made.get(name, "unknown")
             if name == "group_size" and now == str(grid["group_size"] or "channel"):

@@ -70,16 +70,15 @@ def evaluate_model(
     }
     found = {task.name: task.conditions(loaded[task.name], evaluation) for task in tasks}
     conditions = {name: found[name] for name in options.tasks}
-    if subject.configuration == BASELINE and not (reuse and compared):
-        identity.spare(subject, results_dir, conditions)
     if reuse:
         left = identity.left_to_do(subject, results_dir, shared, conditions, twice)
         if not left:
             return read_document(results_dir / subject.name / f"{subject.configuration}.json")
         conditions = {name: conditions[name] for name in left}
-        if compared:
-            identity.spare(subject, results_dir, conditions, compared)
         tasks = [task for task in tasks if task.name in left]
+    if subject.configuration == BASELINE:
+        refuse = reuse and compared is not None
+        identity.spare(subject, results_dir, conditions, compared, refuse)
     prepared = {task.name: task.prepare(loaded[task.name], evaluation) for task in tasks}
     started = time.perf_counter()
     model, _ = load_for_running(folder, device, dtype)

@@ -144,18 +144,17 @@ def encode_document(document: str | list[dict], tokenizer, start: list[int]) -> 
         UserError: the chat template refuses the conversation, or writes nothing of it.
     """
     is_chat = False
-    if not isinstance(document, str) and getattr(tokenizer, "chat_template", None):
-        is_chat = True
-        text = chat.render(tokenizer, document)
+    if isinstance(document, str):
+        text = document
+    elif not getattr(tokenizer, "chat_template", None):
+        text = "\n\n".join(message["content"] for message in document)
+    else:
+        is_chat, text = True, chat.render(tokenizer, document)
         if not text.strip() and any(message["content"].strip() for message in document):
             raise UserError(
                 "the model's chat template writes nothing of a conversation; give data "
                 "of plain text instead"
             )
-    elif isinstance(document, str):
-        text = document
-    else:
-        text = "\n\n".join(message["content"] for message in document)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if start and tokens[: len(start)] == start:
         tokens = tokens[len(start) :]
