@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
+from methods import method_options
 from peers import PEERS
 from scripts import quantize
 
@@ -34,23 +35,18 @@ from common.base.arguments import positive, two_or_more
 from common.base.device import DTYPES, resolve_device
 from common.cli import configure_torch, quiet_libraries
 from common.model.source import SourceModel, resolve_folder
+from common.results.documents import CONFIGURATIONS
 from common.running.runtime import load_model
 from common.tasks import perplexity
 from common.tasks.original import last_hidden_states
 from common.text.windows import calibration_windows, evaluation_windows
 
 GROUP_SIZE = 64
-# What is run: a name, the script and its options.
+METHODS = method_options(GROUP_SIZE)
+# What is run: the configurations of the comparison and a few beside them, by name: the script and
+# its options.
 RUNS = {
-    "gptq-4bit": ("gptq", ["--bits", "4"]),
-    "awq-4bit": ("awq", ["--bits", "4"]),
-    "hqq-4bit": ("hqq", ["--bits", "4"]),
-    "adaround-4bit": ("adaround", ["--bits", "4"]),
-    "quarot-4bit": ("quarot", ["--bits", "4"]),
-    "smoothquant-8bit": ("smoothquant", []),
-    "gptq-8bit": ("gptq", ["--bits", "8"]),
-    "hqq-8bit": ("hqq", ["--bits", "8"]),
-    "adaround-8bit": ("adaround", ["--bits", "8"]),
+    **{name: (made[0], ["--bits", str(made[1])]) for name, made in CONFIGURATIONS.items() if made},
     "gptq-3bit": ("gptq", ["--bits", "3"]),
     "quarot-3bit": ("quarot", ["--bits", "3"]),
     "quarot-w4a4kv4": ("quarot", ["--bits", "4", "--act-bits", "4", "--kv-bits", "4"]),
@@ -114,7 +110,6 @@ def by_script(
     script.
     """
     options = subject.options
-    group = [] if script == "smoothquant" else ["--group-size", str(GROUP_SIZE)]
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "checkpoint"
         seconds = quantize(
@@ -126,7 +121,7 @@ def by_script(
                 str(output),
                 "--seed",
                 str(seed),
-                *group,
+                *METHODS[script],
                 "--data-root",
                 str(options.data_root),
                 "--calib-data",
@@ -151,11 +146,16 @@ def by_peer(function: Callable, subject: Subject, seed: int) -> tuple[dict[str, 
     return subject.measure(model.to(subject.device)), time.perf_counter() - start
 
 
+def _script(run: str) -> str:
+    """The script that a run written out begins with."""
+    return (run.split() or [""])[0]
+
+
 def jobs(options: argparse.Namespace) -> dict[str, tuple[Callable, bool]]:
     """By name of a run: a function of subject and seed, and whether the seed matters."""
     found = {}
     for run in options.runs:
-        script, extra = RUNS[run] if run in RUNS else (run.split()[0], run.split()[1:])
+        script, extra = RUNS[run] if run in RUNS else (_script(run), run.split()[1:])
         found[run] = (
             (lambda *what, script=script, extra=extra: by_script(script, extra, *what)),
             script not in UNSEEDED,
@@ -225,6 +225,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="JSON of all records, written after each")
     options = parser.parse_args()
+    if unknown := [run for run in options.runs if run not in RUNS and _script(run) not in METHODS]:
+        parser.error(f"unknown run {unknown[0]}; known are {', '.join([*RUNS, *METHODS])}")
     quiet_libraries()
     configure_torch(0)
     records: list[dict] = []

@@ -264,6 +264,24 @@ def run_script(
     return subprocess.CompletedProcess(words, code or 0, out.getvalue(), err.getvalue())
 
 
+def run_quantize(
+    method: str, model, output, *options, text=None, samples: int = 8, length: int = 64
+) -> subprocess.CompletedProcess:
+    """Run a method's script, here.
+
+    Args:
+        text: calibration text, of which `samples` windows of `length` tokens are taken; None leaves
+            all three to the script.
+    """
+    calibration = ("--calib-data", text, "--calib-samples", samples, "--calib-length", length)
+    return run_script(
+        ROOT / f"quantize_{method}.py",
+        *("--model", model, "--output", output),
+        *options,
+        *(calibration if text else ()),
+    )
+
+
 def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
     """One clear line, exit code 2, no traceback; the line holds all the words."""
     assert result.returncode == 2, result.stdout + result.stderr

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, ROOT, assert_user_error, run_script
+from conftest import ARCHITECTURES, ROOT, assert_user_error, run_quantize, run_script
+from methods import method_options
 
 from common.checkpoint.format import open_checkpoint, weight_format
 from common.checkpoint.tensors import decompress, stored_parts
@@ -31,13 +32,6 @@ weights = {
 found = {"logits": logits, "tied": tied, "weights": weights, "template": tokenizer.chat_template}
 torch.save(found, sys.argv[4])
 """
-
-
-def quantize(method, model, output, *options, text=None):
-    calibration = ["--calib-data", text, "--calib-samples", 8, "--calib-length", 64] if text else []
-    return run_script(
-        ROOT / f"quantize_{method}.py", "--model", model, "--output", output, *options, *calibration
-    )
 
 
 def plain_load(folder, tokens, scratch, dtype="float32"):
@@ -76,14 +70,15 @@ CASES = [(architecture, tied, "gptq", 4, "auto", False) for architecture, tied i
 ]
 # Loaded plainly in a fresh process too, but with less to look at: every method on every
 # architecture.
-METHODS = {
-    "awq": ["--bits", 3],
-    "smoothquant": ["--alpha", "auto"],
-    "quarot": ["--sweeps", 0, "--damping", 0.02],
-    "adaround": ["--iterations", 30, "--bits", 8],
-    "gptq": ["--sweeps", 0, "--damping", 0.02, "--symmetric"],
-    "hqq": ["--lp-norm", 2.0],
-}
+METHODS = method_options(
+    iterations=30,
+    gptq=["--sweeps", "0", "--damping", "0.02", "--symmetric"],
+    awq=["--bits", "3"],
+    hqq=["--lp-norm", "2"],
+    smoothquant=["--alpha", "auto"],
+    adaround=["--bits", "8"],
+    quarot=["--sweeps", "0", "--damping", "0.02"],
+)
 
 
 @pytest.mark.parametrize("architecture, tied, method, bits, group_size, symmetric", CASES)
@@ -92,7 +87,7 @@ def test_plain_load_equals_what_was_quantized(
 ):
     source = tiny_models[architecture, tied]
     output = tmp_path / "quantized"
-    result = quantize(
+    result = run_quantize(
         method,
         source,
         output,
@@ -143,7 +138,7 @@ def test_every_method_on_every_architecture(
     quantized.
     """
     output = tmp_path / "quantized"
-    result = quantize(
+    result = run_quantize(
         method, tiny_models[architecture, tied], output, *METHODS[method], text=calibration_text
     )
     assert result.returncode == 0, result.stderr
@@ -178,7 +173,7 @@ def test_quantized_head_and_embedding(
     source = tiny_models[architecture, tied]
     few = ("--iterations", 20) if method == "adaround" else ()
     for folder, extra in ((output, options), (plain, ())):
-        result = quantize(method, source, folder, *extra, *few, text=calibration_text)
+        result = run_quantize(method, source, folder, *extra, *few, text=calibration_text)
         assert result.returncode == 0, result.stderr
     verified = run_script(ROOT / "verify_model.py", "--model-path", output)
     assert verified.returncode == 0, verified.stdout
@@ -204,14 +199,14 @@ def test_quantized_head_and_embedding(
 
 
 def test_a_tied_head_cannot_be_rounded_alone(tiny, calibration_text, tmp_path):
-    result = quantize("gptq", tiny, tmp_path / "out", "--head-bits", 8, text=calibration_text)
+    result = run_quantize("gptq", tiny, tmp_path / "out", "--head-bits", 8, text=calibration_text)
     assert_user_error(result, "shares its head", "--embedding-bits 8")
     assert not (tmp_path / "out").exists()
 
 
 def test_block_reconstruction(tiny, calibration_text, tmp_path):
     output = tmp_path / "quantized"
-    result = quantize(
+    result = run_quantize(
         "adaround",
         tiny,
         output,
@@ -227,7 +222,7 @@ def test_block_reconstruction(tiny, calibration_text, tmp_path):
 
 def test_metadata_says_what_was_run(tiny, calibration_text, tmp_path):
     output = tmp_path / "gptq-4bit"
-    assert quantize("gptq", tiny, output, "--seed", 3, text=calibration_text).returncode == 0
+    assert run_quantize("gptq", tiny, output, "--seed", 3, text=calibration_text).returncode == 0
     record = json.loads((output / METADATA_FILE).read_text())
     assert record["method"] == "gptq" and record["bits"] == 4 and record["seed"] == 3
     assert record["options"]["calib_samples"] == 8
@@ -263,7 +258,7 @@ def test_metadata_says_what_was_run(tiny, calibration_text, tmp_path):
 def test_same_seed_gives_the_same_file_and_another_seed_does_not(tiny, calibration_text, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert (
-            quantize(
+            run_quantize(
                 "gptq", tiny, tmp_path / name, "--seed", seed, text=calibration_text
             ).returncode
             == 0
@@ -275,12 +270,12 @@ def test_same_seed_gives_the_same_file_and_another_seed_does_not(tiny, calibrati
 
 def test_no_metadata_and_overwrite(tiny, tmp_path):
     output = tmp_path / "hqq"
-    assert quantize("hqq", tiny, output, "--no-save-metadata").returncode == 0
+    assert run_quantize("hqq", tiny, output, "--no-save-metadata").returncode == 0
     assert not (output / METADATA_FILE).exists()
     before = (output / "config.json").stat().st_mtime_ns
-    assert_user_error(quantize("hqq", tiny, output), "exists already", "--overwrite")
+    assert_user_error(run_quantize("hqq", tiny, output), "exists already", "--overwrite")
     assert (output / "config.json").stat().st_mtime_ns == before
-    assert quantize("hqq", tiny, output, "--overwrite").returncode == 0
+    assert run_quantize("hqq", tiny, output, "--overwrite").returncode == 0
     assert (output / METADATA_FILE).exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hqq"]
     verified = run_script(ROOT / "verify_model.py", "--model-path", output)

@@ -9,8 +9,9 @@ import json
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import run_quantize
 from kernel_checks import relative
+from methods import method_options
 
 from common.model.fused import fuse_layers
 from common.running import runtime
@@ -48,14 +49,14 @@ def test_fused_layers(tiny_models, architecture):
     assert relative(gradients[1], gradients[0]) < 1e-3
 
 
-FORMS = {
-    "gptq": ["--bits", "4"],
-    "awq": ["--bits", "4", "--symmetric"],
-    "hqq": ["--bits", "8"],
-    "smoothquant": [],
-    "adaround": ["--bits", "8", "--iterations", "5"],
-    "quarot": ["--bits", "4", "--head-bits", "8", "--embedding-bits", "8"],
-}
+FORMS = method_options(
+    group_size=32,
+    iterations=5,
+    awq=["--symmetric"],
+    hqq=["--bits", "8"],
+    adaround=["--bits", "8"],
+    quarot=["--head-bits", "8", "--embedding-bits", "8"],
+)
 
 
 @pytest.mark.parametrize("method", FORMS)
@@ -65,27 +66,11 @@ def test_every_method_packed_and_dense(tiny_models, tmp_path, method, architectu
     decoder with both.
     """
     source = next(folder for (name, _), folder in tiny_models.items() if name == architecture)
-    size = [] if method == "smoothquant" else ["--group-size", "32"]
     codes = {}
     for device in ("cuda", "cpu"):
         output = tmp_path / device
-        result = run_script(
-            f"quantize_{method}.py",
-            "--model",
-            source,
-            "--output",
-            output,
-            "--calib-samples",
-            "4",
-            "--calib-length",
-            "128",
-            "--calib-data",
-            "demo",
-            "--device",
-            device,
-            *size,
-            *FORMS[method],
-        )
+        words = ["--device", device, *FORMS[method]]
+        result = run_quantize(method, source, output, *words, text="demo", samples=4, length=128)
         assert result.returncode == 0, result.stdout + result.stderr
         codes[device] = json.loads((output / "quantization_metadata.json").read_text())
     assert (
@@ -126,25 +111,8 @@ def test_other_families_packed_and_dense(tiny_models, tmp_path, architecture):
     """They run through their own layers, on packed weights too; their head gives the logits."""
     source = next(folder for (name, _), folder in tiny_models.items() if name == architecture)
     output = tmp_path / "cuda"
-    result = run_script(
-        "quantize_gptq.py",
-        "--model",
-        source,
-        "--output",
-        output,
-        "--calib-samples",
-        "4",
-        "--calib-length",
-        "128",
-        "--calib-data",
-        "demo",
-        "--group-size",
-        "32",
-        "--embedding-bits",
-        "8",
-        "--device",
-        "cuda",
-    )
+    words = ["--group-size", 32, "--embedding-bits", 8, "--device", "cuda"]
+    result = run_quantize("gptq", source, output, *words, text="demo", samples=4, length=128)
     assert result.returncode == 0, result.stdout + result.stderr
     plain, _ = load_model(output, CUDA, torch.bfloat16)
     packed, _ = load_for_running(output, CUDA, torch.bfloat16)
@@ -182,9 +150,7 @@ def test_memory_to_run(demo_model, tmp_path, name):
     """At least weights and cache; the same however much else is allocated; nothing is left
     behind."""
     if name == "packed":
-        result = run_script(
-            "quantize_hqq.py", "--model", demo_model, "--output", tmp_path / "packed"
-        )
+        result = run_quantize("hqq", demo_model, tmp_path / "packed")
         assert result.returncode == 0, result.stderr
     model, _ = load_for_running(
         demo_model if name == "plain" else tmp_path / "packed", CUDA, torch.bfloat16

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, FUSED, run_script
+from conftest import ARCHITECTURES, FUSED, run_quantize
+from methods import method_options
 from transformers import AutoModelForCausalLM
 
 from common.model.architecture import FAMILIES, let_head_finish_logits
@@ -16,12 +17,12 @@ from common.running.packed import PackedLinear, load_packed
 from common.running.runtime import load_model
 
 CPU = torch.device("cpu")
-FORMS = {
-    "gptq": ["--bits", "4", "--group-size", "32"],
-    "hqq": ["--bits", "8", "--symmetric"],
-    "smoothquant": [],
-    "quarot": ["--bits", "4", "--group-size", "32", "--head-bits", "8", "--embedding-bits", "8"],
-}
+FORMS = method_options(
+    iterations=5,
+    gptq=["--group-size", "32"],
+    hqq=["--bits", "8", "--symmetric"],
+    quarot=["--group-size", "32", "--head-bits", "8", "--embedding-bits", "8"],
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +73,8 @@ def test_other_families_run_packed_through_their_own_layers(
     """Neither decoded through graphs nor fused, and the head gives the same logits as the model."""
     method, *options = options
     output = tmp_path / method
-    result = run_script(
-        f"quantize_{method}.py",
-        "--model",
-        tiny_models[architecture, tied],
-        "--output",
-        output,
-        "--calib-samples",
-        "2",
-        "--calib-length",
-        "64",
-        "--calib-data",
-        "demo",
-        *options,
-    )
+    source = tiny_models[architecture, tied]
+    result = run_quantize(method, source, output, *options, text="demo", samples=2)
     assert result.returncode == 0, result.stderr
     plain = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     tokens = torch.randint(2, 320, (2, 60), generator=torch.Generator().manual_seed(4))
@@ -108,20 +97,9 @@ def test_other_families_run_packed_through_their_own_layers(
 )
 def test_packed_model_equals_plain_load(tiny_models, tmp_path, prompts, method, architecture):
     output = tmp_path / method
-    run_script(
-        f"quantize_{method}.py",
-        "--model",
-        tiny_models[architecture, True],
-        "--output",
-        output,
-        "--calib-samples",
-        "2",
-        "--calib-length",
-        "64",
-        "--calib-data",
-        "demo",
-        *FORMS[method],
-    )
+    source = tiny_models[architecture, True]
+    result = run_quantize(method, source, output, *FORMS[method], text="demo", samples=2)
+    assert result.returncode == 0, result.stderr
     plain, _ = load_model(output, CPU, torch.float32)
     # On dense weights transformers rounds inputs in the linears, which a decoder would not see.
     assert can_decode(plain, 32) == (method != "smoothquant")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, assert_user_error, run_script
+from conftest import ROOT, assert_user_error, run_quantize, run_script
 from scipy import stats
 
 from common.checkpoint.writer import METADATA_FILE
@@ -102,19 +102,7 @@ def test_shared_passages_are_found_wherever_they_lie():
 
 def test_evaluation_on_calibration_text_is_refused(tiny, tmp_path, calibration_text):
     output = tmp_path / "checkpoint"
-    result = run_script(
-        ROOT / "quantize_gptq.py",
-        "--model",
-        tiny,
-        "--output",
-        output,
-        "--calib-data",
-        calibration_text,
-        "--calib-samples",
-        8,
-        "--calib-length",
-        64,
-    )
+    result = run_quantize("gptq", tiny, output, text=calibration_text)
     assert result.returncode == 0, result.stderr
     assert json.loads((output / METADATA_FILE).read_text())["calibration"]["passages"]
     evaluate = [

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, assert_user_error, run_script
+from conftest import ROOT, assert_user_error, run_quantize, run_script
 
 from common.base.errors import UserError
 from common.verification import verify
@@ -21,19 +21,7 @@ NONSENSE = (None, -1, 0, 7, 1e30, "", "x", [], {}, True, [None], {"a": 1})
 @pytest.fixture(scope="module")
 def checkpoint(tiny, calibration_text, tmp_path_factory):
     output = tmp_path_factory.mktemp("checkpoint") / "gptq-4bit"
-    result = run_script(
-        ROOT / "quantize_gptq.py",
-        "--model",
-        tiny,
-        "--output",
-        output,
-        "--calib-data",
-        calibration_text,
-        "--calib-samples",
-        4,
-        "--calib-length",
-        64,
-    )
+    result = run_quantize("gptq", tiny, output, text=calibration_text, samples=4)
     assert result.returncode == 0, result.stderr
     return output
 

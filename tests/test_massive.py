@@ -4,14 +4,14 @@ wreck what hangs on them.
 
 import pytest
 import torch
-from conftest import ROOT, build_tiny, run_script, tiny_tokenizer
+from conftest import build_tiny, run_quantize, tiny_tokenizer
 from methods import method_options
 
 from common.running.runtime import load_model
 from common.tasks.perplexity import perplexity
 from common.text.windows import Windows
 
-METHODS = method_options(iterations=40)
+METHODS = method_options(group_size=32, iterations=40)
 CPU = torch.device("cpu")
 # Perplexity relative to the original's; measured with a super weight, with a massive activation:
 # gptq 1.095, 1.012, awq 1.072, 1.005, hqq 1.122, 1.036, smoothquant 1.003, 1.052, adaround 1.091,
@@ -122,21 +122,8 @@ def test_the_model_rests_on_it(planted):
 @pytest.mark.parametrize("method", METHODS)
 def test_perplexity_stays(planted, method, tmp_path):
     folder, text, windows, baseline, *_ = planted
-    bits = [] if method == "smoothquant" else ["--bits", 4, "--group-size", 32]
-    result = run_script(
-        ROOT / f"quantize_{method}.py",
-        "--model",
-        folder,
-        "--output",
-        tmp_path / "out",
-        *bits,
-        *METHODS[method],
-        *(
-            []
-            if method == "hqq"
-            else ["--calib-data", text, "--calib-samples", 12, "--calib-length", 64]
-        ),
-    )
+    options = METHODS[method]
+    result = run_quantize(method, folder, tmp_path / "out", *options, text=text, samples=12)
     assert result.returncode == 0, result.stderr
     assert "wrecked" not in result.stdout
     found = perplexity(load_model(tmp_path / "out", CPU, torch.float32)[0], windows)[0][

@@ -18,10 +18,11 @@ from methods import method_options
 from common.checkpoint.unfinished import UnfinishedFolder
 from common.checkpoint.writer import METADATA_FILE
 
-LAYERS = 8
-METHODS = method_options(iterations=15)
-METHODS["awq"] += ["--embedding-bits", 8]
-METHODS["quarot"] += ["--act-bits", 4, "--kv-bits", 4, "--head-bits", 8]
+METHODS = method_options(
+    iterations=15,
+    awq=["--embedding-bits", "8"],
+    quarot=["--act-bits", "4", "--kv-bits", "4", "--head-bits", "8"],
+)
 
 
 def command(method, model, output, text, *extra):

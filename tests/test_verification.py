@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_quantize, run_script
 from safetensors.torch import load_file, save_file
 
 from common import verification
@@ -15,19 +15,7 @@ from common.checkpoint.writer import METADATA_FILE
 @pytest.fixture(scope="module")
 def checkpoint(tiny, calibration_text, tmp_path_factory):
     output = tmp_path_factory.mktemp("checkpoint") / "gptq-4bit"
-    result = run_script(
-        ROOT / "quantize_gptq.py",
-        "--model",
-        tiny,
-        "--output",
-        output,
-        "--calib-data",
-        calibration_text,
-        "--calib-samples",
-        8,
-        "--calib-length",
-        64,
-    )
+    result = run_quantize("gptq", tiny, output, text=calibration_text)
     assert result.returncode == 0, result.stderr
     return output
 
@@ -167,9 +155,7 @@ def test_a_wrecked_linear_is_named_by_both_scripts(tiny, tmp_path, monkeypatch):
         return scale, zero_point
 
     monkeypatch.setattr(rounding, "search_range", broken)
-    result = run_script(
-        ROOT / "quantize_hqq.py", "--model", tiny, "--output", tmp_path / "out", "--bits", "8"
-    )
+    result = run_quantize("hqq", tiny, tmp_path / "out", "--bits", 8)
     assert result.returncode == 0
     for name in ("model.layers.0.mlp.down_proj", LINEAR):
         assert f"warning: {name} is wrecked" in result.stdout
@@ -178,16 +164,7 @@ def test_a_wrecked_linear_is_named_by_both_scripts(tiny, tmp_path, monkeypatch):
     assert verified.returncode == 1
     assert "FAIL  output errors: 2 linears" in verified.stdout and LINEAR in verified.stdout
     # Errors are in the metadata alone.
-    result = run_script(
-        ROOT / "quantize_hqq.py",
-        "--model",
-        tiny,
-        "--output",
-        tmp_path / "bare",
-        "--bits",
-        "8",
-        "--no-save-metadata",
-    )
+    result = run_quantize("hqq", tiny, tmp_path / "bare", "--bits", 8, "--no-save-metadata")
     assert f"warning: {LINEAR} is wrecked" in result.stdout and "will fail" not in result.stdout
     assert "saved without metadata, so verify_model.py cannot know" in result.stdout
     assert run(tmp_path / "bare").returncode == 0
@@ -205,15 +182,7 @@ def test_a_wrecked_embedding_or_head_is_named_by_both_scripts(
     search = vocabulary.search_range
 
     def quantize(output):
-        result = run_script(
-            ROOT / "quantize_hqq.py",
-            "--model",
-            tiny_models["llama", False],
-            "--output",
-            output,
-            option,
-            bits,
-        )
+        result = run_quantize("hqq", tiny_models["llama", False], output, option, bits)
         assert result.returncode == 0, result.stderr
         return result
 
