@@ -176,29 +176,30 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def method(options: argparse.Namespace) -> Method:
+    block = options.reconstruction == "block"
+    needs = Needs.GRAM | (Needs.MAGNITUDES if options.equalize else Needs.NOTHING)
+    return Method(
+        "adaround",
+        lambda layer: quantize_layer(layer, options.iterations, block),
+        needs,
+        prepare_layer=equalize if options.equalize else None,
+        catch_up=options.catch_up,
+    )
+
+
 def main() -> None:
     options = argument_parser().parse_args()
     cli.resolve_sizes(options)
     options.iterations = options.iterations or (
         DEMO_ITERATIONS if options.calib_data == "demo" else ITERATIONS
     )
-    block = options.reconstruction == "block"
-    if block and parallel.size() > 1:
+    if options.reconstruction == "block" and parallel.size() > 1:
         raise UserError(
             "--reconstruction block learns a layer as a whole, in one process; start it without "
             "torchrun"
         )
-    needs = Needs.GRAM | (Needs.MAGNITUDES if options.equalize else Needs.NOTHING)
-    run(
-        options,
-        Method(
-            "adaround",
-            lambda layer: quantize_layer(layer, options.iterations, block),
-            needs,
-            prepare_layer=equalize if options.equalize else None,
-            catch_up=options.catch_up,
-        ),
-    )
+    run(options, method(options))
 
 
 if __name__ == "__main__":

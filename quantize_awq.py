@@ -47,18 +47,19 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def method(options: argparse.Namespace) -> Method:
+    return Method(
+        "awq",
+        quantize_layer,
+        Needs.GRAM | Needs.MAGNITUDES,
+        prepare_layer=equalize,
+        catch_up=options.catch_up,
+    )
+
+
 def main() -> None:
     options = argument_parser().parse_args()
-    run(
-        options,
-        Method(
-            "awq",
-            quantize_layer,
-            Needs.GRAM | Needs.MAGNITUDES,
-            prepare_layer=equalize,
-            catch_up=options.catch_up,
-        ),
-    )
+    run(options, method(options))
 
 
 if __name__ == "__main__":

@@ -41,16 +41,17 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def method(options: argparse.Namespace) -> Method:
+    return Method(
+        "gptq",
+        lambda layer: gptq_layer(layer, options.damping, options.sweeps),
+        catch_up=options.catch_up,
+    )
+
+
 def main() -> None:
     options = argument_parser().parse_args()
-    run(
-        options,
-        Method(
-            "gptq",
-            lambda layer: gptq_layer(layer, options.damping, options.sweeps),
-            catch_up=options.catch_up,
-        ),
-    )
+    run(options, method(options))
 
 
 if __name__ == "__main__":

@@ -106,11 +106,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    options = argument_parser().parse_args()
-    if options.lp_norm is None:
-        options.lp_norm = LP_NORM if options.bits > 3 else COARSE_LP_NORM
-
+def method(options: argparse.Namespace) -> Method:
     def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
         # One by one: what they read does not matter here, and stacked they need twice the memory.
         return {
@@ -120,7 +116,14 @@ def main() -> None:
             for name in layer.family.linears
         }
 
-    run(options, Method("hqq", quantize_layer, needs=Needs.NOTHING))
+    return Method("hqq", quantize_layer, needs=Needs.NOTHING)
+
+
+def main() -> None:
+    options = argument_parser().parse_args()
+    if options.lp_norm is None:
+        options.lp_norm = LP_NORM if options.bits > 3 else COARSE_LP_NORM
+    run(options, method(options))
 
 
 if __name__ == "__main__":

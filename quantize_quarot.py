@@ -276,8 +276,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    options = argument_parser().parse_args()
+def method(options: argparse.Namespace) -> Method:
     transforms = None
     if options.act_bits or options.kv_bits:
         transforms = OnlineTransforms(
@@ -287,8 +286,6 @@ def main() -> None:
             KV_CLIP,
             hidden=bool(options.act_bits),
         )
-        name = f"quarot-w{options.bits}a{options.act_bits or 16}kv{options.kv_bits or 16}"
-        options.output = options.output or MODELS_FOLDER / filed_as(options.model) / name
     rotations: dict[str, Tensor] = {}
 
     def rewrite_model(source: SourceModel) -> None:
@@ -324,18 +321,23 @@ def main() -> None:
     def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
         return gptq_layer(layer, options.damping, options.sweeps, ranges_of_rotated_weights)
 
-    run(
-        options,
-        Method(
-            "quarot",
-            quantize_layer,
-            online=transforms,
-            catch_up=options.catch_up,
-            rewrite_model=rewrite_model,
-            unties=True,
-            rewrite_layer=rewrite_layer,
-        ),
+    return Method(
+        "quarot",
+        quantize_layer,
+        online=transforms,
+        catch_up=options.catch_up,
+        rewrite_model=rewrite_model,
+        unties=True,
+        rewrite_layer=rewrite_layer,
     )
+
+
+def main() -> None:
+    options = argument_parser().parse_args()
+    if options.act_bits or options.kv_bits:
+        name = f"quarot-w{options.bits}a{options.act_bits or 16}kv{options.kv_bits or 16}"
+        options.output = options.output or MODELS_FOLDER / filed_as(options.model) / name
+    run(options, method(options))
 
 
 if __name__ == "__main__":

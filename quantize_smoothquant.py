@@ -115,26 +115,26 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def method(options: argparse.Namespace) -> Method:
+    # The best α is searched on some of the inputs.
+    needs = Needs.MAGNITUDES | (Needs.SAMPLES if options.alpha is None else Needs.NOTHING)
+    return Method(
+        "smoothquant",
+        quantize_layer,
+        needs,
+        original_inputs=True,
+        prepare_layer=lambda layer: prepare_layer(layer, options.alpha),
+        activation_bits=ACTIVATION_BITS,
+    )
+
+
 def main() -> None:
     options = argument_parser().parse_args()
     if not options.symmetric:
         raise UserError(
             "kernels of 8-bit weights and activations have no zero-points; leave --asymmetric out"
         )
-    # The best α is searched on some of the inputs.
-    needs = Needs.MAGNITUDES | (Needs.SAMPLES if options.alpha is None else Needs.NOTHING)
-    run(
-        options,
-        Method(
-            "smoothquant",
-            quantize_layer,
-            needs,
-            original_inputs=True,
-            prepare_layer=lambda layer: prepare_layer(layer, options.alpha),
-            activation_bits=ACTIVATION_BITS,
-        ),
-        bits=(8,),
-    )
+    run(options, method(options), bits=(8,))
 
 
 if __name__ == "__main__":

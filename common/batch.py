@@ -29,7 +29,7 @@ from common.model.source import DEFAULT_MODEL
 from common.results.documents import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE, read_document
 from common.results.naming import filed_as, source_of
 from common.run_all import check
-from common.run_all.passed_on import method_parser, share_out
+from common.run_all.passed_on import method_script, share_out
 from common.run_all.steps import Batch, run_configuration
 from common.text.windows import text_sample
 
@@ -110,11 +110,12 @@ def _samples(
         if source_of(options.model) == "demo" and not options.data_root
         else check.evaluation_samples(options.limit)
     )
-    for method in sorted(_methods(configurations) - {"hqq"}):  # which reads no calibration data
-        words = ["--model", options.model, *shared.get(method, [])]
-        told = method_parser(method).parse_args(words)
+    for name in sorted(_methods(configurations)):
+        script = method_script(name)
+        words = ["--model", options.model, *shared.get(name, [])]
+        told = script.argument_parser().parse_args(words)
         resolve_sizes(told)
-        if told.calib_data != "demo":
+        if script.method(told).needs_calibration and told.calib_data != "demo":
             found.append((told.calib_data, *text_sample(told.calib_samples, told.seed)))
     return list(dict.fromkeys(found))
 

@@ -32,7 +32,6 @@ from common.solvers.vocabulary import VocabularyRounding
 from common.text import overlap, probe
 from common.text.windows import Windows, windows_of
 from common.verification import wrecked
-from common.walk.inputs import Needs
 from common.walk.layers import WalkResult, quantize_model
 from common.walk.method import Method
 from common.walk.resume import Resumption
@@ -142,7 +141,7 @@ class _Run:
             size = resolve_group_size(options.group_size, source.in_features())
             grid = Grid(options.bits, size, options.symmetric)
         windows = None
-        if method.needs != Needs.NOTHING:
+        if method.needs_calibration:
             with watch("calibration text"):
                 windows = windows_of(options, source.tokenizer, source.config)
         return cls(

@@ -9,6 +9,7 @@ import shutil
 import pytest
 from batch_stand_ins import STAND_INS
 from conftest import ROOT, assert_user_error, build_tiny, run_script
+from methods import method_options
 from test_identity import TASKS, compare, perplexities, quantize
 
 from common.base.errors import UserError
@@ -17,6 +18,7 @@ from common.checkpoint.writer import METADATA_FILE
 from common.results import identity, reuse
 from common.results.documents import write_samples
 from common.results.naming import Subject
+from common.run_all.passed_on import method_script
 
 ALL_AGREES = "nothing to resume"
 
@@ -161,6 +163,27 @@ def test_the_code_that_decides_codes(method, monkeypatch):
         & seen
     )
     assert found != reuse.quantization_code_hash("awq") != identity.code_hash()
+
+
+def test_a_method_has_the_name_of_its_script():
+    scripts = {file.stem.removeprefix("quantize_") for file in ROOT.glob("quantize_*.py")}
+    assert scripts == set(method_options())
+    for name in scripts:
+        script = method_script(name)
+        method = script.method(script.argument_parser().parse_args([]))
+        assert method.name == name
+        assert method.needs_calibration is (name != "hqq")
+
+
+def test_a_method_without_a_script_of_its_name_is_refused(tiny, tmp_path):
+    """The hash of its code would be that of none, the same whatever changes in the code."""
+    script = tmp_path / "quantize_nearest.py"
+    source = (ROOT / "quantize_hqq.py").read_text()
+    script.write_text(source.replace('Method("hqq"', 'Method("rtn"'))
+    output = tmp_path / "out"
+    result = run_script(script, "--model", tiny, "--output", output)
+    assert_user_error(result, "there is no quantize_rtn.py", 'here "rtn"')
+    assert not output.exists()
 
 
 def test_unchanged_weights_are_read_once(model, tmp_path, monkeypatch):

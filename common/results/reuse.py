@@ -13,7 +13,7 @@ from common.base.errors import UserError
 from common.checkpoint import metadata
 from common.checkpoint.writer import METADATA_FILE
 from common.model.source import load_config, load_tokenizer, resolve_folder
-from common.results.identity import code_hash, source_hash
+from common.results.identity import PROJECT, code_hash, source_hash
 from common.results.naming import Subject, source_of
 from common.text.windows import windows_of
 
@@ -57,7 +57,15 @@ _DAMAGED = f"{METADATA_FILE} is damaged; quantize again with --overwrite"
 
 
 def quantization_code_hash(method: str) -> str:
-    """SHA-256 of the code that decides the codes of a method's checkpoints, as `code_hash`."""
+    """SHA-256 of the code that decides the codes of a method's checkpoints, as `code_hash`.
+
+    Raises UserError for a name that no script has, which stands for no code.
+    """
+    if not (PROJECT / f"quantize_{method}.py").is_file():
+        raise UserError(
+            f'there is no quantize_{method}.py; the name of a Method, here "{method}", has to be '
+            "that of its script"
+        )
     return code_hash(entry=f"quantize_{method}", beside=_BESIDE_CODES)
 
 

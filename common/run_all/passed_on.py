@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from typing import Protocol, cast
 
 from common.base.errors import UserError
 from common.base.progress import say
+from common.walk.method import Method
 
 # Options that the batch itself gives every script; of two the last would count, for each
 # configuration alike.
@@ -22,9 +24,18 @@ _OWN_OPTIONS = (
 )
 
 
-def method_parser(method: str) -> argparse.ArgumentParser:
-    """The parser of a method's script."""
-    return importlib.import_module(f"quantize_{method}").argument_parser()
+class MethodScript(Protocol):
+    """What the batch asks a method's script."""
+
+    def argument_parser(self) -> argparse.ArgumentParser: ...
+
+    def method(self, options: argparse.Namespace) -> Method:
+        """The method as it is with the options that the parser read."""
+
+
+def method_script(method: str) -> MethodScript:
+    """The script of a method."""
+    return cast(MethodScript, importlib.import_module(f"quantize_{method}"))
 
 
 def share_out(words: list[str], methods: set[str]) -> dict[str, list[str]]:
@@ -71,7 +82,7 @@ def _refusal(method: str, option: list[str]) -> str | None:
     """Why a method's script does not take an option's value, empty where it has no such option;
     None if it takes it.
     """
-    parser = method_parser(method)
+    parser = method_script(method).argument_parser()
 
     def refuse(message: str):
         raise UserError(

@@ -146,6 +146,11 @@ class Method:
     unties: bool = False
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether calibration text is read."""
+        return self.needs != Needs.NOTHING
+
+    @property
     def round_inputs(self) -> Callable[[Tensor], Tensor] | None:
         """What rounds inputs [..., in] to `activation_bits`; None where they stay as they are."""
         if self.activation_bits is None:
