@@ -25,7 +25,7 @@ from common.base.arguments import positive
 from common.base.errors import UserError
 from common.model.architecture import LinearGroup
 from common.numerics.grid import QuantizedLinear
-from common.quantization import run
+from common.quantization import quantize
 from common.solvers.adaround import SoftRounding, beta_at, learn_rounding
 from common.solvers.ranges import choose_ranges, restore_gain
 from common.solvers.rounding import damped
@@ -199,7 +199,7 @@ def main() -> None:
             "--reconstruction block learns a layer as a whole, in one process; start it without "
             "torchrun"
         )
-    run(options, method(options))
+    quantize(options, method(options))
 
 
 if __name__ == "__main__":

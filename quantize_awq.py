@@ -19,7 +19,7 @@ from torch import Tensor
 from common import cli
 from common.model.architecture import LinearGroup
 from common.numerics.grid import QuantizedLinear
-from common.quantization import run
+from common.quantization import quantize
 from common.solvers.ranges import choose_ranges, restore_gain
 from common.walk.inputs import InputStatistics, Needs
 from common.walk.method import Layer, Method
@@ -59,7 +59,7 @@ def method(options: argparse.Namespace) -> Method:
 
 def main() -> None:
     options = argument_parser().parse_args()
-    run(options, method(options))
+    quantize(options, method(options))
 
 
 if __name__ == "__main__":

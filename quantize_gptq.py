@@ -16,7 +16,7 @@ common/solvers/rounding.py, the walk of one layer in common/walk/gptq.py, as Qua
 import argparse
 
 from common import cli
-from common.quantization import run
+from common.quantization import quantize
 from common.solvers.rounding import DAMPING
 from common.walk.gptq import SWEEPS, gptq_layer
 from common.walk.method import Method
@@ -51,7 +51,7 @@ def method(options: argparse.Namespace) -> Method:
 
 def main() -> None:
     options = argument_parser().parse_args()
-    run(options, method(options))
+    quantize(options, method(options))
 
 
 if __name__ == "__main__":

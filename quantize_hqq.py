@@ -28,7 +28,7 @@ from common.numerics.grid import (
     round_scale,
     rounding_error,
 )
-from common.quantization import run
+from common.quantization import quantize
 from common.solvers.ranges import restore_gain
 from common.walk.inputs import Needs
 from common.walk.method import Layer, Method
@@ -123,7 +123,7 @@ def main() -> None:
     options = argument_parser().parse_args()
     if options.lp_norm is None:
         options.lp_norm = LP_NORM if options.bits > 3 else COARSE_LP_NORM
-    run(options, method(options))
+    quantize(options, method(options))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from common.model.online import (
 from common.model.source import MODELS_FOLDER, SourceModel
 from common.numerics.grid import QuantizedLinear
 from common.numerics.hadamard import factors, rotate, rotation
-from common.quantization import run
+from common.quantization import quantize
 from common.results.naming import filed_as
 from common.walk.gptq import SWEEPS, gptq_layer, ranges_of_rotated_weights
 from common.walk.inputs import group_inputs
@@ -337,7 +337,7 @@ def main() -> None:
     if options.act_bits or options.kv_bits:
         name = f"quarot-w{options.bits}a{options.act_bits or 16}kv{options.kv_bits or 16}"
         options.output = options.output or MODELS_FOLDER / filed_as(options.model) / name
-    run(options, method(options))
+    quantize(options, method(options))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from common.base.errors import UserError
 from common.kernels.rounding import search_range
 from common.model.architecture import LinearGroup
 from common.numerics.grid import Grid, QuantizedLinear, min_max, round_per_token, rounding_error
-from common.quantization import run
+from common.quantization import quantize
 from common.walk.inputs import InputStatistics, Needs
 from common.walk.method import Layer, Method
 from common.walk.scaling import fold_all, largest_weight, power_ratio, shared_by_heads
@@ -134,7 +134,7 @@ def main() -> None:
         raise UserError(
             "kernels of 8-bit weights and activations have no zero-points; leave --asymmetric out"
         )
-    run(options, method(options), bits=(8,))
+    quantize(options, method(options), bits=(8,))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How much of a card's memory is in use, as its driver tells it."""
+"""How much of a GPU's memory is in use, as its driver tells it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 
 
 class Driver:
-    """The card's memory in use, in GiB, by nvidia-smi; None where there is none."""
+    """The GPU's memory in use, in GiB, by nvidia-smi; None where there is none."""
 
     def __init__(self):
         self.now = self.peak = None

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The comparison behind README.md and docs/, in as little time on a borrowed card as gives honest
+"""The comparison behind README.md and docs/, in as little time on a borrowed GPU as gives honest
 figures.
 
     python benchmarks/documented_run.py --data-root ../shared/data

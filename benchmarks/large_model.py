@@ -5,7 +5,7 @@ shape, on little memory.
     python benchmarks/large_model.py --output large.json
 
 Random weights are written to disk once; GPTQ runs on the first 4, 8, 16 and 32 layers of them, then
-every other method on all. Each run is a process of its own, which may take --device-gib of the card
+every other method on all. Each run is a process of its own, which may take --device-gib of the GPU
 and no more. Calibration tokens are random.
 """
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What every method and the evaluation take of a card and of the host, held to so much of the card.
+"""What every method and the evaluation take of a GPU and of the host, held to so much of the GPU.
 
     python benchmarks/memory_caps.py --shapes 1B,3B,8B --output caps.jsonl
 
 Models of the shapes of Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B with random weights, within 6, 8
 and 12 GiB (`--device-memory`). Every run is a process of its own that ends in a line of JSON:
 
-driver_peak_gib: most memory of the card in use, less what was before (nvidia-smi, 20 times a
+driver_peak_gib: most memory of the GPU in use, less what was before (nvidia-smi, 20 times a
 second).
 reserved_peak_gib, allocated_peak_gib: the same by torch's allocator, since its peak was last reset.
 outside_gib: taken at the end beside torch's allocator, to hold against device_memory's margins.

@@ -103,7 +103,7 @@ def microseconds(calls: list[Callable[[], object]]) -> float:
 
 
 def compile_share(share: int, of: int) -> None:
-    """Compile every `of`-th form. One that needs more than the card has is met again when it is
+    """Compile every `of`-th form. One that needs more than the GPU has is met again when it is
     timed.
     """
     for kind in KINDS:

@@ -39,7 +39,7 @@ def run_script(script: str, options: list[str], fine: tuple[int, ...] = (0,)) ->
 @cache
 def processes() -> multiprocessing.context.BaseContext:
     """Children are forked with everything imported, which takes ten seconds; where some package has
-    touched the card while it was imported, a forked child cannot use it, and they are spawned
+    touched the GPU while it was imported, a forked child cannot use it, and they are spawned
     instead.
     """
     trial = multiprocessing.get_context("fork").Process(target=_use_device)

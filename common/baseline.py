@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from common.cli import run
+from common import cli
 from common.evaluation import add_evaluation_arguments, add_reuse_argument
 from common.model.source import DEFAULT_MODEL, load_config, resolve_folder
 from common.results.naming import baseline_of
@@ -41,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
+from common import cli
 from common.base.arguments import gibibytes, positive
 from common.base.device import DTYPES
 from common.base.errors import UserError
 from common.base.progress import say
-from common.cli import resolve_sizes, run
 from common.model.source import DEFAULT_MODEL
 from common.results.documents import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE, read_document
 from common.results.naming import filed_as, source_of
@@ -114,7 +114,7 @@ def _samples(
         script = method_script(name)
         words = ["--model", options.model, *shared.get(name, [])]
         told = script.argument_parser().parse_args(words)
-        resolve_sizes(told)
+        cli.resolve_sizes(told)
         if script.method(told).needs_calibration and told.calib_data != "demo":
             found.append((told.calib_data, *text_sample(told.calib_samples, told.seed)))
     return list(dict.fromkeys(found))
@@ -207,4 +207,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

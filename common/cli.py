@@ -108,7 +108,7 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", *DTYPES),
         default="auto",
         help="type to compute in; auto is float32 on a CPU, bfloat16 on CUDA, and "
-        "float16 on cards before compute capability 8.0 (RTX 20)",
+        "float16 on GPUs before compute capability 8.0 (RTX 20)",
     )
     parser.add_argument(
         "--data-root",

@@ -21,8 +21,9 @@ if __name__ == "__main__":
 
 import argparse
 
+from common import cli
 from common.base.arguments import positive
-from common.cli import add_device_arguments, run
+from common.cli import add_device_arguments
 from common.results.documents import RESULTS_FOLDER
 from common.results.naming import subject_of
 from common.tasks.evaluate import evaluate_model
@@ -106,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -37,7 +37,7 @@ from common.walk.method import Method
 from common.walk.resume import Resumption
 
 
-def run(
+def quantize(
     options: argparse.Namespace, method: Method, bits: tuple[int, ...] = SUPPORTED_BITS
 ) -> Path:
     """Quantize as the options say and write the checkpoint.
@@ -205,7 +205,7 @@ class _Run:
 
     def walk(self, writer: CheckpointWriter | None, rounding: VocabularyRounding) -> WalkResult:
         """Quantize the model, each layer written as it is finished."""
-        own = None if self.windows is None else parallel.share(self.windows.tokens)
+        own = None if self.windows is None else parallel.own_windows(self.windows.tokens)
         return quantize_model(
             self.source,
             self.method,

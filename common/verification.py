@@ -96,7 +96,7 @@ def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[C
 @torch.inference_mode()
 def _logits(model, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [length, vocabulary] of tokens [1, length], on the host: beside unpacked weights a
-    card may lack the room.
+    GPU may lack the room.
     """
     hidden = model.model(tokens, use_cache=False).last_hidden_state[0]
     positions = logits_at_once(256, model.config.vocab_size, hidden.device)

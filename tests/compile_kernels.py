@@ -1,10 +1,10 @@
-"""Compile the Triton kernels for every generation of cards, without a card.
+"""Compile the Triton kernels for every generation of GPUs, without a GPU.
 
-    python tests/compile_kernels.py          every kernel for every card, and every branch for one
-    python tests/compile_kernels.py --all    all launches for every card, assembled too; much longer
+    python tests/compile_kernels.py          every kernel for every GPU, and every branch for one
+    python tests/compile_kernels.py --all    all launches for every GPU, assembled too; much longer
 
-The launches are those that the code itself chooses for a card and the linears of Llama models of 1,
-3 and 8 billion weights, and no program may take more shared memory than the card has. Triton's
+The launches are those that the code itself chooses for a GPU and the linears of Llama models of 1,
+3 and 8 billion weights, and no program may take more shared memory than the GPU has. Triton's
 interpreter, in which the other tests run, lets pass what the compiler refuses.
 """
 
@@ -50,7 +50,7 @@ GRIDS = (Grid(4, 128), Grid(4, 128, True), Grid(8, None), Grid(2, 64))
 
 
 def tensor(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor on a card; under `FakeTensorMode`, so that there is neither."""
+    """A tensor on a GPU; under `FakeTensorMode`, so that there is neither."""
     return torch.empty(size, dtype=dtype, device="cuda")
 
 
@@ -143,7 +143,7 @@ def other_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable
 
 
 def rounding_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable]:
-    """What quantization does on a card."""
+    """What quantization does on a GPU."""
     hidden, inner = shape[:2]
     weight, block = tensor(hidden, inner), tensor(128, hidden)
     for grid in GRIDS:
@@ -180,7 +180,7 @@ def rounding_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Calla
 
 
 class _Driver:
-    """What Triton asks about a card when it compiles."""
+    """What Triton asks about a GPU when it compiles."""
 
     def __init__(self, capability: tuple[int, int]):
         self.arch = capability[0] * 10 + capability[1]
@@ -198,8 +198,8 @@ class _Driver:
 def launches(
     capability: tuple[int, int], dtypes: tuple[torch.dtype, ...]
 ) -> dict[tuple, Callable[[], CompiledKernel]]:
-    """The launches for a card, by kernel, types and constants; called, one is compiled."""
-    gpu.card = lambda: gpu.Card(capability, CARDS[capability] << 10)
+    """The launches for a GPU, by kernel, types and constants; called, one is compiled."""
+    gpu.properties = lambda: gpu.Properties(capability, CARDS[capability] << 10)
     dispatch.triton_works = lambda: True
     # A torch without CUDA cannot take slices of such tensors.
     PackedWeight.__getitem__ = lambda weight, rows: weight

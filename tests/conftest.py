@@ -14,7 +14,7 @@ import sys
 import traceback
 from pathlib import Path
 
-# Triton reads this when it is imported, which many packages do. Where there is a card its kernels
+# Triton reads this when it is imported, which many packages do. Where there is a GPU its kernels
 # run on that.
 if not shutil.which("nvidia-smi"):
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,4 +1,4 @@
-"""What kernels, types and launches cards of different compute capability get, without a card."""
+"""What kernels, types and launches GPUs of different compute capability get, without a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def launched(monkeypatch):
-    """A function that makes the card one of some compute capability, and returns the list of the
+    """A function that makes the GPU one of some compute capability, and returns the list of the
     kernels that are called from then on. Tensors on it have no memory, kernels return nothing of
     use.
     """
@@ -75,7 +75,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(dispatch, "triton_works", lambda: True)
 
     def start(*capability: int) -> list[str]:
-        monkeypatch.setattr(gpu, "card", lambda: gpu.Card(capability, 64 << 10))
+        monkeypatch.setattr(gpu, "properties", lambda: gpu.Properties(capability, 64 << 10))
         called.clear()
         return called
 
@@ -137,7 +137,7 @@ def test_integer_products_by_card(launched, capability, one, several, many):
     ("capability", "kernel"), [((7, 0), False), ((7, 5), True), ((8, 9), True)]
 )
 def test_other_kernels_by_card(launched, capability, kernel):
-    """All that has no product of matrices runs from 7.5 on; on older cards each is its twin."""
+    """All that has no product of matrices runs from 7.5 on; on older GPUs each is its twin."""
     with FakeTensorMode():
         called = launched(*capability)
         hidden, table = on_card(2, 64), on_card(40, 16)
@@ -171,7 +171,7 @@ def test_other_kernels_by_card(launched, capability, kernel):
     ("capability", "overlap"), [((7, 5), False), ((8, 9), False), ((9, 0), True), ((12, 0), True)]
 )
 def test_launches_overlap_from_hopper_on(launched, capability, overlap):
-    """And loads on their way fit the card."""
+    """And loads on their way fit the GPU."""
     launched(*capability)
     from common.kernels.launch_triton import launch, stages
 
@@ -208,7 +208,7 @@ def test_attention_without_flash_attention(tiny_models, monkeypatch):
         ((8, 0), torch.float32),
     ):
         monkeypatch.setattr(
-            gpu, "card", lambda capability=capability: gpu.Card(capability, 64 << 10)
+            gpu, "properties", lambda capability=capability: gpu.Properties(capability, 64 << 10)
         )
         model, _ = load_model(tiny_models["llama", True], CPU, dtype)
         fused.fuse_layers(model)

@@ -164,7 +164,7 @@ def test_unknown_options_are_refused():
 
 
 def test_the_command(tiny, served, tmp_path):
-    """On this machine, as far as a command without a card goes; on a terminal of 80 columns."""
+    """On this machine, as far as a command without a GPU goes; on a terminal of 80 columns."""
     words = ["-m", "common.batch", "--check", "--model", tiny, "--device", "cpu"]
     with StubHub(served) as hub:
         there = hub.environment(tmp_path / "home")

@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 from common.base import machine
-from common.base.machine import Card, Driver, Obstacle
+from common.base.machine import Driver, Gpu, Obstacle
 from common.run_all import check_lines
 from common.run_all.check_lines import FAIL, GB, GIB, PASS, SKIP, WARN, Line, ModelFacts
 
 LLAMA = ModelFacts("meta-llama/Llama-3.2-1B-Instruct", 2.47 * GB, 2.47 * GB)
-CARD = Card("NVIDIA GeForce RTX 3060", "8.6", 12288, 11000)
+CARD = Gpu("NVIDIA GeForce RTX 3060", "8.6", 12288, 11000)
 DRIVER = Driver("580.65.06", "13.0")
 ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_90", "compute_120"]
 
@@ -93,9 +93,9 @@ def test_a_card_that_works():
 
 
 def test_a_card_that_does_not():
-    taken = device(card=Card("RTX 3050", "8.6", 4096, 2048))["Card memory"]
+    taken = device(card=Gpu("RTX 3050", "8.6", 4096, 2048))["Card memory"]
     assert taken.state == WARN and "close what else uses the card" in taken.mend
-    old = device(card=Card("GTX 1080", "6.1", 8192, 8000))["Card"]
+    old = device(card=Gpu("GTX 1080", "6.1", 8192, 8000))["Card"]
     assert (
         old.state == FAIL and "compute capability 6.1" in old.found and "--device cpu" in old.mend
     )

@@ -1,4 +1,4 @@
-"""On a card only: packed models against the plain dense load, fused layers against transformers'
+"""On a GPU only: packed models against the plain dense load, fused layers against transformers'
 own, and the memory that models take.
 """
 
@@ -62,7 +62,7 @@ FORMS = method_options(
 @pytest.mark.parametrize("method", FORMS)
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_every_method_packed_and_dense(tiny_models, tmp_path, method, architecture):
-    """Quantized on the card; its logits on packed kernels agree with the plain load's, and the
+    """Quantized on the GPU; its logits on packed kernels agree with the plain load's, and the
     decoder with both.
     """
     source = next(folder for (name, _), folder in tiny_models.items() if name == architecture)
@@ -125,7 +125,7 @@ def test_other_families_packed_and_dense(tiny_models, tmp_path, architecture):
 
 
 def test_the_limit_on_device_memory_holds():
-    """Beyond it torch raises its out-of-memory error, though the card has room."""
+    """Beyond it torch raises its out-of-memory error, though the GPU has room."""
     from common.base import device_memory
 
     gc.collect()

@@ -1,4 +1,4 @@
-"""On a card only: kernels against their twins and float64, rounding against the CPU's."""
+"""On a GPU only: kernels against their twins and float64, rounding against the CPU's."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_products_as_on_an_rtx_20(generator, monkeypatch, rows):
     """In float16, by what is left without tensor cores in Triton, bfloat16 units and overlapping
     launches.
     """
-    monkeypatch.setattr(gpu, "card", lambda: gpu.Card((7, 5), 64 << 10))
+    monkeypatch.setattr(gpu, "properties", lambda: gpu.Properties((7, 5), 64 << 10))
     inputs = torch.randn(rows, 1152, generator=generator).half().cuda()
     for bits, groups in ((4, 9), (8, 1)):
         half = 1 << bits - 1

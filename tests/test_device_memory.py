@@ -1,4 +1,4 @@
-"""The limit on a card's memory, and what is sized by it; the card is played on the CPU."""
+"""The limit on a GPU's memory, and what is sized by it; the GPU is played on the CPU."""
 
 import re
 
@@ -31,8 +31,8 @@ SHAPES = {
 }
 
 
-class Card:
-    """What torch says about a card of `total` bytes; others and this process hold some of it."""
+class Gpu:
+    """What torch says about a GPU of `total` bytes; others and this process hold some of it."""
 
     def __init__(self, monkeypatch, total: float):
         self.total, self.others, self.reserved, self.allocated, self.fraction = (
@@ -56,8 +56,8 @@ class Card:
 
 
 @pytest.fixture
-def card(monkeypatch) -> Card:
-    return Card(monkeypatch, 8 * GIB)
+def card(monkeypatch) -> Gpu:
+    return Gpu(monkeypatch, 8 * GIB)
 
 
 def test_a_process_takes_what_is_free_when_it_begins(card):
@@ -141,7 +141,7 @@ def test_halved_to_fit(most, each, room, expected):
 )
 def test_tokens_at_once_fit(monkeypatch, shape, gib):
     """Where there is room the usual chunks stay as they are: the caps change no result."""
-    Card(monkeypatch, gib * GIB)
+    Gpu(monkeypatch, gib * GIB)
     config = LlamaConfig(**SHAPES[shape])
     chunk = device_memory.tokens_at_once(streams.CHUNK_TOKENS["cuda"], config, 2, CARD)
     assert (
@@ -278,7 +278,7 @@ def test_embedding_in_parts(tiny, tmp_path, monkeypatch):
     )
 
 
-# --- models that the card has no room for
+# --- models that the GPU has no room for
 
 
 def test_a_model_without_room_is_read_layer_by_layer(deep, monkeypatch, capsys):

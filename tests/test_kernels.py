@@ -257,7 +257,7 @@ def test_round_rows(generator):
         rounded = module.round_rows(inputs, 8)
         assert rounded.codes.dtype == torch.int8
         assert torch.equal(rounded.values(), grid.round_per_token(inputs, 8))
-    # The interpreter cuts where a card rounds to bfloat16.
+    # The interpreter cuts where a GPU rounds to bfloat16.
     half = inputs.bfloat16()
     close(kernels.round_rows(half, 8).values(), grid.round_per_token(half, 8), 0.02)
 
@@ -266,8 +266,8 @@ def test_round_rows(generator):
     "which", ["", pytest.param("--all", marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 )
 def test_every_kernel_compiles(tmp_path, which):
-    """For all cards from compute capability 7.5 to 12.0, on a machine without one, and none needs
-    more shared memory than the card has: the interpreter takes things that the compiler refuses.
+    """For all GPUs from compute capability 7.5 to 12.0, on a machine without one, and none needs
+    more shared memory than the GPU has: the interpreter takes things that the compiler refuses.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, ROOT / "tests" / "compile_kernels.py", *which.split()]

@@ -70,7 +70,7 @@ def test_generation_equals_greedy_generation_alone(harness, until):
 
 
 def test_decoding_in_rounds_gives_the_same_answers(tiny_models):
-    """What runs on a card, on the CPU: several steps at once, rows that end leave, a shared
+    """What runs on a GPU, on the CPU: several steps at once, rows that end leave, a shared
     prefix."""
     model, tokenizer = load_model(tiny_models["llama", True], torch.device("cpu"), torch.float32)
     harness = HarnessModel(model, tokenizer)

@@ -1,6 +1,6 @@
 """Machines that this one is not, played by facts, fake commands and folders.
 
-Old drivers, hidden cards, builds without CUDA, WSL.
+Old drivers, hidden GPUs, builds without CUDA, WSL.
 """
 
 from dataclasses import replace
@@ -25,7 +25,7 @@ WORKING = Machine("13.0", card=True, driver=Driver("580.65.06", "13.0"), fault=N
 def played(tmp_path, monkeypatch):
     """A folder that stands for / and an empty PATH, which `played(...)` fills.
 
-    torch is a CUDA 13 build that sees no card.
+    torch is a CUDA 13 build that sees no GPU.
     """
     (tmp_path / "path").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
@@ -151,7 +151,7 @@ def test_torch_without_cuda_beside_a_card(played, monkeypatch):
 
 
 def test_machines_without_a_card_are_left_alone(played, capsys):
-    """An empty one; the driver without a card; WSL on another maker's graphics, with /dev/dxg."""
+    """An empty one; the driver without a GPU; WSL on another maker's graphics, with /dev/dxg."""
     played()
     assert device.resolve_device("auto") == torch.device("cpu")
     played(

@@ -1,4 +1,4 @@
-"""A card without room for a chunk of hidden states: the chunk is halved, the result the same;
+"""A GPU without room for a chunk of hidden states: the chunk is halved, the result the same;
 played on the CPU.
 """
 

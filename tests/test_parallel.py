@@ -202,12 +202,12 @@ def test_killed_and_resumed(deep, tmp_path):
 
 def test_windows_are_shared_out(monkeypatch):
     windows = torch.arange(10).view(5, 2)
-    assert torch.equal(parallel.share(windows), windows)
+    assert torch.equal(parallel.own_windows(windows), windows)
     monkeypatch.setenv("WORLD_SIZE", "2")
     shares = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        shares.append(parallel.share(windows))
+        shares.append(parallel.own_windows(windows))
     assert torch.equal(torch.cat(shares), windows) and {len(part) for part in shares} == {2, 3}
     with pytest.raises(UserError, match="raise --calib-samples"):
-        parallel.share(windows[:1])
+        parallel.own_windows(windows[:1])

@@ -31,7 +31,7 @@ def resolve_device(choice: str, memory: float | None = None) -> torch.device:
     (`device_memory`).
 
     Raises:
-        UserError: CUDA was asked for and there is none or it has no memory left, or a card is there
+        UserError: CUDA was asked for and there is none or it has no memory left, or a GPU is there
             that cannot be used and the CPU was not asked for.
     """
     if choice == "cpu":
@@ -40,10 +40,10 @@ def resolve_device(choice: str, memory: float | None = None) -> torch.device:
         device = torch.device("cuda", parallel.gpu_index())
         if device.index >= torch.cuda.device_count():
             raise UserError(
-                f"there are {torch.cuda.device_count()} cards; start as many processes, not "
+                f"there are {torch.cuda.device_count()} GPUs; start as many processes, not "
                 f"{device.index + 1}"
             )
-        obstacle = machine.too_old_a_card(
+        obstacle = machine.too_old_a_gpu(
             torch.cuda.get_device_name(device),
             torch.cuda.get_device_capability(device),
             torch.cuda.get_arch_list(),
@@ -75,7 +75,7 @@ def resolve_device(choice: str, memory: float | None = None) -> torch.device:
 
 def resolve_dtype(choice: str, device: torch.device) -> torch.dtype:
     """The type of a --dtype option: on a CPU float32, which gives the same result on CPUs with and
-    without bf16 units; on a card without such units float16.
+    without bf16 units; on a GPU without such units float16.
     """
     if choice == "auto" and device.type == "cuda":
         units = supports(BFLOAT16, torch.cuda.get_device_capability(device))

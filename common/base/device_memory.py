@@ -1,7 +1,7 @@
-"""How much of a card's memory this process may take, what of it is left, and how much work fits.
+"""How much of a GPU's memory this process may take, what of it is left, and how much work fits.
 
-Under WSL the driver moves what a card has no room for into host memory, ten times slower, and
-raises no error. So a process takes no more than what is free when it first uses the card, less what
+Under WSL the driver moves what a GPU has no room for into host memory, ten times slower, and
+raises no error. So a process takes no more than what is free when it first uses the GPU, less what
 does not pass through torch's allocator; beyond that torch itself raises the out-of-memory error
 that makes chunks smaller. Nothing is kept in pinned host memory, of which WSL has little.
 """
@@ -32,7 +32,7 @@ def allocation(free: int, gib: float | None = None) -> int:
     """Bytes that torch's allocator may take.
 
     Args:
-        free: bytes that are free on the card once the process's context is on it.
+        free: bytes that are free on the GPU once the process's context is on it.
         gib: GiB that the whole process may take, its context included; None for all that is free.
     Raises:
         UserError: that is next to nothing.
@@ -53,7 +53,7 @@ def allocation(free: int, gib: float | None = None) -> int:
 
 
 def limit(device: torch.device, gib: float | None = None) -> None:
-    """Let this process take no more of a card than is free now, or than `gib` GiB.
+    """Let this process take no more of a GPU than is free now, or than `gib` GiB.
 
     Raises:
         UserError: that is next to nothing.

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-# What not every card has. Below 8.0 Triton multiplies matrices without tensor cores, and integers
+# What not every GPU has. Below 8.0 Triton multiplies matrices without tensor cores, and integers
 # not at all.
 TRITON, TENSOR_CORES, BFLOAT16 = "Triton", "tensor cores in Triton", "bfloat16 units"
 FLASH_ATTENTION, DEPENDENT_LAUNCH = "flash attention", "programmatic dependent launch"
@@ -22,7 +22,7 @@ _SINCE = {
 
 
 @dataclass(frozen=True)
-class Card:
+class Properties:
     """What kernels and their launches are chosen by.
 
     capability: the compute capability.
@@ -34,16 +34,16 @@ class Card:
 
 
 @cache
-def card() -> Card:
+def properties() -> Properties:
     """The current CUDA device; where there is none, something for Triton's interpreter."""
     if not torch.cuda.is_available():
-        return Card((8, 0), 163 << 10)
-    properties = torch.cuda.get_device_properties()
-    return Card((properties.major, properties.minor), properties.shared_memory_per_block_optin)
+        return Properties((8, 0), 163 << 10)
+    found = torch.cuda.get_device_properties()
+    return Properties((found.major, found.minor), found.shared_memory_per_block_optin)
 
 
 def supports(feature: str, capability: tuple[int, int] | None = None) -> bool:
-    """Whether cards of a compute capability (None: the current one's) have one of the features
+    """Whether GPUs of a compute capability (None: the current one's) have one of the features
     above.
     """
-    return (capability or card().capability) >= _SINCE[feature]
+    return (capability or properties().capability) >= _SINCE[feature]

@@ -1,7 +1,7 @@
-"""Whether CUDA can be used on this machine, and what it takes where a card is there and cannot be.
+"""Whether CUDA can be used on this machine, and what it takes where a GPU is there and cannot be.
 
 `look` gathers what is known, the other functions judge it. nvidia-smi takes up to a second: `look`
-is called only where torch sees no card, and asks it only where something of the driver is there.
+is called only where torch sees no GPU, and asks it only where something of the driver is there.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Driver:
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides whether CUDA can be used, where torch sees no card.
+    """What decides whether CUDA can be used, where torch sees no GPU.
 
     Args:
         torch_cuda: the CUDA that torch was built for; None for a build without it.
         visible: CUDA_VISIBLE_DEVICES, None where it is not set.
         wsl: whether this is Linux under Windows.
-        card: whether a card of NVIDIA's is there, and something of its driver.
-        bare: whether a card is in the machine and nothing of its driver is.
+        card: whether a GPU of NVIDIA's is there, and something of its driver.
+        bare: whether a GPU is in the machine and nothing of its driver is.
         graphics: whether WSL passes a graphics card on, of whatever maker.
         driver: what is known of the driver.
         fault: what torch says when it is made to start CUDA.
@@ -64,7 +64,7 @@ class Machine:
 
     @property
     def hidden(self) -> bool:
-        """Whether the environment hides all cards."""
+        """Whether the environment hides all GPUs."""
         return self.visible is not None and self.visible.split(",")[0].strip() in (
             "",
             "-1",
@@ -74,7 +74,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why the card cannot be used and what mends that.
+    """Why the GPU cannot be used and what mends that.
 
     Args:
         stops: False where the CPU is what the user must have meant.
@@ -96,7 +96,7 @@ def find_smi(root: Path = Path("/")) -> str | None:
 
 
 def look(root: Path = Path("/")) -> Machine:
-    """What is known of this machine, where torch sees no card.
+    """What is known of this machine, where torch sees no GPU.
 
     Args:
         root: the folder that holds dev, proc and sys.
@@ -112,7 +112,7 @@ def look(root: Path = Path("/")) -> Machine:
     if known.hidden or (not nodes and smi is None):
         card = nodes or smi is not None
         return replace(known, card=card, bare=not card and _on_the_bus(root))
-    # nvidia-smi alone proves nothing: it is also installed where there is no card.
+    # nvidia-smi alone proves nothing: it is also installed where there is no GPU.
     driver = ask_driver(smi, root)
     card = nodes or driver.fault is None or (known.graphics if wsl else _on_the_bus(root))
     return replace(known, card=card, driver=driver, fault=_torch_fault())
@@ -139,12 +139,12 @@ def ask_driver(smi: str | None, root: Path = Path("/")) -> Driver:
 
 
 def obstacle(machine: Machine) -> Obstacle | None:
-    """Why torch sees no card on this machine; None where there is none to see."""
+    """Why torch sees no GPU on this machine; None where there is none to see."""
     if machine.card and machine.hidden:
         return Obstacle("CUDA_VISIBLE_DEVICES hides the card", "unset it", stops=False)
     if not machine.card:
         if machine.bare:
-            # A container on a machine with cards that were not passed to it looks the same.
+            # A container on a machine with GPUs that were not passed to it looks the same.
             return Obstacle(
                 "an NVIDIA card is in this machine, but not its driver",
                 install_driver(machine),
@@ -204,7 +204,7 @@ def too_old(driver: Driver, machine: Machine) -> bool:
 
 
 def install_driver(machine: Machine) -> str:
-    """What to install so that this torch can use the card."""
+    """What to install so that this torch can use the GPU."""
     needed = DRIVERS.get(_major(machine.torch_cuda or "0"))
     version = (
         f"NVIDIA driver {needed[machine.wsl]} or newer" if needed else "the newest NVIDIA driver"
@@ -213,10 +213,10 @@ def install_driver(machine: Machine) -> str:
 
 
 def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Whether a torch build can run on a card.
+    """Whether a torch build can run on a GPU.
 
     Args:
-        capability: the card's compute capability.
+        capability: the GPU's compute capability.
         architectures: what the build holds code for, as torch.cuda.get_arch_list gives it: sm_86
             is for 8.6 to 8.9, compute_80 for all from 8.0 on.
     """
@@ -232,10 +232,10 @@ def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
     return not architectures
 
 
-def too_old_a_card(
+def too_old_a_gpu(
     name: str, capability: tuple[int, int], architectures: list[str]
 ) -> Obstacle | None:
-    """What is wrong with a card that this torch has no code for; arguments as `has_code_for`."""
+    """What is wrong with a GPU that this torch has no code for; arguments as `has_code_for`."""
     if has_code_for(capability, architectures):
         return None
     numbers = sorted(int(re.sub(r"\D", "", text)) for text in architectures)
@@ -284,8 +284,8 @@ def command(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Card:
-    """A card as nvidia-smi describes it: compute capability as "8.6", memory in MiB."""
+class Gpu:
+    """A GPU as nvidia-smi describes it: compute capability as "8.6", memory in MiB."""
 
     name: str
     capability: str
@@ -293,8 +293,8 @@ class Card:
     free: int
 
 
-def ask_card(smi: str, which: str) -> Card | None:
-    """The card with this number or UUID; None where nvidia-smi does not say."""
+def ask_gpu(smi: str, which: str) -> Gpu | None:
+    """The GPU with this number or UUID; None where nvidia-smi does not say."""
     code, output = _call(
         [
             smi,
@@ -307,7 +307,7 @@ def ask_card(smi: str, which: str) -> Card | None:
     parts = [part.strip() for part in output.strip().split(",")]
     if code or len(parts) != 4 or not (parts[2].isdigit() and parts[3].isdigit()):
         return None
-    return Card(parts[0], parts[1], int(parts[2]), int(parts[3]))
+    return Gpu(parts[0], parts[1], int(parts[2]), int(parts[3]))
 
 
 def _major(version: str) -> int:

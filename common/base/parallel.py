@@ -3,7 +3,7 @@ none of it does anything.
 
 Each process has its share of the calibration windows; statistics are added up, so that all have the
 same. Of every linear each process rounds its share of the rows, and all rows are sent to all. NCCL
-between cards, gloo between CPUs.
+between GPUs, gloo between CPUs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def first() -> bool:
 
 
 def gpu_index() -> int:
-    """The card of this process, of those of its machine."""
+    """The GPU of this process, of those of its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -58,7 +58,7 @@ def stop() -> None:
         distributed.destroy_process_group()
 
 
-def share(windows: Tensor) -> Tensor:
+def own_windows(windows: Tensor) -> Tensor:
     """This process's part of windows [samples, length]. Raises UserError when there are fewer than
     processes.
     """

@@ -77,7 +77,7 @@ def row_matmul(
 
 def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
     """Rounded inputs times the transposed weight of 8 bits, one symmetric group per row: [rows,
-    out]. On a card from compute capability 8.0 on products of integers with integer sums.
+    out]. On a GPU from compute capability 8.0 on products of integers with integer sums.
     """
     rows, channels = inputs.codes.shape
     kernels = triton_kernels(inputs.codes)

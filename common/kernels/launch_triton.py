@@ -26,9 +26,9 @@ def launch() -> dict:
 
 def stages(most: int, size: int) -> int:
     """How many loads of `size` bytes may be on their way: at most `most`, and what a program's
-    shared memory has room for, which is less than half of a Hopper's on a desktop card.
+    shared memory has room for, which is less than half of a Hopper's on a desktop GPU.
     """
-    return max(1, min(most, (gpu.card().shared_memory - (1 << 14)) // size))
+    return max(1, min(most, (gpu.properties().shared_memory - (1 << 14)) // size))
 
 
 @triton.jit

@@ -202,7 +202,7 @@ def _search_range(
             step = tl.div_rn(high - low, LEVELS + 0.0 * largest)
         rounded = step
         if STORED != tl.float32:
-            # To bfloat16, which float16's scales fit in too; by hand, as not every card and
+            # To bfloat16, which float16's scales fit in too; by hand, as not every GPU and
             # interpreter rounds to it.
             word = step.to(tl.int32, bitcast=True)
             rounded = ((word + 0x7FFF + (word >> 16 & 1)) & -0x10000).to(tl.float32, bitcast=True)

@@ -1,7 +1,7 @@
 """Open a causal LM: find its files, read its tensors when they are needed.
 
 A `SourceModel` keeps the embedding, the final norm and the head in memory and one decoder layer at
-a time on the device, so that a model larger than the card can be walked through. Weights come from
+a time on the device, so that a model larger than the GPU can be walked through. Weights come from
 safetensors only: no pickle is ever read.
 """
 

@@ -122,7 +122,7 @@ def lines(
         usable,
         obstacle,
         machine.ask_driver(smi) if smi and thorough else Driver(),
-        machine.ask_card(smi, _first_visible()) if smi else None,
+        machine.ask_gpu(smi, _first_visible()) if smi else None,
         facts,
         torch.cuda.get_arch_list(),
     )

@@ -12,7 +12,7 @@ import torch
 from packaging.requirements import Requirement
 
 from common.base import machine
-from common.base.machine import Card, Driver, Obstacle
+from common.base.machine import Driver, Gpu, Obstacle
 
 PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
 GB, GIB = 1e9, 2**30
@@ -133,7 +133,7 @@ def disk_line(free: float, model: ModelFacts) -> Line:
 def memory_line(total: float, available: float, model: ModelFacts, device: str, wsl: bool) -> Line:
     """total, available: bytes of the machine's memory, in WSL of the virtual machine's."""
     # Measured: 3 GiB for the demo and 6 for the 1B shape on a CPU, which evaluates in float32.
-    # With a card layers are read one by one (docs/scaling.md).
+    # With a GPU layers are read one by one (docs/scaling.md).
     needed = 4.0 if device == "cuda" else max(3.0, 1 + 2 * (model.weights or 0) / GIB)
     found = (
         f"{available / GIB:.1f} of {total / GIB:.1f} GiB free{', WSL has no more' if wsl else ''}"
@@ -157,15 +157,15 @@ def device_lines(
     usable: bool,
     obstacle: Obstacle | None,
     driver: Driver,
-    card: Card | None,
+    card: Gpu | None,
     model: ModelFacts,
     architectures: list[str],
 ) -> list[Line]:
-    """Driver, card and its memory.
+    """Driver, GPU and its memory.
 
     Args:
         wanted: the --device option.
-        usable: whether torch sees a card.
+        usable: whether torch sees a GPU.
         obstacle: why it does not, where one is there.
         driver, card: what nvidia-smi says; card is None where it says nothing.
         architectures: as torch.cuda.get_arch_list.
@@ -204,7 +204,7 @@ def device_lines(
         return [*lines, Line("Card", PASS, "works; nvidia-smi does not describe it")]
     major, _, minor = card.capability.partition(".")
     unsuitable = (
-        machine.too_old_a_card(card.name, (int(major), int(minor)), architectures)
+        machine.too_old_a_gpu(card.name, (int(major), int(minor)), architectures)
         if minor.isdigit()
         else None
     )

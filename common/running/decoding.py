@@ -239,7 +239,7 @@ class Decoder:
         """How many prompts of up to `length` tokens, after `before` of a prefix, are read at
         once."""
         most = max(1, PROMPT_TOKENS // length)
-        if min(most, self.rows) == 1:  # asking the card takes time
+        if min(most, self.rows) == 1:  # asking the GPU takes time
             return 1
         element = self.cache.element_size()
         row = length * token_bytes(self.model.config, element) + (length + before) * cache_bytes(

@@ -76,7 +76,7 @@ def measure_memory(
     can read) and what is worked with while it reads a prompt and writes a few tokens, batch 1. To
     be called while the model is alone on its device.
 
-    On a card this is what torch allocates at most. On a CPU it is the weights and by how much the
+    On a GPU this is what torch allocates at most. On a CPU it is the weights and by how much the
     process's resident memory grows; None where the system does not tell.
     """
     device, weights = next(model.parameters()).device, weight_bytes(model)

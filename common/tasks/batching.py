@@ -39,7 +39,7 @@ def common_prefix(prompts: list[list[int]]) -> int:
     return min(len(first), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
 
 
-def cut(text: str, until: list[str]) -> str:
+def cut_at_stops(text: str, until: list[str]) -> str:
     for stop in until:
         text = text.split(stop)[0]
     return text

@@ -22,7 +22,7 @@ from common.base.device_memory import (
 )
 from common.base.progress import track
 from common.running.decoding import STEPS_AT_ONCE, Decoder, cache_after, can_decode
-from common.tasks.batching import batches, common_prefix, cut, row_length, tree_mask
+from common.tasks.batching import batches, common_prefix, cut_at_stops, row_length, tree_mask
 from common.text import chat
 from common.text.probe import check_finite
 
@@ -31,7 +31,7 @@ SCORING_TOKENS = {"cpu": 2048, "cuda": 16384}
 GENERATION_BATCH = {"cpu": 32, "cuda": 128}
 # Positions whose logits are computed at once: slices of this size lose no time.
 LOGITS_POSITIONS = {"cpu": 256, "cuda": 1024}
-# Share of what this process has left of a card that the cache of generated answers may take.
+# Share of what this process has left of a GPU that the cache of generated answers may take.
 CACHE_SHARE = 0.4
 
 
@@ -253,7 +253,10 @@ class HarnessModel(TemplateLM):
             rows = min(1 << (rows - 1).bit_length(), decoder.rows)
             slots += [None] * (rows - len(slots))
             new = decoder.run(rows).tolist()
-        return [cut(self.tokenizer.decode(ids, skip_special_tokens=True), until) for ids in written]
+        return [
+            cut_at_stops(self.tokenizer.decode(ids, skip_special_tokens=True), until)
+            for ids in written
+        ]
 
     def _take(
         self, written: list[int], new: list[int], stops: set[int], until: list[str], max_new: int
@@ -322,7 +325,7 @@ class HarnessModel(TemplateLM):
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             positions = positions[:, -1:] + 1
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
-        return [cut(text, until) for text in texts]
+        return [cut_at_stops(text, until) for text in texts]
 
     def _stopped(self, written: list[int], until: list[str]) -> bool:
         # A stop string may span tokens, so a few of the last ones are looked at together.

@@ -20,7 +20,14 @@ from common.base.files import replacing
 from common.base.progress import track
 from common.model.source import SourceModel
 from common.text.windows import Windows
-from common.walk.streams import advance, cut, embed_chunks, hidden_bytes, home_of, run_layer
+from common.walk.streams import (
+    advance,
+    embed_chunks,
+    hidden_bytes,
+    home_of,
+    run_layer,
+    token_chunks,
+)
 
 
 @torch.no_grad()
@@ -30,7 +37,7 @@ def last_hidden_states(source: SourceModel, windows: Tensor) -> Tensor:
     """
     arguments = source.layer_arguments(windows.shape[1])
     chunks = embed_chunks(
-        source, cut(source, windows), home_of(hidden_bytes(source, windows), source.device)
+        source, token_chunks(source, windows), home_of(hidden_bytes(source, windows), source.device)
     )
     for index in track(range(source.num_layers), "original model", unit="layers"):
         layer = source.load_layer(index)

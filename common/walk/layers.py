@@ -29,11 +29,11 @@ from common.walk.resume import Resumption, replay
 from common.walk.streams import (
     Streams,
     advance,
-    cut,
     embed_chunks,
     hidden_bytes,
     home_of,
     run_layer,
+    token_chunks,
 )
 
 # Is handed index, module, codes by linear, and record of each finished layer.
@@ -144,7 +144,7 @@ def _start(
     chunks, home, originals = (), source.device, None
     catches_up = _catches_up(method, source.family)
     if windows is not None:
-        chunks = cut(source, windows)
+        chunks = token_chunks(source, windows)
         home = home_of((2 if catches_up else 1) * hidden_bytes(source, windows), source.device)
     if catches_up and windows is not None:
         originals = embed_chunks(source, chunks, home)

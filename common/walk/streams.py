@@ -52,7 +52,7 @@ def hidden_bytes(source: SourceModel, windows: Tensor) -> int:
     return windows.numel() * source.config.hidden_size * source.dtype.itemsize
 
 
-def cut(source: SourceModel, windows: Tensor) -> tuple[Tensor, ...]:
+def token_chunks(source: SourceModel, windows: Tensor) -> tuple[Tensor, ...]:
     """Token ids [samples, length] in chunks that pass through a layer at once."""
     tokens = device_memory.tokens_at_once(
         CHUNK_TOKENS[source.device.type], source.config, source.dtype.itemsize, source.device
