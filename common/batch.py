@@ -29,7 +29,7 @@ from common.model.source import DEFAULT_MODEL
 from common.results.documents import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE, read_document
 from common.results.naming import filed_as, source_of
 from common.run_all import check
-from common.run_all.passed_on import method_script, share_out
+from common.run_all.passed_on import HANDED_ON, method_script, share_out
 from common.run_all.steps import Batch, run_configuration
 from common.text.windows import text_sample
 
@@ -162,7 +162,7 @@ def main() -> int:
     check.show_problems(*asked)
     device = [
         part
-        for name in ("device", "device_memory", "dtype", "data_root")
+        for name in HANDED_ON
         if getattr(options, name)
         for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
     ]

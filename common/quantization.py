@@ -24,6 +24,11 @@ from common.model.source import (
     MODELS_FOLDER,
     SourceModel,
 )
+from common.numerics.divergence import (
+    divergence_of_logits,
+    perplexity_of_logits,
+    sample_logits,
+)
 from common.numerics.grid import SUPPORTED_BITS, Grid, resolve_group_size
 from common.results import reuse
 from common.results.documents import RESULTS_FOLDER
@@ -273,10 +278,10 @@ class _Run:
         logits, baseline = result.probe_logits, result.baseline_probe_logits
         return {
             "tokens": tokens.shape[1],
-            "baseline_perplexity": probe.perplexity(baseline, tokens),
-            "perplexity": probe.perplexity(logits, tokens),
-            "divergence": probe.divergence(baseline, logits),
-            **probe.sample_logits(logits),
+            "baseline_perplexity": perplexity_of_logits(baseline, tokens),
+            "perplexity": perplexity_of_logits(logits, tokens),
+            "divergence": divergence_of_logits(baseline, logits),
+            **sample_logits(logits),
         }
 
     def _sizes(self, weight_bytes: int, folder: Path) -> dict:

@@ -11,13 +11,14 @@ from transformers import AutoConfig
 
 from common import metadata
 from common.base.device import dtype_name
-from common.base.device_memory import logits_at_once
 from common.base.errors import UserError
-from common.checkpoint.format import family_of, open_checkpoint, unknown_form, weight_format
+from common.checkpoint.format import family_of_config, open_checkpoint, unknown_form, weight_format
 from common.checkpoint.tensors import REQUIRED_PARTS, decompress, stored_codes, stored_parts
 from common.checkpoint.writer import file_hashes
+from common.model.memory import logits_at_once
 from common.model.online import CONFIG_KEY
 from common.model.tensors import TensorReader
+from common.numerics.divergence import perplexity_of_logits, sample_difference
 from common.numerics.grid import Grid
 from common.running.runtime import load_model
 from common.text import probe
@@ -127,7 +128,7 @@ def _complete(folder: Path, config: dict, tensors: TensorReader) -> Check:
         for file in ("tokenizer.json", "tokenizer_config.json")
         if not (folder / file).is_file()
     ]
-    layers, family = config["num_hidden_layers"], family_of(config)
+    layers, family = config["num_hidden_layers"], family_of_config(config)
     parts = REQUIRED_PARTS[weight_format(config).form]
     names = [
         f"model.layers.{i}.{linear}.{part}"
@@ -175,7 +176,7 @@ def _unchanged(folder: Path, record: dict | None) -> Check:
 
 
 def _codes(config: dict, tensors: TensorReader) -> Iterator[Check]:
-    grid, linears = weight_format(config).grid, family_of(config).linears
+    grid, linears = weight_format(config).grid, family_of_config(config).linears
     bad_codes, bad_scales, damaged = [], [], []
     for layer in range(config["num_hidden_layers"]):
         for linear in linears:
@@ -266,7 +267,7 @@ def _listed(name: str, offenders: list[str], fine: str) -> Check:
 def _recorded(
     record: dict | None, logits: torch.Tensor, tokens: torch.Tensor, dtype: torch.dtype
 ) -> Iterator[Check]:
-    found = probe.perplexity(logits, tokens)
+    found = perplexity_of_logits(logits, tokens)
     if record is None:
         yield Check("recorded logits", None, "saved without metadata: nothing to compare with")
         yield Check(
@@ -280,7 +281,7 @@ def _recorded(
     exact = record["compute_dtype"] == "float32" == dtype_name(dtype)
     tolerance = LOGITS_TOLERANCE["float32" if exact else "other"]
     same_text = expected["tokens"] == tokens.shape[1]
-    difference = probe.sample_difference(logits, expected) if same_text else float("inf")
+    difference = sample_difference(logits, expected) if same_text else float("inf")
     yield Check(
         "recorded logits",
         difference <= tolerance,

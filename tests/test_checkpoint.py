@@ -15,6 +15,7 @@ from common.checkpoint.format import open_checkpoint, weight_format
 from common.checkpoint.tensors import decompress, stored_parts
 from common.checkpoint.writer import METADATA_FILE
 from common.model.architecture import FAMILIES
+from common.numerics.divergence import perplexity_of_logits, sample_difference
 
 PLAIN_LOAD = """
 import sys, torch
@@ -104,9 +105,9 @@ def test_plain_load_equals_what_was_quantized(
     grid = weight_format(config).grid
     assert (grid.bits, grid.symmetric) == (bits, symmetric)
     from common.model.source import load_tokenizer
-    from common.text import probe
+    from common.text.probe import probe_tokens
 
-    tokens = probe.probe_tokens(load_tokenizer(output))
+    tokens = probe_tokens(load_tokenizer(output))
     loaded = plain_load(output, tokens, tmp_path)
     # The dequantized weights, by the format's own decompressor, are those of the plain load, bit
     # for bit.
@@ -117,9 +118,9 @@ def test_plain_load_equals_what_was_quantized(
             assert torch.equal(decompress(state, grid), loaded["weights"][f"{name}.weight"])
     # The logits are those of the model in memory when it was quantized.
     record = json.loads((output / METADATA_FILE).read_text())
-    assert probe.sample_difference(loaded["logits"][0], record["probe"]) < 1e-5
+    assert sample_difference(loaded["logits"][0], record["probe"]) < 1e-5
     assert record["probe"]["perplexity"] == pytest.approx(
-        probe.perplexity(loaded["logits"][0], tokens), rel=1e-4
+        perplexity_of_logits(loaded["logits"][0], tokens), rel=1e-4
     )
     # Tied embeddings stay tied and are stored once, but for a rotation's; template and generation
     # config came along.
@@ -191,11 +192,11 @@ def test_quantized_head_and_embedding(
     )
     if method == "gptq":  # verify has loaded it plainly already
         from common.model.source import load_tokenizer
-        from common.text import probe
+        from common.text.probe import probe_tokens
 
-        loaded = plain_load(output, probe.probe_tokens(load_tokenizer(output)), tmp_path)
+        loaded = plain_load(output, probe_tokens(load_tokenizer(output)), tmp_path)
         record = json.loads((output / METADATA_FILE).read_text())["probe"]
-        assert probe.sample_difference(loaded["logits"][0], record) < 1e-5
+        assert sample_difference(loaded["logits"][0], record) < 1e-5
 
 
 def test_a_tied_head_cannot_be_rounded_alone(tiny, calibration_text, tmp_path):

@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from common.base import device_memory
 from common.base.errors import UserError
 from common.checkpoint import tensors
+from common.model import memory
 from common.model.source import SourceModel
 from common.model.tensors import TensorReader
 from common.running import decoding, runtime, speed
@@ -89,9 +90,9 @@ def test_device_memory_counts_the_context(card, gib):
 
 def test_next_to_nothing_is_refused(card):
     card.others = int(7.5 * GIB)
-    for memory in (None, 1):
+    for gib in (None, 1):
         with pytest.raises(UserError, match="0.50 GiB of memory free.*--device cpu"):
-            device_memory.limit(CARD, memory)
+            device_memory.limit(CARD, gib)
 
 
 def test_resolve_device_sets_the_limit(card, monkeypatch):
@@ -143,7 +144,7 @@ def test_tokens_at_once_fit(monkeypatch, shape, gib):
     """Where there is room the usual chunks stay as they are: the caps change no result."""
     Gpu(monkeypatch, gib * GIB)
     config = LlamaConfig(**SHAPES[shape])
-    chunk = device_memory.tokens_at_once(streams.CHUNK_TOKENS["cuda"], config, 2, CARD)
+    chunk = memory.tokens_at_once(streams.CHUNK_TOKENS["cuda"], config, 2, CARD)
     assert (
         chunk == streams.CHUNK_TOKENS["cuda"]
         if gib > 3
@@ -152,7 +153,7 @@ def test_tokens_at_once_fit(monkeypatch, shape, gib):
     # Gate, up, their product and the residual stream: what a layer holds at the very least.
     least = (3 * config.intermediate_size + 2 * config.hidden_size) * 2
     assert chunk * least < 0.5 * gib * GIB
-    size = device_memory.logits_at_once(1024, 128256, CARD)
+    size = memory.logits_at_once(1024, 128256, CARD)
     assert size * 128256 * (2 + 4 + 4) < 0.25 * gib * GIB
 
 
@@ -176,7 +177,7 @@ def test_both_streams_are_kept_on_one_side_and_cut_alike(card, tiny, monkeypatch
     )
     sizes, answers = [], iter([64, 32, 16, 8])
     monkeypatch.setattr(layers, "home_of", lambda size, device: sizes.append(size) or device)
-    monkeypatch.setattr(device_memory, "tokens_at_once", lambda *_: next(answers))
+    monkeypatch.setattr(memory, "tokens_at_once", lambda *_: next(answers))
     source = SourceModel(str(tiny), CPU, torch.float32)
     method = Method("gptq", lambda layer: {}, catch_up=0.5)
     begun = layers._start(
@@ -240,10 +241,8 @@ def test_prompts_are_read_in_parts_that_fit(monkeypatch):
     )
     with torch.inference_mode():
         whole = Decoder(model, 8, 64).start(prompts)
-        token = device_memory.token_bytes(model.config, 4) + device_memory.cache_bytes(model, 4)
-        monkeypatch.setattr(
-            decoding, "available", lambda _: 2.5 * 9 * token / device_memory.TOKENS_SHARE
-        )
+        token = memory.token_bytes(model.config, 4) + memory.cache_bytes(model, 4)
+        monkeypatch.setattr(decoding, "available", lambda _: 2.5 * 9 * token / memory.TOKENS_SHARE)
         parts = Decoder(model, 8, 64).start(prompts)
     assert asked[0] == 5 and set(asked[1:]) <= {1, 2} and sum(asked[1:]) == 5
     torch.testing.assert_close(parts, whole)
@@ -289,7 +288,7 @@ def test_a_model_without_room_is_read_layer_by_layer(deep, monkeypatch, capsys):
         monkeypatch.setattr(
             runtime,
             "available",
-            lambda _, extra=extra: device_memory.working_bytes(plain, 4) + extra * size,
+            lambda _, extra=extra: memory.working_bytes(plain, 4) + extra * size,
         )
         model, _ = runtime.load_streamed(deep, CPU, torch.float32)
         here = [not next(layer.parameters()).is_meta for layer in model.model.layers]

@@ -1,4 +1,4 @@
-"""How much of a GPU's memory this process may take, what of it is left, and how much work fits.
+"""How much of a GPU's memory this process may take, and what of it is left.
 
 Under WSL the driver moves what a GPU has no room for into host memory, ten times slower, and
 raises no error. So a process takes no more than what is free when it first uses the GPU, less what
@@ -19,12 +19,6 @@ from common.base.errors import UserError
 CONTEXT, LIBRARIES = 512 << 20, 512 << 20
 # With less the smallest models do not run.
 LEAST = 256 << 20
-# Share of what is left that one piece of work is sized for: a batch of tokens that passes through a
-# layer, or a slice of logits.
-TOKENS_SHARE, LOGITS_SHARE = 0.5, 0.25
-# Of a position and an entry of the vocabulary: up to four numbers in float32 and two of 16 bits.
-LOGIT_BYTES = 20
-
 _limits: dict[int, int] = {}
 
 
@@ -90,37 +84,3 @@ def halved_to_fit(most: int, bytes_each: float, room: float) -> int:
     while most > 1 and most * bytes_each > room:
         most //= 2
     return most
-
-
-def token_bytes(config, element: int) -> int:
-    """About what a token takes while it passes through a decoder layer, all tensors on the way
-    included.
-
-    Args:
-        config: the model's configuration; element: bytes of a number.
-    """
-    return (8 * config.intermediate_size + 16 * config.hidden_size) * element
-
-
-def cache_bytes(model, element: int) -> int:
-    """What a token takes in the key-value cache."""
-    config, attention = model.config, model.model.layers[0].self_attn
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * attention.head_dim * element
-
-
-def working_bytes(model, element: int) -> int:
-    """What running a model takes beside its weights, at the least at which it runs well: four
-    answers of 1,024 tokens, 2,048 tokens in a layer, logits of 256 positions.
-    """
-    logits = 256 * LOGIT_BYTES * model.config.vocab_size
-    return 4096 * cache_bytes(model, element) + 2048 * token_bytes(model.config, element) + logits
-
-
-def tokens_at_once(most: int, config, element: int, device: torch.device) -> int:
-    """How many tokens pass through a layer at once: `most`, halved until the device has room."""
-    return halved_to_fit(most, token_bytes(config, element), TOKENS_SHARE * available(device))
-
-
-def logits_at_once(most: int, vocabulary: int, device: torch.device) -> int:
-    """How many positions have logits computed at once: `most`, halved until the device has room."""
-    return halved_to_fit(most, LOGIT_BYTES * vocabulary, LOGITS_SHARE * available(device))

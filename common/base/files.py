@@ -84,3 +84,16 @@ def replace_folder(finished: Path, folder: Path) -> None:
         shutil.rmtree(old)
     else:
         finished.rename(folder)
+
+
+def lacking(document: dict, needs: tuple[str, ...]) -> list[str]:
+    """What a document lacks of the names it needs; with a dot what is inside one."""
+    return [name for name in needs if not _has(document, name.split("."))]
+
+
+def _has(row: dict, path: list[str]) -> bool:
+    for name in path:
+        if not isinstance(row, dict) or name not in row:
+            return False
+        row = row[name]
+    return True

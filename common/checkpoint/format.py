@@ -174,7 +174,7 @@ def grid_of(scheme: dict) -> Grid:
     return Grid(weights["num_bits"], group_size, weights["symmetric"])
 
 
-def family_of(config: dict) -> Family | None:
+def family_of_config(config: dict) -> Family | None:
     """The family of a checkpoint, by its config.json's content; None if it is not supported."""
     return FAMILIES.get(config["model_type"].removesuffix(MODEL_TYPE_SUFFIX))
 
@@ -235,7 +235,7 @@ def unknown_form(config: dict, names: Iterable[str] | None = None) -> str | None
 def _unknown(config: dict, names: set[str] | None) -> str | None:
     quantization = config["quantization_config"]
     groups = list(quantization["config_groups"].values())
-    if family_of(config) is None:
+    if family_of_config(config) is None:
         return f"architecture {config['model_type']}"
     if (
         quantization["quant_method"] != "compressed-tensors"
@@ -320,7 +320,7 @@ def _unknown_tensors(config: dict, names: set[str], vocabulary: list[str]) -> st
     odd = sorted(name for name in names if name.rpartition(".")[2] not in (*PARTS, "bias"))
     if odd:
         return f"tensor {odd[0]}"
-    linears = family_of(config).linears
+    linears = family_of_config(config).linears
     expected = {
         f"model.layers.{i}.{linear}"
         for i in range(config["num_hidden_layers"])

@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 
 from common.base.errors import UserError
-from common.base.files import read_json
+from common.base.files import lacking, read_json
 from common.checkpoint.writer import METADATA_FILE, folder_bytes
 from common.model.tensors import TensorReader
-from common.text.data import lacking
 
 VERSION = 1
 # What verification, evaluation with its tables and the batch rely on, and what README says that

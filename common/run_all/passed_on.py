@@ -10,18 +10,11 @@ from common.base.errors import UserError
 from common.base.progress import say
 from common.walk.method import Method
 
-# Options that the batch itself gives every script; of two the last would count, for each
-# configuration alike.
-_OWN_OPTIONS = (
-    "model",
-    "bits",
-    "output",
-    "overwrite",
-    "device",
-    "device_memory",
-    "dtype",
-    "data_root",
-)
+# Options of the batch that it gives every script as they are, where they were given.
+HANDED_ON = ("device", "device_memory", "dtype", "data_root")
+# All that the batch itself gives a script; of two the last would count, for each configuration
+# alike.
+_OWN_OPTIONS = ("model", "bits", "output", "overwrite", *HANDED_ON)
 
 
 class MethodScript(Protocol):

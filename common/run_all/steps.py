@@ -20,7 +20,7 @@ from common.model.source import MODELS_FOLDER
 from common.results.documents import CONFIGURATIONS, STATUS_FILE
 from common.results.identity import checkpoint_hash
 from common.results.naming import source_of
-from common.results.reuse import changed_sources, made_from
+from common.results.reuse import WITHOUT_EFFECT, changed_sources, made_from
 
 _REASON_LENGTH = 200
 
@@ -76,9 +76,14 @@ class Batch:
 
     def quantization_options(self, method: str) -> list[str]:
         """What a method's script is told that decides a checkpoint's weights."""
-        without_effect = ("--save-metadata", "--no-save-metadata", "--resume")
-        words = [word for word in self.passed_on.get(method, []) if word not in without_effect]
+        words = [word for word in self.passed_on.get(method, []) if not _has_no_effect(word)]
         return [*words, *(["--dtype", self.dtype] if self.dtype != "auto" else [])]
+
+
+def _has_no_effect(word: str) -> bool:
+    """Whether this is a flag that changes nothing in a checkpoint."""
+    name = word.removeprefix("--").removeprefix("no-").replace("-", "_")
+    return word.startswith("--") and name in WITHOUT_EFFECT
 
 
 class StepFailed(Exception):

@@ -13,16 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from common.base.device_memory import (
-    TOKENS_SHARE,
-    available,
-    cache_bytes,
-    halved_to_fit,
-    token_bytes,
-)
+from common.base.device_memory import available, halved_to_fit
 from common.kernels.forms import Rotary
 from common.kernels.inference import add_rms_norm, attend, largest_index, row_matmul, silu_mul
 from common.model.architecture import is_fused
+from common.model.memory import TOKENS_SHARE, cache_bytes, token_bytes
 from common.running.packed import PackedLinear, stack
 
 # Tokens of prompts that go through the model at once, and steps after which the host looks at what

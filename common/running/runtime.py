@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from common.base.device_memory import available, working_bytes
+from common.base.device_memory import available
 from common.base.errors import UserError
 from common.base.progress import say
 from common.kernels.dispatch import triton_works
 from common.model.architecture import FAMILIES, FILLED_BY_CODE, let_head_finish_logits
 from common.model.fused import fuse_layers
+from common.model.memory import working_bytes
 from common.model.online import attach_all, read_keys, take_from_config
 from common.model.source import SourceModel, load_tokenizer, read_config
 from common.model.tensors import TensorReader

@@ -11,16 +11,15 @@ from lm_eval.api.model import TemplateLM
 from torch import Tensor
 from transformers import DynamicCache
 
-from common.base.device_memory import (
+from common.base.device_memory import available, halved_to_fit
+from common.base.progress import track
+from common.model.memory import (
     TOKENS_SHARE,
-    available,
     cache_bytes,
-    halved_to_fit,
     logits_at_once,
     token_bytes,
     tokens_at_once,
 )
-from common.base.progress import track
 from common.running.decoding import STEPS_AT_ONCE, Decoder, cache_after, can_decode
 from common.tasks.batching import batches, common_prefix, cut_at_stops, row_length, tree_mask
 from common.text import chat

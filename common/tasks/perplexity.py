@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from common.base.arguments import positive, two_or_more
-from common.base.device_memory import logits_at_once
 from common.base.errors import UserError
 from common.base.progress import say, track
+from common.model.memory import logits_at_once
 from common.model.source import SourceModel, read_config
 from common.numerics.divergence import summarise_divergence, token_divergence
 from common.results import identity

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.base.errors import UserError
+from common.base.files import lacking
 from common.text.sampling import RowGroup, draw_rows, read_sample
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
@@ -171,19 +172,6 @@ def check_columns(loaded: Rows, needs: tuple[str, ...], purpose: str) -> None:
                 f"{loaded.source} has a row without {', '.join(missing)}; it has "
                 f"{', '.join(row) or 'nothing'}; give other data for {purpose}"
             )
-
-
-def lacking(document: dict, needs: tuple[str, ...]) -> list[str]:
-    """What a document lacks of the names it needs; with a dot what is inside one."""
-    return [name for name in needs if not _has(document, name.split("."))]
-
-
-def _has(row: dict, path: list[str]) -> bool:
-    for name in path:
-        if not isinstance(row, dict) or name not in row:
-            return False
-        row = row[name]
-    return True
 
 
 def demo_rows(task: str) -> Rows:

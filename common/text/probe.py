@@ -12,10 +12,6 @@ from torch import Tensor
 
 from common.base.device import dtype_name
 from common.base.errors import UserError
-from common.numerics.divergence import mean_divergence
-
-# How many positions, and entries of the vocabulary, have their logits recorded.
-POSITIONS, ENTRIES = 4, 256
 
 TEXT = """The lighthouse at the end of the pier had been dark for eleven years when the council \
 decided to sell it. \
@@ -73,39 +69,3 @@ def check_finite(values: Tensor, where: str, dtype: torch.dtype) -> None:
     """
     if not torch.isfinite(values).all():
         raise overflow(where, dtype)
-
-
-def perplexity(logits: Tensor, tokens: Tensor) -> float:
-    """Perplexity of tokens [1, length] under their logits [length, vocabulary]."""
-    return torch.exp(
-        torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[0, 1:].to(logits.device))
-    ).item()
-
-
-def divergence(reference: Tensor, logits: Tensor) -> float:
-    """Mean Kullback-Leibler divergence in nats of `logits` from `reference`, both [length,
-    vocabulary].
-    """
-    expected = torch.log_softmax(reference.float(), -1)
-    found = torch.log_softmax(logits.float(), -1)
-    return mean_divergence(expected, found)
-
-
-def sample_logits(logits: Tensor) -> dict:
-    """A small sample of logits [length, vocabulary] to keep in the metadata: positions, every
-    stride-th entry, values.
-    """
-    length, vocabulary = logits.shape
-    positions = torch.linspace(length // 4, length - 1, POSITIONS).long().tolist()
-    stride = max(1, vocabulary // ENTRIES)
-    values = [[round(v, 5) for v in logits[p, ::stride].tolist()] for p in positions]
-    return {"positions": positions, "vocabulary_stride": stride, "logits": values}
-
-
-def sample_difference(logits: Tensor, recorded: dict) -> float:
-    """Root mean square difference between logits and a record of `sample_logits`, relative to the
-    record's spread.
-    """
-    found = logits[recorded["positions"], :: recorded["vocabulary_stride"]].float().cpu()
-    expected = torch.tensor(recorded["logits"])
-    return ((found - expected).square().mean().sqrt() / expected.std()).item()

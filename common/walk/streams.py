@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from common.base import device_memory
 from common.base.errors import UserError
 from common.base.progress import say
+from common.model import memory
 from common.model.source import SourceModel
 
 # Tokens that go through a layer at once.
@@ -54,7 +55,7 @@ def hidden_bytes(source: SourceModel, windows: Tensor) -> int:
 
 def token_chunks(source: SourceModel, windows: Tensor) -> tuple[Tensor, ...]:
     """Token ids [samples, length] in chunks that pass through a layer at once."""
-    tokens = device_memory.tokens_at_once(
+    tokens = memory.tokens_at_once(
         CHUNK_TOKENS[source.device.type], source.config, source.dtype.itemsize, source.device
     )
     return windows.split(max(1, tokens // windows.shape[1]))
