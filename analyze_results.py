@@ -3,8 +3,7 @@
 docs/results/ alone.
 
     python analyze_results.py
-    python analyze_results.py --results-dir /tmp/results --readme /tmp/README.md --figures-dir
-    /tmp/figures
+    python analyze_results.py --results-dir /tmp/results --figures-dir /tmp/figures
 
 results/ holds this machine's runs, docs/results/ the documented run, which comes with the project.
 Each is marked as what it is.
@@ -50,8 +49,7 @@ def say_what_is_stale(results: ModelResults, results_dir: Path) -> None:
                 if checkpoint_hash(folder, results_dir) != document["checkpoint"]:
                     say(
                         f"{results.name} {name}: the figures are of another checkpoint than "
-                        f"{folder} holds now; evaluate it "
-                        "again"
+                        f"{folder} holds now; evaluate it again"
                     )
 
 

@@ -6,7 +6,7 @@ difference.
     python compare_to_baseline.py --quantized models/SmolLM2-135M-Instruct/awq-4bit --json
 
 Differences are paired, question by question, with a 95% interval; flips are answers that went wrong
-/ came right; the last column says what the difference is. What has no results of the same
+and that came right; the last column says what the difference is. What has no results of the same
 checkpoint, data, device and code is evaluated first; the other arguments are those of
 common/evaluation.py. A chart goes beside the results.
 """

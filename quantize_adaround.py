@@ -5,12 +5,15 @@
     python quantize_adaround.py --model demo --iterations 200
 
 Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization",
-https://arxiv.org/abs/2004.10568. Layer by layer (--reconstruction layer) the output error tr((Q -
-W) G (Q - W)ᵀ) of each linear is minimised through the Gram matrix G of its input: the exact
-gradient over all calibration tokens, without keeping an activation. With
---reconstruction block the error of a whole decoder layer's output is minimised on the calibration
-windows (BRECQ, https://arxiv.org/abs/2102.05426). Input channels are equalised first (--equalize),
-as rounding learned on top of uneven channels keeps their error; the scales are AWQ's
+https://arxiv.org/abs/2004.10568. Layer by layer (--reconstruction layer) the output error
+
+    tr((Q - W) G (Q - W)ᵀ)
+
+of each linear is minimised through the Gram matrix G of its input: the exact gradient over all
+calibration tokens, without keeping an activation. With --reconstruction block the error of a whole
+decoder layer's output is minimised on the calibration windows (BRECQ,
+https://arxiv.org/abs/2102.05426). Input channels are equalised first (--equalize), as rounding
+learned on top of uneven channels keeps their error; the scales are AWQ's
 (https://arxiv.org/abs/2306.00978).
 """
 

@@ -5,9 +5,16 @@
     python quantize_awq.py --model demo
 
 Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration",
-https://arxiv.org/abs/2306.00978. A scale s = a^r / w^(1 - r) per input channel, a the mean |x| and
-w the mean relative weight, is multiplied into the weights and divided out of the norm or linear
-before them. r, identity included, is the one with the smallest output error tr((Q - W) G (Q - W)ᵀ),
+https://arxiv.org/abs/2306.00978. A scale per input channel, of the mean |x|, a, and the mean relative
+weight, w,
+
+    s = a^r / w^(1 - r)
+
+is multiplied into the weights and divided out of the norm or linear before them. r, identity
+included, is the one with the smallest output error
+
+    tr((Q - W) G (Q - W)ᵀ)
+
 which the Gram matrix G gives over all calibration tokens without keeping an activation. The
 clipping of each group's range is then chosen by the same error.
 """

@@ -7,10 +7,14 @@ earlier ones.
 
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", https://arxiv.org/abs/2210.17323. One calibration pass collects the Gram matrix G of
-each linear's input; the output error of rounded weights Q is then tr((Q - W) G (Q - W)ᵀ), exactly,
-over all calibration tokens. Linears that read the same tensor are solved together. The order of
-channels is that of descending Gᵢᵢ, with groups as stored. The solver is in
-common/solvers/rounding.py, the walk of one layer in common/walk/gptq.py, as QuaRot uses them too.
+each linear's input; the output error of rounded weights Q over all calibration tokens is then,
+exactly,
+
+    tr((Q - W) G (Q - W)ᵀ)
+
+Linears that read the same tensor are solved together. The order of channels is that of descending
+Gᵢᵢ, with groups as stored. The solver is in common/solvers/rounding.py, the walk of one layer in
+common/walk/gptq.py, as QuaRot uses them too.
 """
 
 import argparse

@@ -5,10 +5,13 @@
     python quantize_hqq.py --model demo --bits 8
 
 Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models",
-https://mobiusml.github.io/hqq_blog. Each group's scale and zero-point minimise the l_p error sum |w
-- q|^p. The half-quadratic idea splits that in two easy steps taken in turn: fixed errors turn l_p
-into weighted least squares (weights |w - q|^(p - 2)), whose scale and zero-point have a closed
-form; fixed scale and zero-point turn it into rounding. The best step is kept, not the last. The
+https://mobiusml.github.io/hqq_blog. Each group's scale and zero-point minimise the l_p error
+
+    sum |w - q|^p
+
+The half-quadratic idea splits that in two easy steps taken in turn: fixed errors turn l_p into
+weighted least squares, of weights |w - q|^(p - 2), whose scale and zero-point have a closed form;
+fixed scale and zero-point turn it into rounding. The best step is kept, not the last. The
 zero-point is an integer, as the checkpoint format stores it; the authors' is a float.
 """
 

@@ -6,11 +6,13 @@ the weights first.
     python quantize_smoothquant.py --model demo --alpha 0.8
 
 Xiao et al. 2022, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language
-Models", https://arxiv.org/abs/2211.10438. Each input channel is divided by s = max|x|^α / max|W|^(1
-- α) (equation 4) and its weights multiplied by it. Weights are then rounded per output channel,
-activations per token as they come, both symmetric. With
---alpha auto every linear group gets the α, or no smoothing, with the smallest output error over a
-sample of its inputs.
+Models", https://arxiv.org/abs/2211.10438. Each input channel is divided by (equation 4)
+
+    s = max|x|^α / max|W|^(1 - α)
+
+and its weights multiplied by it. Weights are then rounded per output channel, activations per token
+as they come, both symmetric. With --alpha auto every linear group gets the α, or no smoothing, with
+the smallest output error over a sample of its inputs.
 """
 
 import argparse

@@ -179,8 +179,8 @@ def main() -> None:
             )
             print(
                 f"RESULT {method}, {depth} layers, {samples} samples: device "
-                f"{(found['peak_device_bytes'] or 0) / 2**30:.2f} "
-                f"GiB, host {found['peak_host_bytes'] / 2**30:.2f} GiB, {phases}",
+                f"{(found['peak_device_bytes'] or 0) / 2**30:.2f} GiB, host "
+                f"{found['peak_host_bytes'] / 2**30:.2f} GiB, {phases}",
                 flush=True,
             )
 

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """The 16-bit baseline that every quantized model is compared with: fetch it, evaluate it.
 
-python common/baseline.py
-python common/baseline.py --model demo
+    python common/baseline.py
+    python common/baseline.py --model demo
+
+Metrics and samples go to results/, where those of the evaluation go.
 """
 
 from __future__ import annotations

@@ -319,8 +319,8 @@ def _summary(output: Path, document: dict) -> str:
     sizes, found = document["bytes"], document["probe"]
     return (
         f"{output}: {sizes['quantized_weights'] / 1e6:.1f} MB of weights "
-        f"({document['compression_ratio']:.2f} x "
-        f"smaller), {document['seconds']['total']:.1f} s, peak host memory "
-        f"{document['memory']['peak_host_bytes'] / 2**30:.2f} GiB, perplexity of the probe text "
+        f"({document['compression_ratio']:.2f} x smaller), {document['seconds']['total']:.1f} s, "
+        f"peak host memory {document['memory']['peak_host_bytes'] / 2**30:.2f} GiB, "
+        "perplexity of the probe text "
         f"{found['baseline_perplexity']:.2f} -> {found['perplexity']:.2f}"
     )

@@ -68,9 +68,8 @@ def triton_problem() -> str | None:
         _import_kernels().inference.silu_mul(values, values)
         torch.cuda.synchronize()
         return None
-    except (
-        Exception
-    ) as error:  # a missing C compiler, header, driver or package: each raises its own type
+    except Exception as error:
+        # A missing C compiler, header, driver or package: each raises its own type.
         missing = missing_for_triton(*look_for_compiler())
         reason = (
             missing or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"

@@ -18,9 +18,8 @@ class PackedWeight:
     """Weights [out, in] as integer codes: (code - zero-point) * scale. Made by `pack`.
 
     packed: 8 bits [out, in] int8. 4 bits [out, in / 2] uint8, in blocks of `block` channels: byte j
-    of a block holds channel j
-        in its low half and channel j + block / 2 in the high one, so that a block is unpacked into
-        two pieces as they are.
+        of a block holds channel j in its low half and channel j + block / 2 in the high one, so
+        that a block is unpacked into two pieces as they are.
     scale: [out, groups] floating; zero_point: [out, groups] int8, None for zero.
     """
 

@@ -180,10 +180,9 @@ def _matvec(
 ):
     """One row times weights, in products of bytes with sums of integers. A piece is the words of a
     block of channels; a lane reads four words of each output channel. Its inputs become integers of
-    16 bits, a high and a low byte, with a scale of their
-    own: that moves them by less than rounding the largest to bfloat16 did. With INPUT_BITS they are
-    rounded as a token to at most 8 bits, a high byte. EARLY: weights are read before the kernel
-    before ends.
+    16 bits, a high and a low byte, with a scale of their own: that moves them by less than rounding
+    the largest to bfloat16 did. With INPUT_BITS they are rounded as a token to at most 8 bits, a
+    high byte. EARLY: weights are read before the kernel before ends.
     """
     if not EARLY:
         begin(OVERLAP)

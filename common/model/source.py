@@ -110,8 +110,8 @@ def hub_errors(model: str) -> Iterator[None]:
             ) from None
         raise UserError(
             f"cannot download {model}: no network, or the hub does not answer "
-            f"({type(error).__name__}); run the "
-            "same again, which goes on where it broke off, give a local folder, or use --model demo"
+            f"({type(error).__name__}); run the same again, which goes on where it broke off, give "
+            "a local folder, or use --model demo"
         ) from None
 
 

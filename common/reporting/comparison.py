@@ -191,8 +191,7 @@ def compare_all(results_dir: Path, results: ModelResults) -> dict[str, list[Comp
             if stale := sorted({*other_data(*documents), *other_samples(baseline, samples)}):
                 say(
                     f"{results.name} {name}: no comparison of {', '.join(stale)} (of other data "
-                    f"than the baseline's: evaluate "
-                    "both again)"
+                    "than the baseline's: evaluate both again)"
                 )
             if compared := compare_samples(
                 baseline, {task: rows for task, rows in samples.items() if task not in stale}
@@ -274,10 +273,9 @@ def print_comparison(baseline: dict, quantized: dict, comparisons: list[Comparis
     if divergence := perplexity.divergence_of(quantized):
         say(
             f"KL divergence from the baseline over {divergence['tokens']} tokens: mean "
-            f"{divergence['kl_mean']:.4g}, median "
-            f"{divergence['kl_median']:.4g}, 99% {divergence['kl_99']:.4g}, 99.9% "
-            f"{divergence['kl_999']:.4g} nats; same most "
-            f"likely token {100 * divergence['same_top']:.2f}%"
+            f"{divergence['kl_mean']:.4g}, median {divergence['kl_median']:.4g}, 99% "
+            f"{divergence['kl_99']:.4g}, 99.9% {divergence['kl_999']:.4g} nats; same most likely "
+            f"token {100 * divergence['same_top']:.2f}%"
         )
 
 

@@ -80,8 +80,8 @@ def _hub_facts(model: str, timeout: float) -> ModelFacts:
             pass  # fetched in part
     if constants.HF_HUB_OFFLINE:
         raise UserError(
-            f"{model} is not in the cache and HF_HUB_OFFLINE is set; unset it, or give "
-            "a local folder"
+            f"{model} is not in the cache and HF_HUB_OFFLINE is set; unset it, or give a local "
+            "folder"
         )
     with hub_errors(model):
         get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=timeout)

@@ -201,8 +201,7 @@ def _with_room(folder: Path, device: torch.device, dtype: torch.dtype) -> torch.
         return device
     say(
         f"{folder}: unpacked its weights take {needed / 2**30:.1f} GiB, and the GPU has "
-        f"{room / 2**30:.1f} left; it runs on "
-        "the CPU"
+        f"{room / 2**30:.1f} left; it runs on the CPU"
     )
     return torch.device("cpu")
 
@@ -218,6 +217,5 @@ def _check_scales(folder: Path, content: dict) -> None:
         if name.endswith(".weight_scale") and not float16_holds(tensors.read(name)):
             raise UserError(
                 f"{folder}: float16 does not hold the scales of "
-                f"{name.removesuffix('.weight_scale')}; use "
-                "--dtype bfloat16 or float32"
+                f"{name.removesuffix('.weight_scale')}; use --dtype bfloat16 or float32"
             )

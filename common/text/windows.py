@@ -110,9 +110,8 @@ def load_texts(
         return [chat.document(row.get(column)) for row in loaded.rows], loaded.source
     except ValueError as error:
         raise UserError(
-            f"{data} has a row whose {column} is {error}; wanted is a text or a list "
-            "of messages {role, content} or {from, value}: convert it, or give other "
-            "data"
+            f"{data} has a row whose {column} is {error}; wanted is a text or a list of messages "
+            "{role, content} or {from, value}: convert it, or give other data"
         ) from None
 
 

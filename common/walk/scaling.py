@@ -2,10 +2,10 @@
 weights' form changes.
 
 With a positive s per channel, W' = W diag(s) reads x' = x / s. The division goes into the norm's
-gain, or into the rows of the
-linear whose output is x: up_proj feeds down_proj, and v_proj feeds o_proj through the attention's
-averages, where all query heads that share a key-value head must share s; `architecture` says which
-it is. `equalize` chooses s as AWQ does (Lin et al. 2023, arXiv 2306.00978).
+gain, or into the rows of the linear whose output is x: up_proj feeds down_proj, and v_proj feeds
+o_proj through the attention's averages, where all query heads that share a key-value head must
+share s; `architecture` says which it is. `equalize` chooses s as AWQ does (Lin et al. 2023, arXiv
+2306.00978).
 """
 
 from __future__ import annotations

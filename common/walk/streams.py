@@ -118,8 +118,7 @@ def each_chunk(
             most = len(chunks[i]) // 2
             say(
                 f"the GPU has no room for {len(chunks[i]) * chunks[i].shape[1]} tokens at once; "
-                f"going on with {most} windows of "
-                f"{chunks[i].shape[1]}"
+                f"going on with {most} windows of {chunks[i].shape[1]}"
             )
             torch.cuda.empty_cache()
         for part in (chunks,) if others is None else (chunks, others):
