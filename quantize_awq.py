@@ -5,8 +5,8 @@
     python quantize_awq.py --model demo
 
 Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration",
-https://arxiv.org/abs/2306.00978. A scale per input channel, of the mean |x|, a, and the mean relative
-weight, w,
+https://arxiv.org/abs/2306.00978. A scale per input channel, a being the mean |x| and w the mean
+relative weight,
 
     s = a^r / w^(1 - r)
 

@@ -94,7 +94,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 def _methods(configurations: list[str]) -> set[str]:
-    return {CONFIGURATIONS[name][0] for name in configurations if CONFIGURATIONS[name]}
+    return {made[0] for name in configurations if (made := CONFIGURATIONS[name])}
 
 
 def _samples(
@@ -150,7 +150,7 @@ def main() -> int:
     chosen = [
         name
         for name in (options.only.split(",") if options.only else CONFIGURATIONS)
-        if CONFIGURATIONS[name] is None or Path(f"quantize_{CONFIGURATIONS[name][0]}.py").is_file()
+        if not (made := CONFIGURATIONS[name]) or Path(f"quantize_{made[0]}.py").is_file()
     ]
     shared = (
         share_out(passed_on, _methods(chosen) or _methods(list(CONFIGURATIONS)))

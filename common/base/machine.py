@@ -193,7 +193,7 @@ def obstacle(machine: Machine) -> Obstacle | None:
 
 def too_old(driver: Driver, machine: Machine) -> bool:
     """Whether the driver cannot run what torch was built for. Minor versions do not matter."""
-    needed = _major(machine.torch_cuda)
+    needed = _major(machine.torch_cuda or "0")
     if driver.cuda is not None:
         return _major(driver.cuda) < needed
     return (
@@ -221,7 +221,10 @@ def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
             is for 8.6 to 8.9, compute_80 for all from 8.0 on.
     """
     for name in architectures:
-        kind, number = re.fullmatch(r"(\w+?)_(\d+)[a-z]?", name).groups()
+        found = re.fullmatch(r"(\w+?)_(\d+)[a-z]?", name)
+        if found is None:
+            continue
+        kind, number = found.groups()
         major, minor = divmod(int(number), 10)
         if (
             (capability >= (major, minor))

@@ -137,16 +137,12 @@ def _config_group(targets: list[str], scheme: QuantizationScheme, form: str) -> 
     return scheme.model_dump(mode="json", exclude_none=True)
 
 
-def _vocabulary_of(group: dict) -> list[str] | None:
-    """Which of embedding and head a config group is about, by name; None if it is about something
+def _vocabulary_of(group: dict) -> list[str]:
+    """Which of embedding and head a config group is about, by name; none if it is about something
     else.
     """
     names = [name for name, target in _VOCABULARY_TARGETS.items() if target in group["targets"]]
-    return (
-        names
-        if names and group["targets"] == [_VOCABULARY_TARGETS[name] for name in names]
-        else None
-    )
+    return names if group["targets"] == [_VOCABULARY_TARGETS[name] for name in names] else []
 
 
 def scheme_of(grid: Grid, activation_bits: int | None = None) -> QuantizationScheme:
@@ -174,9 +170,15 @@ def grid_of(scheme: dict) -> Grid:
     return Grid(weights["num_bits"], group_size, weights["symmetric"])
 
 
-def family_of_config(config: dict) -> Family | None:
-    """The family of a checkpoint, by its config.json's content; None if it is not supported."""
-    return FAMILIES.get(config["model_type"].removesuffix(MODEL_TYPE_SUFFIX))
+def family_of_config(config: dict) -> Family:
+    """The family of a checkpoint of a form that is known (`unknown_form`), by its config.json's
+    content.
+    """
+    return FAMILIES[_family_name(config)]
+
+
+def _family_name(config: dict) -> str:
+    return config["model_type"].removesuffix(MODEL_TYPE_SUFFIX)
 
 
 def open_checkpoint(folder: Path) -> tuple[dict, TensorReader]:
@@ -235,7 +237,7 @@ def unknown_form(config: dict, names: Iterable[str] | None = None) -> str | None
 def _unknown(config: dict, names: set[str] | None) -> str | None:
     quantization = config["quantization_config"]
     groups = list(quantization["config_groups"].values())
-    if family_of_config(config) is None:
+    if _family_name(config) not in FAMILIES:
         return f"architecture {config['model_type']}"
     if (
         quantization["quant_method"] != "compressed-tensors"
@@ -245,8 +247,8 @@ def _unknown(config: dict, names: set[str] | None) -> str | None:
     if groups[0]["targets"] not in ([_DECODER_TARGET], ["Linear"]):
         return f"targets {groups[0]['targets']}"
     vocabulary = [_vocabulary_of(group) for group in groups[1:]]
-    if None in vocabulary:
-        return f"targets {groups[vocabulary.index(None) + 1]['targets']}"
+    if [] in vocabulary:
+        return f"targets {groups[vocabulary.index([]) + 1]['targets']}"
     rounded = [name for group in vocabulary for name in group]
     ignored = quantization.get("ignore") or []
     if (

@@ -269,16 +269,17 @@ def round_clipped(inputs: Tensor, bits: int, clips: tuple[float, ...]) -> Tensor
     """
     levels, exact = 1 << bits, inputs.float()
     largest = exact.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * levels)
-    best = best_error = None
-    for clip in clips:
+
+    def rounded_within(clip: float) -> tuple[Tensor, Tensor]:
         scale = largest * (2 * clip / (levels - 1))
         rounded = (exact / scale).round_().clamp_(-levels // 2, levels // 2 - 1).mul_(scale)
-        error = (rounded - exact).square().sum(-1, keepdim=True)
-        if best is None:
-            best, best_error = rounded, error
-        else:
-            best = torch.where(error < best_error, rounded, best)
-            best_error = torch.minimum(error, best_error)
+        return rounded, (rounded - exact).square().sum(-1, keepdim=True)
+
+    best, best_error = rounded_within(clips[0])
+    for clip in clips[1:]:
+        rounded, error = rounded_within(clip)
+        best = torch.where(error < best_error, rounded, best)
+        best_error = torch.minimum(error, best_error)
     return best.to(inputs.dtype)
 
 

@@ -115,11 +115,11 @@ def divergence(results: ModelResults):
     logarithmic axis.
     """
     found = {
-        name: perplexity.divergence_of(document)
+        name: measured
         for name, document in results.evaluated()
-        if name != "baseline"
+        if name != "baseline" and (measured := perplexity.divergence_of(document))
     }
-    names = [name for name, value in found.items() if value]
+    names = list(found)
     if not names:
         return None
     figure, axis = plt.subplots(figsize=(8, 0.42 * len(names) + 1.8), layout="constrained")

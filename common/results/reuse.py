@@ -142,7 +142,7 @@ def check_finished(
     Raises:
         UserError: naming them and the way out.
     """
-    record = metadata.read(output)
+    record = metadata.read(output) or {}
     changes = changed_options(record, options, method, dtype)
     then = recorded_sources(record)
     changes += changed_sources(then, made_from(options.model, method, results_dir))

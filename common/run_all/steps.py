@@ -111,7 +111,7 @@ def step(title: str, command: list[str], log: Path, gpu: dict[str, str]) -> str:
             errors="replace",
             env={**os.environ, **gpu},
         )
-        for line in process.stdout:
+        for line in process.stdout or ():
             sys.stdout.write(prefix + line)
             sys.stdout.flush()
             file.write(line)

@@ -94,7 +94,9 @@ class OpenMath(HarnessTask):
         """Distance of the answer from the expected number, None where the text holds no number."""
         expected = parse_number(str(row["expected_answer"]))
         predicted = extract_number(results[0])
-        difference = None if predicted is None else abs(predicted - expected)
+        difference = None
+        if predicted is not None and expected is not None:
+            difference = abs(predicted - expected)
         return {
             "correct": float(difference is not None and difference <= TOLERANCE),
             "expected": expected,

@@ -78,10 +78,13 @@ def place_head(source: SourceModel, model: nn.Module) -> None:
     has the same head, its own serves both.
     """
     head, own = source.model.lm_head, getattr(model.lm_head, "weight", None)
-    alike = own is not None and (own.shape, own.dtype) == (head.weight.shape, head.weight.dtype)
-    if alike and all(
-        torch.equal(one.to(own.device), other)
-        for one, other in zip(head.weight.split(4096), own.split(4096), strict=True)
+    if (
+        own is not None
+        and (own.shape, own.dtype) == (head.weight.shape, head.weight.dtype)
+        and all(
+            torch.equal(one.to(own.device), other)
+            for one, other in zip(head.weight.split(4096), own.split(4096), strict=True)
+        )
     ):
         head.weight = nn.Parameter(own, requires_grad=False)
     else:

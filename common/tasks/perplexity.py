@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,18 +169,18 @@ def perplexity(
     given, the divergence from it at every token (`common.numerics.divergence`).
 
     Args:
-        references: the original's last hidden states [samples, length, hidden].
+        references: the original's last hidden states [samples, length, hidden], with it.
     """
     device = next(model.parameters()).device
     start = time.perf_counter()
-    if original is None:
-        references = [None] * len(windows.tokens)
-    else:
+    expected_states: Sequence[Tensor | None] = [None] * len(windows.tokens)
+    if original is not None and references is not None:
         place_head(original, model)
+        expected_states = references.unbind()
     slice_size = logits_at_once(256, model.config.vocab_size, device)
     samples = []
     for index, (window, reference) in enumerate(
-        zip(track(windows.tokens, "perplexity", unit="windows"), references, strict=True)
+        zip(track(windows.tokens, "perplexity", unit="windows"), expected_states, strict=True)
     ):
         window = window.to(device)
         hidden = model.model(window.unsqueeze(0), use_cache=False).last_hidden_state[0, :-1]
@@ -190,7 +191,7 @@ def perplexity(
             part = slice(first, first + slice_size)
             found = torch.log_softmax(model.lm_head(hidden[part]).float(), -1)
             total -= found.gather(1, window[1:][part].unsqueeze(1)).sum()
-            if reference is not None:
+            if original is not None and reference is not None:
                 expected = original.logits(reference[:-1][part].to(device))
                 values, equal = token_divergence(torch.log_softmax(expected, -1), found)
                 divergence.append(values)

@@ -179,7 +179,7 @@ def calibration_windows(
     body = length - len(start)
     needed = samples * body
     tokens: list[int] = []
-    for text in filter(None, texts):
+    for text in (text for text in texts if text):
         tokens.extend(encode_document(text, tokenizer, start))
         if len(tokens) >= _CHOICE * needed:
             break
