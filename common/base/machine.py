@@ -220,11 +220,7 @@ def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
         architectures: what the build holds code for, as torch.cuda.get_arch_list gives it: sm_86
             is for 8.6 to 8.9, compute_80 for all from 8.0 on.
     """
-    for name in architectures:
-        found = re.fullmatch(r"(\w+?)_(\d+)[a-z]?", name)
-        if found is None:
-            continue
-        kind, number = found.groups()
+    for kind, number in re.findall(r"\b(\w+?)_(\d+)[a-z]?\b", " ".join(architectures)):
         major, minor = divmod(int(number), 10)
         if (
             (capability >= (major, minor))
