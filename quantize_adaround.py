@@ -59,10 +59,10 @@ def quantize_layer(layer: Layer, iterations: int, block: bool) -> dict[str, Quan
     learned: dict[LinearGroup, SoftRounding] = {}
     settled: list[float] = []
 
-    def learn(weight: Tensor, gram: Tensor) -> SoftRounding:
-        scale, zero_point = choose_ranges(weight, gram, layer.grid, layer.scale_dtype)
+    def learn(weight: Tensor, gram: Tensor, damped_gram: Tensor) -> SoftRounding:
+        ranges = choose_ranges(weight, gram, layer.grid, layer.scale_dtype)
         return learn_rounding(
-            weight, gram, scale, zero_point, layer.grid, iterations, STRENGTH, TRAVEL / iterations
+            weight, damped_gram, *ranges, layer.grid, iterations, STRENGTH, TRAVEL / iterations
         )
 
     def quantize_group(
@@ -71,14 +71,15 @@ def quantize_layer(layer: Layer, iterations: int, block: bool) -> dict[str, Quan
         if block:
             settled.append(learned[group].settled())
             return learned[group].rounded()
-        gram = damped(statistics.gram, DAMPING)
-        rounding = learn(weight, gram)
+        damped_gram = damped(statistics.gram, DAMPING)
+        rounding = learn(weight, statistics.gram, damped_gram)
         settled.append(rounding.settled())
-        return restore_gain(weight, rounding.rounded(), gram, layer.scale_dtype)
+        return restore_gain(weight, rounding.rounded(), damped_gram, layer.scale_dtype)
 
     if block:
         for group, statistics in layer.groups():
-            learned[group] = learn(layer.stacked_weight(group), damped(statistics.gram, DAMPING))
+            weight, gram = layer.stacked_weight(group), statistics.gram
+            learned[group] = learn(weight, gram, damped(gram, DAMPING))
         with torch.enable_grad():
             reconstruct(layer, list(learned.values()), iterations)
     codes = layer.quantize_groups(quantize_group)

@@ -32,7 +32,8 @@ from common.walk.method import Layer, Method
 from common.walk.scaling import fold_all, largest_weight, power_ratio, shared_by_heads
 
 ACTIVATION_BITS = 8
-ALPHA = 0.85
+# Chosen on four models (docs/Quantization_Methods_Deep_Dive.md).
+ALPHA = 0.65
 ALPHAS = (0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 

@@ -6,21 +6,24 @@ from layer_problems import correlated_inputs, problem
 
 from common.kernels.rounding import search_range
 from common.numerics.grid import Grid, QuantizedLinear, dequantize, grouped, min_max, quantize
-from common.solvers.ranges import choose_ranges, restore_gain
-from common.solvers.rounding import output_error, solve
+from common.solvers.ranges import RANGE_DAMPING, choose_ranges, restore_gain
+from common.solvers.rounding import damped, output_error, solve
 
 
 @pytest.mark.parametrize("grid", [Grid(4, 32), Grid(3, 64, True), Grid(2, 64)], ids=str)
 def test_chosen_ranges_beat_searched_ones(grid, generator):
-    weight, _, gram, scale, zero_point = problem(16, 192, grid, generator)
+    """By the damped Gram matrix, which they are chosen with."""
+    weight, _, gram, *_ = problem(16, 192, grid, generator)
+    regular = damped(gram, RANGE_DAMPING)
 
-    def loss(scale, zero_point):
-        rounded = dequantize(quantize(weight, scale, zero_point, grid), scale, zero_point, grid)
-        return output_error(rounded - weight, gram)
+    def loss(ranges):
+        rounded = dequantize(quantize(weight, *ranges, grid), *ranges, grid)
+        return output_error(rounded - weight, regular)
 
-    chosen = loss(*choose_ranges(weight, gram, grid, torch.bfloat16))
-    assert (chosen <= loss(scale, zero_point) * (1 + 1e-4)).all()
-    assert chosen.sum() < 0.97 * loss(scale, zero_point).sum()
+    chosen = loss(choose_ranges(weight, gram, grid, torch.bfloat16))
+    searched = loss(search_range(weight, grid, regular.diagonal()))
+    assert (chosen <= searched * (1 + 1e-4)).all()
+    assert chosen.sum() < 0.999 * searched.sum()
 
 
 @pytest.mark.parametrize("massive", [False, True])
@@ -29,33 +32,34 @@ def test_chosen_ranges_beat_searched_ones(grid, generator):
 )
 def test_ranges_are_not_worse_than_full_ones_on_other_tokens(grid, massive, generator):
     """Fitted on half of the tokens, held to the error on the other half, in float64; with a few
-    tokens a hundred times as large in both halves too.
+    tokens a hundred times as large in both halves too. Those lie in other directions in each half,
+    so that a single draw says little: the mean of eight.
     """
-    weight = torch.randn(48, 128, generator=generator) * torch.exp(
-        0.5 * torch.randn(48, 128, generator=generator)
-    )
-    inputs = correlated_inputs(2048, 128, generator)
-    if massive:
-        inputs[torch.tensor([0, 1, 700, 701])] *= 100
-    gram, others = inputs[::2].T @ inputs[::2] / 1024, inputs[1::2].double()
+    chosen_by_full, searched_by_full = [], []
+    for _ in range(8):
+        weight = torch.randn(48, 128, generator=generator) * torch.exp(
+            0.5 * torch.randn(48, 128, generator=generator)
+        )
+        inputs = correlated_inputs(2048, 128, generator)
+        if massive:
+            inputs[torch.tensor([0, 1, 700, 701])] *= 100
+        gram, others = inputs[::2].T @ inputs[::2] / 1024, inputs[1::2].double()
 
-    def error(codes, ranges):
-        return ((dequantize(codes, *ranges, grid) - weight).double() @ others.T).square().sum()
+        def error(codes, ranges, weight=weight, others=others):
+            found = (dequantize(codes, *ranges, grid) - weight).double()
+            return (found @ others.T).square().sum().item()
 
-    full, chosen = (
-        min_max(grouped(weight, grid), grid),
-        choose_ranges(weight, gram, grid, torch.bfloat16),
-    )
-    assert error(quantize(weight, *chosen, grid), chosen) < error(
-        quantize(weight, *full, grid), full
-    )
-    searched = search_range(weight, grid, gram.diagonal())
-    by_search, by_full = (
-        error(solve(weight, gram, *ranges, grid)[0], ranges) for ranges in (searched, full)
-    )
+        full = min_max(grouped(weight, grid), grid)
+        chosen = choose_ranges(weight, gram, grid, torch.bfloat16)
+        searched = search_range(weight, grid, gram.diagonal())
+        by_full = error(quantize(weight, *full, grid), full)
+        chosen_by_full.append(error(quantize(weight, *chosen, grid), chosen) / by_full)
+        solved = [error(solve(weight, gram, *r, grid)[0], r) for r in (searched, full)]
+        searched_by_full.append(solved[0] / solved[1])
+    assert sum(chosen_by_full) / 8 < 1.0
     # A diagonal does not see that massive tokens share a direction, which error feedback makes use
     # of.
-    assert by_search < by_full * (1.05 if massive else 1.0)
+    assert sum(searched_by_full) / 8 < (1.05 if massive else 1.0)
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,14 @@ from torch import Tensor
 from common.base import parallel
 from common.model.architecture import LinearGroup
 from common.numerics.grid import Grid, QuantizedLinear, grouped, min_max
-from common.solvers.rounding import output_error
+from common.solvers.rounding import damped, output_error
 from common.walk.method import Layer
 
 # Exponents that `search_scale` tries, beside no scaling at all.
 RATIOS = 14
+# Of the Gram matrix that it measures errors with, as a share of the mean diagonal: the scales serve
+# other text too (docs/Quantization_Methods_Deep_Dive.md).
+SCALE_DAMPING = 1.0
 
 
 def shared_by_heads(layer: Layer, group: LinearGroup, values: Tensor) -> Tensor:
@@ -94,9 +97,9 @@ def search_scale(layer: Layer, group: LinearGroup) -> Tensor:
     for step in range(RATIOS):
         ratio = power_ratio(statistics.abs_mean, relative, step / (RATIOS - 1))
         candidates.append(shared_by_heads(layer, group, ratio))
+    gram = damped(statistics.gram, SCALE_DAMPING)
     losses = [
-        rounding_loss(weight, statistics.gram, layer.grid, scale, layer.scale_dtype)
-        for scale in candidates
+        rounding_loss(weight, gram, layer.grid, scale, layer.scale_dtype) for scale in candidates
     ]
     return torch.stack(candidates)[parallel.add(torch.stack(losses)).argmin()]
 
