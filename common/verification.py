@@ -12,7 +12,13 @@ from transformers import AutoConfig
 from common import metadata
 from common.base.device import dtype_name
 from common.base.errors import UserError
-from common.checkpoint.format import family_of_config, open_checkpoint, unknown_form, weight_format
+from common.checkpoint.format import (
+    VOCABULARY,
+    family_of_config,
+    open_checkpoint,
+    unknown_form,
+    weight_format,
+)
 from common.checkpoint.tensors import REQUIRED_PARTS, decompress, stored_codes, stored_parts
 from common.checkpoint.writer import file_hashes
 from common.model.memory import logits_at_once
@@ -128,8 +134,12 @@ def _complete(folder: Path, config: dict, tensors: TensorReader) -> Check:
         for file in ("tokenizer.json", "tokenizer_config.json")
         if not (folder / file).is_file()
     ]
-    layers, family = config["num_hidden_layers"], family_of_config(config)
-    parts = REQUIRED_PARTS[weight_format(config).form]
+    layers, family, stored = (
+        config["num_hidden_layers"],
+        family_of_config(config),
+        weight_format(config),
+    )
+    parts = REQUIRED_PARTS[stored.form]
     names = [
         f"model.layers.{i}.{linear}.{part}"
         for i in range(layers)
@@ -137,11 +147,10 @@ def _complete(folder: Path, config: dict, tensors: TensorReader) -> Check:
         for part in parts
     ]
     names += [f"model.layers.{i}.{norm}.weight" for i in range(layers) for norm in family.norms]
-    names += ["model.embed_tokens.weight", "model.norm.weight"]
-    if not config.get("tie_word_embeddings"):
-        names.append(
-            "lm_head.weight_packed" if "lm_head.weight_packed" in tensors else "lm_head.weight"
-        )
+    names.append("model.norm.weight")
+    for name in _stored_vocabulary(config):
+        form = stored.vocabulary_forms.get(name)
+        names += [f"{name}.{part}" for part in (REQUIRED_PARTS[form] if form else ("weight",))]
     wanted += [name for name in names if name not in tensors]
     if wanted:
         return Check(
@@ -153,6 +162,11 @@ def _complete(folder: Path, config: dict, tensors: TensorReader) -> Check:
     return Check(
         "files complete", True, f"{len(tensors.names())} tensors, tokenizer, configuration"
     )
+
+
+def _stored_vocabulary(config: dict) -> tuple[str, ...]:
+    """Embedding and head by name, a matrix that they share once."""
+    return VOCABULARY[:1] if config.get("tie_word_embeddings") else VOCABULARY
 
 
 def _unchanged(folder: Path, record: dict | None) -> Check:
@@ -176,35 +190,44 @@ def _unchanged(folder: Path, record: dict | None) -> Check:
 
 
 def _codes(config: dict, tensors: TensorReader) -> Iterator[Check]:
-    grid, linears = weight_format(config).grid, family_of_config(config).linears
+    stored, linears = weight_format(config), family_of_config(config).linears
+    grids = {
+        f"model.layers.{layer}.{linear}": stored.grid
+        for layer in range(config["num_hidden_layers"])
+        for linear in linears
+    }
+    vocabulary = {
+        name: stored.vocabulary[name]
+        for name in _stored_vocabulary(config)
+        if name in stored.vocabulary
+    }
     bad_codes, bad_scales, damaged = [], [], []
-    for layer in range(config["num_hidden_layers"]):
-        for linear in linears:
-            name = f"model.layers.{layer}.{linear}"
-            try:
-                state = stored_parts(tensors.read, tensors, name)
-                if not _in_range(state, grid):
-                    bad_codes.append(name)
-                scale = state["weight_scale"].float()
-                if not (torch.isfinite(scale).all() and (scale > 0).all()):
-                    bad_scales.append(name)
-                elif not torch.isfinite(decompress(state, grid)).all():
-                    damaged.append(name)
-            except (
-                UserError,
-                RuntimeError,
-                ValueError,
-                IndexError,
-                KeyError,
-                AssertionError,
-            ) as error:
-                damaged.append(f"{name} ({(str(error).splitlines() or [''])[0][:80]})")
-    total = config["num_hidden_layers"] * len(linears)
-    yield _listed("tensors readable", damaged, f"{total} linears unpack")
-    yield _listed(
-        "codes within range", bad_codes, f"{grid.bits}-bit codes and zero-points of {total} linears"
-    )
-    yield _listed("scales positive", bad_scales, f"scales of {total} linears")
+    for name, grid in {**grids, **vocabulary}.items():
+        try:
+            state = stored_parts(tensors.read, tensors, name)
+            if not _in_range(state, grid):
+                bad_codes.append(name)
+            scale = state["weight_scale"].float()
+            if not (torch.isfinite(scale).all() and (scale > 0).all()):
+                bad_scales.append(name)
+            # All of a vocabulary unpacked would take gigabytes.
+            elif name in grids and not torch.isfinite(decompress(state, grid)).all():
+                damaged.append(name)
+        except (
+            UserError,
+            RuntimeError,
+            ValueError,
+            IndexError,
+            KeyError,
+            AssertionError,
+        ) as error:
+            damaged.append(f"{name} ({(str(error).splitlines() or [''])[0][:80]})")
+    total = " and ".join([f"{len(grids)} linears", *vocabulary])
+    widths = f"{stored.grid.bits}-bit codes and zero-points of {len(grids)} linears"
+    rounded = [f"{grid.bits}-bit codes of {name}" for name, grid in vocabulary.items()]
+    yield _listed("tensors readable", damaged, f"{total} unpack")
+    yield _listed("codes within range", bad_codes, " and ".join([widths, *rounded]))
+    yield _listed("scales positive", bad_scales, f"scales of {total}")
 
 
 def _in_range(state: dict, grid: Grid) -> bool:

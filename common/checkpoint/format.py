@@ -30,7 +30,7 @@ PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight
 # What a config group is about: the decoder layers' linears, or embedding and head.
 _DECODER_TARGET = "re:.*_proj$"
 _VOCABULARY_TARGETS = {"model.embed_tokens": "re:.*embed_tokens$", "lm_head": "re:.*lm_head$"}
-VOCABULARY = tuple(_VOCABULARY_TARGETS)
+VOCABULARY = EMBEDDING, HEAD = tuple(_VOCABULARY_TARGETS)
 # What a configuration may say without changing what the codes stand for.
 _HARMLESS = {
     "version",
@@ -69,12 +69,14 @@ class WeightFormat:
     grid, form, activation_bits: of the decoder layers' linears; form PACKED or INTEGER, bits None
     where inputs are not rounded.
     vocabulary: the grids of embedding and head where they are rounded, by name.
+    vocabulary_forms: of the same, by name.
     """
 
     grid: Grid
     form: str
     activation_bits: int | None
     vocabulary: dict[str, Grid]
+    vocabulary_forms: dict[str, str]
 
 
 def weight_format(config: dict) -> WeightFormat:
@@ -82,12 +84,19 @@ def weight_format(config: dict) -> WeightFormat:
     quantization = config["quantization_config"]
     linears, *vocabulary = quantization["config_groups"].values()
     activations = linears.get("input_activations")
+    by_name = {name: group for group in vocabulary for name in _vocabulary_of(group)}
+    forms = {name: _form_of(group, quantization) for name, group in by_name.items()}
     return WeightFormat(
         grid_of(linears),
-        linears.get("format") or quantization.get("format"),
+        _form_of(linears, quantization),
         activations["num_bits"] if activations else None,
-        {name: grid_of(group) for group in vocabulary for name in _vocabulary_of(group)},
+        {name: grid_of(group) for name, group in by_name.items()},
+        forms,
     )
+
+
+def _form_of(group: dict, quantization: dict) -> str:
+    return group.get("format") or quantization.get("format")
 
 
 def quantization_config(
@@ -106,7 +115,7 @@ def quantization_config(
         groups[f"group_{len(groups)}"] = _config_group(
             [_VOCABULARY_TARGETS[module] for module in rounded],
             scheme_of(rounded_grid),
-            form_of_vocabulary(rounded_grid),
+            form_of_vocabulary(name),
         )
     forms = {group["format"] for group in groups.values()}
     quantized_head = "lm_head" in vocabulary or (tied and vocabulary)
@@ -125,11 +134,12 @@ def form_of_linears(activation_bits: int | None) -> str:
     return INTEGER if activation_bits else PACKED
 
 
-def form_of_vocabulary(grid: Grid) -> str:
-    """How embedding and head are stored: 8 bits as int8, which transformers also takes for an
-    embedding.
+def form_of_vocabulary(name: str) -> str:
+    """How embedding or head is stored. An embedding, and with it a head that shares its matrix, as
+    int8, the one form that transformers takes for it; a head of its own packed like any linear,
+    since vLLM refuses int8 weights where activations are not rounded.
     """
-    return INTEGER if grid.bits == 8 else PACKED
+    return INTEGER if name == EMBEDDING else PACKED
 
 
 def _config_group(targets: list[str], scheme: QuantizationScheme, form: str) -> dict:
@@ -261,7 +271,7 @@ def _unknown(config: dict, names: set[str] | None) -> str | None:
         if found := _unknown_keys(form):
             return found
     for group in groups:
-        if found := _unknown_group(group, quantization.get("format")):
+        if found := _unknown_group(group, _form_of(group, quantization)):
             return found
     return None if names is None else _unknown_tensors(config, names, rounded)
 
@@ -278,9 +288,8 @@ def _unknown_keys(form: dict) -> str | None:
     )
 
 
-def _unknown_group(group: dict, form: str | None) -> str | None:
+def _unknown_group(group: dict, form: str) -> str | None:
     weights, activations = group["weights"], group.get("input_activations")
-    form = group.get("format") or form
     kind = {
         "type": "int",
         "dynamic": False,

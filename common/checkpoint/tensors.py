@@ -20,8 +20,9 @@ REQUIRED_PARTS = {
 }
 
 
-# Rows of an embedding or head that are compressed at once.
-_ROWS_AT_ONCE = 16384
+# Rows of an embedding or head that are compressed at once, and rows of packed codes that are
+# unpacked at once: the library takes more than ten bytes for each code meanwhile.
+_ROWS_AT_ONCE, _UNPACKED_AT_ONCE = 16384, 4096
 
 
 def compress(
@@ -87,8 +88,11 @@ def stored_codes(state: dict[str, Tensor], grid: Grid) -> tuple[Tensor, Tensor |
     """
     if "weight" in state:
         return state["weight"], None
-    shape = torch.Size(state["weight_shape"].tolist())
-    codes = unpack_from_int32(state["weight_packed"], grid.bits, shape)
+    columns = state["weight_shape"].tolist()[1]
+    parts = state["weight_packed"].split(_UNPACKED_AT_ONCE)
+    codes = torch.cat(
+        [unpack_from_int32(part, grid.bits, torch.Size((len(part), columns))) for part in parts]
+    )
     if grid.symmetric:
         return codes, None
     return codes, unpack_from_int32(

@@ -208,7 +208,7 @@ class CheckpointWriter:
         for name in VOCABULARY[:1] if source.tied else VOCABULARY:
             if name in vocabulary:
                 codes = vocabulary[name]
-                parts = compress_rows(codes, source.storage_dtype, form_of_vocabulary(codes.grid))
+                parts = compress_rows(codes, source.storage_dtype, form_of_vocabulary(name))
                 rest.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
             else:
                 rest[f"{name}.weight"] = source.model.get_submodule(name).weight.to(
