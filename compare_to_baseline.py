@@ -23,6 +23,7 @@ from common.base.progress import say
 from common.checkpoint.writer import is_quantized
 from common.evaluation import add_evaluation_arguments
 from common.model.source import resolve_folder
+from common.reporting.card import refresh_card
 from common.reporting.comparison import compare_samples, facts, print_comparison, samples_by_task
 from common.reporting.drawing import save
 from common.reporting.plots import comparison_chart
@@ -67,6 +68,7 @@ def main() -> None:
             ),
             evaluate_model(quantized, options, not options.overwrite),
         ]
+        refresh_card(quantized, options.results_dir)
     reasons = incomparable(*documents) + [
         f"other data of {task}" for task in other_data(*documents) if task in options.tasks
     ]

@@ -24,6 +24,7 @@ import argparse
 from common import cli
 from common.base.arguments import positive
 from common.cli import add_device_arguments
+from common.reporting.card import refresh_card
 from common.results.documents import RESULTS_FOLDER
 from common.results.naming import subject_of
 from common.tasks.evaluate import evaluate_model
@@ -99,11 +100,9 @@ def main() -> None:
     add_evaluation_arguments(parser)
     add_reuse_argument(parser)
     options = parser.parse_args()
-    evaluate_model(
-        subject_of(options.model_path, options.baseline, options.results_dir),
-        options,
-        options.reuse,
-    )
+    subject = subject_of(options.model_path, options.baseline, options.results_dir)
+    evaluate_model(subject, options, options.reuse)
+    refresh_card(subject, options.results_dir)
 
 
 if __name__ == "__main__":

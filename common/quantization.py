@@ -18,18 +18,19 @@ from common.base.device import device_and_dtype, dtype_name
 from common.base.errors import UserError
 from common.base.progress import say
 from common.base.stopwatch import Stopwatch
+from common.checkpoint.engines import INT8_EMBEDDING, support
+from common.checkpoint.format import open_checkpoint
 from common.checkpoint.writer import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
 from common.cli import configure_torch, resolve_sizes
-from common.model.source import (
-    MODELS_FOLDER,
-    SourceModel,
-)
+from common.model.origin import origin_of
+from common.model.source import MODELS_FOLDER, SourceModel
 from common.numerics.divergence import (
     divergence_of_logits,
     perplexity_of_logits,
     sample_logits,
 )
 from common.numerics.grid import SUPPORTED_BITS, Grid, resolve_group_size
+from common.reporting.card import write_card
 from common.results import reuse
 from common.results.documents import RESULTS_FOLDER
 from common.results.naming import filed_as
@@ -77,6 +78,8 @@ def quantize(
     check_output(output, options.overwrite)
     whole = _Run.begin(options, method, output, device, dtype)
     say(whole.headline())
+    if options.embedding_bits:
+        say(f"note: {INT8_EMBEDDING}")
     with _first_only(whole.writer()) as writer:
         rounding = VocabularyRounding(whole.source, options.embedding_bits, options.head_bits)
         result = whole.walk(writer, rounding)
@@ -87,6 +90,7 @@ def quantize(
             weight_bytes = writer.write_rest(rounding.codes)
         document = whole.document(result, rounding.records, weight_bytes, writer.folder)
         document["seconds"]["total"] = round(time.perf_counter() - started, 3)
+        write_card(writer.folder, document, before=output)
         writer.finish(document if options.save_metadata else None)
     say(_summary(output, document))
     verdict = (
@@ -233,6 +237,8 @@ class _Run:
             weight_bytes: of the checkpoint's tensors, which lies in `folder`.
         """
         options, method, grid, source = self.options, self.method, self.grid, self.source
+        origin = origin_of(options.model, source.folder)
+        engines = support(*open_checkpoint(folder))
         given = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in vars(options).items()
@@ -247,6 +253,7 @@ class _Run:
             "model": {
                 "name": source.name,
                 "source": options.model,
+                **asdict(origin),
                 "architecture": source.config.model_type,
                 "storage_dtype": dtype_name(source.storage_dtype),
             },
@@ -264,6 +271,7 @@ class _Run:
             **({"layers": result.layer_notes} if any(result.layer_notes) else {}),
             "made_from": self.made_from,
             **({"ends": vocabulary} if vocabulary else {}),
+            "engines": {name: asdict(found) for name, found in engines.items()},
             **self._sizes(weight_bytes, folder),
         }
 

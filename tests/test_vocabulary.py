@@ -103,7 +103,10 @@ def test_a_head_of_an_earlier_version_still_runs(both_forms):
         assert weight_format(config).vocabulary_forms == {"lm_head": form}
         assert can_be_packed(config, tensors)
         assert run_script(ROOT / "verify_model.py", "--model-path", folder).returncode == 0
-        models = [load_packed(folder, cpu, torch.float32), load_model(folder, cpu, torch.float32)[0]]
+        models = [
+            load_packed(folder, cpu, torch.float32),
+            load_model(folder, cpu, torch.float32)[0],
+        ]
         with torch.no_grad():
             logits.append([model(tokens).logits for model in models])
     for now, before in zip(*logits, strict=True):

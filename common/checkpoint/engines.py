@@ -1,0 +1,109 @@
+"""Which engines run a checkpoint as it is written, and why others do not.
+
+Seen with transformers 5.17, vLLM 0.32 and SGLang 0.5.23, some of it in their sources alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.checkpoint.format import EMBEDDING, INTEGER, WeightFormat, family_of_config, weight_format
+from common.model.online import CONFIG_KEY
+from common.model.tensors import TensorReader
+from common.numerics.grid import Grid
+
+TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP = "transformers", "vLLM", "SGLang", "llama.cpp"
+ENGINES = (TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP)
+# Said when --embedding-bits is chosen, too.
+INT8_EMBEDDING = (
+    "an int8 embedding runs in this project's runtime and transformers only: vLLM and SGLang have "
+    "no form of it"
+)
+# Channels of a group that vLLM's kernels for packed weights know; None is all of a row.
+_VLLM_GROUPS = (None, 32, 64, 128)
+# What SGLang's kernel for 4 bits asks of input and output channels.
+_SGLANG_IN, _SGLANG_OUT = 128, 64
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether an engine runs a checkpoint, None where nobody has tried, and a few words: the reason
+    against it or the conditions; empty where there is nothing to say.
+    """
+
+    runs: bool | None
+    words: str = ""
+
+
+def support(config: dict, tensors: TensorReader) -> dict[str, Support]:
+    """What each engine of ENGINES makes of a checkpoint, by its name.
+
+    Args:
+        config: the content of its config.json, of a known form.
+        tensors: its tensors.
+    """
+    if CONFIG_KEY in config:
+        refused = Support(False, "it rotates activations as they come, as this project alone does")
+        return dict.fromkeys(ENGINES, refused)
+    stored = weight_format(config)
+    return {
+        TRANSFORMERS: Support(True),
+        VLLM: _vllm(stored),
+        SGLANG: _sglang(stored, config, tensors),
+        LLAMA_CPP: _llama_cpp(stored),
+    }
+
+
+def _weights_alone(stored: WeightFormat) -> list[Grid]:
+    """The grids of what is multiplied by inputs that are not rounded."""
+    return [*([] if stored.activation_bits else [stored.grid]), *stored.vocabulary.values()]
+
+
+def _vllm(stored: WeightFormat) -> Support:
+    if EMBEDDING in stored.vocabulary:
+        return Support(False, INT8_EMBEDDING)
+    if INTEGER in stored.vocabulary_forms.values():
+        return Support(False, "its int8 lm_head is of an earlier version; quantize again")
+    grids = _weights_alone(stored)
+    for grid in grids:
+        if grid.bits < 4:
+            return Support(False, f"no kernel for {grid.bits} bits")
+        if grid.group_size not in _VLLM_GROUPS:
+            return Support(False, f"no kernel for groups of {grid.group_size}")
+    eight = [grid for grid in grids if grid.bits == 8]
+    if not all(grid.symmetric for grid in eight):
+        return Support(True, "on NVIDIA Hopper only; made with --symmetric on any GPU")
+    return Support(True, "on a GPU" if eight else "on a GPU, or in a 16-bit type on a CPU")
+
+
+def _sglang(stored: WeightFormat, config: dict, tensors: TensorReader) -> Support:
+    if EMBEDDING in stored.vocabulary:
+        return Support(False, INT8_EMBEDDING)
+    grid = stored.grid
+    if stored.activation_bits or stored.vocabulary or grid.bits < 4:
+        return Support(None)
+    if grid.bits == 8:
+        return Support(True) if grid.symmetric else Support(False, "8 bits have to be symmetric")
+    for linear in family_of_config(config).linears:
+        rows, columns = tensors.read(f"model.layers.0.{linear}.weight_shape").tolist()
+        if columns % _SGLANG_IN or rows % _SGLANG_OUT:
+            return Support(
+                False,
+                f"{linear} is {columns} x {rows}: its kernel wants multiples of {_SGLANG_IN} "
+                f"input and {_SGLANG_OUT} output channels",
+            )
+    return Support(True)
+
+
+def _llama_cpp(stored: WeightFormat) -> Support:
+    grid = stored.grid
+    if stored.activation_bits:
+        return Support(False, "GGUF has no form for rounded activations")
+    if grid.bits < 4 or (grid.group_size or 32) % 32:
+        return Support(
+            False,
+            f"GGUF has no form for {grid.bits} bits in groups of {grid.group_size or 'a channel'}",
+        )
+    if grid.bits == 8 and not grid.symmetric:
+        return Support(False, "GGUF has no form for 8 bits with zero-points")
+    return Support(True, "as GGUF")
