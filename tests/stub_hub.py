@@ -1,11 +1,13 @@
 """A hub on this machine: serves a folder's models/<owner>/<name> and datasets/<owner>/<name>.
 
 A model called gated is refused as the hub refuses a gated one, private as one that nobody may know
-of, and the weights of broken end in mid-file.
+of, and the weights of broken end in mid-file. Models are uploaded into the same folder, with a
+token that names their owner: write-<owner>.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -27,11 +29,17 @@ _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
 
 
 class StubHub:
-    """A context manager. by_repository: bytes of files' contents that went out, for each."""
+    """A context manager. by_repository: bytes of files' contents that went out, for each.
+    requests: method and path of all that came. uploads: what was uploaded and not committed yet, by
+    SHA-256. made: whether each repository that was made is private.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.by_repository: dict[str, int] = {}
+        self.requests: list[str] = []
+        self.uploads: dict[str, bytes] = {}
+        self.made: dict[str, bool] = {}
         self._server = ThreadingHTTPServer(
             ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})
         )
@@ -44,6 +52,10 @@ class StubHub:
     def __exit__(self, *_) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def takes(self, what: str) -> bool:
+        """Whether it takes "front matter" of cards, or "content" of large files."""
+        return True
 
     def count(self, repository: str, size: int) -> None:
         with self._lock:
@@ -151,7 +163,77 @@ class _Handler(BaseHTTPRequestHandler):
             }
         self.answer(200, json.dumps(entries).encode(), Content_Type="application/json")
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append(f"{self.command} {path}")
+        if "/paths-info/" in path:
+            return self.do_GET()
+        body = self.body()
+        if path == "/api/validate-yaml":
+            if self.hub.takes("front matter"):
+                return self.json(errors=[], warnings=[])
+            content = json.dumps({"errors": [{"message": "odd"}], "warnings": []}).encode()
+            return self.answer(400, content, Content_Type="application/json")
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            repository = f"{asked.get('organization')}/{asked['name']}"
+        else:
+            repository = re.match(r"(?:/api/models)?/([^/]+/[^/]+?)(?:\.git)?/", path)[1]
+        if self.headers.get("Authorization") != f"Bearer write-{repository.split('/')[0]}":
+            return self.answer(403, X_Error_Message="You have no rights here")
+        if path == "/api/repos/create":
+            (self.hub.folder / "models" / repository).mkdir(parents=True, exist_ok=True)
+            self.hub.made.setdefault(repository, asked.get("visibility") == "private")
+            return self.json(url=f"{self.address}/{repository}")
+        if "/preupload/" in path:
+            return self.json(files=[_upload_mode(file) for file in json.loads(body)["files"]])
+        if path.endswith("/objects/batch"):
+            return self.json(objects=[self.upload_to(one) for one in json.loads(body)["objects"]])
+        self.commit(repository, [json.loads(line) for line in body.splitlines()])
+
+    @property
+    def address(self) -> str:
+        return f"http://{self.headers['Host']}"
+
+    def upload_to(self, stored: dict) -> dict:
+        """Where the content of a large file goes, as Git LFS says it."""
+        action = {"href": f"{self.address}/content/{stored['oid']}"}
+        return {**stored, "actions": {"upload": action}}
+
+    def do_PUT(self):
+        content, digest = self.body(), self.path.rpartition("/")[2]
+        self.hub.requests.append(f"PUT {self.path}")
+        if hashlib.sha256(content).hexdigest() != digest or not self.hub.takes("content"):
+            return self.answer(400)
+        self.hub.uploads[digest] = content
+        self.answer(200)
+
+    def commit(self, repository: str, lines: list[dict]) -> None:
+        """Put the files of a commit in place: small ones are in it, of large ones the hashes."""
+        folder = self.hub.folder / "models" / repository
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                (folder / value["path"]).write_bytes(base64.b64decode(value["content"]))
+            elif line["key"] == "lfsFile":
+                (folder / value["path"]).write_bytes(self.hub.uploads[value["oid"]])
+        self.json(commitUrl=f"{self.address}/{repository}/commit/{COMMIT}", commitOid=COMMIT)
+
+    def json(self, **content) -> None:
+        self.answer(200, json.dumps(content).encode(), Content_Type="application/json")
+
+    def body(self) -> bytes:
+        """What was sent, of a known length or in chunks."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
     def file(self, folder: Path, repository: str, where: str) -> None:
         """A file of a repository, whole or the range that is asked for."""
@@ -180,6 +262,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.hub.count(repository, len(content))
         self.answer(status, content, **headers)
+
+
+def _upload_mode(file: dict) -> dict:
+    large = file["path"].endswith(".safetensors")
+    return {**file, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
 
 
 def _entry(folder: Path, file: Path) -> dict:

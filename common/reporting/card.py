@@ -40,6 +40,10 @@ from common.tasks.task import all_metrics
 
 _RESULTS = "\n## Results\n"
 _SIGNATURE = "<!-- Kept up to date until it is edited by hand; SHA-256 of the text above: "
+_DEMO = (
+    "The base was unpacked from a 4-bit package and its channels rescaled, which leaves its "
+    "function as it is: a model to compare methods on, not to use."
+)
 _LOADING = {
     TRANSFORMERS: """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer  # with compressed-tensors installed
@@ -155,6 +159,7 @@ def _about(folder: Path, record: dict) -> str:
         f"---\n{front.to_yaml()}\n---",
         f"# {made['name']}, {record['method']} {record['bits']}-bit",
         _what(record, made["hub_id"] or made["name"], weight_format(config)),
+        *([_DEMO] if made["source"] == "demo" else []),
         "## How to load it",
         "MODEL is this folder, or its id on the hub.",
         *loading,
@@ -215,6 +220,7 @@ def _how(record: dict) -> str:
             f"token ids {calibration['fingerprint']}."
         )
     made_from = record.get("made_from", {}).get("model")
+    more = f"- Options, versions, times and the error of every linear: `{METADATA_FILE}`."
     return "\n".join(
         [
             f"- {text}",
@@ -225,7 +231,7 @@ def _how(record: dict) -> str:
             f"{versions['compressed-tensors']}.",
             f"- Perplexity of a fixed short text {probe['baseline_perplexity']:.2f} before, "
             f"{probe['perplexity']:.2f} after.",
-            f"- Options, versions, times and the error of every linear: `{METADATA_FILE}`.",
+            *([more] if record["options"]["save_metadata"] else []),
         ]
     )
 
