@@ -176,3 +176,16 @@ def test_codes_are_unpacked_some_rows_at_a_time(
     found, found_zero = stored_codes(state, grid)
     assert found.dtype == torch.int8 and torch.equal(found, codes)
     assert found_zero is None if symmetric else torch.equal(found_zero, zero_point)
+
+
+def test_the_room_that_unpacking_a_head_takes(both_forms, monkeypatch):
+    """Beside the unpacked weights: ten bytes for each code of the largest packed matrix."""
+    from common.running import runtime
+
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(runtime, "DENSE_ROOM", 0)
+    for folder, largest in zip(both_forms, (320 * 64, 128 * 64), strict=True):
+        needed = runtime.dense_bytes(folder, torch.bfloat16) + 10 * largest
+        for room, device in ((needed, cuda), (needed - 1, torch.device("cpu"))):
+            monkeypatch.setattr(runtime, "available", lambda _, room=room: room)
+            assert runtime._with_room(folder, cuda, torch.bfloat16) == device

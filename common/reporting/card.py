@@ -225,10 +225,9 @@ def _how(record: dict) -> str:
         [
             f"- {text}",
             *([f"- SHA-256 over the base model's files: {made_from}."] if made_from else []),
-            f"- On {record['device']['name']} in {record['compute_dtype']}, "
-            f"{record['seconds']['total']:.0f} s; Python {versions['python']}, torch "
-            f"{versions['torch']}, transformers {versions['transformers']}, compressed-tensors "
-            f"{versions['compressed-tensors']}.",
+            f"- On {record['device']['name']} in {record['compute_dtype']}; Python "
+            f"{versions['python']}, torch {versions['torch']}, transformers "
+            f"{versions['transformers']}, compressed-tensors {versions['compressed-tensors']}.",
             f"- Perplexity of a fixed short text {probe['baseline_perplexity']:.2f} before, "
             f"{probe['perplexity']:.2f} after.",
             *([more] if record["options"]["save_metadata"] else []),

@@ -7,6 +7,7 @@ weights: transformers decompresses it at the first forward.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +28,9 @@ from common.numerics.grid import float16_holds
 from common.running.packed import PackedLinear, can_be_packed, load_packed
 from common.text.probe import check_finite, probe_tokens
 
-# Beside unpacked weights: what a short text takes.
-DENSE_ROOM = 512 << 20
+# Beside unpacked weights: what a short text takes, or, if that is more, what compressed-tensors
+# takes for each code of a matrix while it unpacks it.
+DENSE_ROOM, UNPACKING_BYTES = 512 << 20, 10
 
 
 def load_for_running(folder: Path, device: torch.device, dtype: torch.dtype):
@@ -197,13 +199,20 @@ def _with_room(folder: Path, device: torch.device, dtype: torch.dtype) -> torch.
     if device.type == "cpu":
         return device
     needed, room = dense_bytes(folder, dtype), available(device)
-    if needed + DENSE_ROOM <= room:
+    if needed + max(DENSE_ROOM, _unpacking_bytes(folder)) <= room:
         return device
     say(
         f"{folder}: unpacked its weights take {needed / 2**30:.1f} GiB, and the GPU has "
         f"{room / 2**30:.1f} left; it runs on the CPU"
     )
     return torch.device("cpu")
+
+
+def _unpacking_bytes(folder: Path) -> int:
+    """What unpacking the largest packed matrix of a checkpoint takes, which may be its lm_head."""
+    tensors = TensorReader(folder)
+    shapes = [tensors.read(name).tolist() for name in tensors if name.endswith(".weight_shape")]
+    return max((UNPACKING_BYTES * math.prod(shape) for shape in shapes), default=0)
 
 
 def _check_scales(folder: Path, content: dict) -> None:
