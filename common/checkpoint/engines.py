@@ -16,8 +16,8 @@ TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP = "transformers", "vLLM", "SGLang", "llama
 ENGINES = (TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP)
 # Said when --embedding-bits is chosen, too.
 INT8_EMBEDDING = (
-    "an int8 embedding runs in this project's runtime and transformers only: vLLM and SGLang have "
-    "no form of it"
+    "an int8 embedding runs in this project's runtime and transformers only; vLLM and SGLang do "
+    "not load it"
 )
 # Channels of a group that vLLM's kernels for packed weights know; None is all of a row.
 _VLLM_GROUPS = (None, 32, 64, 128)
