@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.checkpoint.format import EMBEDDING, INTEGER, WeightFormat, family_of_config, weight_format
+from common.checkpoint.format import (
+    EMBEDDING,
+    INTEGER,
+    WeightFormat,
+    family_of_config,
+    weight_format,
+)
 from common.model.online import CONFIG_KEY
 from common.model.tensors import TensorReader
 from common.numerics.grid import Grid

@@ -96,7 +96,7 @@ def weight_format(config: dict) -> WeightFormat:
 
 
 def _form_of(group: dict, quantization: dict) -> str:
-    return group.get("format") or quantization.get("format")
+    return group.get("format") or quantization.get("format") or "unknown"
 
 
 def quantization_config(
