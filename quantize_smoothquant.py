@@ -98,6 +98,16 @@ def _alpha(text: str) -> float | None:
     return None if text == "auto" else share(text)
 
 
+class _NoGGUF(argparse.Action):
+    """Refuses an option that the other methods take; the batch leaves it out for this one."""
+
+    def __call__(self, *_) -> None:
+        raise UserError(
+            "GGUF cannot tell that activations are rounded to 8 bits (W8A8); leave --gguf out, or "
+            "take another method, which rounds weights alone"
+        )
+
+
 def argument_parser() -> argparse.ArgumentParser:
     parser = cli.quantization_parser(__doc__, bits=8)
     parser.add_argument(
@@ -114,6 +124,7 @@ def argument_parser() -> argparse.ArgumentParser:
         default="channel",
         help="one scale per output channel, as int8 kernels need it",
     )
+    parser.add_argument("--gguf", action=_NoGGUF, nargs=0, default=False, help=argparse.SUPPRESS)
     parser.set_defaults(symmetric=True)
     return parser
 

@@ -197,6 +197,11 @@ def quantization_parser(description: str, bits: int) -> argparse.ArgumentParser:
         default=True,
         help="write quantization_metadata.json into the checkpoint",
     )
+    parser.add_argument(
+        "--gguf",
+        action="store_true",
+        help="write the checkpoint for llama.cpp too, as one file beside its folder",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument(
         "--resume",

@@ -19,9 +19,10 @@ from common.base.errors import UserError
 from common.base.progress import say
 from common.base.stopwatch import Stopwatch
 from common.checkpoint.engines import INT8_EMBEDDING, support
-from common.checkpoint.format import open_checkpoint
+from common.checkpoint.format import WeightFormat, form_of_linears, open_checkpoint
 from common.checkpoint.writer import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
 from common.cli import configure_torch, resolve_sizes
+from common.exporting.gguf_file import check_file, check_source, export, file_beside
 from common.model.origin import origin_of
 from common.model.source import MODELS_FOLDER, SourceModel
 from common.numerics.divergence import (
@@ -74,9 +75,15 @@ def quantize(
     if options.resume and (output / METADATA_FILE).is_file() and not options.overwrite:
         reuse.check_finished(output, options, method.name, dtype_name(dtype), RESULTS_FOLDER)
         say(f"{output} is finished, with the same options; there is nothing to resume")
+        if options.gguf and parallel.first() and not file_beside(output).exists():
+            say(str(export(output, file_beside(output))))
         return output
     check_output(output, options.overwrite)
+    if options.gguf:
+        check_file(file_beside(output), options.overwrite)
     whole = _Run.begin(options, method, output, device, dtype)
+    if options.gguf:
+        whole.check_export()
     say(whole.headline())
     if options.embedding_bits:
         say(f"note: {INT8_EMBEDDING}")
@@ -100,6 +107,10 @@ def quantize(
     )
     for name, error in wrecked({**result.linears, **rounding.records}):
         say(f"warning: {name} is wrecked, its output is off by {error:.2f} of its size; {verdict}")
+    if options.gguf:
+        say(str(export(output, file_beside(output))))
+    elif file_beside(output).exists():
+        say(f"warning: {file_beside(output)} is of an earlier checkpoint; --gguf writes it anew")
     return output
 
 
@@ -166,6 +177,13 @@ class _Run:
             windows,
             probe.probe_tokens(source.tokenizer),
         )
+
+    def check_export(self) -> None:
+        """Refuse, before anything is quantized, what GGUF cannot tell."""
+        bits = self.method.activation_bits
+        # Embedding and head are rounded to grids that it always can.
+        form = WeightFormat(self.grid, form_of_linears(bits), bits, {})
+        check_source(self.source, form, online=self.method.online is not None)
 
     def headline(self) -> str:
         grid, windows = self.grid, self.windows

@@ -12,6 +12,7 @@ from common.model.source import model_name
 OF_THIS_MACHINE = (
     "output",
     "overwrite",
+    "gguf",
     "resume",
     "save_metadata",
     "data_root",

@@ -65,9 +65,21 @@ class TensorReader:
             with safe_open(self._folder / self._weight_map[name], "pt") as file:
                 return file.get_tensor(name)
         except (KeyError, SafetensorError, OSError) as error:
-            raise UserError(
-                f"{self._folder}: tensor {name} is missing or damaged ({first_line(error)})"
-            ) from None
+            raise self._unreadable(name, error) from None
+
+    def form(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape of a tensor and safetensors' name of its type, without reading it."""
+        try:
+            with safe_open(self._folder / self._weight_map[name], "pt") as file:
+                view = file.get_slice(name)
+                return tuple(view.get_shape()), view.get_dtype()
+        except (KeyError, SafetensorError, OSError) as error:
+            raise self._unreadable(name, error) from None
+
+    def _unreadable(self, name: str, error: Exception) -> UserError:
+        return UserError(
+            f"{self._folder}: tensor {name} is missing or damaged ({first_line(error)})"
+        )
 
     def describe(self) -> list[tuple[str, int, int]]:
         """Name, bytes and time of last change of every file, to tell whether it is still the same

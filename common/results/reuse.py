@@ -31,6 +31,7 @@ _BESIDE_CODES = (
     "common.base.files",
     "common.checkpoint.engines",
     "common.checkpoint.public",
+    "common.exporting.gguf_file",
     "common.model.origin",
     "common.reporting.card",
     "common.results.identity",
