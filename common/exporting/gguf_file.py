@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,15 +142,13 @@ def export(folder: Path, file: Path) -> Exported:
         dict(Counter(entry.kind.name for entry in listed).most_common()),
         sum(math.prod(entry.shape) for entry in listed),
         8 * code_bytes / sum(math.prod(entry.shape) for entry in coded),
-        tuple(filter(None, (vocabulary.note, _window_note(config)))),
+        (*vocabulary.notes, *_window_notes(config)),
     )
 
 
-def _window_note(config) -> str | None:
-    window = sliding_window(config)
-    if window is None:
-        return None
-    return f"the context ends after {window} tokens, where llama.cpp would not slide the window"
+def _window_notes(config) -> Iterator[str]:
+    if window := sliding_window(config):
+        yield f"the context ends after {window} tokens, where llama.cpp would not slide the window"
 
 
 def _config(folder: Path, content: dict):

@@ -8,6 +8,7 @@ rules is refused, as a wrong name cuts text wrongly and says nothing.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gguf import GGUFWriter, TokenType
@@ -35,10 +36,6 @@ _NAMES = {
     ((QWEN_2,), False): "qwen2",
     ((TEKKEN,), True): "tekken",
 }
-_PREFIX_NOTE = (
-    "llama.cpp puts a space before a text that begins with one, and after special tokens, where "
-    "this tokenizer puts none"
-)
 # What stands for a space in a SentencePiece vocabulary.
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
@@ -54,7 +51,7 @@ class Vocabulary:
     special: ids by GGUF's name (bos, eos, eot, eom, unk, pad).
     adds: whether bos and eos are added to a text; space_prefix: a space before it.
     templates: of chats, one or several by name.
-    note: in what llama.cpp cuts text otherwise, if that is known; not part of the file.
+    notes: in what llama.cpp cuts text otherwise, as far as that is known; not part of the file.
     """
 
     model: str
@@ -67,7 +64,7 @@ class Vocabulary:
     adds: dict[str, bool]
     space_prefix: bool
     templates: str | list[dict] | None
-    note: str | None = None
+    notes: tuple[str, ...]
 
     def write(self, writer: GGUFWriter) -> None:
         """Put it into a file's metadata."""
@@ -117,30 +114,48 @@ def vocabulary_of(tokenizer, stop_ids: list[int], rows: int) -> Vocabulary:
         types=types,
         merges=None if of_pieces else [" ".join(pair) for pair in _pairs(model)],
         scores=_scores(model, rows) if of_pieces else None,
-        special=_special(tokenizer, stop_ids),
+        special={
+            name: index for name, index in _special(tokenizer, stop_ids).items() if index < rows
+        },
         adds=_adds(tokenizer),
         space_prefix=bool(prefix),
         templates=_templates(tokenizer),
-        note=_PREFIX_NOTE if prefix and content["pre_tokenizer"] else None,
+        notes=tuple(_notes(content, bool(prefix), rows)),
     )
 
 
 def _tokens(content: dict, rows: int) -> tuple[list[str], list[int]]:
-    """Texts and types of all ids."""
+    """Texts and types of all ids that the embedding has a row for."""
     tokens = [f"[PAD{index}]" for index in range(rows)]
     types: list[int] = [TokenType.UNUSED] * rows
     found = {index: (token, TokenType.NORMAL) for token, index in content["model"]["vocab"].items()}
+    if max(found) >= rows:
+        raise UserError(
+            f"the tokenizer has a token {max(found)}, the embedding {rows} rows: GGUF needs one "
+            "for each"
+        )
     for token in content["added_tokens"]:
         kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
         found[token["id"]] = (token["content"], kind)
-    if max(found) >= rows:
-        raise UserError(
-            f"the tokenizer has a token {max(found)}, the embedding {rows} rows: GGUF needs a row "
-            "for each"
-        )
     for index, (token, kind) in found.items():
-        tokens[index], types[index] = token, kind
+        if index < rows:
+            tokens[index], types[index] = token, kind
     return tokens, types
+
+
+def _notes(content: dict, prefix: bool, rows: int) -> Iterator[str]:
+    """In what llama.cpp cuts text otherwise; prefix: it puts a space before a text."""
+    if prefix and content["pre_tokenizer"]:
+        yield (
+            "llama.cpp puts a space before a text that begins with one, and after special tokens, "
+            "where this tokenizer puts none"
+        )
+    added = content["added_tokens"]
+    if beyond := [token["content"] for token in added if token["id"] >= rows]:
+        yield f"tokens without a row in the embedding are left out ({', '.join(beyond[:3])})"
+    wide = [token for token in added if token["lstrip"] or token["rstrip"] or token["single_word"]]
+    if wide:
+        yield f"llama.cpp may not take the spaces around {wide[0]['content']} into it"
 
 
 def _special(tokenizer, stop_ids: list[int]) -> dict[str, int]:

@@ -8,6 +8,7 @@ import ctypes as c
 from pathlib import Path
 
 import numpy as np
+from gguf import GGUFReader, GGUFWriter, quants
 
 # Structures of settings are passed by value and have other fields in every version. Of these, which
 # are set here, the places have not changed; what follows them is handed back as it came.
@@ -130,3 +131,23 @@ class Model:
             new.append(int(logits.argmax()))
             logits = self.logits(new[-1:], fresh=False)[-1]
         return new
+
+
+def in_float32(file: Path, target: Path) -> Path:
+    """The same file with every weight as it stands for, in float32: what llama.cpp computes of it
+    has no activations that it rounds to 8 bits, as it does to multiply them with blocks.
+    """
+    reader = GGUFReader(file)
+    fields = {name: field for name, field in reader.fields.items() if name[:5] != "GGUF."}
+    writer = GGUFWriter(target, fields.pop("general.architecture").contents())
+    for name, field in fields.items():
+        inner = field.types[-1] if len(field.types) > 1 else None
+        writer.add_key_value(name, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        values = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        writer.add_tensor(tensor.name, values.reshape(tuple(reversed(tensor.shape.tolist()))))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
