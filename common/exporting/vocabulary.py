@@ -131,8 +131,8 @@ def _tokens(content: dict, rows: int) -> tuple[list[str], list[int]]:
     found = {index: (token, TokenType.NORMAL) for token, index in content["model"]["vocab"].items()}
     if max(found) >= rows:
         raise UserError(
-            f"the tokenizer has a token {max(found)}, the embedding {rows} rows: GGUF needs one "
-            "for each"
+            f"the tokenizer has a token {max(found)}, the embedding {rows} rows: GGUF needs a "
+            "row for each"
         )
     for token in content["added_tokens"]:
         kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED

@@ -7,17 +7,16 @@ which has to give transformers' logits.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from conftest import ROOT, build_tiny, run_script, tiny_tokenizer
+from conftest import FUSED, ROOT, build_tiny, run_script, tiny_tokenizer
 from llama_cpp import Model, in_float32, library
 
 PACKAGE = ROOT / ".serving" / "llama.cpp"
@@ -39,7 +38,7 @@ ROPES = {
         "original_max_position_embeddings": 64,
     },
 }
-FAMILIES = [("llama", True), ("llama", False), ("mistral", False), ("qwen2", True), ("qwen3", False)]
+FAMILIES = FUSED  # by name and whether the head is the embedding
 TEXTS = (
     "The river runs past a small town.",
     "  leading and   inner spaces \n\n and\ttabs\r\n",
