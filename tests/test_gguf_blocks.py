@@ -7,7 +7,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
-from common.exporting.blocks import block_type, interleaved, minimum, pack, row_bytes
+from common.exporting.blocks import block_type, has_blocks, interleaved, minimum, pack, row_bytes
 from common.numerics.grid import Grid
 
 
@@ -100,7 +100,7 @@ def test_minimum_is_the_lowest_code_s_weight(generator):
 def test_grids_without_blocks():
     """Odd widths, group sizes that 32 does not divide, and zero-points at 8 bits."""
     for grid in (Grid(4, 16), Grid(4, 48), Grid(3, 32), Grid(2, None), Grid(8, 32)):
-        assert block_type(grid) is None
+        assert not has_blocks(grid)
     assert row_bytes(GGMLQuantizationType.Q4_1, 64) * 8 / 64 == 5.0
     assert row_bytes(GGMLQuantizationType.Q4_0, 64) * 8 / 64 == 4.5
     assert row_bytes(GGMLQuantizationType.Q8_0, 64) * 8 / 64 == 8.5

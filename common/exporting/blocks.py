@@ -17,13 +17,23 @@ from common.numerics.grid import Grid
 BLOCK = 32
 
 
-def block_type(grid: Grid) -> GGMLQuantizationType | None:
-    """The blocks that hold a grid's codes as they are; None if there are none."""
-    if grid.group_size is not None and grid.group_size % BLOCK:
-        return None
-    if grid.bits == 4:
-        return GGMLQuantizationType.Q4_0 if grid.symmetric else GGMLQuantizationType.Q4_1
-    return GGMLQuantizationType.Q8_0 if grid.bits == 8 and grid.symmetric else None
+# By bits and whether codes are centred on zero.
+_TYPES = {
+    (4, False): GGMLQuantizationType.Q4_1,
+    (4, True): GGMLQuantizationType.Q4_0,
+    (8, True): GGMLQuantizationType.Q8_0,
+}
+
+
+def has_blocks(grid: Grid) -> bool:
+    """Whether there are blocks that hold a grid's codes as they are."""
+    whole = grid.group_size is None or grid.group_size % BLOCK == 0
+    return whole and (grid.bits, grid.symmetric) in _TYPES
+
+
+def block_type(grid: Grid) -> GGMLQuantizationType:
+    """The type of a grid's blocks, where it has some."""
+    return _TYPES[grid.bits, grid.symmetric]
 
 
 def row_bytes(kind: GGMLQuantizationType, in_features: int) -> int:
@@ -46,7 +56,7 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) ->
         codes: [out, in] int8, in a multiple of 32.
         scale: [out, groups], any floating type.
         zero_point: [out, groups], any type; None where the grid is symmetric.
-        grid: one that has a `block_type`.
+        grid: one that `has_blocks`.
     """
     blocks = codes.unflatten(1, (-1, BLOCK))
     repeats = blocks.shape[1] // scale.shape[1]

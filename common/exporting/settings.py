@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from common.base.errors import UserError
 from common.checkpoint.format import WeightFormat
-from common.exporting.blocks import BLOCK, block_type
+from common.exporting.blocks import BLOCK, has_blocks
 from common.numerics.grid import Grid
 
 
@@ -116,7 +116,7 @@ def _check_grid(what: str, grid: Grid, sizes: set[int]) -> None:
             f"GGUF has no blocks that hold {grid.bits}-bit codes as they are ({what}); quantize "
             "with --bits 4 or 8"
         )
-    if block_type(grid) is None:
+    if not has_blocks(grid):
         raise UserError(
             f"groups of {grid.group_size} do not fill GGUF's blocks of {BLOCK} ({what}); quantize "
             f"with a --group-size that is a multiple of {BLOCK}"

@@ -67,13 +67,16 @@ def entries(config, form: WeightFormat, tensors: TensorReader) -> Iterator[Entry
         turned = heads.get(module.rpartition(".")[2]) if architecture.pairs else None
         for part in ("weight", "bias"):
             full = f"{module}.{part}"
+            coded = part == "weight" and f"{module}.weight_scale" in tensors
+            if not (coded or full in tensors):
+                continue
             name = names.get_name(full, (".weight", ".bias"))
-            if part == "weight" and f"{module}.weight_scale" in tensors:
+            if name is None:
+                raise UserError(f"GGUF has no place for tensor {full}")
+            if coded:
                 grid = form.vocabulary.get(module, form.grid)
                 yield _coded(name, module, grid, turned, tensors)
-            elif full in tensors:
-                if name is None:
-                    raise UserError(f"GGUF has no place for tensor {full}")
+            else:
                 yield _stored(name, full, turned, tensors)
     factors = frequency_factors(config)
     if factors is not None:
