@@ -5,11 +5,16 @@ ships: tokens of a text, logits of tokens.
 from __future__ import annotations
 
 import ctypes as c
+import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from gguf import GGUFReader, GGUFWriter, quants
+from torch import Tensor
 
+# Where `bash tests/serving.sh llama.cpp` installs that package.
+PACKAGE = Path(__file__).resolve().parents[1] / ".serving" / "llama.cpp"
 # Structures of settings are passed by value and have other fields in every version. Of these, which
 # are set here, the places have not changed; what follows them is handed back as it came.
 N_CTX, N_BATCH, N_UBATCH, N_SEQ_MAX = range(4)
@@ -84,6 +89,8 @@ class Model:
             settings.words[place] = context
         self.context = c.c_void_p(lib.llama_init_from_model(self.model, settings))
         assert self.context, "".join(self.messages)[-2000:]
+        threads = len(os.sched_getaffinity(0))
+        lib.llama_set_n_threads(self.context, threads, threads)
 
     def close(self) -> None:
         self.lib.llama_free(self.context)
@@ -108,7 +115,7 @@ class Model:
     def chat_template(self) -> str:
         return self.lib.llama_model_chat_template(self.model, None).decode()
 
-    def logits(self, ids: list[int], fresh: bool = True) -> np.ndarray:
+    def logits(self, ids: list[int], fresh: bool = True) -> Tensor:
         """Logits [len(ids), vocabulary] float32 after each token; fresh: of a new text."""
         if fresh:
             memory = c.c_void_p(self.lib.llama_get_memory(self.context))
@@ -122,7 +129,7 @@ class Model:
         code = self.lib.llama_decode(self.context, batch)
         assert code == 0, (code, "".join(self.messages)[-500:])
         found = np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), (count, self.size))
-        return found.copy()
+        return torch.from_numpy(found.copy())
 
     def greedy(self, ids: list[int], count: int) -> list[int]:
         """The `count` most probable next tokens, one after the other; the prompt left out."""
