@@ -182,7 +182,7 @@ class _Run:
         """Refuse, before anything is quantized, what GGUF cannot tell."""
         bits = self.method.activation_bits
         # Embedding and head are rounded to grids that it always can.
-        form = WeightFormat(self.grid, form_of_linears(bits), bits, {})
+        form = WeightFormat(self.grid, form_of_linears(bits), bits, {}, {})
         check_source(self.source, form, online=self.method.online is not None)
 
     def headline(self) -> str:

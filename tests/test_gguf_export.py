@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from test_layout import FILES, imports
 from transformers import AutoModelForCausalLM
 
+from common.checkpoint.engines import GGUF_FAMILIES
+from common.exporting.settings import ARCHITECTURES
 from common.results.reuse import _BESIDE_CODES, WITHOUT_EFFECT
 from common.run_all.passed_on import share_out
 
@@ -314,6 +316,10 @@ def test_what_is_no_checkpoint_is_refused(tiny, tmp_path):
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
     assert_user_error(run_script(EXPORT, "--model-path", tmp_path / "q"), "of a form that they do")
     assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_the_families_that_the_card_names_are_those_that_are_exported():
+    assert set(GGUF_FAMILIES) == set(ARCHITECTURES)
 
 
 def test_export_is_no_part_of_the_quantization_code():

@@ -27,6 +27,8 @@ INT8_EMBEDDING = (
 )
 # Channels of a group that vLLM's kernels for packed weights know; None is all of a row.
 _VLLM_GROUPS = (None, 32, 64, 128)
+# The model types that common/gguf_export.py writes.
+GGUF_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # What SGLang's kernel for 4 bits asks of input and output channels.
 _SGLANG_IN, _SGLANG_OUT = 128, 64
 
@@ -56,7 +58,7 @@ def support(config: dict, tensors: TensorReader) -> dict[str, Support]:
         TRANSFORMERS: Support(True),
         VLLM: _vllm(stored),
         SGLANG: _sglang(stored, config, tensors),
-        LLAMA_CPP: _llama_cpp(stored),
+        LLAMA_CPP: _llama_cpp(stored, config),
     }
 
 
@@ -101,8 +103,10 @@ def _sglang(stored: WeightFormat, config: dict, tensors: TensorReader) -> Suppor
     return Support(True)
 
 
-def _llama_cpp(stored: WeightFormat) -> Support:
+def _llama_cpp(stored: WeightFormat, config: dict) -> Support:
     grid = stored.grid
+    if config["model_type"] not in GGUF_FAMILIES:
+        return Support(False, f"{config['model_type']} models are not exported to GGUF")
     if stored.activation_bits:
         return Support(False, "GGUF has no form for rounded activations")
     if grid.bits < 4 or (grid.group_size or 32) % 32:
@@ -112,4 +116,4 @@ def _llama_cpp(stored: WeightFormat) -> Support:
         )
     if grid.bits == 8 and not grid.symmetric:
         return Support(False, "GGUF has no form for 8 bits with zero-points")
-    return Support(True, "as GGUF")
+    return Support(True, "as the file that common/gguf_export.py writes")
