@@ -22,7 +22,7 @@ from common.checkpoint.engines import INT8_EMBEDDING, support
 from common.checkpoint.format import WeightFormat, form_of_linears, open_checkpoint
 from common.checkpoint.writer import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
 from common.cli import configure_torch, resolve_sizes
-from common.exporting.gguf_file import check_file, check_source, export, file_beside
+from common.exporting.gguf_file import check_file, check_source, export_beside, file_beside
 from common.model.origin import origin_of
 from common.model.source import MODELS_FOLDER, SourceModel
 from common.numerics.divergence import (
@@ -76,7 +76,7 @@ def quantize(
         reuse.check_finished(output, options, method.name, dtype_name(dtype), RESULTS_FOLDER)
         say(f"{output} is finished, with the same options; there is nothing to resume")
         if options.gguf and parallel.first() and not file_beside(output).exists():
-            say(str(export(output, file_beside(output))))
+            say(export_beside(output, True))
         return output
     check_output(output, options.overwrite)
     if options.gguf:
@@ -107,10 +107,8 @@ def quantize(
     )
     for name, error in wrecked({**result.linears, **rounding.records}):
         say(f"warning: {name} is wrecked, its output is off by {error:.2f} of its size; {verdict}")
-    if options.gguf:
-        say(str(export(output, file_beside(output))))
-    elif file_beside(output).exists():
-        say(f"warning: {file_beside(output)} is of an earlier checkpoint; --gguf writes it anew")
+    if words := export_beside(output, options.gguf):
+        say(words)
     return output
 
 

@@ -146,6 +146,21 @@ def export(folder: Path, file: Path) -> Exported:
     )
 
 
+def export_beside(folder: Path, wanted: bool) -> str:
+    """Write the file of a checkpoint beside it, if it is wanted. Returns what there is to say; a
+    file that is there although none is wanted is of an earlier checkpoint.
+
+    Raises:
+        UserError: as `export`.
+    """
+    file = file_beside(folder)
+    if wanted:
+        return str(export(folder, file))
+    if file.exists():
+        return f"warning: {file} is of an earlier checkpoint; --gguf writes it anew"
+    return ""
+
+
 def _window_notes(config) -> Iterator[str]:
     if window := sliding_window(config):
         yield f"the context ends after {window} tokens, where llama.cpp would not slide the window"
