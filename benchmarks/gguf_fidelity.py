@@ -13,6 +13,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,25 +88,40 @@ def logits_of(model) -> Logits:
     return logits
 
 
-def compare(name: str, logits: Logits, windows: list[list[int]], expected: list[Tensor]) -> None:
-    """Print a row: divergence from the expected log-probabilities, change of perplexity."""
+@dataclass(frozen=True)
+class Comparison:
+    """Of a model with the checkpoint, on the same tokens.
+
+    divergence: Kullback-Leibler, in nats, of each token's distribution.
+    same_top: share of tokens with the same most likely one.
+    before, after: perplexities, of the checkpoint and of what is compared with it.
+    """
+
+    divergence: Tensor
+    same_top: float
+    before: float
+    after: float
+
+    def __str__(self) -> str:
+        return (
+            f"KL mean {self.divergence.mean():.2e}, largest {self.divergence.max():.2e}; same top "
+            f"token {100 * self.same_top:.2f} %; perplexity {self.before:.4f} -> {self.after:.4f} "
+            f"({100 * (self.after / self.before - 1):+.3f} %)"
+        )
+
+
+def compare(logits: Logits, windows: list[list[int]], expected: list[Tensor]) -> Comparison:
+    """Compare a model's `logits` with the checkpoint's, `expected`, of the same windows."""
     values, same, losses = [], [], []
-    for window, before in zip(windows, expected, strict=True):
-        after = logits(window).double().log_softmax(-1)
-        before = before.double()
+    for window, stored in zip(windows, expected, strict=True):
+        before, after = (found.double().log_softmax(-1) for found in (stored, logits(window)))
         divergence, alike = token_divergence(before, after)
         values.append(divergence)
         same.append(alike)
         following = torch.tensor(window[1:]).unsqueeze(1)
         losses.append([-found[:-1].gather(1, following).mean() for found in (before, after)])
-    divergence, alike = torch.cat(values), torch.cat(same).double()
-    loss = torch.tensor(losses).mean(0).exp()
-    print(
-        f"{name}: KL mean {divergence.mean():.2e}, largest {divergence.max():.2e}; same top token "
-        f"{100 * alike.mean():.2f} %; perplexity {loss[0]:.4f} -> {loss[1]:.4f} "
-        f"({100 * (loss[1] / loss[0] - 1):+.3f} %)",
-        flush=True,
-    )
+    perplexities = torch.tensor(losses).mean(0).exp().tolist()
+    return Comparison(torch.cat(values), torch.cat(same).double().mean().item(), *perplexities)
 
 
 def count_agreeing(found: list[list[int]], expected: list[list[int]]) -> str:
@@ -137,7 +153,7 @@ def main() -> None:
         options.data, tokenizer, options.windows, options.length, options.data_root
     )
     windows = text.tokens.tolist()
-    expected = [logits_of(model)(window).log_softmax(-1) for window in windows]
+    expected = [logits_of(model)(window) for window in windows]
     prompts = [window[:PROMPT] for window in windows[: options.prompts]]
     tokens = [
         model.generate(
@@ -146,7 +162,8 @@ def main() -> None:
         for prompt in prompts
     ]
     model = with_weights_of(options.file, model)
-    compare("the file's weights in transformers", logits_of(model), windows, expected)
+    found = compare(logits_of(model), windows, expected)
+    print(f"the file's weights in transformers: {found}", flush=True)
     del model
     if not PACKAGE.is_dir():
         print("no llama.cpp here: bash tests/serving.sh llama.cpp")
@@ -160,9 +177,9 @@ def main() -> None:
             )
         for name, file in files.items():
             running = Model(lib, file, max(options.length, PROMPT + NEW))
-            compare(name, lambda ids, running=running: running.logits(ids), windows, expected)
-            found = [running.greedy(prompt, NEW) for prompt in prompts]
-            print(f"{name}: {NEW} greedy tokens agree in {count_agreeing(found, tokens)}")
+            print(f"{name}: {compare(running.logits, windows, expected)}", flush=True)
+            new = [running.greedy(prompt, NEW) for prompt in prompts]
+            print(f"{name}: {NEW} greedy tokens agree in {count_agreeing(new, tokens)}")
             running.close()
 
 

@@ -15,4 +15,4 @@ if [ ! -d .serving/llama.cpp/xllamacpp ]; then
     "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --target .serving/llama.cpp \
         xllamacpp==2026.10.11549 || exit $?
 fi
-exec "$PYTHON" -m pytest tests/serving "$@"
+exec "$PYTHON" -m pytest -m "slow or not slow" tests/serving/test_llama_cpp.py "$@"
