@@ -16,7 +16,8 @@ included, is the one with the smallest output error
     tr((Q - W) G (Q - W)ᵀ)
 
 which the Gram matrix G gives over all calibration tokens without keeping an activation. The
-clipping of each group's range is then chosen by the same error.
+clipping of each group's range is then chosen by the same error. G is damped for both, so that what
+is chosen serves other text too.
 """
 
 import argparse

@@ -10,14 +10,13 @@ from gguf import GGMLQuantizationType, get_tensor_name_map
 from torch import Tensor
 
 from common.base.errors import UserError
-from common.checkpoint.format import VOCABULARY, WeightFormat
+from common.checkpoint.format import EMBEDDING, HEAD, WeightFormat
 from common.checkpoint.tensors import stored_codes, stored_parts
 from common.exporting.blocks import block_type, interleaved, minimum, pack, row_bytes
 from common.exporting.settings import architecture_of, frequency_factors
 from common.model.tensors import TensorReader
 from common.numerics.grid import Grid, float16_holds
 
-EMBEDDING, HEAD = VOCABULARY
 # By safetensors' names.
 _STORED = {
     "BF16": GGMLQuantizationType.BF16,

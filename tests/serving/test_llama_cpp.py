@@ -97,7 +97,7 @@ def test_tiny_models_give_transformers_logits(lib, generator, tmp_path, family, 
 
 @pytest.fixture(scope="module")
 def demo(demo_model, tmp_path_factory):
-    """The demo model's checkpoint, its file, and both ends' view of the same tokens."""
+    """The demo model's checkpoint and its file."""
     return made("hqq", demo_model, tmp_path_factory.mktemp("demo") / "hqq-4bit")
 
 
