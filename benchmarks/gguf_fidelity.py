@@ -20,14 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
-from gguf import GGUFReader, get_tensor_name_map, quants
+from gguf import GGUFReader, quants
 from llama_cpp import PACKAGE, Model, in_float32, library
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.base.arguments import positive, two_or_more
 from common.cli import quiet_libraries
-from common.exporting.settings import architecture_of
+from common.exporting.settings import gguf_form
+from common.exporting.tensors import tensor_names
 from common.numerics.divergence import token_divergence
 from common.running.runtime import load_model
 from common.tasks.perplexity import ADDRESS
@@ -42,8 +43,7 @@ def file_weights(file: Path, config) -> Iterator[tuple[str, Tensor]]:
     """The matrices of a file under transformers' names, float32 [out, in], rows of q and k in their
     place.
     """
-    architecture = architecture_of(config)
-    names = get_tensor_name_map(architecture.name, config.num_hidden_layers)
+    pairs, names = gguf_form(config).pairs, tensor_names(config)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     modules = [
         f"model.layers.{index}.{part}"
@@ -61,7 +61,7 @@ def file_weights(file: Path, config) -> Iterator[tuple[str, Tensor]]:
         tensor = by_name[name]
         values = torch.from_numpy(quants.dequantize(tensor.data, tensor.tensor_type))
         count = heads.get(module.rpartition(".")[2])
-        if architecture.pairs and count:
+        if pairs and count:
             values = values.unflatten(0, (count, -1, 2)).transpose(1, 2).flatten(0, 2)
         yield module, values
 

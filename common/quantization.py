@@ -18,7 +18,6 @@ from common.base.device import device_and_dtype, dtype_name
 from common.base.errors import UserError
 from common.base.progress import say
 from common.base.stopwatch import Stopwatch
-from common.checkpoint.engines import INT8_EMBEDDING, support
 from common.checkpoint.format import WeightFormat, form_of_linears, open_checkpoint
 from common.checkpoint.writer import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
 from common.cli import configure_torch, resolve_sizes
@@ -32,6 +31,7 @@ from common.numerics.divergence import (
 )
 from common.numerics.grid import SUPPORTED_BITS, Grid, resolve_group_size
 from common.reporting.card import write_card
+from common.reporting.engines import INT8_EMBEDDING, support
 from common.results import reuse
 from common.results.documents import RESULTS_FOLDER
 from common.results.naming import filed_as

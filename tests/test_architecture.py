@@ -36,10 +36,12 @@ def test_a_family_is_one_entry_of_at_most_25_lines():
 
 
 def test_nothing_else_names_a_family_or_a_linear():
-    """No other module says what only holds for one family, but for what runs Llama's layers."""
+    """No other module says what only holds for one family, but for what runs Llama's layers.
+    llama.cpp's ways of cutting text have names of their own, some of them those of families.
+    """
     linears = {name for family in FAMILIES.values() for name in (*family.linears, *family.norms)}
     for file in [*(ROOT / "common").rglob("*.py"), *ROOT.glob("*.py")]:
-        if file.name == "architecture.py":
+        if file.name in ("architecture.py", "vocabulary.py"):
             continue
         said = {
             node.value

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from conftest import ROOT, build_tiny, run_script, tiny_tokenizer
 
-from common.checkpoint.engines import LLAMA_CPP, SGLANG, TRANSFORMERS, VLLM, support
 from common.checkpoint.format import open_checkpoint
 from common.checkpoint.writer import METADATA_FILE, folder_bytes
 from common.model.origin import Origin, origin_of
+from common.reporting.engines import LLAMA_CPP, SGLANG, TRANSFORMERS, VLLM, support
 from common.results.identity import checkpoint_hash
 
 LICENCE = """---
@@ -223,7 +223,7 @@ ENGINES = [
         ("--bits", 8, "--asymmetric"),
         {VLLM: "Hopper", SGLANG: "symmetric", LLAMA_CPP: "zero-points"},
     ),
-    ("hqq", "llama", ("--bits", 3), {VLLM: "3 bits", SGLANG: None, LLAMA_CPP: "3 bits"}),
+    ("hqq", "llama", ("--bits", 3), {VLLM: "3 bits", SGLANG: None, LLAMA_CPP: "3-bit codes"}),
     ("hqq", "llama", ("--group-size", "16"), {VLLM: "groups of 16", LLAMA_CPP: "groups of 16"}),
     ("hqq", "llama", ("--head-bits", 8), {VLLM: "on a GPU", SGLANG: None, LLAMA_CPP: True}),
     ("hqq", "llama", ("--embedding-bits", 8), {VLLM: "int8 embedding", SGLANG: "int8 embedding"}),

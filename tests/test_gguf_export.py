@@ -14,8 +14,6 @@ from safetensors.torch import load_file
 from test_layout import FILES, imports
 from transformers import AutoModelForCausalLM
 
-from common.checkpoint.engines import GGUF_FAMILIES
-from common.exporting.settings import ARCHITECTURES
 from common.results.reuse import _BESIDE_CODES, WITHOUT_EFFECT
 from common.run_all.passed_on import share_out
 
@@ -318,10 +316,6 @@ def test_what_is_no_checkpoint_is_refused(tiny, tmp_path):
     assert not list(tmp_path.glob("*.gguf*"))
 
 
-def test_the_families_that_the_card_names_are_those_that_are_exported():
-    assert set(GGUF_FAMILIES) == set(ARCHITECTURES)
-
-
 def test_export_is_no_part_of_the_quantization_code():
     """A checkpoint stays what it is when the export changes."""
     used = {
@@ -330,9 +324,13 @@ def test_export_is_no_part_of_the_quantization_code():
         for other in imports(name)
         if other.startswith("common.exporting") and not name.startswith("common.exporting")
     }
-    file = "common.exporting.gguf_file"
-    assert used == {("common.quantization", file), ("common.gguf_export", file)}
-    assert file in _BESIDE_CODES and "gguf" in WITHOUT_EFFECT
+    file, engines = "common.exporting.gguf_file", "common.reporting.engines"
+    assert used == {
+        ("common.quantization", file),
+        ("common.gguf_export", file),
+        (engines, "common.exporting.settings"),
+    }
+    assert {file, engines} <= set(_BESIDE_CODES) and "gguf" in WITHOUT_EFFECT
 
 
 def test_the_batch_passes_it_on_to_methods_that_take_it(capsys):

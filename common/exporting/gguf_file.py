@@ -13,25 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf import (
-    GGML_QUANT_VERSION,
-    MODEL_ARCH_NAMES,
-    GGMLQuantizationType,
-    GGUFWriter,
-    LlamaFileType,
-)
-from transformers import AutoConfig
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
 from common.base.errors import UserError
 from common.base.files import json_or_none, replacing, why_not_writable
 from common.checkpoint.format import WeightFormat, open_checkpoint, unknown_form, weight_format
 from common.exporting.blocks import block_type
-from common.exporting.settings import architecture_of, check_form, sliding_window, write_settings
+from common.exporting.settings import (
+    check_form,
+    gguf_form,
+    plain_config,
+    sliding_window,
+    write_settings,
+)
 from common.exporting.tensors import Entry, entries
 from common.exporting.vocabulary import vocabulary_of
 from common.model.online import take_from_config
 from common.model.source import SourceModel, load_tokenizer
-from common.model.tensors import first_line
 
 SUFFIX = ".gguf"
 # What the file says that most of its tensors are.
@@ -116,14 +114,14 @@ def export(folder: Path, file: Path) -> Exported:
             f"{folder} is not a checkpoint of the quantize scripts, but of a form that they do not "
             f"write: {reason}"
         )
-    form, config = weight_format(content), _config(folder, content)
+    form, config = weight_format(content), plain_config(content)
     check_form(config, form, online)
     listed = list(entries(config, form, tensors))
     rows = listed[0].shape[0]
     vocabulary = vocabulary_of(load_tokenizer(folder), _stop_ids(folder, config), rows)
     with replacing(file) as unfinished:
         try:
-            writer = GGUFWriter(unfinished, MODEL_ARCH_NAMES[architecture_of(config).name])
+            writer = GGUFWriter(unfinished, gguf_form(config).name)
             whole = folder.resolve()
             writer.add_name(f"{whole.parent.name} {whole.name}".strip())
             writer.add_file_type(_FILE_TYPES[block_type(form.grid)])
@@ -164,15 +162,6 @@ def export_beside(folder: Path, wanted: bool) -> str:
 def _window_notes(config) -> Iterator[str]:
     if window := sliding_window(config):
         yield f"the context ends after {window} tokens, where llama.cpp would not slide the window"
-
-
-def _config(folder: Path, content: dict):
-    """transformers' configuration, of the content of a config.json without online transforms."""
-    plain = {key: value for key, value in content.items() if key != "quantization_config"}
-    try:
-        return AutoConfig.for_model(**plain)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: config.json is damaged ({first_line(error)})") from None
 
 
 def _stop_ids(folder: Path, config) -> list[int]:

@@ -4,41 +4,19 @@ whether it can be said.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType
+from gguf import GGUFWriter, RopeScalingType
 from torch import Tensor
+from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from common.base.errors import UserError
 from common.checkpoint.format import WeightFormat
 from common.exporting.blocks import BLOCK, has_blocks
+from common.model.architecture import FAMILIES, GGUFForm
+from common.model.tensors import first_line
 from common.numerics.grid import Grid
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """How llama.cpp runs a family.
-
-    name: the architecture's in the file.
-    pairs: rotary embedding turns neighbouring channels of a head, where transformers turns those
-        half a head apart, so rows of q_proj and k_proj change places.
-    own_frequencies: a tensor with a factor for each rotary frequency is read.
-    """
-
-    name: MODEL_ARCH
-    pairs: bool = False
-    own_frequencies: bool = False
-
-
-# By transformers' model type. llama.cpp has no architecture of Mistral's own: it is Llama's.
-ARCHITECTURES = {
-    "llama": Architecture(MODEL_ARCH.LLAMA, pairs=True, own_frequencies=True),
-    "mistral": Architecture(MODEL_ARCH.LLAMA, pairs=True, own_frequencies=True),
-    "qwen2": Architecture(MODEL_ARCH.QWEN2),
-    "qwen3": Architecture(MODEL_ARCH.QWEN3),
-}
 # What a rotary embedding may say without asking for more than its scaling's type does here.
 _ROPE_FIELDS = {
     "default": set(),
@@ -57,24 +35,40 @@ _ALWAYS = {"rope_theta", "type"}
 _BETAS = {"beta_fast": 32, "beta_slow": 1}
 
 
-def architecture_of(config) -> Architecture:
+def plain_config(content: dict):
+    """transformers' configuration, of the content of a config.json without online transforms.
+
+    Raises:
+        UserError: it is none.
+    """
+    plain = {key: value for key, value in content.items() if key != "quantization_config"}
+    try:
+        return AutoConfig.for_model(**plain)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"config.json is damaged ({first_line(error)})") from None
+
+
+def gguf_form(config) -> GGUFForm:
     """How llama.cpp runs a model of this transformers configuration.
 
     Raises:
         UserError: it does not, or computes something else.
     """
-    found = ARCHITECTURES.get(config.model_type)
-    if found is None:
+    exported = {name: family.gguf for name, family in FAMILIES.items() if family.gguf}
+    form = exported.get(config.model_type)
+    if form is None:
         raise UserError(
             f"architecture {config.model_type} is not exported to GGUF; exported are "
-            f"{', '.join(ARCHITECTURES)}"
+            f"{', '.join(exported)}"
         )
     if config.hidden_act != "silu":
         raise UserError(f"GGUF cannot tell that the MLP's activation is {config.hidden_act}")
-    if config.model_type == "qwen3" and config.attention_bias:
-        raise UserError("GGUF has no biases for q_proj, k_proj and v_proj of a Qwen3 model")
-    _check_rope(config, found)
-    return found
+    if getattr(config, "attention_bias", False) and not form.qkv_bias:
+        raise UserError(
+            f"GGUF has no biases for q_proj, k_proj and v_proj of a {config.model_type} model"
+        )
+    _check_rope(config, form)
+    return form
 
 
 def check_form(config, form: WeightFormat, online: bool) -> None:
@@ -87,7 +81,7 @@ def check_form(config, form: WeightFormat, online: bool) -> None:
     Raises:
         UserError: naming it, and the way out where there is one.
     """
-    architecture_of(config)
+    gguf_form(config)
     if online:
         raise UserError(
             "GGUF cannot tell what --act-bits and --kv-bits do as the model runs; export a "
@@ -128,7 +122,7 @@ def _check_grid(what: str, grid: Grid, sizes: set[int]) -> None:
         )
 
 
-def _check_rope(config, architecture: Architecture) -> None:
+def _check_rope(config, form: GGUFForm) -> None:
     rope = {key: value for key, value in config.rope_parameters.items() if value is not None}
     kind = rope.pop("rope_type", "default")
     known = _ROPE_FIELDS.get(kind)
@@ -136,7 +130,7 @@ def _check_rope(config, architecture: Architecture) -> None:
     if odd.get("partial_rotary_factor") == 1:
         del odd["partial_rotary_factor"]
     odd.update({key: rope[key] for key, usual in _BETAS.items() if rope.get(key, usual) != usual})
-    untold = kind == "llama3" and not architecture.own_frequencies
+    untold = kind == "llama3" and not form.own_frequencies
     if known is None or odd or untold:
         details = "".join(f", {key} {value}" for key, value in sorted(odd.items()))
         raise UserError(

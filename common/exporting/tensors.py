@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from gguf import GGMLQuantizationType, get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, TensorNameMap, get_tensor_name_map
 from torch import Tensor
 
 from common.base.errors import UserError
 from common.checkpoint.format import EMBEDDING, HEAD, WeightFormat
 from common.checkpoint.tensors import stored_codes, stored_parts
 from common.exporting.blocks import block_type, interleaved, minimum, pack, row_bytes
-from common.exporting.settings import architecture_of, frequency_factors
+from common.exporting.settings import frequency_factors, gguf_form
 from common.model.tensors import TensorReader
 from common.numerics.grid import Grid, float16_holds
 
@@ -56,14 +56,13 @@ def entries(config, form: WeightFormat, tensors: TensorReader) -> Iterator[Entry
     Raises:
         UserError: a tensor that has no place in the file.
     """
-    architecture = architecture_of(config)
-    names = get_tensor_name_map(architecture.name, config.num_hidden_layers)
+    pairs, names = gguf_form(config).pairs, tensor_names(config)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     modules = dict.fromkeys([EMBEDDING, *(name.rpartition(".")[0] for name in tensors)])
     if config.tie_word_embeddings:
         modules.pop(HEAD, None)  # llama.cpp takes the embedding
     for module in modules:
-        turned = heads.get(module.rpartition(".")[2]) if architecture.pairs else None
+        turned = heads.get(module.rpartition(".")[2]) if pairs else None
         for part in ("weight", "bias"):
             full = f"{module}.{part}"
             coded = part == "weight" and f"{module}.weight_scale" in tensors
@@ -81,6 +80,13 @@ def entries(config, form: WeightFormat, tensors: TensorReader) -> Iterator[Entry
     if factors is not None:
         kind, shape = GGMLQuantizationType.F32, tuple(factors.shape)
         yield Entry("rope_freqs.weight", kind, shape, False, lambda: factors.view(torch.uint8))
+
+
+def tensor_names(config) -> TensorNameMap:
+    """What a file calls transformers' tensors."""
+    told = gguf_form(config).name
+    architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == told)
+    return get_tensor_name_map(architecture, config.num_hidden_layers)
 
 
 def _coded(name: str, module: str, grid: Grid, turned: int | None, tensors: TensorReader) -> Entry:

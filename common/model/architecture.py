@@ -52,6 +52,23 @@ class LinearGroup:
 
 
 @dataclass(frozen=True)
+class GGUFForm:
+    """How llama.cpp runs a family.
+
+    name: the architecture's in a GGUF file.
+    pairs: rotary embedding turns neighbouring channels of a head, where transformers turns those
+        half a head apart, so rows of q_proj and k_proj change places.
+    own_frequencies: a tensor with a factor for each rotary frequency is read.
+    qkv_bias: biases of q_proj, k_proj and v_proj are read.
+    """
+
+    name: str
+    pairs: bool = False
+    own_frequencies: bool = False
+    qkv_bias: bool = True
+
+
+@dataclass(frozen=True)
 class Family:
     """The models of one transformers model type.
 
@@ -63,6 +80,7 @@ class Family:
         done, or where the module itself does it.
     fused: the layers compute just what Llama's do, so `fused` and `decoding` can run in their
         place.
+    gguf: None where models of the family are not exported to GGUF.
     """
 
     model_type: str
@@ -73,6 +91,7 @@ class Family:
     logits_divisor: str | None = None
     logits_cap: str | None = None
     fused: bool = False
+    gguf: GGUFForm | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -160,14 +179,16 @@ def _wired(
     )
 
 
+# llama.cpp has no architecture of Mistral's own: it is Llama's.
+_LLAMA_CPP = GGUFForm("llama", pairs=True, own_frequencies=True)
 # By transformers' model type.
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", _wired(), fused=True),
-        Family("mistral", _wired(), fused=True),
-        Family("qwen2", _wired(), fused=True),
-        Family("qwen3", _wired(), fused=True),
+        Family("llama", _wired(), fused=True, gguf=_LLAMA_CPP),
+        Family("mistral", _wired(), fused=True, gguf=_LLAMA_CPP),
+        Family("qwen2", _wired(), fused=True, gguf=GGUFForm("qwen2")),
+        Family("qwen3", _wired(), fused=True, gguf=GGUFForm("qwen3", qkv_bias=False)),
         # Its norms multiply by 1 + weight, its embedding multiplies by √hidden itself.
         Family(
             "gemma3_text",

@@ -17,7 +17,13 @@ from huggingface_hub import ModelCardData
 from common.base.files import replacing
 from common.base.progress import say
 from common.checkpoint import metadata
-from common.checkpoint.engines import (
+from common.checkpoint.format import WeightFormat, open_checkpoint, weight_format
+from common.checkpoint.public import command, without_path, without_paths
+from common.checkpoint.writer import METADATA_FILE
+from common.model.online import CONFIG_KEY
+from common.model.origin import README, origin_of
+from common.reporting.comparison import Comparison, compare_all
+from common.reporting.engines import (
     LLAMA_CPP,
     SGLANG,
     TRANSFORMERS,
@@ -25,12 +31,6 @@ from common.checkpoint.engines import (
     Support,
     support,
 )
-from common.checkpoint.format import WeightFormat, open_checkpoint, weight_format
-from common.checkpoint.public import command, without_path, without_paths
-from common.checkpoint.writer import METADATA_FILE
-from common.model.online import CONFIG_KEY
-from common.model.origin import README, origin_of
-from common.reporting.comparison import Comparison, compare_all
 from common.reporting.report import conditions, short_revision
 from common.reporting.tables import NONE, Table, significant
 from common.results.documents import ModelResults, read_document

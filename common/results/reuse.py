@@ -29,7 +29,7 @@ _BESIDE_CODES = (
     "common.numerics.divergence",
     "common.base.errors",
     "common.base.files",
-    "common.checkpoint.engines",
+    "common.reporting.engines",
     "common.checkpoint.public",
     "common.exporting.gguf_file",
     "common.model.origin",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.base.errors import UserError
 from common.checkpoint.format import (
     EMBEDDING,
     INTEGER,
@@ -14,6 +15,7 @@ from common.checkpoint.format import (
     family_of_config,
     weight_format,
 )
+from common.exporting.settings import check_form, plain_config
 from common.model.online import CONFIG_KEY
 from common.model.tensors import TensorReader
 from common.numerics.grid import Grid
@@ -27,8 +29,6 @@ INT8_EMBEDDING = (
 )
 # Channels of a group that vLLM's kernels for packed weights know; None is all of a row.
 _VLLM_GROUPS = (None, 32, 64, 128)
-# The model types that common/gguf_export.py writes.
-GGUF_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # What SGLang's kernel for 4 bits asks of input and output channels.
 _SGLANG_IN, _SGLANG_OUT = 128, 64
 
@@ -104,16 +104,12 @@ def _sglang(stored: WeightFormat, config: dict, tensors: TensorReader) -> Suppor
 
 
 def _llama_cpp(stored: WeightFormat, config: dict) -> Support:
-    grid = stored.grid
-    if config["model_type"] not in GGUF_FAMILIES:
-        return Support(False, f"{config['model_type']} models are not exported to GGUF")
-    if stored.activation_bits:
-        return Support(False, "GGUF has no form for rounded activations")
-    if grid.bits < 4 or (grid.group_size or 32) % 32:
-        return Support(
-            False,
-            f"GGUF has no form for {grid.bits} bits in groups of {grid.group_size or 'a channel'}",
-        )
-    if grid.bits == 8 and not grid.symmetric:
-        return Support(False, "GGUF has no form for 8 bits with zero-points")
-    return Support(True, "as the file that common/gguf_export.py writes")
+    try:
+        check_form(plain_config(config), stored, online=False)
+    except UserError as refusal:
+        return Support(False, str(refusal))
+    return Support(
+        True,
+        "as the file that common/gguf_export.py writes, unless the tokenizer is one that llama.cpp "
+        "has no rules for",
+    )
