@@ -40,8 +40,9 @@ def test_nothing_else_names_a_family_or_a_linear():
     llama.cpp's ways of cutting text have names of their own, some of them those of families.
     """
     linears = {name for family in FAMILIES.values() for name in (*family.linears, *family.norms)}
+    allowed = ("model/architecture.py", "exporting/vocabulary.py")
     for file in [*(ROOT / "common").rglob("*.py"), *ROOT.glob("*.py")]:
-        if file.name in ("architecture.py", "vocabulary.py"):
+        if str(file).endswith(allowed):
             continue
         said = {
             node.value
