@@ -64,10 +64,10 @@ def real_batch(tiny, tmp_path, monkeypatch):
         "48",
     ]
 
-    def step(title, command, log, gpu):
+    def step(title, words, log, gpu):
         more = small if title == "evaluate" else []
-        result = run_script(ROOT / command[1], *command[2:], *more, cwd=tmp_path)
-        run.titles.append(f"{title} {Path(command[1]).stem}")
+        result = run_script(ROOT / words[0], *words[1:], *more, cwd=tmp_path)
+        run.titles.append(f"{title} {Path(words[0]).stem}")
         run.output += result.stdout
         if result.returncode:
             raise steps.StepFailed(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import queue
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from common.results.documents import CONFIGURATIONS, STATUS_FILE
 from common.results.identity import checkpoint_hash
 from common.results.naming import source_of
 from common.results.reuse import WITHOUT_EFFECT, changed_sources, made_from
+from common.run_all.processes import running
 
 _REASON_LENGTH = 200
 
@@ -90,11 +89,12 @@ class StepFailed(Exception):
     """A step of a configuration ended with an error; the message is its last line."""
 
 
-def step(title: str, command: list[str], log: Path, gpu: dict[str, str]) -> str:
+def step(title: str, words: list[str], log: Path, gpu: dict[str, str]) -> str:
     """Run one script, showing its output and keeping it in `log`. Raises StepFailed with its error
     line. Returns its first warning of something wrecked, the worst.
 
     Args:
+        words: its name and arguments.
         gpu: environment that says which GPU to use; lines are shown with the configuration's name
             when it says so.
     """
@@ -102,16 +102,8 @@ def step(title: str, command: list[str], log: Path, gpu: dict[str, str]) -> str:
     say(f"{prefix}--- {title}")
     log.parent.mkdir(parents=True, exist_ok=True)
     last, error, wrecked = "", "", ""
-    with log.open("a") as file:
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env={**os.environ, **gpu},
-        )
-        for line in process.stdout or ():
+    with log.open("a") as file, running(words, gpu) as (output, process):
+        for line in output:
             sys.stdout.write(prefix + line)
             sys.stdout.flush()
             file.write(line)
@@ -176,7 +168,7 @@ def _run_steps(
     if wanted is None:
         step(
             "evaluate",
-            [sys.executable, "common/baseline.py", "--model", batch.model, *evaluate],
+            ["common/baseline.py", "--model", batch.model, *evaluate],
             log,
             gpu,
         )
@@ -192,7 +184,6 @@ def _run_steps(
         wrecked = step(
             "quantize",
             [
-                sys.executable,
                 f"quantize_{method}.py",
                 "--model",
                 batch.model,
@@ -218,7 +209,7 @@ def _run_steps(
     if found is None or found != verified or batch.overwrite:
         step(
             "verify",
-            [sys.executable, "verify_model.py", "--model-path", str(folder), *batch.device],
+            ["verify_model.py", "--model-path", str(folder), *batch.device],
             log,
             gpu,
         )
@@ -227,7 +218,6 @@ def _run_steps(
     step(
         "evaluate",
         [
-            sys.executable,
             "common/evaluation.py",
             "--model-path",
             str(folder),

@@ -1,0 +1,13 @@
+"""What the scripts import, for a process to be forked from. Nothing here uses a GPU or threads:
+neither outlasts a fork.
+"""
+
+import lm_eval.evaluator  # noqa: F401
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipelines  # noqa: F401
+
+from common import cli, evaluation, quantization, verification  # noqa: F401
+from common.running import packed  # noqa: F401
+from common.tasks import language_model  # noqa: F401
+
+# It looks for modules of the libraries, and imports them.
+cli.quiet_libraries()

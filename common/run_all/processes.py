@@ -1,0 +1,121 @@
+"""Scripts run in processes that have everything imported: each is a fork of one that has done
+nothing else, so that torch, transformers and lm-eval are imported once, not for every script.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import IO, Protocol, cast
+
+import torch
+
+# What the process that is forked has imported.
+_IMPORTED = "common.run_all.imported"
+# Held while that process is started: configurations run in threads.
+_starting = threading.Lock()
+
+
+class Ended(Protocol):
+    """A process that may have ended."""
+
+    def wait(self) -> int:
+        """Wait for it. Returns its exit code, below 0 the signal that killed it."""
+
+    def kill(self) -> None:
+        """End it."""
+
+
+@contextmanager
+def running(words: list[str], environment: dict[str, str]) -> Iterator[tuple[IO[str], Ended]]:
+    """Run a script of the project with its arguments. Gives what it prints, errors too, and the
+    process.
+
+    Args:
+        environment: what differs from this process's.
+    """
+    with _starting:
+        context = _forking()
+    if context is None:
+        with subprocess.Popen(
+            [sys.executable, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**os.environ, **environment},
+        ) as process:
+            assert process.stdout is not None
+            yield process.stdout, process
+        return
+    reading, writing = context.Pipe(duplex=False)
+    with reading, os.fdopen(os.dup(reading.fileno()), errors="replace") as output:
+        with writing:
+            child = context.Process(
+                target=_run_script, args=(words, {**os.environ, **environment}, writing)
+            )
+            child.start()
+        yield output, _Child(child)
+
+
+class _Child:
+    """`Ended`, of a process of multiprocessing's."""
+
+    def __init__(self, process):
+        self._process = process
+
+    def wait(self) -> int:
+        self._process.join()
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+@cache
+def _forking() -> ForkServerContext | None:
+    """How processes are forked; None where they cannot be, or cannot use the GPU, which is so when
+    some package has touched it while it was imported.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([_IMPORTED])
+    with chdir(Path(__file__).parents[2]):  # where it looks modules up
+        forkserver.ensure_running()
+    if torch.cuda.device_count():
+        trial = context.Process(target=_use_gpu)
+        trial.start()
+        trial.join()
+        if trial.exitcode:
+            return None
+    return context
+
+
+def _use_gpu() -> None:
+    torch.zeros(1, device="cuda")
+
+
+def _run_script(words: list[str], environment: dict[str, str], writing: Connection) -> None:
+    """In the child: become the script."""
+    with writing:
+        for descriptor in (1, 2):
+            os.dup2(writing.fileno(), descriptor)
+    for stream in (sys.stdout, sys.stderr):
+        cast(io.TextIOWrapper, stream).reconfigure(line_buffering=True)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")

@@ -1,0 +1,77 @@
+"""Scripts that the batch runs, in processes forked from one that has everything imported."""
+
+import signal
+
+import pytest
+
+from common.run_all import processes
+
+ENDINGS = {
+    "print('fine')": (0, "fine"),
+    "import sys; sys.exit(3)": (3, ""),
+    "import sys; print('error: no', file=sys.stderr); sys.exit(2)": (2, "error: no"),
+    "raise RuntimeError('odd')": (1, "RuntimeError: odd"),
+    "import os, signal; print('so far'); os.kill(os.getpid(), signal.SIGKILL)": (
+        -signal.SIGKILL,
+        "so far",
+    ),
+    "import os; print('below', flush=True); os.abort()": (-signal.SIGABRT, "below"),
+    "import subprocess; subprocess.run(['echo', 'of a child'])": (0, "of a child"),
+}
+
+
+@pytest.fixture(params=["forked", "started"])
+def run(request, tmp_path, monkeypatch):
+    """Runs a script in a process; gives exit code and output."""
+    if request.param == "started":
+        monkeypatch.setattr(processes, "_forking", lambda: None)
+    monkeypatch.chdir(tmp_path)
+
+    def run(content, *arguments, **environment):
+        (tmp_path / "script.py").write_text(content)
+        with processes.running(["script.py", *arguments], environment) as (output, process):
+            return process.wait(), output.read()
+
+    return run
+
+
+@pytest.mark.parametrize("content", ENDINGS)
+def test_how_a_script_ends(run, content):
+    code, said = ENDINGS[content]
+    found, output = run(content)
+    assert found == code and (output.strip().endswith(said) if said else not output)
+
+
+def test_what_a_script_is_given(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAID_BEFORE", "1")
+    code, output = run(
+        "import os, sys; print(*sys.argv, __name__, os.getcwd(), os.environ['SAID_BEFORE'], "
+        "os.environ['CUDA_VISIBLE_DEVICES'])",
+        "--option",
+        "a b",
+        CUDA_VISIBLE_DEVICES="5",
+    )
+    assert (code, output) == (0, f"script.py --option a b __main__ {tmp_path} 1 5\n")
+
+
+def test_what_is_printed_comes_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "script.py").write_text("import time; print('first'); time.sleep(60)")
+    with processes.running(["script.py"], {}) as (output, process):
+        assert output.readline() == "first\n"
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+
+
+def test_nothing_is_imported_again(tmp_path, monkeypatch):
+    """Nor has what is forked used a GPU, or threads of torch's, which a fork would be without."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "script.py").write_text(
+        "import sys; before = set(sys.modules); import threading; import lm_eval.evaluator; "
+        "import common.evaluation, common.quantization, common.verification; "
+        "from transformers import LlamaForCausalLM; import torch; "
+        "print(len(set(sys.modules) - before), torch.cuda.is_initialized(), "
+        "threading.active_count(), torch.ones(300, 300).matmul(torch.ones(300, 300)).sum().item())"
+    )
+    with processes.running(["script.py"], {}) as (output, process):
+        assert output.read() == f"0 False 1 {300.0**3}\n" and process.wait() == 0
