@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import runpy
 import shutil
@@ -200,6 +201,16 @@ def calibration_text(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def plain_load():
+    """Loads a checkpoint with transformers alone."""
+    from plain_loading import PlainLoader
+
+    loader = PlainLoader()
+    yield loader
+    loader.close()
+
+
+@pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The demo checkpoint, built on first use; skipped without access to the package index."""
     from common.base.errors import UserError
@@ -262,6 +273,28 @@ def run_script(
         sys.argv, sys.path[:] = before[:2]
         os.chdir(before[2])
     return subprocess.CompletedProcess(words, code or 0, out.getvalue(), err.getvalue())
+
+
+def run_scripts(commands: list[tuple], **environment: str) -> list[subprocess.CompletedProcess]:
+    """Run scripts of the project, each as `run_script` does, in one process that has this
+    environment from its start.
+    """
+    code = (
+        "import json, sys; from conftest import run_script; "
+        "found = [run_script(*words) for words in json.load(sys.stdin)]; "
+        "print(json.dumps([[run.args, run.returncode, run.stdout, run.stderr] for run in found]))"
+    )
+    together = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps([list(map(str, words)) for words in commands]),
+        cwd=ROOT / "tests",
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, **environment},
+    )
+    assert together.returncode == 0, together.stderr
+    return [subprocess.CompletedProcess(*run) for run in json.loads(together.stdout)]
 
 
 def run_quantize(

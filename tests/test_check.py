@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import ROOT, assert_user_error, run_script
+from conftest import ROOT, assert_user_error, run_script, run_scripts
 from stub_data import build_datasets
 from stub_hub import StubHub
 
@@ -120,18 +120,6 @@ def served(tmp_path_factory):
 def test_data_that_a_run_would_not_get(tiny, served, tmp_path):
     """It would stop at once. Those of the options that are given are looked up, and of those
     alone."""
-    words = ["-m", "common.batch", "--check", "--model", tiny, "--device", "cpu"]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    found = run_script(*words, **offline)
-    said = " ".join(found.stdout.split())
-    assert found.returncode == 1 and "FAIL Data" in said and "-> unset it, or give" in said
-    for name in (
-        "HuggingFaceH4/ultrachat_200k",
-        "allenai/ai2_arc",
-        "rajpurkar/squad_v2",
-        "Salesforce/wikitext",
-    ):
-        assert f"data set {name}" in said
     root = tmp_path / "data"
     for name, part in (
         ("allenai/ai2_arc", "ARC-Challenge/test"),
@@ -142,13 +130,28 @@ def test_data_that_a_run_would_not_get(tiny, served, tmp_path):
         (root / name / part).parent.mkdir(parents=True)
         (root / name / f"{part}.parquet").touch()
     (tmp_path / "own.txt").write_text("some text")
-    for more, missing in (
+    cases = (
         ([], "HuggingFaceH4/ultrachat_200k"),
         (["--calib-data", "own.txt"], "own.txt"),
         (["--calib-data", tmp_path / "own.txt"], None),
         (["--only", "baseline,hqq-4bit"], None),
+    )
+    words = (ROOT / "common/batch.py", "--check", "--model", tiny, "--device", "cpu")
+    found, *others = run_scripts(
+        [words, *((*words, "--data-root", root, *more) for more, _ in cases)],
+        HF_HUB_OFFLINE="1",
+        HF_HOME=str(tmp_path),
+    )
+    said = " ".join(found.stdout.split())
+    assert found.returncode == 1 and "FAIL Data" in said and "-> unset it, or give" in said
+    for name in (
+        "HuggingFaceH4/ultrachat_200k",
+        "allenai/ai2_arc",
+        "rajpurkar/squad_v2",
+        "Salesforce/wikitext",
     ):
-        found = run_script(*words, "--data-root", root, *more, **offline)
+        assert f"data set {name}" in said
+    for found, (_, missing) in zip(others, cases, strict=True):
         assert found.returncode == (1 if missing else 0), found.stdout
         assert ("FAIL" in found.stdout) is (missing is not None) and (
             missing or "PASS"

@@ -3,8 +3,6 @@ and grid.
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,44 +14,6 @@ from common.checkpoint.tensors import decompress, stored_parts
 from common.checkpoint.writer import METADATA_FILE
 from common.model.architecture import FAMILIES
 from common.numerics.divergence import perplexity_of_logits, sample_difference
-
-PLAIN_LOAD = """
-import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-tokens = torch.load(sys.argv[3])
-with torch.no_grad():
-    logits = model(tokens).logits
-assert not any(name.startswith("common") for name in sys.modules)
-tied = model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-weights = {
-    name: p.detach() for name, p in model.named_parameters() if name.endswith("_proj.weight")
-}
-found = {"logits": logits, "tied": tied, "weights": weights, "template": tokenizer.chat_template}
-torch.save(found, sys.argv[4])
-"""
-
-
-def plain_load(folder, tokens, scratch, dtype="float32"):
-    torch.save(tokens, scratch / "tokens.pt")
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            PLAIN_LOAD,
-            folder,
-            dtype,
-            scratch / "tokens.pt",
-            scratch / "out.pt",
-        ],
-        cwd=scratch,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return torch.load(scratch / "out.pt")
-
 
 CASES = [(architecture, tied, "gptq", 4, "auto", False) for architecture, tied in ARCHITECTURES] + [
     ("llama", True, "hqq", 4, "32", False),
@@ -84,7 +44,16 @@ METHODS = method_options(
 
 @pytest.mark.parametrize("architecture, tied, method, bits, group_size, symmetric", CASES)
 def test_plain_load_equals_what_was_quantized(
-    tiny_models, calibration_text, tmp_path, architecture, tied, method, bits, group_size, symmetric
+    tiny_models,
+    calibration_text,
+    plain_load,
+    tmp_path,
+    architecture,
+    tied,
+    method,
+    bits,
+    group_size,
+    symmetric,
 ):
     source = tiny_models[architecture, tied]
     output = tmp_path / "quantized"
@@ -168,7 +137,7 @@ HEAD, EMBEDDING = ("--head-bits", 8), ("--embedding-bits", 8)
     ],
 )
 def test_quantized_head_and_embedding(
-    tiny_models, calibration_text, tmp_path, method, architecture, tied, options
+    tiny_models, calibration_text, plain_load, tmp_path, method, architecture, tied, options
 ):
     output, plain = tmp_path / "head", tmp_path / "plain"
     source = tiny_models[architecture, tied]

@@ -129,14 +129,13 @@ def evaluate(folder, results, *options):
 
 def test_demo_model_end_to_end(demo_model, tmp_path):
     """Four bits keep most of the quality; the scores are well above chance. A small calibration
-    keeps this short.
+    and neither sweeps nor catching up keep this short.
     """
     output = tmp_path / "gptq-4bit"
-    result = run_script(
-        ROOT / "quantize_gptq.py", "--model", "demo", "--output", output, "--calib-samples", 8
-    )
+    short = ("--calib-samples", 4, "--sweeps", 0, "--catch-up", 0)
+    result = run_script(ROOT / "quantize_gptq.py", "--model", "demo", "--output", output, *short)
     assert result.returncode == 0, result.stderr
-    options = ["--limit", 40, "--tasks", "arc,perplexity", "--windows", 4]
+    options = ["--limit", 16, "--tasks", "arc,perplexity", "--windows", 2]
     baseline, quantized = (
         evaluate(folder, tmp_path / "results", *options) for folder in (demo_model, output)
     )

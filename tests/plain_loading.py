@@ -1,0 +1,84 @@
+"""Checkpoints loaded by transformers alone, in processes that know nothing of this project: forks
+of one that has imported transformers, so that each load does not import it anew.
+
+As a script it is that process: it reads a line of JSON for each load and answers with the exit
+code.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+
+class PlainLoader:
+    """The process, for a session of tests."""
+
+    def __init__(self):
+        words = [sys.executable, str(Path(__file__).resolve())]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = subprocess.Popen(words, text=True, cwd="/", **pipes)
+
+    def __call__(self, folder: Path, tokens: torch.Tensor, scratch: Path, dtype="float32") -> dict:
+        """What plain transformers makes of a checkpoint: logits of `tokens`, the linears' weights,
+        whether embedding and head are tied, the chat template.
+        """
+        torch.save(tokens, scratch / "tokens.pt")
+        words = [str(folder), dtype, str(scratch)]
+        print(json.dumps(words), file=self._process.stdin, flush=True)
+        assert self._process.stdout.readline() == "0\n", (scratch / "error").read_text()
+        return torch.load(scratch / "loaded.pt")
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def load(folder: str, dtype: str, scratch: Path) -> None:
+    """In the fork."""
+    os.chdir(scratch)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        logits = model(torch.load("tokens.pt")).logits
+    assert not any(name.split(".")[0] == "common" for name in sys.modules)
+    found = {
+        "logits": logits,
+        "tied": model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr(),
+        "weights": {
+            name: parameter.detach()
+            for name, parameter in model.named_parameters()
+            if name.endswith("_proj.weight")
+        },
+        "template": tokenizer.chat_template,
+    }
+    torch.save(found, "loaded.pt")
+
+
+def serve() -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    from transformers.quantizers import quantizer_compressed_tensors  # noqa: F401
+
+    sys.path.pop(0)
+    for line in sys.stdin:
+        folder, dtype, scratch = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                load(folder, dtype, Path(scratch))
+                code = 0
+            except BaseException:
+                Path(scratch, "error").write_text(traceback.format_exc())
+            finally:
+                os._exit(code)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
