@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common.kernels.dispatch import triton_kernels
-from common.numerics.grid import Grid, grouped, min_max, power_, reciprocal_size, rounding_error
+from common.numerics.grid import Grid, grouped, min_max, power_
 
 # Candidates of the range search by bits: first and last share of the full range, and how many. They
 # begin above 1, as a zero-point rounded to an integer shifts the range by up to half a step, and a
@@ -52,25 +52,25 @@ def search_range(
         )
     groups = grouped(weight, grid)  # [out, groups, group]
     factor = None if importance is None else grouped(importance.float().unsqueeze(0), grid)
+    shares = torch.tensor(candidates, device=weight.device).view(-1, 1, 1)
     scales, zeros = [], []
     for part in groups.split(max(1, TILE_ELEMENTS[weight.device.type] // weight.shape[1])):
         part = part.float()
-        # High powers of small weights would be nothing in float32.
-        unit = None if norm == 2.0 else reciprocal_size(part)
-        best_error = torch.full(part.shape[:-1], torch.inf, device=part.device)
-        best_scale = torch.ones_like(best_error)
-        best_zero = torch.zeros_like(best_error)
-        for shrink in candidates:
-            scale, zero = min_max(part, grid, shrink, scale_dtype, keep_larger_end)
-            error = rounding_error(part, scale, zero, grid)
-            error = power_(error if unit is None else error.mul_(unit), norm)
-            total = error.sum(-1) if factor is None else error.mul_(factor).sum(-1)
-            better = total < best_error
-            best_error = torch.where(better, total, best_error)
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero, best_zero)
-        scales.append(best_scale)
-        zeros.append(best_zero)
+        # [candidates, rows, groups], as the errors.
+        scale, zero = min_max(part, grid, shares, scale_dtype, keep_larger_end)
+        lowest, highest = grid.code_min - zero, grid.code_max - zero
+        errors = torch.empty_like(scale)
+        for index in range(len(candidates)):
+            # In steps of the grid, so that no power of a small weight's error is nothing.
+            value = part / scale[index].unsqueeze(-1)
+            nearest = value.round().clamp_(
+                lowest[index].unsqueeze(-1), highest[index].unsqueeze(-1)
+            )
+            error = power_(nearest.sub_(value), norm)
+            torch.sum(error if factor is None else error.mul_(factor), -1, out=errors[index])
+        best = errors.mul_((scale / scale[0]) ** norm).argmin(0, keepdim=True)
+        scales.append(scale.gather(0, best)[0])
+        zeros.append(zero.gather(0, best)[0])
     return torch.cat(scales), torch.cat(zeros)
 
 
