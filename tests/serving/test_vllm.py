@@ -214,7 +214,7 @@ def test_product_of_8_bits(vllm, made, prompts):
     """vLLM's own. Without VNNI its sums of two products overflow 16 bits."""
     found = vllm(made("smoothquant"), prompts, "float32", stand_in=False)
     result = agreement(made("smoothquant"), prompts, found)
-    assert result.divergence < (1e-6 if vllm.units["vnni"] else 0.1)
+    assert result.divergence < (1e-3 if vllm.units["vnni"] else 0.1)
 
 
 @pytest.mark.parametrize("configuration", (None, "hqq", "smoothquant"), ids=str)

@@ -74,15 +74,17 @@ def product_of_4_bits(input, q_weight, output, scales, zeros, bias, pack_factor,
 
 
 def product_of_8_bits(kernel, layer, x, bias=None):
-    """Stands in for CPUInt8ScaledMMLinearKernel.apply_weights: exact sums of int8 products.
+    """Stands in for CPUInt8ScaledMMLinearKernel.apply_weights: exact sums of int8 products, of
+    activations that are rounded as compressed-tensors does it in transformers. vLLM's own scale is
+    a token's largest value by 127.
 
     Args:
         layer: holds weight, int8 [out, in], and weight_scale [out, 1].
         x: [tokens, in], rounded per token here.
         bias: [out] or None.
     """
-    scale = x.float().abs().amax(-1, keepdim=True) / 127
-    rounded = (x.float() / scale.clamp_min(1e-12)).round()
+    scale = (x.float().abs().amax(-1, keepdim=True) / 127.5).clamp_min(1e-12)
+    rounded = (x.float() / scale).round().clamp(-128, 127)
     sums = rounded.double() @ layer.weight.double().t()
     result = (sums * scale * layer.weight_scale.double().t()).to(x.dtype)
     return result if bias is None else result + bias
