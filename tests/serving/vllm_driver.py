@@ -6,7 +6,7 @@ Then reads a line for each checkpoint:
 
     {"folder", "dtype", "prompts": [[token id, ...], ...], "all": whether the log-probabilities of
      all tokens are wanted or the prompts' own, "new": how many tokens to generate greedily,
-     "stand_in": whether rounded weights are multiplied by the products below, not vLLM's}
+     "stand_in": whether the products below take the place of vLLM's with rounded weights}
 
 and writes one:
 
@@ -74,20 +74,15 @@ def product_of_4_bits(input, q_weight, output, scales, zeros, bias, pack_factor,
 
 
 def product_of_8_bits(kernel, layer, x, bias=None):
-    """Stands in for CPUInt8ScaledMMLinearKernel.apply_weights: exact sums of int8 products, of
-    activations that are rounded as compressed-tensors does it in transformers. vLLM's own scale is
-    a token's largest value by 127.
+    """Stands in for CPUInt8ScaledMMLinearKernel.apply_weights, without rounding activations.
 
     Args:
         layer: holds weight, int8 [out, in], and weight_scale [out, 1].
-        x: [tokens, in], rounded per token here.
+        x: [tokens, in].
         bias: [out] or None.
     """
-    scale = (x.float().abs().amax(-1, keepdim=True) / 127.5).clamp_min(1e-12)
-    rounded = (x.float() / scale).round().clamp(-128, 127)
-    sums = rounded.double() @ layer.weight.double().t()
-    result = (sums * scale * layer.weight_scale.double().t()).to(x.dtype)
-    return result if bias is None else result + bias
+    weight = layer.weight.to(x.dtype) * layer.weight_scale.to(x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def stand_in() -> None:
