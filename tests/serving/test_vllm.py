@@ -20,7 +20,7 @@ from compressed_tensors.quantization import disable_quantization
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import ARCHITECTURES, ROOT, build_tiny, run_quantize, run_script, tiny_tokenizer
+from conftest import ARCHITECTURES, ROOT, build_tiny, run_quantize, tiny_tokenizer
 
 from common.text.windows import evaluation_windows
 
@@ -230,9 +230,8 @@ def test_demo(vllm, demo_model, tmp_path, configuration):
     folder = demo_model
     if configuration:
         folder = tmp_path / configuration
-        options = ("--calib-samples", 4, "--calib-length", 128) * (configuration != "hqq")
-        script = ROOT / f"quantize_{configuration}.py"
-        result = run_script(script, "--model", demo_model, "--output", folder, *options)
+        text = None if configuration == "hqq" else "demo"
+        result = run_quantize(configuration, demo_model, folder, text=text)
         assert result.returncode == 0, result.stderr
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     windows = evaluation_windows("demo", tokenizer, 2, 256).tokens.tolist()

@@ -45,6 +45,7 @@ SCHEMA = (
 # Output channels that vLLM stores side by side, and 4-bit codes in an int32.
 BLOCK, CODES = 16, 8
 library = torch.library.Library("_C", "FRAGMENT")
+unpacked: dict = {}  # weights [in, out] that were multiplied by before
 
 
 def codes_of(packed):
@@ -64,12 +65,14 @@ def product_of_4_bits(input, q_weight, output, scales, zeros, bias, pack_factor,
         zeros: int32 [groups, out / 8], or None where codes are centred on 8.
         bias: [out] or None.
     """
-    groups, rows = scales.shape
-    blocks = q_weight.view(rows // BLOCK, -1, BLOCK // CODES)
-    codes = codes_of(blocks).permute(1, 0, 2).reshape(groups, -1, rows)
-    centre = 8 if zeros is None else codes_of(zeros).unsqueeze(1)
-    weight = ((codes - centre).to(scales.dtype) * scales.unsqueeze(1)).flatten(0, 1)
-    result = input @ weight
+    place = q_weight.data_ptr()  # a parameter's, and a process holds one model
+    if place not in unpacked:
+        groups, rows = scales.shape
+        blocks = q_weight.view(rows // BLOCK, -1, BLOCK // CODES)
+        codes = codes_of(blocks).permute(1, 0, 2).reshape(groups, -1, rows)
+        centre = 8 if zeros is None else codes_of(zeros).unsqueeze(1)
+        unpacked[place] = ((codes - centre).to(scales.dtype) * scales.unsqueeze(1)).flatten(0, 1)
+    result = input @ unpacked[place]
     output.copy_(result if bias is None else result + bias)
 
 
