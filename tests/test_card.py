@@ -215,7 +215,7 @@ def test_the_origin_of_a_model_of_the_hub(tmp_path):
 
 # What runs a checkpoint, and a word of the reason where something does not.
 ENGINES = [
-    ("hqq", "llama", (), {VLLM: "16-bit type on a CPU", SGLANG: "kernel wants", LLAMA_CPP: True}),
+    ("hqq", "llama", (), {VLLM: "CPU with AVX-512", SGLANG: "kernel wants", LLAMA_CPP: True}),
     ("hqq", "llama", ("--bits", 8), {VLLM: "on a GPU", SGLANG: True, LLAMA_CPP: True}),
     (
         "hqq",
@@ -227,7 +227,7 @@ ENGINES = [
     ("hqq", "llama", ("--group-size", "16"), {VLLM: "groups of 16", LLAMA_CPP: "groups of 16"}),
     ("hqq", "llama", ("--head-bits", 8), {VLLM: "on a GPU", SGLANG: None, LLAMA_CPP: True}),
     ("hqq", "llama", ("--embedding-bits", 8), {VLLM: "int8 embedding", SGLANG: "int8 embedding"}),
-    ("smoothquant", "llama", (), {VLLM: "on a GPU, or", SGLANG: None, LLAMA_CPP: "activations"}),
+    ("smoothquant", "llama", (), {VLLM: "CPU with VNNI", SGLANG: None, LLAMA_CPP: "activations"}),
 ]
 
 

@@ -81,7 +81,10 @@ def _vllm(stored: WeightFormat) -> Support:
     eight = [grid for grid in grids if grid.bits == 8]
     if not all(grid.symmetric for grid in eight):
         return Support(True, "on NVIDIA Hopper only; made with --symmetric on any GPU")
-    return Support(True, "on a GPU" if eight else "on a GPU, or in a 16-bit type on a CPU")
+    if eight:
+        return Support(True, "on a GPU")
+    units = "VNNI" if stored.activation_bits else "AVX-512"
+    return Support(True, f"on a GPU, or on a CPU with {units}")
 
 
 def _sglang(stored: WeightFormat, config: dict, tensors: TensorReader) -> Support:
