@@ -3,6 +3,7 @@
 docs/results/ alone.
 
     python analyze_results.py
+    python analyze_results.py --texts --data-root ../shared/data
     python analyze_results.py --results-dir /tmp/results --figures-dir /tmp/figures
 
 results/ holds this machine's runs, docs/results/ the documented run, which comes with the project.
@@ -19,10 +20,11 @@ from common.base.errors import UserError
 from common.base.progress import say
 from common.model.source import MODELS_FOLDER
 from common.reporting.comparison import compare_all
+from common.reporting.page import ModelPart, page
+from common.reporting.page_samples import flipped
 from common.reporting.plots import draw_all
 from common.reporting.report import (
     in_table_order,
-    page,
     replace_between_markers,
     section,
     write_csv,
@@ -78,6 +80,19 @@ def main() -> None:
     parser.add_argument(
         "--tables-dir", type=Path, help="CSV files (default: tables beside the figures' folder)"
     )
+    parser.add_argument(
+        "--texts",
+        action="store_true",
+        help="also write report.html into the --results-dir, with the texts of the questions whose "
+        "answers flipped; they are read as the evaluation did, and not to be published with the "
+        "project. Of the demo's own tasks the page has them anyway",
+    )
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        help="where --texts looks data sets up before the cache and the hub, as "
+        "DIR/<owner>/<name>/<config>/<split>.parquet",
+    )
     options = parser.parse_args()
     report = options.report or options.figures_dir.parent / "report.html"
     tables = options.tables_dir or options.figures_dir.parent / "tables"
@@ -123,11 +138,25 @@ def main() -> None:
         for results, comparisons, figures in drawn
     ]
     replace_between_markers(options.readme, "\n\n".join(sections))
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text(page(drawn), encoding="utf-8")
+    pages = {report: False}
+    if options.texts:
+        pages[options.results_dir / "report.html"] = True
+    for file, texts in pages.items():
+        parts = [
+            ModelPart(
+                results,
+                comparisons,
+                flipped(
+                    results, comparisons, folders[results.documented], texts, options.data_root
+                ),
+            )
+            for results, comparisons, _ in drawn
+        ]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(page(parts), encoding="utf-8")
     say(
-        f"{options.readme}: tables of {', '.join(results.title for results in models)}; {report}; "
-        f"CSV in {tables}"
+        f"{options.readme}: tables of {', '.join(results.title for results in models)}; "
+        f"{', '.join(map(str, pages))}; CSV in {tables}"
     )
 
 

@@ -64,13 +64,15 @@ def plain(text: str) -> str:
 def _marker(name: str) -> dict:
     """Colour and symbol of a configuration, hollow for 8 bits."""
     colour, marker = style(name)
-    hollow = "-open" if name.endswith("8bit") else ""
+    # Black is not to be seen on a dark page.
+    colour = "var(--ink)" if colour == "#000000" else colour
+    hollow = name.endswith("8bit")
     return {
-        # Black is not to be seen on a dark page.
-        "color": "var(--ink)" if colour == "#000000" else colour,
-        "symbol": SYMBOLS[marker] + hollow,
+        "color": colour,
+        "symbol": SYMBOLS[marker] + ("-open" if hollow else ""),
         "size": 11,
-        "line": {"width": 2},
+        # Between filled ones that lie on each other a line of the page's colour.
+        "line": {"width": 2, "color": colour} if hollow else {"width": 1, "color": "var(--paper)"},
     }
 
 
@@ -84,7 +86,7 @@ def _axis(title: str, **more) -> dict:
 
 
 def _log_axis(title: str) -> dict:
-    return _axis(title, type="log", dtick=1, exponentformat="power", minor={"dtick": "D1"})
+    return _axis(title, type="log", dtick=1, exponentformat="none", minor={"dtick": "D1"})
 
 
 def _against_size(found: AgainstSize) -> dict:
