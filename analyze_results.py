@@ -83,9 +83,10 @@ def main() -> None:
     parser.add_argument(
         "--texts",
         action="store_true",
-        help="also write report.html into the --results-dir, with the texts of the questions whose "
-        "answers flipped; they are read as the evaluation did, and not to be published with the "
-        "project. Of the demo's own tasks the page has them anyway",
+        help="also write report.html into the --results-dir: the page of the local runs (of the "
+        "documented one where there are none) with the texts of the questions whose answers "
+        "flipped, which are not to be published with the project. Those of the demo's own tasks "
+        "are in the page anyway",
     )
     parser.add_argument(
         "--data-root",
@@ -94,12 +95,14 @@ def main() -> None:
         "DIR/<owner>/<name>/<config>/<split>.parquet",
     )
     options = parser.parse_args()
+    if options.data_root and not options.texts:
+        parser.error("--data-root is where --texts looks for them; give both or neither")
     report = options.report or options.figures_dir.parent / "report.html"
     tables = options.tables_dir or options.figures_dir.parent / "tables"
     folders = {False: options.results_dir, True: options.documented_dir}
     # The project's README shows the documented run, whichever local one is beside it.
-    shown = options.results_dir == RESULTS_FOLDER or options.readme.resolve() == README.resolve()
-    if options.documented_dir is None and shown:
+    usual = options.results_dir == RESULTS_FOLDER or options.readme.resolve() == README.resolve()
+    if options.documented_dir is None and usual:
         folders[True] = DOCUMENTED_FOLDER
         if options.results_dir.resolve() == DOCUMENTED_FOLDER.resolve():
             folders[False] = None
@@ -138,10 +141,11 @@ def main() -> None:
         for results, comparisons, figures in drawn
     ]
     replace_between_markers(options.readme, "\n\n".join(sections))
-    pages = {report: False}
+    pages = [(report, drawn, False)]
     if options.texts:
-        pages[options.results_dir / "report.html"] = True
-    for file, texts in pages.items():
+        local = [one for one in drawn if not one[0].documented]
+        pages.append((options.results_dir / "report.html", local or drawn, True))
+    for file, shown, texts in pages:
         parts = [
             ModelPart(
                 results,
@@ -150,13 +154,13 @@ def main() -> None:
                     results, comparisons, folders[results.documented], texts, options.data_root
                 ),
             )
-            for results, comparisons, _ in drawn
+            for results, comparisons, _ in shown
         ]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(page(parts), encoding="utf-8")
     say(
         f"{options.readme}: tables of {', '.join(results.title for results in models)}; "
-        f"{', '.join(map(str, pages))}; CSV in {tables}"
+        f"{', '.join(str(file) for file, *_ in pages)}; CSV in {tables}"
     )
 
 

@@ -98,7 +98,7 @@ class Browser:
                 self.complaints.append(url)
 
     def open(self, file, width: int = 1280, dark: bool = False) -> None:
-        """Open a file in a window of this width in pixels; as narrow as a phone's, also by touch."""
+        """Open a file in a window of this width in pixels; a narrow one is a phone's."""
         phone = width < 600
         self(
             "Emulation.setDeviceMetricsOverride",
@@ -121,13 +121,12 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 30):
-        """Until an expression is true. Returns its value."""
+    def wait(self, script: str, seconds: float = 30) -> None:
+        """Until an expression is true."""
         end = time.monotonic() + seconds
-        while not (value := self.run(script)):
-            assert time.monotonic() < end, script
+        while not self.run(f"Boolean({script})"):
+            assert time.monotonic() < end, script[:500]
             time.sleep(0.05)
-        return value
 
     def screenshot(self, file) -> None:
         """What is in the window, as a PNG file."""

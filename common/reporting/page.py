@@ -56,8 +56,11 @@ def table_html(table: Table, configurations: list[str]) -> str:
     head = "".join(f'<th scope="col">{inline(cell)}</th>' for cell in table.header)
     lines = []
     for row in table.rows:
-        mine = f' data-configuration="{escape(row[0])}"' if row and row[0] in configurations else ""
-        lines.append(f"<tr{mine}>{''.join(f'<td>{inline(cell)}</td>' for cell in row)}</tr>")
+        cells, mine = [inline(cell) for cell in row], ""
+        if row and row[0] in configurations:
+            # A name, in which marks are none.
+            cells[0], mine = escape(row[0]), f' data-configuration="{escape(row[0])}"'
+        lines.append(f"<tr{mine}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     note = f'<p class="note">{inline(table.note)}</p>\n' if table.note else ""
     numbers = ' class="numbers"' if table.numbers else ""
     return (
@@ -115,19 +118,23 @@ def _colour(name: str) -> str:
     return "var(--ink)" if colour == "#000000" else colour
 
 
+@cache
+def _packed_plotly() -> str:
+    """plotly.js, compressed; without a time, so that the same results give the same bytes."""
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
+
+
 def page(parts: list[ModelPart]) -> str:
     """The page as HTML."""
     links = [
         f'<a href="#model-{place}">{escape(part.results.title)}</a>'
         for place, part in enumerate(parts)
     ]
-    # mtime: the same results give the same bytes.
-    packed = base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
     return Template((_PARTS / "page.html").read_text(encoding="utf-8")).substitute(
         style=(_PARTS / "page.css").read_text(encoding="utf-8"),
         links="\n".join(links),
         sections="\n".join(_section(part, place) for place, part in enumerate(parts)),
-        plotly=packed,
+        plotly=_packed_plotly(),
         plotly_version=escape(plotly.__version__),
         scripts="\n".join((_PARTS / name).read_text(encoding="utf-8") for name in _SCRIPTS),
     )

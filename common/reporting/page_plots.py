@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from common.reporting.drawing import style
 from common.reporting.plotted import (
-    DIVERGENCE_LABEL,
     PHASES,
     AgainstSize,
     Point,
@@ -48,12 +47,8 @@ def plots(results: ModelResults, comparisons: Comparisons) -> list[dict]:
         *scores_against_size(results, comparisons),
         speed_against_size(results),
     ]
-    found = [_against_size(one) for one in against if one]
-    return [
-        *found,
-        *filter(None, (_spread(results), _errors(results), _seconds(results))),
-        *filter(None, (_memory(results),)),
-    ]
+    others = (_spread(results), _errors(results), _seconds(results), _memory(results))
+    return [*(_against_size(one) for one in against if one), *(one for one in others if one)]
 
 
 def plain(text: str) -> str:
@@ -205,7 +200,7 @@ def _spread(results: ModelResults) -> dict | None:
             strict=True,
         )
     ]
-    view = _view(traces, 150 + 28 * len(names), _log_axis(DIVERGENCE_LABEL), _rows())
+    view = _view(traces, 150 + 28 * len(names), _log_axis("KL divergence, nats per token"), _rows())
     return {
         "title": "How divergence is spread over the tokens",
         "note": "Mean, median and the rare large ones.",

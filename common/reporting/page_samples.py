@@ -59,7 +59,7 @@ def flipped(
             for place in range(len(mine["baseline"])):
                 one = {name: samples[place] for name, samples in mine.items()}
                 if len({record[right] for record in one.values()}) > 1:
-                    found.append(_sample(task, rows and rows[place], one, names, right))
+                    found.append(_sample(task, rows[place] if rows else None, one, names, right))
             tasks.append(
                 {
                     "title": task.title,

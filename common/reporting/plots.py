@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from common.reporting import plotted
 from common.reporting.comparison import Comparison
 from common.reporting.drawing import legend, pareto_front, point, save, side_by_side
-from common.reporting.plotted import DIVERGENCE_LABEL, divergences, scores_against_size
+from common.reporting.plotted import divergences, scores_against_size
 from common.reporting.quantization_plots import error_by_layer, memory, quantization_time
 from common.results.documents import ModelResults
 from common.tasks.task import all_metrics
@@ -128,7 +128,7 @@ def divergence(results: ModelResults):
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
-    axis.set_xlabel(DIVERGENCE_LABEL)
+    axis.set_xlabel("Kullback-Leibler divergence from the baseline, nats per token")
     axis.legend(fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 

@@ -17,7 +17,6 @@ PHASES = {
     "solve": ("solve",),
     "record and write": ("record", "write"),
 }
-DIVERGENCE_LABEL = "Kullback-Leibler divergence from the baseline, nats per token"
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,8 @@ function nameAnnotations(holder, traces) {
 const escapeTags = (text) =>
   text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 
+const longestName = (view) => Math.max(...view.traces.map(({ name }) => (name || "").length));
+
 function fullLayout(view, narrow) {
   const axis = {
     gridcolor: "var(--line)", zerolinecolor: "var(--line)", linecolor: "var(--line)",
@@ -129,8 +131,9 @@ function fullLayout(view, narrow) {
     // With a finger a drag is for scrolling the page.
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     legend: {
-      orientation: "h", y: 1.01, yanchor: "bottom", xref: "container", x: 0, xanchor: "left",
-      traceorder: "normal", font: { size: narrow ? 11 : 12 },
+      orientation: "h", y: 1.01, yanchor: "bottom", x: 0, traceorder: "normal",
+      // Without a width several short ones do not share a line on a phone.
+      ...(narrow ? { font: { size: 11 }, entrywidth: 6 * longestName(view) } : {}),
     },
   });
 }
@@ -200,7 +203,7 @@ function addPlots(state) {
   const place = state.section.querySelector(".plots");
   if (state.data.plots.length) {
     place.append(element("p", { className: "note wide", textContent:
-      "Point at something for its numbers; drag to zoom, double-click to zoom out again." }));
+      "Point at something, or tap it, for its numbers; drag to zoom, double-click to zoom out again." }));
   }
   const draws = state.data.plots.map((plot) => addPlot(state, plot, place));
   state.drawAgain = () => draws.forEach((draw) => draw());
