@@ -120,7 +120,7 @@ def _against_size(found: AgainstSize) -> dict:
     view = _view(
         traces,
         440,
-        _axis("Weights, MB"),
+        _axis("Weights, MB", rangemode="nonnegative"),
         _log_axis(found.label) if found.logarithmic else _axis(found.label),
         layout={"showlegend": False},
         labels=True,
