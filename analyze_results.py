@@ -3,6 +3,7 @@
 docs/results/ alone.
 
     python analyze_results.py
+    python analyze_results.py --texts --data-root ../shared/data
     python analyze_results.py --results-dir /tmp/results --figures-dir /tmp/figures
 
 results/ holds this machine's runs, docs/results/ the documented run, which comes with the project.
@@ -19,10 +20,11 @@ from common.base.errors import UserError
 from common.base.progress import say
 from common.model.source import MODELS_FOLDER
 from common.reporting.comparison import compare_all
+from common.reporting.page import ModelPart, page
+from common.reporting.page_samples import flipped
 from common.reporting.plots import draw_all
 from common.reporting.report import (
     in_table_order,
-    page,
     replace_between_markers,
     section,
     write_csv,
@@ -78,13 +80,29 @@ def main() -> None:
     parser.add_argument(
         "--tables-dir", type=Path, help="CSV files (default: tables beside the figures' folder)"
     )
+    parser.add_argument(
+        "--texts",
+        action="store_true",
+        help="also write report.html into the --results-dir: the page of the local runs (of the "
+        "documented one where there are none) with the texts of the questions whose answers "
+        "flipped, which are not to be published with the project. Those of the demo's own tasks "
+        "are in the page anyway",
+    )
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        help="where --texts looks data sets up before the cache and the hub, as "
+        "DIR/<owner>/<name>/<config>/<split>.parquet",
+    )
     options = parser.parse_args()
+    if options.data_root and not options.texts:
+        parser.error("--data-root is where --texts looks for them; give both or neither")
     report = options.report or options.figures_dir.parent / "report.html"
     tables = options.tables_dir or options.figures_dir.parent / "tables"
     folders = {False: options.results_dir, True: options.documented_dir}
     # The project's README shows the documented run, whichever local one is beside it.
-    shown = options.results_dir == RESULTS_FOLDER or options.readme.resolve() == README.resolve()
-    if options.documented_dir is None and shown:
+    usual = options.results_dir == RESULTS_FOLDER or options.readme.resolve() == README.resolve()
+    if options.documented_dir is None and usual:
         folders[True] = DOCUMENTED_FOLDER
         if options.results_dir.resolve() == DOCUMENTED_FOLDER.resolve():
             folders[False] = None
@@ -123,11 +141,26 @@ def main() -> None:
         for results, comparisons, figures in drawn
     ]
     replace_between_markers(options.readme, "\n\n".join(sections))
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text(page(drawn), encoding="utf-8")
+    pages = [(report, drawn, False)]
+    if options.texts:
+        local = [one for one in drawn if not one[0].documented]
+        pages.append((options.results_dir / "report.html", local or drawn, True))
+    for file, shown, texts in pages:
+        parts = [
+            ModelPart(
+                results,
+                comparisons,
+                flipped(
+                    results, comparisons, folders[results.documented], texts, options.data_root
+                ),
+            )
+            for results, comparisons, _ in shown
+        ]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(page(parts), encoding="utf-8")
     say(
-        f"{options.readme}: tables of {', '.join(results.title for results in models)}; {report}; "
-        f"CSV in {tables}"
+        f"{options.readme}: tables of {', '.join(results.title for results in models)}; "
+        f"{', '.join(str(file) for file, *_ in pages)}; CSV in {tables}"
     )
 
 

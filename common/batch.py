@@ -196,9 +196,9 @@ def main() -> int:
                 )
                 if not fine
             ]
-    readme = subprocess.run(
-        [sys.executable, "analyze_results.py", "--results-dir", str(options.results_dir)]
-    )
+    command = [sys.executable, "analyze_results.py", "--results-dir", str(options.results_dir)]
+    command += ["--texts", *(["--data-root", options.data_root] if options.data_root else [])]
+    readme = subprocess.run(command)
     say(
         f"{len(chosen)} configurations in {time.monotonic() - start:.0f} s"
         + (f"; failed: {', '.join(failed)}" if failed else "")

@@ -1,6 +1,13 @@
 """Made-up results of a model, and the tables that analyze_results.py makes of them."""
 
+import json
+import random
+
 from conftest import ROOT, run_script
+
+from common.results.documents import load_model_results, write_samples
+from common.results.identity import rows_fingerprint
+from common.text.data import demo_rows
 
 README = "# Title\n\nbefore\n<!-- results:begin -->\n<!-- results:end -->\nafter\n"
 
@@ -61,3 +68,76 @@ def analyze(folder):
         "--figures-dir",
         folder / "figures",
     )
+
+
+# Names that break a page whose generator believes them.
+NASTY = [
+    "<img src=x onerror=alert(1)>",
+    'a"b & <b>bold<b> `code',
+    "*star* _under_ [x](javascript:alert(1))",
+]
+ANSWERS = ("yes", "no", "42")
+
+
+def made_up_records(names, answers=ANSWERS):
+    """Records of the demo's own questions by configuration and task: right or wrong at random, the
+    same for the same name.
+    """
+    found = {}
+    for name in names:
+        chance = random.Random(name)
+        arc = [
+            {"id": row["id"], "gold": row["answerKey"], "predicted": letter, "scores": [0.0] * 4}
+            | dict.fromkeys(("acc", "acc_norm"), float(letter == row["answerKey"]))
+            for row in demo_rows("arc").rows
+            if (letter := chance.choice([row["answerKey"], "A", "B"]))
+        ]
+        squad = [
+            {"id": row["id"], "answerable": bool(row["answers"]["text"]), "cluster": row["title"]}
+            | {"predicted": (said := chance.choice(answers)), "text": said}
+            | dict.fromkeys(("f1", "exact_match"), float(chance.random() < 0.5))
+            for row in demo_rows("squad").rows
+        ]
+        openmath = [
+            {"id": f"openmath-{i}", "expected": float(row["expected_answer"]), "predicted": 1.0}
+            | {"correct": float(chance.random() < 0.5), "absolute_difference": chance.random()}
+            | {"text": chance.choice(answers)}
+            for i, row in enumerate(demo_rows("openmath").rows)
+        ]
+        found[name] = {"arc": arc, "squad_v2": squad, "openmath": openmath}
+    return found
+
+
+def model_part(results_dir, names, answers=ANSWERS):
+    """What the page shows of a made-up model, whose results are written to `results_dir`: a
+    baseline and these configurations, of which the first four are compared on the demo's own tasks.
+    """
+    from common.reporting.comparison import compare_all
+    from common.reporting.page import ModelPart
+    from common.reporting.page_samples import flipped
+
+    folder = results_dir / "tiny"
+    folder.mkdir(parents=True)
+    for place, (name, samples) in enumerate(made_up_records(["baseline", *names], answers).items()):
+        found = document(name, 0.75 - 0.01 * place)
+        for task, file in (("arc", "arc"), ("squad_v2", "squad"), ("openmath", "openmath")):
+            rows = demo_rows(file).rows
+            found["tasks"].setdefault(task, {"f1": 0.5, "exact_match": 0.5, "data": "demo"})
+            found["tasks"][task].update(samples=len(rows), fingerprint=rows_fingerprint(rows))
+        if place:
+            keys = ("kl_mean", "kl_median", "kl_99", "kl_999")
+            spread = {key: 0.01 * place * 4**i for i, key in enumerate(keys)}
+            found["tasks"]["perplexity"]["divergence"] = {**spread, "same_top": 0.9, "tokens": 9}
+            found["quantization"]["relative_output_error"] = {
+                f"model.layers.{layer}.{linear}": scale * (place + layer)
+                for layer in range(3)
+                for linear, scale in (("self_attn.q_proj", 0.01), ("mlp.down_proj", 0.2))
+            }
+        (folder / f"{name}.json").write_text(json.dumps(found))
+        if place < 5:
+            write_samples(results_dir, "tiny", name, samples)
+    status = {name: {"state": "warning", "reason": f"{name} | </script>"} for name in names}
+    (folder / "status.json").write_text(json.dumps(status))
+    results = load_model_results(folder)
+    comparisons = compare_all(results_dir, results)
+    return ModelPart(results, comparisons, flipped(results, comparisons, results_dir, False))

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from common.reporting.comparison import Comparison, by_metric
+from common.reporting import plotted
+from common.reporting.comparison import Comparison
 from common.reporting.drawing import legend, pareto_front, point, save, side_by_side
+from common.reporting.plotted import divergences, scores_against_size
 from common.reporting.quantization_plots import error_by_layer, memory, quantization_time
 from common.results.documents import ModelResults
-from common.tasks import perplexity, speed
 from common.tasks.task import all_metrics
 
 SIZE_LABEL = "Weights, MB (equal sizes side by side)"
@@ -55,45 +56,22 @@ def accuracy_against_size(results: ModelResults, comparisons: dict[str, list[Com
     Bars are the 95% interval of the difference to the baseline, laid around the configuration's
     value.
     """
-    names = [name for name in results.configurations() if name in results.documents]
-    panels = [
-        kind
-        for kind in all_metrics()
-        if kind.plotted and any(kind.task in results.documents[name]["tasks"] for name in names)
-    ]
-    if len(names) < 2 or not panels:
+    panels = scores_against_size(results, comparisons)
+    if not panels:
         return None
     figure, axes = plt.subplots(
         1, len(panels), figsize=(5.4 * len(panels), 4.4), layout="constrained", squeeze=False
     )
-    for axis, kind in zip(axes[0], panels, strict=True):
-        task, metric, larger = kind.task, kind.key, kind.larger_is_better
-        shown = [
-            name
-            for name in names
-            if results.documents[name]["tasks"].get(task, {}).get(metric) is not None
-        ]
-        points = [
-            (
-                results.documents[name]["quantization"]["weights_bytes"] / 1e6,
-                results.documents[name]["tasks"][task][metric],
-            )
-            for name in shown
-        ]
-        for name, (_, value), place in zip(
-            shown, points, side_by_side([size for size, _ in points]), strict=True
-        ):
+    for axis, panel in zip(axes[0], panels, strict=True):
+        places = side_by_side([one.size for one in panel.points])
+        for one, place in zip(panel.points, places, strict=True):
             error = None
-            one = by_metric(comparisons.get(name, [])).get((task, metric))
-            if one:
-                error = (
-                    one.difference.value - one.difference.low,
-                    one.difference.high - one.difference.value,
-                )
-                if one.kind.logarithmic:
-                    error = (value * (1 - math.exp(-error[0])), value * (math.exp(error[1]) - 1))
-            point(axis, name, place, value, error)
-        front = pareto_front(points, larger)
+            if one.low is not None and one.high is not None:
+                error = one.value - one.low, one.high - one.value
+            point(axis, one.name, place, one.value, error)
+        front = pareto_front(
+            [(one.size, one.value) for one in panel.points], panel.larger_is_better
+        )
         axis.plot(
             *zip(*front, strict=True),
             color="#999999",
@@ -104,7 +82,7 @@ def accuracy_against_size(results: ModelResults, comparisons: dict[str, list[Com
             label="Pareto front",
         )
         axis.set_xlabel(SIZE_LABEL)
-        axis.set_ylabel(f"{kind.name} ({'higher' if larger else 'lower'} is better)")
+        axis.set_ylabel(panel.label)
         axis.grid(alpha=0.3)
     legend(figure, axes[0][0])
     return figure
@@ -114,11 +92,7 @@ def divergence(results: ModelResults):
     """Divergence from the baseline by configuration: mean, median and the rare large ones, on a
     logarithmic axis.
     """
-    found = {
-        name: measured
-        for name, document in results.evaluated()
-        if name != "baseline" and (measured := perplexity.divergence_of(document))
-    }
+    found = divergences(results)
     names = list(found)
     if not names:
         return None
@@ -161,25 +135,18 @@ def divergence(results: ModelResults):
 
 def speed_against_size(results: ModelResults):
     """Tokens per second of single answers against megabytes of weights."""
-    found = {
-        name: rate
-        for name, document in results.evaluated()
-        if (rate := speed.TASK.of(document).get("tokens_per_second"))
-    }
-    names = list(found)
-    if len(names) < 2:
+    found = plotted.speed_against_size(results)
+    if found is None:
         return None
     figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    places = side_by_side(
-        [results.documents[name]["quantization"]["weights_bytes"] / 1e6 for name in names]
-    )
-    for name, place in zip(names, places, strict=True):
-        point(axis, name, place, found[name])
+    places = side_by_side([one.size for one in found.points])
+    for one, place in zip(found.points, places, strict=True):
+        point(axis, one.name, place, one.value)
     # After the margins: a limit that is set stops them.
     axis.margins(y=0.1)
     axis.set_ylim(0, axis.get_ylim()[1])
     axis.set_xlabel(SIZE_LABEL)
-    axis.set_ylabel("Tokens per second, batch 1")
+    axis.set_ylabel(found.label)
     axis.grid(alpha=0.3)
     legend(figure, axis)
     return figure

@@ -7,6 +7,7 @@ import itertools
 import matplotlib.pyplot as plt
 
 from common.reporting.drawing import style
+from common.reporting.plotted import PHASES, layer_errors, memory_gib, quantization_seconds
 from common.results.documents import ModelResults
 
 
@@ -15,26 +16,19 @@ def error_by_layer(results: ModelResults):
     each 4-bit method.
     """
     errors = {
-        name: document["quantization"]["relative_output_error"]
-        for name, document in results.documents.items()
-        if name.endswith("4bit") and document["quantization"].get("relative_output_error")
+        linear: four_bits
+        for linear, by_name in layer_errors(results).items()
+        if (four_bits := {n: values for n, values in by_name.items() if n.endswith("4bit")})
     }
-    names = [name for name in results.configurations() if name in errors]
-    if not names:
+    if not errors:
         return None
     figure, axes = plt.subplots(2, 4, figsize=(13, 6), layout="constrained", sharex=True)
-    # Of model.layers.0.self_attn.q_proj and the like. Families with fewer linears leave panels out.
-    linears = dict.fromkeys(key.split(".", 3)[-1] for values in errors.values() for key in values)
-    for axis, linear in itertools.zip_longest(axes.flat[:-1], linears):
+    # Families with fewer linears leave panels out.
+    for axis, linear in itertools.zip_longest(axes.flat[:-1], errors):
         if linear is None:
             axis.axis("off")
             continue
-        for name in names:
-            values = {
-                int(key.split(".")[2]): error
-                for key, error in errors[name].items()
-                if key.endswith(linear)
-            }
+        for name, values in errors[linear].items():
             colour, marker = style(name)
             axis.plot(
                 list(values),
@@ -45,7 +39,7 @@ def error_by_layer(results: ModelResults):
                 color=colour,
                 label=name,
             )
-        axis.set_title(linear.split(".")[1], fontsize=10)
+        axis.set_title(linear, fontsize=10)
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
     # The last of the upper row stands above the legend, so it has labels of its own.
@@ -62,25 +56,15 @@ def error_by_layer(results: ModelResults):
 
 def quantization_time(results: ModelResults):
     """Seconds of each configuration's quantization, by phase."""
-    times = {
-        name: document["quantization"]["seconds"]
-        for name, document in results.documents.items()
-        if "seconds" in document["quantization"]
-    }
-    names = [name for name in results.configurations() if name in times]
+    times = quantization_seconds(results)
+    names = list(times)
     if not names:
         return None
-    groups = {
-        "load": ("load", "calibration text"),
-        "calibrate": ("statistics", "propagate"),
-        "solve": ("solve",),
-        "record and write": ("record", "write"),
-    }
     shades = ("#f0f0f0", "#bdbdbd", "#636363", "#252525")
     figure, axis = plt.subplots(figsize=(8, 0.45 * len(names) + 1.6), layout="constrained")
     left = [0.0] * len(names)
-    for (label, phases), shade in zip(groups.items(), shades, strict=True):
-        values = [sum(times[name].get(phase, 0.0) for phase in phases) for name in names]
+    for label, shade in zip(PHASES, shades, strict=True):
+        values = [times[name][label] for name in names]
         axis.barh(
             names, values, left=left, color=shade, edgecolor="black", linewidth=0.6, label=label
         )
@@ -102,26 +86,16 @@ def quantization_time(results: ModelResults):
 
 def memory(results: ModelResults):
     """Memory in GiB: weights on disk, weights while running, peak while quantizing."""
-    names = [name for name in results.configurations() if name in results.documents]
-    if not names:
+    found = memory_gib(results)
+    if not found:
         return None
-    bars: dict[str, list[float]] = {
-        "weights on disk": [],
-        "weights while running": [],
-        "peak while quantizing": [],
-    }
-    for name in names:
-        document = results.documents[name]
-        quantizing = document["quantization"].get("memory", {})
-        bars["weights on disk"].append(document["quantization"]["weights_bytes"] / 2**30)
-        bars["weights while running"].append(document["memory"]["weights_bytes"] / 2**30)
-        peak = quantizing.get("peak_device_bytes") or quantizing.get("peak_host_bytes") or 0
-        bars["peak while quantizing"].append(peak / 2**30)
+    names = list(found)
     figure, axis = plt.subplots(figsize=(8, 0.62 * len(names) + 1.6), layout="constrained")
     height = 0.26
-    for offset, ((label, values), shade) in enumerate(
-        zip(bars.items(), ("#252525", "#969696", "#f0f0f0"), strict=True)
+    for offset, (label, shade) in enumerate(
+        zip(found[names[0]], ("#252525", "#969696", "#f0f0f0"), strict=True)
     ):
+        values = [found[name][label] for name in names]
         rows = [row + (offset - 1) * height for row in range(len(names))]
         axis.barh(rows, values, height, color=shade, edgecolor="black", linewidth=0.6, label=label)
         for row, value in zip(rows, values, strict=True):

@@ -1,11 +1,9 @@
-"""README's sections, the HTML report and CSV files, made from results alone."""
+"""README's sections and CSV files, made from results alone."""
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 
 import pandas as pd
@@ -119,38 +117,6 @@ def section(results: ModelResults, comparisons: Comparisons, figures: list[tuple
             *[f"![{caption}]({path})" for caption, path in figures],
         ]
     )
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Quantization comparison</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em;
-  color: #111; background: #fff }}
-table {{ border-collapse: collapse; margin: 1em 0; font-size: 13px }}
-td, th {{ border: 1px solid #bbb; padding: .25em .6em }}
-th {{ background: #eee; text-align: left }}
-.numbers td:not(:first-child) {{ text-align: right; white-space: nowrap }}
-img {{ max-width: 100% }} figure {{ margin: 1.5em 0 }}
-</style></head><body>
-<h1>Quantization comparison</h1>
-{body}
-</body></html>
-"""
-
-
-def page(sections: list[tuple[ModelResults, Comparisons, list[tuple[str, Path]]]]) -> str:
-    """One HTML page with all tables and plots in it, which needs no other file."""
-    parts = []
-    for results, comparisons, figures in sections:
-        parts.append(f"<h2>{escape(results.title)}</h2>")
-        parts += [f"<p>{escape(text)}</p>" for text in introduction(results)]
-        parts += [table.html() for table in tables(results, comparisons)]
-        for caption, file in figures:
-            image = base64.b64encode(file.read_bytes()).decode()
-            parts.append(
-                f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{image}">'
-                f"<figcaption>{escape(caption)}</figcaption></figure>"
-            )
-    return _PAGE.format(body="\n".join(parts))
 
 
 def write_csv(results: ModelResults, comparisons: Comparisons, folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from html import escape
 
 import numpy as np
 
@@ -44,14 +43,6 @@ class Table:
         lines = [self.header, ["---", *[rule] * (len(self.header) - 1)], *self.rows]
         text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         return "\n\n".join(part for part in (f"#### {self.title}", self.note, text) if part)
-
-    def html(self) -> str:
-        cells = ["".join(f"<th>{escape(cell)}</th>" for cell in self.header)]
-        cells += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in self.rows]
-        style = ' class="numbers"' if self.numbers else ""
-        body = "\n".join(f"<tr>{line}</tr>" for line in cells)
-        note = f"<p>{escape(self.note)}</p>\n" if self.note else ""
-        return f"<h3>{escape(self.title)}</h3>\n{note}<table{style}>\n{body}\n</table>"
 
 
 def number(value: float | None, digits: int = 3) -> str:

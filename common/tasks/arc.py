@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from common.base.errors import UserError
-from common.tasks.harness import HarnessTask
+from common.tasks.harness import HarnessTask, Shown
 from common.tasks.metrics import Metric, macro_f1
 from common.tasks.scoring import mean_of
 from common.tasks.task import MetricKind, Record, of_field
@@ -83,6 +83,16 @@ class Arc(HarnessTask):
             "predicted_norm": LETTERS[normalised],
             "scores": [round(float(score), 4) for score in scores],
         }
+
+    def shown(self, record: Record, row: dict | None) -> Shown:
+        if row is None:
+            return Shown(gold=record["gold"], answer=record["predicted"])
+        choices = dict(zip(LETTERS, row["choices"]["text"], strict=False))
+        lines = [f"{letter}. {text}" for letter, text in choices.items()]
+        gold, answer = (
+            f"{letter}. {choices[letter]}" for letter in (record["gold"], record["predicted"])
+        )
+        return Shown("\n".join([row["question"], *lines]), gold, answer)
 
     def summary(self, samples: list[Record]) -> dict:
         return {

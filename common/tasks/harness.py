@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from common.base.errors import UserError
 from common.results import identity
 from common.tasks.task import Evaluation, Record, Task
 from common.text.chat import template_date
@@ -18,6 +20,18 @@ SAMPLE_SEED = 1234
 # Bytes to fetch for one task's sample of a split too large to be fetched whole, unless one row
 # group is larger.
 TRAFFIC = 40_000_000
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A question and a model's answer as a reader sees them; empty where the texts are not at hand,
+    as records do without those of the data set. passage: what the question is on.
+    """
+
+    question: str = ""
+    gold: str = ""
+    answer: str = ""
+    passage: str = ""
 
 
 class HarnessTask(Task):
@@ -91,6 +105,29 @@ class HarnessTask(Task):
         loaded = load_rows(address or self.address, options.data_root, *self.sample(options.limit))
         check_columns(loaded, self.needs, f"{self.name}, whose data are like {self.address}")
         return Rows(self.usable(loaded)[: options.limit or self.limit], loaded.source)
+
+    def rows_again(self, summary: dict, data_root: Path | None) -> list[dict]:
+        """The rows that a summary is of, to the letter.
+
+        Raises:
+            UserError: they are not to be found, or others by now.
+        """
+        source, samples = summary["data"], summary["samples"]
+        if source == "demo" and self.demo:
+            found = demo_rows(self.demo).rows[:samples]
+        else:
+            # Without the commit, or the mark of an incomplete split.
+            address = source.removesuffix(" (sample)").split("@")[0]
+            loaded = load_rows(address, data_root, *self.sample(samples))
+            check_columns(loaded, self.needs, self.name)
+            found = self.usable(loaded)[:samples]
+        if identity.rows_fingerprint(found) != summary["fingerprint"]:
+            raise UserError(f"{source} has other rows than those that were evaluated")
+        return found
+
+    def shown(self, record: Record, row: dict | None) -> Shown:
+        """A record for readers; without its row only what is not text of the data set."""
+        return Shown()
 
     def load(self, evaluation: Evaluation) -> Rows:
         return self.rows(evaluation.options, evaluation.demo)

@@ -6,7 +6,7 @@ import numpy as np
 
 from common.base.errors import UserError
 from common.tasks import metrics
-from common.tasks.harness import HarnessTask
+from common.tasks.harness import HarnessTask, Shown
 from common.tasks.numbers import extract_number, parse_number
 from common.tasks.scoring import mean_of
 from common.tasks.task import MetricKind, Record, of_field
@@ -104,6 +104,16 @@ class OpenMath(HarnessTask):
             "absolute_difference": difference,
             "text": results[0],
         }
+
+    def shown(self, record: Record, row: dict | None) -> Shown:
+        expected, predicted = (
+            "(no number)" if value is None else f"{value:.12g}"
+            for value in (record["expected"], record["predicted"])
+        )
+        if row is None:
+            # A solution mostly repeats the problem.
+            return Shown(gold=expected, answer=predicted)
+        return Shown(row["problem"], expected, f"{predicted}: {record['text'].strip()}")
 
     def summary(self, samples: list[Record]) -> dict:
         """Mean and median of the absolute difference are over the answers that hold a number; the

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from common.tasks.harness import HarnessTask
+from common.tasks.harness import HarnessTask, Shown
 from common.tasks.scoring import exact_match, mean_of, normalise_answer, token_f1
 from common.tasks.task import MetricKind, Record, of_field
 
@@ -65,6 +65,20 @@ class SquadV2(HarnessTask):
             "text": results[0],
             "cluster": row.get("title") or row["context"][:60],
         }
+
+    def shown(self, record: Record, row: dict | None) -> Shown:
+        nothing = "(says that there is no answer)"
+        if row is None:
+            # What a model answers is mostly a piece of the passage.
+            gold = "(the passage answers it)" if record["answerable"] else "(unanswerable)"
+            return Shown(gold=gold, answer="" if record["predicted"] else nothing)
+        golds = list(dict.fromkeys(row["answers"]["text"]))
+        return Shown(
+            row["question"],
+            " / ".join(golds) or "(unanswerable)",
+            record["predicted"] or nothing,
+            row["context"],
+        )
 
     def summary(self, samples: list[Record]) -> dict:
         answerable = [sample for sample in samples if sample["answerable"]]
