@@ -20,7 +20,7 @@ RIGHT = of_field("correct")
 
 
 class Letters(Task):
-    name, title, place, limit = "letters", "Letters", 6, 8
+    name, title, place, limit = "letters", "Letters", 7, 8
     metrics = (
         MetricKind("letters", "share_right", "Letters", RIGHT, binary="correct",
                    column="Letters, share", judged=True),
