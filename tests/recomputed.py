@@ -71,6 +71,40 @@ def interval(
     return value - half, value + half
 
 
+def mean_over_tasks(pairs, ratios: bool) -> tuple[float, float, float]:
+    """The mean over tasks of how the second model's metric differs from the first's, or how many
+    times it is, with its 95% interval.
+
+    Args:
+        pairs: for each task the two models' records as arrays [samples, ...], the cluster of each
+            sample [samples], and the metric, a function of such records.
+    """
+    values, variances, all_degrees, floors = [], [], [], []
+    for before, after, groups, metric in pairs:
+        first, second = metric(before), metric(after)
+        members = [groups == name for name in np.unique(groups)]
+        left_out = [(metric(before[~one]), metric(after[~one])) for one in members]
+        if ratios:  # to first order, as a model without its only right answer has none
+            values.append(second / first)
+            moved = [(b - values[-1] * a) / first for a, b in left_out]
+        else:
+            values.append(second - first)
+            moved = [b - a for a, b in left_out]
+        variances.append(np.var(moved) * (len(moved) - 1))
+        sizes = np.array([one.sum() for one in members])
+        all_degrees.append(sizes.sum() ** 2 / (sizes**2).sum() - 1)
+        other = (before != after).reshape(len(before), -1).any(1)
+        changed = np.mean([other[one].any() for one in members])
+        counted = len(members) ** (1 - changed) * len(before) ** changed
+        floors.append((1 - 0.025 ** (1 / counted)) / (first if ratios else 1))
+    squares = np.square(variances)
+    degrees = sum(variances) ** 2 / (squares / all_degrees).sum()
+    reach = stats.t.ppf(0.975, degrees) * math.sqrt(sum(variances))
+    half = math.hypot(reach, *floors) / len(pairs)
+    value = float(np.mean(values))
+    return value, value - half, value + half
+
+
 def drawn_interval(before: pd.DataFrame, after: pd.DataFrame, metric) -> tuple[float, float]:
     """A paired bootstrap by drawing rows, for a median; another random stream than the tables'."""
     rng = np.random.default_rng(99)
