@@ -25,6 +25,7 @@ def results(tmp_path):
             {
                 "baseline": {"state": "done"},
                 "gptq-4bit": {"state": "warning", "reason": "FAIL | perplexity"},
+                "adaround-8bit": {"state": "done"},
                 "hqq-4bit": {"state": "failed", "reason": "disk full"},
             }
         )
@@ -50,6 +51,7 @@ def test_tables(results):
     assert status["HQQ"]["Notes"] == "4-bit: disk full"
     assert status["GPTQ"]["4-bit"] == status["GPTQ"]["Status"] == "⚠️ Check"
     assert status["GPTQ"]["Notes"] == "4-bit: FAIL / perplexity"
+    assert status["AdaRound"]["Status"] == "🔄 In part"
     assert status["baseline"]["Type"] == "16-bit" and status["baseline"]["Status"] == "✅ Done"
     methods = {found[0] for found in CONFIGURATIONS.values() if found}
     assert set(status) == {"baseline", *(METHODS[method][0] for method in methods)}

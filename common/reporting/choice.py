@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from common.reporting.overview import Row
+from common.reporting.overview import Row, speed_in_words
 from common.reporting.tables import NONE, Table, gib, number, significant
 from common.results.naming import BASELINE
 
@@ -164,5 +164,5 @@ def _figures(row: Row) -> str:
     if row.ratio is not None:
         known.append(f"perplexity {number(row.ratio)} x")
     if row.tokens_per_second:
-        known.append(f"{row.tokens_per_second:.0f} tokens/s")
+        known.append(f"{speed_in_words(row.tokens_per_second)} tokens/s")
     return ", ".join(known)

@@ -16,6 +16,7 @@ from common.reporting.comparison import (
 from common.reporting.significance import GAIN, LOSS, NO_LOSS, Estimate, mean_of_tasks
 from common.reporting.tables import NONE, Comparisons, Table, bits_of, number, significant
 from common.results.documents import ModelResults
+from common.results.naming import BASELINE
 from common.tasks import perplexity, speed
 from common.tasks.task import all_tasks
 
@@ -157,7 +158,7 @@ def overview_table(rows: list[Row]) -> Table:
             _recovery(row),
             significant(row.kl, 3),
             number(row.ratio),
-            number(row.tokens_per_second, 0),
+            speed_in_words(row.tokens_per_second),
             number(row.seconds, 1),
             row.verdict,
         ]
@@ -177,10 +178,14 @@ def overview_table(rows: list[Row]) -> Table:
     return Table("At a glance", header, cells, note=_note(rows), words=1)
 
 
+def speed_in_words(tokens_per_second: float | None) -> str:
+    """With a digit after the point where it is slow."""
+    return number(tokens_per_second, 0 if (tokens_per_second or 0) >= 100 else 1)
+
+
 def _bits(row: Row) -> str:
-    if row.coded_bits is None:
-        return number(row.bits, 2)
-    return f"{row.coded_bits:.2f} ({number(row.bits, 2)})"
+    whole = number(row.bits, 2)
+    return whole if row.name == BASELINE else f"{number(row.coded_bits, 2)} ({whole})"
 
 
 def _recovery(row: Row) -> str:

@@ -16,6 +16,7 @@ STATES = {
     "failed": "❌ Failed",
     "warning": "⚠️ Check",
 }
+_IN_PART = "🔄 In part"
 # Of several configurations of a method the state that comes first here is the method's.
 _URGENT = ("failed", "warning", "running", "not started", "done")
 # Name and kind of each method.
@@ -47,7 +48,9 @@ def status_table(results: ModelResults) -> Table:
     rows = []
     for method, names in by_method.items():
         found = {bits: status_of(results, name) for bits, name in names.items()}
-        state = min((state for state, _ in found.values()), key=_URGENT.index)
+        states = {state for state, _ in found.values()}
+        state = min(states, key=_URGENT.index)
+        whole = _IN_PART if states == {"done", "not started"} else STATES[state]
         notes = [
             f"{bits}{': ' if bits else ''}{reason}".replace("|", "/")
             for bits, (_, reason) in found.items()
@@ -55,7 +58,7 @@ def status_table(results: ModelResults) -> Table:
         ]
         title, kind = METHODS.get(method, (method, "16-bit" if method == BASELINE else NONE))
         cells = [STATES[found[bits][0]] if bits in found else NONE for bits in ("4-bit", "8-bit")]
-        rows.append([title, kind, *cells, STATES[state], "; ".join(notes) or NONE])
+        rows.append([title, kind, *cells, whole, "; ".join(notes) or NONE])
     header = ["Method", "Type", "4-bit", "8-bit", "Status", "Notes"]
     return Table("Status", header, rows, numbers=False)
 

@@ -41,8 +41,8 @@ class SquadV2(HarnessTask):
     answer_score = "f1"
     clustered = "article"
     note = (
-        "SQuAD v2: about half of the questions have no answer in their passage, and a model that "
-        'gives up answering scores on all of those; `"no answer"` is the share of all questions '
+        "SQuAD v2: many questions have no answer in their passage, and a model that gives up "
+        'answering scores on all of those; `"no answer"` is the share of all questions '
         "to which it says so, or nothing."
     )
     metrics = (
