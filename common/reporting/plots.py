@@ -14,7 +14,7 @@ from common.reporting.drawing import legend, pareto_front, point, save, side_by_
 from common.reporting.quantization_plots import error_by_layer, memory, quantization_time
 from common.results.documents import ModelResults
 from common.tasks import perplexity, speed
-from common.tasks.task import all_metrics
+from common.tasks.task import MetricKind, all_metrics
 
 SIZE_LABEL = "Weights, MB (equal sizes side by side)"
 
@@ -23,7 +23,7 @@ def draw_all(
     results: ModelResults, comparisons: dict[str, list[Comparison]], folder: Path
 ) -> list[tuple[str, Path]]:
     """Draw every plot that the results allow into `folder`. Returns captions and files."""
-    scores = " and ".join(kind.name for kind in reversed(all_metrics()) if kind.plotted)
+    scores = " and ".join(kind.name for kind in reversed(_plotted(results)))
     plots = (
         (
             f"{scores} against size",
@@ -49,6 +49,12 @@ def draw_all(
     return drawn
 
 
+def _plotted(results: ModelResults) -> list[MetricKind]:
+    """The metrics against size of the tasks that some configuration was evaluated on."""
+    evaluated = {task for _, document in results.evaluated() for task in document["tasks"]}
+    return [kind for kind in all_metrics() if kind.plotted and kind.task in evaluated]
+
+
 def accuracy_against_size(results: ModelResults, comparisons: dict[str, list[Comparison]]):
     """Each metric that is plotted against megabytes of weights, with the Pareto front.
 
@@ -56,11 +62,7 @@ def accuracy_against_size(results: ModelResults, comparisons: dict[str, list[Com
     value.
     """
     names = [name for name in results.configurations() if name in results.documents]
-    panels = [
-        kind
-        for kind in all_metrics()
-        if kind.plotted and any(kind.task in results.documents[name]["tasks"] for name in names)
-    ]
+    panels = _plotted(results)
     if len(names) < 2 or not panels:
         return None
     figure, axes = plt.subplots(
