@@ -29,6 +29,7 @@ from common.reporting.report import (
     section,
     write_csv,
 )
+from common.reporting.summaries import completed
 from common.results.documents import (
     DOCUMENTED_FOLDER,
     RESULTS_FOLDER,
@@ -108,7 +109,7 @@ def main() -> None:
             folders[False] = None
     models = in_table_order(
         [
-            results
+            completed(folder, results)
             for documented, folder in folders.items()
             if folder
             for results in map(of_one_size, load_all(folder, documented))

@@ -7,7 +7,8 @@ figures.
 What `run_all_quantization.sh --demo` does, in another order: configurations are quantized one after
 the other, as their times count; then all are evaluated at once, as their answers do not depend on
 how long they took; then speed is measured one by one. Real data sets; calibration 64 x 2048 tokens
-of calib/pile_style_mix. Results go to docs/results/, which analyze_results.py makes the tables of.
+of calib/pile_style_mix; GSM8K stands in for OpenMathInstruct-2. Results go to docs/results/, which
+analyze_results.py makes the tables of.
 """
 
 import argparse
@@ -40,6 +41,17 @@ CALIBRATION = [
     "64",
     "--calib-length",
     "2048",
+]
+
+
+# A mirror of OpenMathInstruct-2 has some tens of problems: GSM8K's test set, in its columns, stands
+# in for it, whole.
+PROBLEMS = "1319"
+EVALUATION = [
+    "--tasks",
+    "arc,arc_easy,squad_v2,openmath,perplexity",
+    "--openmath-data",
+    "openmath_standin/gsm8k_as_openmath2:test",
 ]
 
 
@@ -81,7 +93,11 @@ def main() -> None:
     parser.add_argument(
         "--only", default=",".join(CONFIGURATIONS), help="configurations (default: all)"
     )
-    parser.add_argument("--limit", help="samples per task, for a trial")
+    parser.add_argument(
+        "--limit",
+        default=PROBLEMS,
+        help="samples per task (default: %(default)s); less for a trial",
+    )
     parser.add_argument("--windows", help="perplexity windows, for a trial")
     parser.add_argument("--calib-samples", help="fewer, for a trial")
     options = parser.parse_args()
@@ -134,7 +150,7 @@ def main() -> None:
             if name == "baseline"
             else ["common/evaluation.py", "--model-path", str(folders[name])]
         )
-        return [*words, *data, *less, *place, "--tasks", "arc,squad_v2,openmath,perplexity"]
+        return [*words, *data, *less, *place, *EVALUATION]
 
     def speed(name: str) -> list[str]:
         return [

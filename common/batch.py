@@ -108,7 +108,9 @@ def _samples(
     found = (
         []
         if source_of(options.model) == "demo" and not options.data_root
-        else check.evaluation_samples(options.limit)
+        else check.evaluation_samples(
+            options.limit, Path(options.data_root) if options.data_root else None
+        )
     )
     for name in sorted(_methods(configurations)):
         script = method_script(name)

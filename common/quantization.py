@@ -19,7 +19,8 @@ from common.base.errors import UserError
 from common.base.progress import say
 from common.base.stopwatch import Stopwatch
 from common.checkpoint.format import WeightFormat, form_of_linears, open_checkpoint
-from common.checkpoint.writer import METADATA_FILE, CheckpointWriter, check_output, folder_bytes
+from common.checkpoint.sizes import sizes
+from common.checkpoint.writer import METADATA_FILE, CheckpointWriter, check_output
 from common.cli import configure_torch, resolve_sizes
 from common.exporting.gguf_file import check_file, check_source, export_beside, file_beside
 from common.model.origin import origin_of
@@ -94,8 +95,8 @@ def quantize(
         if not writer:
             return output
         with whole.watch("write"):
-            weight_bytes = writer.write_rest(rounding.codes)
-        document = whole.document(result, rounding.records, weight_bytes, writer.folder)
+            writer.write_rest(rounding.codes)
+        document = whole.document(result, rounding.records, writer.folder)
         document["seconds"]["total"] = round(time.perf_counter() - started, 3)
         write_card(writer.folder, document, before=output)
         writer.finish(document if options.save_metadata else None)
@@ -243,14 +244,12 @@ class _Run:
             _resumption(writer),
         )
 
-    def document(
-        self, result: WalkResult, vocabulary: dict[str, dict], weight_bytes: int, folder: Path
-    ) -> dict:
+    def document(self, result: WalkResult, vocabulary: dict[str, dict], folder: Path) -> dict:
         """The metadata, but for the total time.
 
         Args:
             vocabulary: records of embedding and head, where they were rounded.
-            weight_bytes: of the checkpoint's tensors, which lies in `folder`.
+            folder: where the checkpoint lies.
         """
         options, method, grid, source = self.options, self.method, self.grid, self.source
         origin = origin_of(options.model, source.folder)
@@ -288,7 +287,7 @@ class _Run:
             "made_from": self.made_from,
             **({"ends": vocabulary} if vocabulary else {}),
             "engines": {name: asdict(found) for name, found in engines.items()},
-            **self._sizes(weight_bytes, folder),
+            **sizes(source.tensors, source.folder, folder),
         }
 
     def _calibration(self) -> dict | None:
@@ -306,18 +305,6 @@ class _Run:
             "perplexity": perplexity_of_logits(logits, tokens),
             "divergence": divergence_of_logits(baseline, logits),
             **sample_logits(logits),
-        }
-
-    def _sizes(self, weight_bytes: int, folder: Path) -> dict:
-        before = self.source.tensors.total_bytes()
-        return {
-            "bytes": {
-                "baseline_weights": before,
-                "baseline_folder": folder_bytes(self.source.folder),
-                "quantized_weights": weight_bytes,
-                "quantized_folder": folder_bytes(folder),
-            },
-            "compression_ratio": round(before / weight_bytes, 4),
         }
 
 
@@ -340,10 +327,12 @@ def _resumption(writer: CheckpointWriter | None) -> Resumption:
 
 
 def _summary(output: Path, document: dict) -> str:
-    sizes, found = document["bytes"], document["probe"]
+    size, bits = document["bytes"]["quantized_weights"], document["bits_per_weight"]
+    found = document["probe"]
     return (
-        f"{output}: {sizes['quantized_weights'] / 1e6:.1f} MB of weights "
-        f"({document['compression_ratio']:.2f} x smaller), {document['seconds']['total']:.1f} s, "
+        f"{output}: {size / 1e6:.1f} MB of weights "
+        f"({document['compression_ratio']:.2f} x smaller; {bits['coded']:.2f} bits for each weight "
+        f"with a code, {bits['all']:.2f} for each of all), {document['seconds']['total']:.1f} s, "
         f"peak host memory {document['memory']['peak_host_bytes'] / 2**30:.2f} GiB, "
         "perplexity of the probe text "
         f"{found['baseline_perplexity']:.2f} -> {found['perplexity']:.2f}"

@@ -157,7 +157,7 @@ def test_results_come_into_the_card(made, source, tmp_path):
     assert alone.returncode == 0, alone.stderr
     about, _, section = (folder / "README.md").read_text().partition("\n## Results\n")
     assert about.split("<!--")[0] == (made / "README.md").read_text().split("<!--")[0]
-    assert "Recovery is" not in section and "| ARC accuracy | – |" in section
+    assert "Recovery is" not in section and "| ARC-Challenge accuracy | – |" in section
 
     compared = run_script(ROOT / "compare_to_baseline.py", "--quantized", folder, *where, "--json")
     assert compared.returncode == 0, compared.stderr
@@ -166,13 +166,13 @@ def test_results_come_into_the_card(made, source, tmp_path):
     assert text.count("## Results") == 1 and str(tmp_path) not in text
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     table = {row[0]: row[1:] for row in rows}
-    for name in ("ARC accuracy", "Perplexity"):
+    for name in ("ARC-Challenge accuracy", "Perplexity"):
         before, after, recovery, difference, verdict = table[name]
         one = metrics[name]
         assert float(before) == pytest.approx(one["baseline"], rel=1e-3)
         assert float(after) == pytest.approx(one["quantized"], rel=1e-3)
         share = f"{100 * one['quantized'] / one['baseline']:.1f}%" if one["baseline"] else "–"
-        assert recovery == (share if name == "ARC accuracy" else "–")
+        assert recovery == (share if name == "ARC-Challenge accuracy" else "–")
         assert "[" in difference and verdict == one["verdict"]
     # A card of an earlier version, which had none, is written first.
     (folder / "README.md").unlink()

@@ -123,6 +123,7 @@ def test_data_that_a_run_would_not_get(tiny, served, tmp_path):
     root = tmp_path / "data"
     for name, part in (
         ("allenai/ai2_arc", "ARC-Challenge/test"),
+        ("allenai/ai2_arc", "ARC-Easy/validation"),  # in the place of the test split
         ("rajpurkar/squad_v2", "squad_v2/validation"),
         ("nvidia/OpenMathInstruct-2", "train_sample"),
         ("Salesforce/wikitext", "wikitext-2-raw-v1/test"),

@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import ROOT, assert_user_error, run_script
 from made_up_results import README, analyze, document
-from test_tables import tables
+from recomputed import tables
 
 from common.reporting.comparison import Comparison
 from common.reporting.report import write_csv
@@ -16,7 +16,7 @@ from common.results.documents import ModelResults, write_samples
 from common.results.identity import SHARED
 from common.tasks.task import all_metrics
 
-HEADINGS = {"arc": "ARC accuracy", "perplexity": "Perplexity"}
+HEADINGS = {"arc": "ARC-Challenge accuracy", "perplexity": "Perplexity"}
 CONDITIONS = ("data", "samples", "windows", "length", "fingerprint", "original")
 
 
@@ -83,9 +83,16 @@ def test_two_models_side_by_side(tiny, tmp_path):
     )
     result = run_script(*arguments)
     assert result.returncode == 0, result.stderr
-    rows = {line[:32].strip(): line[32:].split() for line in result.stdout.splitlines()}
-    assert rows["ARC accuracy"][:3] == ["0.75", "0.5", "-0.250"] and "10/0" in rows["ARC accuracy"]
-    assert rows["ARC accuracy"][-1] == "loss" and "0.000977" in rows["ARC accuracy"]  # 2^-10
+    lines = [line.partition("  ") for line in result.stdout.splitlines()]
+    rows = {name: rest.split() for name, _, rest in lines}
+    assert (
+        rows["ARC-Challenge accuracy"][:3] == ["0.75", "0.5", "-0.250"]
+        and "10/0" in rows["ARC-Challenge accuracy"]
+    )
+    assert (
+        rows["ARC-Challenge accuracy"][-1] == "loss"
+        and "0.000977" in rows["ARC-Challenge accuracy"]
+    )  # 2^-10
     assert rows["Weights, MB"] == ["2.0", "0.5", "0.250", "x"]
     assert rows["Perplexity"][2:6] == ["1.221", "x", "[1.221,", "1.221]"]
     assert rows["Quantization, s"][1] == "3.5"
@@ -129,14 +136,14 @@ def test_a_stale_task_costs_a_configuration_its_own_cells_alone(tmp_path, sign, 
     for name in ("gptq-4bit", "hqq-4bit"):
         kept = {"arc", "perplexity"} - {*(stale if name == "gptq-4bit" else ())}
         shares, ratios = (
-            found["Accuracy"][name],
+            found["Scores"][name],
             found["Perplexity and divergence from the baseline"][name],
         )
         assert (
-            shares["ARC accuracy"].startswith("0.500")
+            shares["ARC-Challenge accuracy"].startswith("0.500")
             and ratios["Perplexity ± standard error"] == "20.00"
         )
-        assert ("[" in shares["ARC accuracy"], "[" in ratios["Ratio [95%]"]) == (
+        assert ("[" in shares["ARC-Challenge accuracy"], "[" in ratios["Ratio [95%]"]) == (
             "arc" in kept,
             "perplexity" in kept,
         )

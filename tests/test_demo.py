@@ -90,9 +90,17 @@ def test_a_demo_model_of_an_earlier_version_is_made_anew(tmp_path, monkeypatch, 
 
 
 def test_demo_tasks_have_the_hubs_columns():
-    arc, squad, math = (demo_rows(name).rows for name in ("arc", "squad", "openmath"))
-    assert len(arc) >= 120 and len(squad) >= 80 and len(math) >= 100
-    for row in arc:
+    arc, easy, squad, math = (
+        demo_rows(name).rows for name in ("arc", "arc_easy", "squad", "openmath")
+    )
+    assert len(arc) >= 120 and len(easy) >= 60 and len(squad) >= 80 and len(math) >= 100
+    questions = [row["question"] for row in arc + easy]
+    assert len(set(questions)) == len(questions) == len({row["id"] for row in arc + easy})
+    # A model that always takes the same letter is at chance.
+    assert {letter: sum(row["answerKey"] == letter for row in easy) for letter in "ABCD"} == (
+        dict.fromkeys("ABCD", len(easy) // 4)
+    )
+    for row in arc + easy:
         assert set(row) == {"id", "question", "choices", "answerKey"} and row["choices"][
             "label"
         ] == list("ABCD")

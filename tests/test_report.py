@@ -7,7 +7,9 @@ import subprocess
 import pytest
 from conftest import ROOT, assert_user_error, run_script
 from made_up_results import README, analyze, document
+from recomputed import tables
 
+from common.reporting.tracker import METHODS
 from common.results.documents import CONFIGURATIONS
 from common.results.identity import checkpoint_hash
 
@@ -23,6 +25,7 @@ def results(tmp_path):
             {
                 "baseline": {"state": "done"},
                 "gptq-4bit": {"state": "warning", "reason": "FAIL | perplexity"},
+                "adaround-8bit": {"state": "done"},
                 "hqq-4bit": {"state": "failed", "reason": "disk full"},
             }
         )
@@ -35,23 +38,33 @@ def test_tables(results):
     assert analyze(results).returncode == 0
     text = (results / "README.md").read_text()
     assert text.startswith("# Title\n\nbefore\n") and text.endswith("after\n")
-    lines = {
-        line.split(" | ")[0].strip("| "): line
-        for line in text.splitlines()
-        if line.startswith("| ")
+    status = tables(text)["Status"]
+    assert status["AWQ"] == {
+        "Type": "weights, calibrated",
+        "4-bit": "⬜ Not started",
+        "8-bit": "–",
+        "Status": "⬜ Not started",
+        "Notes": "–",
     }
-    assert (
-        "⬜ Not started" in lines["awq-4bit"]
-        and "❌ Failed" in lines["hqq-4bit"]
-        and "disk full" in lines["hqq-4bit"]
-    )
-    status = text[text.index("#### Status") : text.index("#### Size")]
-    assert all(f"| {name} |" in status for name in CONFIGURATIONS)
-    assert "⚠️ Check" in status and "FAIL / perplexity" in status
-    assert "| gptq-4bit | 4 | 64 | 0.5 | 4.00 | 2.5 |" in text
+    assert status["HQQ"]["4-bit"] == status["HQQ"]["Status"] == "❌ Failed"
+    assert status["HQQ"]["8-bit"] == "⬜ Not started"
+    assert status["HQQ"]["Notes"] == "4-bit: disk full"
+    assert status["GPTQ"]["4-bit"] == status["GPTQ"]["Status"] == "⚠️ Check"
+    assert status["GPTQ"]["Notes"] == "4-bit: FAIL / perplexity"
+    assert status["AdaRound"]["Status"] == "🔄 In part"
+    assert status["baseline"]["Type"] == "16-bit" and status["baseline"]["Status"] == "✅ Done"
+    methods = {found[0] for found in CONFIGURATIONS.values() if found}
+    assert set(status) == {"baseline", *(METHODS[method][0] for method in methods)}
+    assert tables(text)["Model sizes"]["gptq-4bit"] == {
+        "Precision": "4 bits",
+        "Size": "0.5 MB (4.00 bits per weight)",
+        "Compression": "4.00 x",
+        "Status": "⚠️ Check",
+    }
+    assert "| gptq-4bit | 4 | 64 | – | 4.00 | 0.5 | 4.00 | 2.5 |" in text
     # Without records of the samples there are values, but no differences.
     assert (
-        "| gptq-4bit | 0.500 | 0.500 | – | – | 0.250 | 1.23e+06 | 2 | 0.250 |" in text
+        "| gptq-4bit | 0.500 | 0.500 | 0.250 | 1.23e+06 | 2 | 0.250 |" in text
         and "| gptq-4bit | 20.00 | –" in text
     )
     assert "What the differences mean" not in text
@@ -91,10 +104,10 @@ def test_what_was_evaluated_on_fewer_samples_is_left_out(results):
         in text
     )
     assert (
-        "| gptq-4bit | – | – | – | – | 0.250 | 1.23e+06 | 2 | 0.250 |" in text
+        "| gptq-4bit | – | – | 0.250 | 1.23e+06 | 2 | 0.250 |" in text
         and "| gptq-4bit | – | –" in text
     )
-    assert "0.500" not in text and "| gptq-4bit | 4 | 64 | 0.5 |" in text
+    assert "0.500" not in text and "| gptq-4bit | 4 | 64 | – | 4.00 | 0.5 |" in text
 
 
 def test_a_checkpoint_that_is_another_by_now_is_named(results, tiny):

@@ -3,17 +3,24 @@ records with pandas alone.
 """
 
 import csv
-import itertools
 import json
 import math
 import re
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, run_script
-from scipy import stats
+from recomputed import (
+    drawn_interval,
+    f1_of_classes,
+    interval,
+    mean_of,
+    numbers,
+    records,
+    swap_p_value,
+    tables,
+)
 
 CONFIGURATIONS = ("baseline", "gptq-4bit", "hqq-8bit")
 DATA = ["--data", "demo", "--limit", 60, "--windows", 4, "--window-length", 96]
@@ -49,47 +56,17 @@ def evaluated(tiny_models, tmp_path_factory):
     return folder, model.name
 
 
-def tables(text: str) -> dict[str, dict[str, dict[str, str]]]:
-    """Tables of a README by title, then configuration, then column."""
-    found: dict[str, dict[str, dict[str, str]]] = {}
-    title, header = "", None
-    for line in text.splitlines():
-        if line.startswith("#"):
-            title, header = line.lstrip("# "), None
-        elif line.startswith("| "):
-            cells = [cell.strip() for cell in line.strip("|").split("|")]
-            if header is None:
-                header = cells
-            elif not set(line) <= set("|-: "):
-                found.setdefault(title, {})[cells[0]] = dict(
-                    zip(header[1:], cells[1:], strict=True)
-                )
-    return found
-
-
-def records(folder, model, name) -> dict[str, pd.DataFrame]:
-    frame = pd.read_json(folder / "results" / model / "samples" / f"{name}.jsonl.gz", lines=True)
-    return {
-        task: part.dropna(axis=1, how="all").reset_index(drop=True)
-        for task, part in frame.groupby("task")
-    }
-
-
-def f1_of_classes(frame: pd.DataFrame) -> float:
-    scores = []
-    for label in frame.gold.unique():
-        hits = ((frame.gold == label) & (frame.predicted == label)).sum()
-        scores.append(2 * hits / ((frame.gold == label).sum() + (frame.predicted == label).sum()))
-    return float(np.mean(scores))
-
-
-def mean_of(column):
-    return lambda frame: frame[column].mean() if column in frame else math.nan
-
-
 COLUMNS = {
-    "ARC accuracy": ("arc", mean_of("acc")),
-    "ARC F1": ("arc", f1_of_classes),
+    "ARC-Challenge accuracy": ("arc", mean_of("acc")),
+    "ARC-Challenge F1": ("arc", f1_of_classes),
+    "ARC-Easy accuracy": ("arc_easy", mean_of("acc")),
+    "ARC-Easy F1": ("arc_easy", f1_of_classes),
+    "SQuAD v2 answerable F1": ("squad_v2", lambda f: f[f.answerable.astype(bool)].f1.mean()),
+    "SQuAD v2 unanswerable EM": (
+        "squad_v2",
+        lambda f: f[~f.answerable.astype(bool)].exact_match.mean(),
+    ),
+    'SQuAD v2 "no answer"': ("squad_v2", lambda f: (f.predicted == "").mean()),
     "SQuAD v2 F1": ("squad_v2", mean_of("f1")),
     "SQuAD v2 EM": ("squad_v2", mean_of("exact_match")),
     "OpenMath correct": ("openmath", mean_of("correct")),
@@ -106,79 +83,31 @@ COLUMNS = {
 }
 
 
-def interval(
-    before: pd.DataFrame, after: pd.DataFrame, metric, cluster: str | None, share: bool
-) -> tuple[float, float]:
-    """Student's t on the jackknife over clusters, widened by what no sample may have shown; written
-    out by rows.
-    """
-    groups = before[cluster] if cluster else before.index.to_series()
-    left_out = [
-        metric(after[groups != name]) - metric(before[groups != name]) for name in groups.unique()
-    ]
-    degrees = len(before) ** 2 / (groups.value_counts() ** 2).sum() - 1
-    error = np.std(left_out) * math.sqrt(len(left_out) - 1)
-    rows = [slice(i, i + 1) for i in range(len(before))]
-    other = np.array([metric(after[row]) != metric(before[row]) for row in rows])
-    changed = np.mean([other[groups == name].any() for name in groups.unique()])
-    counted = len(left_out) ** (1 - changed) * len(before) ** changed
-    unseen = 1 - 0.025 ** (1 / counted) if share else 0.0
-    half = math.hypot(stats.t.ppf(0.975, degrees) * error, unseen)
-    value = metric(after) - metric(before)
-    return value - half, value + half
-
-
-def drawn_interval(before: pd.DataFrame, after: pd.DataFrame, metric) -> tuple[float, float]:
-    """A paired bootstrap by drawing rows, for a median; another random stream than the tables'."""
-    rng = np.random.default_rng(99)
-    drawn = [rng.integers(0, len(before), len(before)) for _ in range(400)]
-    return tuple(
-        np.quantile(
-            [metric(after.iloc[rows]) - metric(before.iloc[rows]) for rows in drawn], [0.025, 0.975]
-        )
-    )
-
-
-def swap_p_value(change: pd.Series, groups: pd.Series) -> float:
-    """One-sided p-value of a loss by giving each cluster's change either sign, all ways or 20,000
-    at random.
-    """
-    sums = change.groupby(groups).sum().to_numpy()
-    signs = (
-        np.array(list(itertools.product((1, -1), repeat=len(sums))))
-        if len(sums) <= 12
-        else np.random.default_rng(98).choice([1, -1], (20000, len(sums)))
-    )
-    return float((signs @ sums <= sums.sum() + 1e-9).mean())
-
-
-def numbers(cell: str) -> list[float]:
-    return [float(number) for number in re.findall(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?", cell)]
-
-
 def test_accuracy_table(evaluated):
     folder, model = evaluated
-    table = tables((folder / "README.md").read_text())["Accuracy"]
-    before = records(folder, model, "baseline")
+    table = tables((folder / "README.md").read_text())["Scores"]
+    before = records(folder / "results", model, "baseline")
     changed = 0
     for name in CONFIGURATIONS:
-        after = records(folder, model, name)
+        after = records(folder / "results", model, name)
         for column, (task, metric) in COLUMNS.items():
             if column not in table[name]:
                 continue
-            cell, value = numbers(table[name][column]), metric(after[task])
+            shown, own = re.subn(r"^(\S+) \[[^]]*\]", r"\1", table[name][column])
+            assert own == ("median" in column and shown != "–")  # its own interval
+            cell, value = numbers(shown), metric(after[task])
             if math.isnan(value):
                 assert not cell
                 continue
             assert cell[0] == pytest.approx(value, rel=1e-3, abs=6e-4)
             if name != "baseline" and len(cell) == 4:
                 first, second = before[task], after[task]
+                part = first.index == first.index
                 if "absolute difference" in column:  # problems that both answered
-                    both = first.absolute_difference.notna() & second.absolute_difference.notna()
-                    first, second = (
-                        first[both].reset_index(drop=True),
-                        second[both].reset_index(drop=True),
-                    )
+                    part = first.absolute_difference.notna() & second.absolute_difference.notna()
+                elif "answerable" in column:
+                    part = first.answerable.astype(bool) == (" answerable" in column)
+                first, second = (one[part].reset_index(drop=True) for one in (first, second))
                 difference = metric(second) - metric(first)
                 assert cell[1] == pytest.approx(difference, rel=2e-3, abs=6e-4)
                 if "median" in column:
@@ -199,22 +128,26 @@ def test_accuracy_table(evaluated):
                     column
                 )
                 changed += difference != 0
-    assert changed >= 4  # there was something to recompute
+    assert changed >= 8  # there was something to recompute
 
 
 def test_verdict_table(evaluated):
     folder, model = evaluated
     table = tables((folder / "README.md").read_text())["What the differences mean"]
-    before = records(folder, model, "baseline")
+    before = records(folder / "results", model, "baseline")
     fields = {
-        "ARC accuracy": ("arc", "acc"),
+        "ARC-Challenge accuracy": ("arc", "acc"),
+        "ARC-Easy accuracy": ("arc_easy", "acc"),
         "SQuAD v2 EM": ("squad_v2", "exact_match"),
         "OpenMath correct": ("openmath", "correct"),
     }
     for column, (task, field) in fields.items():
         p_values = {}
         for name in CONFIGURATIONS[1:]:
-            first, after = before[task][field], records(folder, model, name)[task][field]
+            first, after = (
+                before[task][field],
+                records(folder / "results", model, name)[task][field],
+            )
             lost, won = (
                 int(((first == 1) & (after == 0)).sum()),
                 int(((first == 0) & (after == 1)).sum()),
@@ -243,9 +176,9 @@ def test_divergence_table(evaluated):
     table = tables((folder / "README.md").read_text())[
         "Perplexity and divergence from the baseline"
     ]
-    before = records(folder, model, "baseline")["perplexity"]
+    before = records(folder / "results", model, "baseline")["perplexity"]
     for name in CONFIGURATIONS:
-        windows = records(folder, model, name)["perplexity"]
+        windows = records(folder / "results", model, name)["perplexity"]
         row, divergence = table[name], windows.kl.explode().astype(float)
         value, error = numbers(row["Perplexity ± standard error"])
         assert value == pytest.approx(math.exp(windows.loss.mean()), abs=6e-3)
@@ -273,11 +206,16 @@ def test_report_stands_alone_and_csv_holds_everything(evaluated):
     page = (folder / "docs" / "report.html").read_text()
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
     for title in (
+        "At a glance",
+        "Which one?",
+        "Status",
+        "Model sizes",
         "Accuracy",
+        "Scores",
         "What the differences mean",
         "Perplexity and divergence from the baseline",
         "Efficiency",
-        "Size",
+        "Size and bits",
     ):
         assert f"<h3>{title}</h3>" in page
     with (folder / "docs" / "tables" / model / "comparisons.csv").open() as file:
@@ -304,7 +242,7 @@ def test_report_stands_alone_and_csv_holds_everything(evaluated):
 def test_noise_floor_is_said(evaluated):
     folder, model = evaluated
     noise = json.loads((folder / "results" / model / "baseline.json").read_text())["noise"]
-    assert set(noise) == {"arc", "squad_v2", "openmath"} and all(
+    assert set(noise) == {"arc", "arc_easy", "squad_v2", "openmath"} and all(
         task["changed"] <= 2 for task in noise.values()
     )
     assert "Noise floor: the baseline evaluated twice" in (folder / "README.md").read_text()
@@ -327,14 +265,10 @@ def test_compare_prints_the_same(evaluated):
     found = run_script(*arguments, "--json")
     content = json.loads(found.stdout)
     table = tables((folder / "README.md").read_text())
-    by_name = {row["metric"]: row for row in content["metrics"]}
-    for column, key in (
-        ("ARC accuracy", "accuracy"),
-        ("SQuAD v2 F1", "f1"),
-        ("OpenMath correct", "within_tolerance"),
-    ):
-        shown = numbers(table["Accuracy"]["gptq-4bit"][column])
-        row = by_name[key]
+    by_name = {row["name"]: row for row in content["metrics"]}
+    for column in ("ARC-Challenge accuracy", "SQuAD v2 F1", "OpenMath correct"):
+        shown = numbers(table["Scores"]["gptq-4bit"][column])
+        row = by_name[column]
         assert shown == pytest.approx(
             [row["quantized"], row["difference"], row["low"], row["high"]], abs=6e-4
         )

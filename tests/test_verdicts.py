@@ -67,7 +67,14 @@ def test_losses_in_one_article_are_one_piece_of_evidence(key):
     article's is 1/2.
     """
     before = [
-        {"id": str(i), "f1": 1.0, "exact_match": 1.0, "cluster": f"article {i // 20}"}
+        {
+            "id": str(i),
+            "f1": 1.0,
+            "exact_match": 1.0,
+            "answerable": True,
+            "predicted": "",
+            "cluster": f"article {i // 20}",
+        }
         for i in range(120)
     ]
     after = [

@@ -13,7 +13,8 @@ import torch
 
 from common.base.errors import UserError
 from common.base.files import lacking, read_json
-from common.checkpoint.writer import METADATA_FILE, folder_bytes
+from common.checkpoint.sizes import code_bits, rounded, weights_of
+from common.checkpoint.writer import METADATA_FILE, folder_bytes, is_quantized
 from common.model.tensors import TensorReader
 
 VERSION = 1
@@ -117,10 +118,7 @@ def quantization_facts(folder: Path) -> dict:
     """
     record = read(folder)
     if record is None:
-        return {
-            "weights_bytes": TensorReader(folder).total_bytes(),
-            "folder_bytes": folder_bytes(folder),
-        }
+        return _measured_facts(folder)
     try:
         return _recorded_facts(record)
     except (KeyError, TypeError, AttributeError) as error:
@@ -129,12 +127,26 @@ def quantization_facts(folder: Path) -> dict:
         ) from None
 
 
+def _measured_facts(folder: Path) -> dict:
+    """Sizes; of a checkpoint, what all its weights take cannot be told without the 16-bit model."""
+    tensors = TensorReader(folder)
+    size, coded = tensors.total_bytes(), code_bits(tensors)
+    whole = None if is_quantized(folder) else 8 * size / weights_of(tensors)
+    return {
+        "weights_bytes": size,
+        "folder_bytes": folder_bytes(folder),
+        "bits_per_weight": {"coded": rounded(coded), "all": rounded(whole)},
+    }
+
+
 def _recorded_facts(record: dict) -> dict:
     probe, calibration = record["probe"], record["calibration"]
     return {
         "weights_bytes": record["bytes"]["quantized_weights"],
         "folder_bytes": record["bytes"]["quantized_folder"],
         "compression_ratio": record["compression_ratio"],
+        # Checkpoints of earlier versions lack it.
+        "bits_per_weight": record.get("bits_per_weight"),
         "seconds": record["seconds"],
         "memory": record["memory"],
         "device": record["device"],

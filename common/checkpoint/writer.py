@@ -194,14 +194,12 @@ class CheckpointWriter:
         self._enter(file, TensorReader(self.folder, file))
         return file
 
-    def write_rest(self, vocabulary: dict[str, QuantizedLinear]) -> int:
+    def write_rest(self, vocabulary: dict[str, QuantizedLinear]) -> None:
         """Write everything that is not a decoder layer: remaining tensors, index, configuration,
         tokenizer.
 
         Args:
             vocabulary: the codes of model.embed_tokens and lm_head, where they were quantized too.
-        Returns:
-            The bytes of all tensors.
         """
         source = self.source
         rest = {"model.norm.weight": source.model.model.norm.weight.to(source.storage_dtype)}
@@ -241,7 +239,6 @@ class CheckpointWriter:
         generation = source.folder / "generation_config.json"
         if generation.is_file():
             shutil.copy(generation, self.folder)
-        return self._bytes
 
     def finish(self, metadata: dict | None) -> None:
         """Give the checkpoint its metadata and its real name. An older checkpoint there is replaced

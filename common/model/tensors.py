@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -88,16 +89,19 @@ class TensorReader:
         stats = [(name, (self._folder / name).stat()) for name in self._files]
         return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
-    def total_bytes(self) -> int:
-        """Bytes of all tensors as stored."""
-        total = 0
+    def forms(self) -> Iterator[tuple[str, tuple[int, ...], int]]:
+        """Name, shape and bytes of every tensor as stored."""
         for name in self._files:
             with safe_open(self._folder / name, "pt") as file:
                 for tensor, where in self._weight_map.items():
                     if where == name:
                         view = file.get_slice(tensor)
-                        total += math.prod(view.get_shape()) * _BYTES[view.get_dtype()]
-        return total
+                        shape = tuple(view.get_shape())
+                        yield tensor, shape, math.prod(shape) * _BYTES[view.get_dtype()]
+
+    def total_bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(size for _, _, size in self.forms())
 
 
 _BYTES = {

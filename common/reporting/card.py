@@ -194,9 +194,20 @@ def _what(record: dict, base: str, stored: WeightFormat) -> str:
         f"Their inputs are rounded to {activations} bits as they come." if activations else "",
         f"Rounded besides: {', '.join(rounded)}." if rounded else "",
         f"{record['bytes']['quantized_weights'] / 1e6:.1f} MB of weights, "
-        f"{record['compression_ratio']:.2f} times smaller than the 16-bit model's.",
+        f"{record['compression_ratio']:.2f} times smaller than the 16-bit model's{_bits(record)}.",
     ]
     return " ".join(filter(None, sentences))
+
+
+def _bits(record: dict) -> str:
+    """Bits of a weight, which metadata of earlier versions does not tell."""
+    bits = record.get("bits_per_weight")
+    if not bits:
+        return ""
+    return (
+        f": {bits['coded']:.2f} bits for each weight with a code, scales included, "
+        f"{bits['all']:.2f} for each of all"
+    )
 
 
 def _others(engines: dict[str, Support]) -> list[str]:

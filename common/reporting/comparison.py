@@ -5,24 +5,31 @@ verdict.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import compress
 from pathlib import Path
 
 from common.base.errors import UserError
 from common.base.progress import say
 from common.reporting import significance
-from common.reporting.significance import Difference, Flips
+from common.reporting.significance import GAIN, LOSS, NO_LOSS, Difference, Flips, Ratio
 from common.results.documents import ModelResults, has_samples, load_samples
 from common.results.identity import incomparable, other_data
 from common.tasks import perplexity, speed
 from common.tasks.task import MetricKind, all_metrics
 
+# What is said of a model that answers less often than the baseline, where silence scores.
+SILENT = "answers less"
+
 
 @dataclass(frozen=True)
 class Comparison:
     """One metric of both models. For a logarithmic metric `difference` is that of the logarithms.
-    p_loss, p_gain: one-sided p-values of a loss and of a gain."""
+
+    p_loss, p_gain: one-sided p-values of a loss and of a gain. ratio: quantized / baseline, where
+    the metric counts for the recovery. worse: a loss elsewhere that belies a gain here, in words.
+    silent: the model answers less than the baseline did, and that scores here.
+    """
 
     kind: MetricKind
     baseline: float
@@ -31,11 +38,23 @@ class Comparison:
     flips: Flips | None
     p_loss: float
     p_gain: float
+    ratio: Ratio | None = None
+    worse: str = ""
+    silent: bool = False
 
     def verdict(self, p_loss: float | None = None, p_gain: float | None = None) -> str:
-        """A word for the difference; p_loss, p_gain: those of `adjusted_p_values`, where this is
-        one of many comparisons.
+        """What the difference means, in a few words; p_loss, p_gain: those of `adjusted_p_values`,
+        where this is one of many comparisons.
         """
+        word = self.word(p_loss, p_gain)
+        if word == GAIN and self.kind.silence:
+            return "less often"
+        if word == GAIN and (belied := SILENT if self.silent else self.worse):
+            return f"no gain: {belied}"
+        return f"{word}, but {SILENT}" if word == NO_LOSS and self.silent else word
+
+    def word(self, p_loss: float | None = None, p_gain: float | None = None) -> str:
+        """The verdict on this metric alone, as `significance.verdict`."""
         return significance.verdict(
             self.difference,
             self.kind.larger_is_better,
@@ -52,6 +71,10 @@ class Comparison:
             return f"{point:.3f} x [{low:.3f}, {high:.3f}]"
         shown = [signed(value) for value in values]
         return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+    def shown_ratio(self) -> str:
+        """Of a logarithmic metric, how many times the baseline's it is."""
+        return f"{self.kind.name.lower()} {math.exp(self.difference.value):.3f} x"
 
     def as_dict(self) -> dict:
         """For --json and CSV."""
@@ -105,15 +128,31 @@ def compare_samples(
         if kind.task not in baseline or kind.task not in quantized:
             continue
         pair = baseline[kind.task], quantized[kind.task]
-        if kind.needs:
-            both = [
-                all(sample[kind.needs] is not None for sample in samples)
-                for samples in zip(*pair, strict=True)
-            ]
+        if kind.only:
+            both = [all(map(kind.only, samples)) for samples in zip(*pair, strict=True)]
             one, other = pair
             pair = list(compress(one, both)), list(compress(other, both))
         found.append(_compare_metric(kind, *pair))
-    return found
+    return _in_context(found)
+
+
+def _in_context(found: list[Comparison]) -> list[Comparison]:
+    """Comparisons that know what the others of the same two models say of theirs."""
+    worse = next((one.shown_ratio() for one in found if beyond_margin(one)), "")
+    silent = {one.kind.task for one in found if one.kind.silence and one.word() == LOSS}
+    return [
+        replace(
+            one,
+            worse="" if one.kind.logarithmic else worse,
+            silent=one.kind.rewards_silence and one.kind.task in silent,
+        )
+        for one in found
+    ]
+
+
+def beyond_margin(one: Comparison) -> bool:
+    """Whether this is the loss of a logarithmic metric by more than its margin."""
+    return one.kind.logarithmic and one.word() == LOSS and one.difference.value > one.kind.margin
 
 
 def other_samples(baseline: dict[str, list[dict]], quantized: dict[str, list[dict]]) -> list[str]:
@@ -145,7 +184,8 @@ def _compare_metric(kind: MetricKind, baseline: list[dict], quantized: list[dict
     values = [math.exp(one) for one in pair.values] if kind.logarithmic else pair.values
     lower, higher = p_values
     then, now = values
-    return Comparison(kind, then, now, difference, flips, lower, higher)
+    ratio = significance.ratio(pair, difference.unseen) if kind.recovered else None
+    return Comparison(kind, then, now, difference, flips, lower, higher, ratio)
 
 
 def by_metric(comparisons: list[Comparison]) -> dict[tuple[str, str], Comparison]:

@@ -21,8 +21,8 @@ from plotly.offline import get_plotlyjs
 
 from common.reporting.drawing import style
 from common.reporting.page_plots import plots
-from common.reporting.report import introduction
-from common.reporting.tables import Comparisons, Table, tables
+from common.reporting.report import first_tables, introduction, more_tables
+from common.reporting.tables import Comparisons, Table
 from common.results.documents import ModelResults
 
 _PARTS = Path(__file__).parent / "page"
@@ -49,18 +49,31 @@ def inline(text: str) -> str:
     return _markdown().renderInline(text)
 
 
+def _words(are: bool) -> str:
+    """The class of a cell with words in a table of numbers."""
+    return ' class="words"' if are else ""
+
+
 def table_html(table: Table, configurations: list[str]) -> str:
     """A table in a box of its own, which scrolls where it is too wide; rows of which the first cell
     is a configuration say so, for the page's choice of configurations.
     """
-    head = "".join(f'<th scope="col">{inline(cell)}</th>' for cell in table.header)
+    words = len(table.header) - table.words
+    head = "".join(
+        f'<th scope="col"{_words(place >= words)}>{inline(cell)}</th>'
+        for place, cell in enumerate(table.header)
+    )
     lines = []
     for row in table.rows:
         cells, mine = [inline(cell) for cell in row], ""
         if row and row[0] in configurations:
             # A name, in which marks are none.
             cells[0], mine = escape(row[0]), f' data-configuration="{escape(row[0])}"'
-        lines.append(f"<tr{mine}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        marked = "".join(
+            f"<td{' class=words' if place >= words else ''}>{cell}</td>"
+            for place, cell in enumerate(cells)
+        )
+        lines.append(f"<tr{mine}>{marked}</tr>")
     note = f'<p class="note">{inline(table.note)}</p>\n' if table.note else ""
     numbers = ' class="numbers"' if table.numbers else ""
     return (
@@ -102,7 +115,10 @@ def _section(part: ModelPart, place: int) -> str:
             f'<div class="tables" id="tables-{place}">',
             *[
                 table_html(one, results.configurations())
-                for one in tables(results, part.comparisons)
+                for one in (
+                    *first_tables(results, part.comparisons),
+                    *more_tables(results, part.comparisons),
+                )
             ],
             "</div>",
             f'<div class="plots" id="plots-{place}"></div>',

@@ -15,7 +15,6 @@ from common.reporting.drawing import legend, pareto_front, point, save, side_by_
 from common.reporting.plotted import divergences, scores_against_size
 from common.reporting.quantization_plots import error_by_layer, memory, quantization_time
 from common.results.documents import ModelResults
-from common.tasks.task import all_metrics
 
 SIZE_LABEL = "Weights, MB (equal sizes side by side)"
 
@@ -24,7 +23,8 @@ def draw_all(
     results: ModelResults, comparisons: dict[str, list[Comparison]], folder: Path
 ) -> list[tuple[str, Path]]:
     """Draw every plot that the results allow into `folder`. Returns captions and files."""
-    scores = " and ".join(kind.name for kind in reversed(all_metrics()) if kind.plotted)
+    panels = scores_against_size(results, comparisons)
+    scores = " and ".join(panel.title for panel in reversed(panels))
     plots = (
         (
             f"{scores} against size",

@@ -9,12 +9,27 @@ from pathlib import Path
 import pandas as pd
 
 from common.base.errors import UserError
+from common.reporting import tracker
+from common.reporting.choice import choice_table
 from common.reporting.comparison import adjusted_p_values
-from common.reporting.tables import Comparisons, tables
+from common.reporting.overview import overview_table, rows_of
+from common.reporting.tables import (
+    Comparisons,
+    Table,
+    divergence_table,
+    efficiency_table,
+    score_table,
+    size_table,
+    verdict_table,
+)
+from common.reporting.tracker import status_table
 from common.results.documents import CONFIGURATIONS, DOCUMENTED_FOLDER, ModelResults, size_in_words
 from common.results.identity import measured_apart
-from common.tasks import speed
+from common.tasks import perplexity, speed
 
+_FOLDED = (
+    "What it was measured on, every score with its interval, verdicts, divergence, times, plots"
+)
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -24,12 +39,8 @@ def short_revision(source: str) -> str:
 
 
 def conditions(results: ModelResults) -> str:
-    """What the numbers were measured on, in a few sentences; configurations measured otherwise are
-    named.
-    """
+    """What the numbers were measured on, in a few sentences."""
     evaluated = results.evaluated()
-    if not evaluated:
-        return "Nothing has been evaluated yet."
     _, first = evaluated[0]
     device, versions = first["device"], first["versions"]
     sentences = [
@@ -67,10 +78,17 @@ def conditions(results: ModelResults) -> str:
             f"Noise floor: the baseline evaluated twice, in other batches, scored differently on "
             f"{changes} samples."
         )
+    return " ".join(sentences)
+
+
+def warnings(results: ModelResults) -> list[str]:
+    """What of a model's results is not of the same kind as the first configuration's."""
+    sentences = []
+    evaluated = results.evaluated()
     odd = [
         f"{name}{apart}"
         for name, document in evaluated
-        if (apart := measured_apart(document, first)) is not None
+        if (apart := measured_apart(document, evaluated[0][1])) is not None
     ]
     if odd:
         sentences.append(
@@ -82,7 +100,7 @@ def conditions(results: ModelResults) -> str:
             f"{name} ({', '.join(tasks)})" for name, tasks in results.left_out.items()
         )
         sentences.append(f"⚠️ Left out, as evaluated on more or fewer samples than these: {tasks}.")
-    return " ".join(sentences)
+    return sentences
 
 
 def introduction(results: ModelResults) -> list[str]:
@@ -97,7 +115,8 @@ def introduction(results: ModelResults) -> list[str]:
         "and are not of this machine."
         if results.documented
         else f"A local run{when}.",
-        conditions(results),
+        *([] if results.documents else ["Nothing has been evaluated yet."]),
+        *warnings(results),
     ]
     if any(document["demo_data"] for document in results.documents.values()):
         parts.append(
@@ -107,14 +126,50 @@ def introduction(results: ModelResults) -> list[str]:
     return parts
 
 
+def first_tables(results: ModelResults, comparisons: Comparisons) -> list[Table]:
+    """The tables for a reader in a hurry."""
+    if not results.documents:
+        return [status_table(results)]
+    rows = rows_of(results, comparisons)
+    chosen = choice_table(rows)
+    return [
+        overview_table(rows),
+        *([chosen] if chosen else []),
+        status_table(results),
+        tracker.size_table(results, rows),
+        tracker.accuracy_table(results, comparisons, rows),
+    ]
+
+
+def more_tables(results: ModelResults, comparisons: Comparisons) -> list[Table]:
+    """Everything that was measured."""
+    if not results.documents:
+        return []
+    found = [size_table(results), score_table(results, comparisons)]
+    if comparisons:
+        found.append(verdict_table(comparisons))
+    if any(map(perplexity.TASK.of, results.documents.values())):
+        found.append(divergence_table(results, comparisons))
+    return [*found, efficiency_table(results)]
+
+
 def section(results: ModelResults, comparisons: Comparisons, figures: list[tuple[str, str]]) -> str:
-    """Everything README shows of one model. figures: (caption, path as README links it)."""
+    """Everything README shows of one model, most of it folded. figures: (caption, path as README
+    links it).
+    """
+    folded = [
+        f"<details><summary>{_FOLDED}</summary>",
+        conditions(results),
+        *[table.markdown() for table in more_tables(results, comparisons)],
+        *[f"![{caption}]({path})" for caption, path in figures],
+        "</details>",
+    ]
     return "\n\n".join(
         [
             f"### {results.title}",
             *introduction(results),
-            *[table.markdown() for table in tables(results, comparisons)],
-            *[f"![{caption}]({path})" for caption, path in figures],
+            *[table.markdown() for table in first_tables(results, comparisons)],
+            *(folded if results.documents else []),
         ]
     )
 

@@ -47,11 +47,16 @@ class Pair:
         """The metric of the baseline and of the quantized model."""
         return float(self.of_sums(self.before.sum(0))), float(self.of_sums(self.after.sum(0)))
 
-    def left_out(self) -> np.ndarray:
-        """quantized - baseline without each cluster in turn [clusters]."""
-        return self.of_sums(self.after.sum(0) - self.after) - self.of_sums(
-            self.before.sum(0) - self.before
-        )
+    @property
+    def degrees(self) -> float:
+        """Degrees of freedom of a standard error: one less than the number of equal clusters that
+        would vary as much (Kish's effective number)."""
+        return max(float(self.sizes.sum() ** 2 / np.square(self.sizes).sum()) - 1, 1.0)
+
+    def left_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """The metric of baseline and quantized model without each cluster in turn [clusters]."""
+        before, after = (self.of_sums(one.sum(0) - one) for one in (self.before, self.after))
+        return before, after
 
     def resampled(self, counts: np.ndarray) -> np.ndarray:
         """quantized - baseline where each cluster is there `counts` times [resamples, clusters]."""
@@ -118,10 +123,8 @@ def difference(paired: Pair, share: bool = False) -> Difference:
     """The difference of a metric between two models.
 
     Smooth metrics have Student's t interval on the standard error of the jackknife that leaves out
-    a cluster at a time, with one degree of freedom less than the number of equal clusters that
-    would vary as much (Kish's effective number): unlike a bootstrap it holds its rate with few
-    clusters of unequal sizes. A median, for which the jackknife fails, has a percentile
-    bootstrap's.
+    a cluster at a time (`jackknife_error`): unlike a bootstrap it holds its rate with few clusters
+    of unequal sizes. A median, for which the jackknife fails, has a percentile bootstrap's.
 
     Args:
         share: the metric lies between 0 and 1. The interval then reaches at least as far as the
@@ -141,20 +144,85 @@ def difference(paired: Pair, share: bool = False) -> Difference:
     )
     if groups < 2:
         return Difference(value, np.nan, np.nan, np.nan, samples, groups, 1.0, unseen)
-    degrees = max(float(samples**2 / np.square(paired.sizes).sum()) - 1, 1.0)
+    degrees = paired.degrees
     if not paired.smooth:
         found = np.concatenate([paired.resampled(chunk) for chunk in _drawn(groups)])
         low, high = np.quantile(found, [TAIL, 1 - TAIL])
         return Difference(
             value, float(low), float(high), float(found.std()), samples, groups, degrees
         )
-    left_out = paired.left_out()
-    error = float(np.sqrt((groups - 1) / groups * np.square(left_out - left_out.mean()).sum()))
+    without_before, without_after = paired.left_out()
+    error = jackknife_error(without_after - without_before)
     half = np.hypot(stats.t.ppf(1 - TAIL, degrees) * error, unseen)
     low, high = value - half, value + half
     if share:
         low, high = max(low, -1.0), min(high, 1.0)
     return Difference(value, float(low), float(high), error, samples, groups, degrees, unseen)
+
+
+def jackknife_error(left_out: np.ndarray) -> float:
+    """The standard error of a figure, from what it is without each cluster in turn [clusters]."""
+    groups = len(left_out)
+    return float(np.sqrt((groups - 1) / groups * np.square(left_out - left_out.mean()).sum()))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """quantized / baseline of a metric, which counts where the baseline does better than chance.
+
+    standard_error, degrees, unseen: as of a `Difference`, in parts of the baseline's value.
+    lowest: the lower end of the 95% interval of the baseline's own value.
+    """
+
+    value: float
+    standard_error: float
+    degrees: float
+    unseen: float
+    lowest: float
+
+
+def ratio(paired: Pair, unseen: float) -> Ratio | None:
+    """How many times a metric of the baseline the quantized model's is; None where the baseline's
+    is zero or there are fewer than two clusters. unseen: of their `Difference`.
+    """
+    before, after = paired.values
+    if len(paired.sizes) < 2 or not before > 0:
+        return None
+    value, (without_before, without_after) = after / before, paired.left_out()
+    # Linear in what is left out: a baseline with one right answer has no ratio without it.
+    error = jackknife_error((without_after - value * without_before) / before)
+    reach = stats.t.ppf(1 - TAIL, paired.degrees) * jackknife_error(without_before)
+    return Ratio(value, error, paired.degrees, unseen / before, before - reach)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def times(self, factor: float) -> Estimate:
+        return Estimate(factor * self.value, factor * self.low, factor * self.high)
+
+    def shown(self, digits: int, sign: str = "") -> str:
+        """Value and interval; sign "+" shows that of a gain."""
+        point, low, high = (f"{x:{sign}.{digits}f}" for x in (self.value, self.low, self.high))
+        return f"{point} [{low}, {high}]"
+
+
+def mean_of_tasks(found: Sequence[Difference | Ratio]) -> Estimate:
+    """The mean of figures of different tasks, at least one: their samples are independent, so the
+    variances add up, with Welch and Satterthwaite's degrees of freedom.
+    """
+    variances = np.square([one.standard_error for one in found])
+    spread = (np.square(variances) / [one.degrees for one in found]).sum()
+    degrees = variances.sum() ** 2 / spread if spread > 0 else 1.0
+    reach = stats.t.ppf(1 - TAIL, degrees) * np.sqrt(variances.sum())
+    half = float(np.hypot(reach, np.linalg.norm([one.unseen for one in found]))) / len(found)
+    value = float(np.mean([one.value for one in found]))
+    return Estimate(value, value - half, value + half)
 
 
 def swap_test(paired: Pair) -> tuple[float, float]:

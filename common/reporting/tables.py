@@ -1,4 +1,4 @@
-"""The tables of a model's results, as README and the HTML report show them."""
+"""A table, and those that hold a model's results in full."""
 
 from __future__ import annotations
 
@@ -7,29 +7,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.reporting.comparison import Comparison, adjusted_p_values, by_metric
+from common.reporting.comparison import SILENT, Comparison, adjusted_p_values, by_metric
 from common.reporting.significance import GAIN, NO_LOSS
 from common.results.documents import ModelResults
+from common.results.naming import BASELINE
 from common.tasks import perplexity, speed
 from common.tasks.task import MetricKind, all_metrics, all_tasks
 
 # By configuration, its differences to the baseline.
 Comparisons = dict[str, list[Comparison]]
 
-STATES = {
-    "not started": "⬜ Not started",
-    "running": "🔄 Running",
-    "done": "✅ Done",
-    "failed": "❌ Failed",
-    "warning": "⚠️ Check",
-}
 NONE = "–"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of strings. numbers: all columns but the first are aligned right. note: a paragraph
-    before it.
+    """A table of strings. numbers: all columns but the first and the last `words` are aligned
+    right. note: a paragraph after it.
     """
 
     title: str
@@ -37,109 +31,138 @@ class Table:
     rows: list[list[str]]
     numbers: bool = True
     note: str = ""
+    words: int = 0
 
     def markdown(self) -> str:
-        rule = "---:" if self.numbers else "---"
-        lines = [self.header, ["---", *[rule] * (len(self.header) - 1)], *self.rows]
-        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return "\n\n".join(part for part in (f"#### {self.title}", self.note, text) if part)
+        right = len(self.header) - 1 - self.words if self.numbers else 0
+        rules = ["---", *["---:"] * right, *["---"] * (len(self.header) - 1 - right)]
+        text = "\n".join(f"| {' | '.join(line)} |" for line in [self.header, rules, *self.rows])
+        return "\n\n".join(part for part in (f"#### {self.title}", text, self.note) if part)
 
 
 def number(value: float | None, digits: int = 3) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
-def significant(value: float | None) -> str:
-    """Three or four significant digits, no exponent below a million."""
+def significant(value: float | None, digits: int = 4) -> str:
+    """So many significant digits, no exponent below a million."""
     if value is None:
         return NONE
-    return f"{value:.4g}" if abs(value) < 1e6 else f"{value:.2e}"
+    return f"{value:.{digits}g}" if abs(value) < 1e6 else f"{value:.2e}"
 
 
 def gib(size: float | None) -> str:
     return NONE if not size else f"{size / 2**30:.2f}"
 
 
-def tables(results: ModelResults, comparisons: Comparisons) -> list[Table]:
-    """All tables of one model."""
-    found = [status_table(results)]
-    if results.documents:
-        found += [size_table(results), accuracy_table(results, comparisons)]
-        if comparisons:
-            found.append(verdict_table(comparisons))
-        if any(map(perplexity.TASK.of, results.documents.values())):
-            found.append(divergence_table(results, comparisons))
-        found.append(efficiency_table(results))
-    return found
+def bits_of(results: ModelResults, name: str) -> tuple[float | None, float | None]:
+    """Bits of a weight with a code, scale and zero-point included, and bytes of all weights in bits
+    for each weight of the 16-bit model: as they were counted, else from what the results tell.
+    """
+    facts = results.documents[name]["quantization"]
+    found = facts.get("bits_per_weight") or {}
+    coded, whole = found.get("coded"), found.get("all")
+    grid = facts.get("grid")
+    if coded is None and grid and grid["group_size"] and "symmetric" in grid:
+        # Codes in words of 32 bits, a scale in 16 and a zero-point as large as a code.
+        zero = 0 if grid["symmetric"] else grid["bits"]
+        coded = 32 / (32 // grid["bits"]) + (16 + zero) / grid["group_size"]
+    if whole is None and BASELINE in results.documents:
+        baseline = results.documents[BASELINE]["quantization"]
+        each = (baseline.get("bits_per_weight") or {}).get("all") or 16.0
+        whole = each * facts["weights_bytes"] / baseline["weights_bytes"]
+    return coded, whole
 
 
-def status_of(results: ModelResults, configuration: str) -> tuple[str, str]:
-    """State of a configuration ("done", "failed", ...) and the reason beside it."""
-    known = results.status.get(configuration)
-    if known:
-        return known["state"], known.get("reason", "")
-    return ("done", "") if configuration in results.documents else ("not started", "")
-
-
-def status_table(results: ModelResults) -> Table:
-    rows = []
-    for name in results.configurations():
-        state, reason = status_of(results, name)
-        rows.append([name, STATES[state], reason.replace("|", "/") or NONE])
-    return Table("Status", ["Configuration", "Status", "Note"], rows, numbers=False)
+def compression_of(results: ModelResults, name: str) -> float | None:
+    """How many times smaller than the 16-bit model's the weights are."""
+    facts, baseline = results.documents[name]["quantization"], results.documents.get(BASELINE)
+    ratio = facts.get("compression_ratio")
+    if ratio is None and baseline:
+        return baseline["quantization"]["weights_bytes"] / facts["weights_bytes"]
+    return ratio
 
 
 def size_table(results: ModelResults) -> Table:
-    baseline = results.documents.get("baseline")
     rows = []
     for name, document in results.evaluated():
         facts = document["quantization"]
-        grid = facts.get("grid")
-        ratio = facts.get("compression_ratio")
-        if ratio is None and baseline:
-            ratio = baseline["quantization"]["weights_bytes"] / facts["weights_bytes"]
-        group = NONE if grid is None else str(grid["group_size"] or "channel")
+        grid, (coded, whole) = facts.get("grid"), bits_of(results, name)
         rows.append(
             [
                 name,
                 "16" if grid is None else str(grid["bits"]),
-                group,
+                NONE if grid is None else str(grid["group_size"] or "channel"),
+                number(coded, 2),
+                number(whole, 2),
                 f"{facts['weights_bytes'] / 1e6:.1f}",
-                f"{ratio:.2f}" if ratio else NONE,
+                number(compression_of(results, name), 2),
                 f"{facts['folder_bytes'] / 1e6:.1f}",
             ]
         )
-    header = ["Configuration", "Bits", "Group", "Weights, MB", "Times smaller", "Folder, MB"]
-    return Table("Size", header, rows)
+    header = [
+        "Configuration",
+        "Bits",
+        "Group",
+        "Bits per weight with a code",
+        "Bits per weight, all",
+        "Weights, MB",
+        "Times smaller",
+        "Folder, MB",
+    ]
+    return Table(
+        "Size and bits",
+        header,
+        rows,
+        note="With a code: scale and zero-point included. All: the file's weights, embedding, head "
+        "and norms included, for each weight of the 16-bit model.",
+    )
 
 
-def accuracy_table(results: ModelResults, comparisons: Comparisons) -> Table:
-    columns = [kind for kind in all_metrics() if kind.column]
+def score_table(results: ModelResults, comparisons: Comparisons) -> Table:
+    """Every score of the tasks that some configuration was evaluated on."""
+    evaluated = {task for _, document in results.evaluated() for task in document["tasks"]}
+    columns = [kind for kind in all_metrics() if kind.column and kind.task in evaluated]
     rows = []
     for name, document in results.evaluated():
         compared = by_metric(comparisons.get(name, []))
-        row = [name]
-        for kind in columns:
-            value = document["tasks"].get(kind.task, {}).get(kind.key)
-            shown = number(value) if kind.share else significant(value)
-            one = compared.get((kind.task, kind.key))
-            row.append(
-                shown if one is None or value is None else f"{shown} ({one.shown_difference()})"
-            )
-        rows.append(row)
-    clusters = "".join(
-        f", {task.title} by {task.clustered}" for task in all_tasks() if task.clustered
-    )
+        rows.append(
+            [
+                name,
+                *[
+                    _score(
+                        kind,
+                        document["tasks"].get(kind.task, {}),
+                        compared.get((kind.task, kind.key)),
+                    )
+                    for kind in columns
+                ],
+            ]
+        )
+    tasks = [task for task in all_tasks() if task.name in evaluated]
+    clusters = "".join(f", {task.title} by {task.clustered}" for task in tasks if task.clustered)
     note = (
         "In brackets: the difference to the baseline on the same questions with its 95% "
         f"interval (Student's t on a jackknife{clusters}; of the median a bootstrap's)."
     )
     return Table(
-        "Accuracy",
+        "Scores",
         ["Configuration", *[kind.heading for kind in columns]],
         rows,
-        note=" ".join([note, *[task.note for task in all_tasks() if task.note]]),
+        note=" ".join([note, *[task.note for task in tasks if task.note]]),
     )
+
+
+def _score(kind: MetricKind, summary: dict, one: Comparison | None) -> str:
+    """A score with its own interval, where the summary has one, and its difference."""
+    value, show = summary.get(kind.key), number if kind.share else significant
+    if value is None:
+        return NONE
+    shown = show(value)
+    ends = [summary.get(end) for end in kind.interval or ()]
+    if ends and None not in ends:
+        shown += f" [{show(ends[0])}, {show(ends[1])}]"
+    return shown if one is None else f"{shown} ({one.shown_difference()})"
 
 
 def verdict_table(comparisons: Comparisons) -> Table:
@@ -147,7 +170,8 @@ def verdict_table(comparisons: Comparisons) -> Table:
     gain where it is one, else of a loss.
     """
     adjusted = adjusted_p_values(comparisons)
-    judged = [kind for kind in all_metrics() if kind.judged]
+    compared_kinds = {one.kind for compared in comparisons.values() for one in compared}
+    judged = [kind for kind in all_metrics() if kind.judged and kind in compared_kinds]
     rows: list[list[str]] = []
     detectable: dict = {}
     for name, compared in comparisons.items():
@@ -163,9 +187,10 @@ def verdict_table(comparisons: Comparisons) -> Table:
                 math.expm1(size) if kind.logarithmic else size
             )
             p_loss, p_gain = adjusted[name, kind.task, kind.key]
-            word = one.verdict(p_loss, p_gain)
+            gain = one.word(p_loss, p_gain) == GAIN
             flips = "" if one.flips is None else f"{one.flips.to_wrong}/{one.flips.to_right}, "
-            row.append(f"{word} ({flips}p {p_gain if word == GAIN else p_loss:.2g})")
+            words = one.verdict(p_loss, p_gain)
+            row.append(f"{words} ({flips}p {p_gain if gain else p_loss:.2g})")
         rows.append(row)
     return Table(
         "What the differences mean",
@@ -184,7 +209,7 @@ def _verdict_note(judged: list[MetricKind], detectable: dict[str, list[float]]) 
         f"; for {task.title} the two models' answers are swapped at random, {task.clustered} by "
         f"{task.clustered}, because answers to one {task.clustered} are not independent"
         for task in all_tasks()
-        if task.clustered
+        if task.clustered and any(kind.task == task.name for kind in judged)
     )
     sizes = "; ".join(
         f"{heading} {max(values):.2g}"
@@ -197,8 +222,10 @@ def _verdict_note(judged: list[MetricKind], detectable: dict[str, list[float]]) 
         "In brackets: answers that went wrong / came right, and the one-sided p of a loss, or "
         "of a gain where it is called one, after Holm over all configurations: McNemar's exact "
         "test where answers are right or wrong, Student's t for "
-        f"{', '.join(kind.name.lower() for kind in ratios)}{swaps}. Smallest differences that "
-        f"samples of this size detect four times in five: {sizes}."
+        f"{', '.join(kind.name.lower() for kind in ratios)}{swaps}. "
+        '"No gain" is said of higher scores where perplexity is higher, too, by more than its '
+        f"margin, or where the model {SILENT} and silence scores. Smallest differences "
+        f"that samples of this size detect four times in five: {sizes}."
     )
 
 

@@ -168,11 +168,11 @@ def show_problems(model: str, device: str, data_root: Path | None) -> None:
         say("(--check shows all that was looked at)")
 
 
-def evaluation_samples(limit: int | None) -> list[tuple]:
+def evaluation_samples(limit: int | None, data_root: Path | None) -> list[tuple]:
     """The rows that an evaluation of a model other than the demo's reads, as `lines` takes them."""
     from common.tasks.task import all_tasks
 
-    return [rows for task in all_tasks() if (rows := task.reads(limit))]
+    return [rows for task in all_tasks() if (rows := task.reads(limit, data_root))]
 
 
 def _look_for(samples: Iterable[tuple], data_root: Path | None) -> tuple[dict[str, str], list[str]]:

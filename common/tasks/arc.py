@@ -1,4 +1,6 @@
-"""ARC-Challenge: science questions with four choices (Clark et al. 2018, arXiv 1803.05457)."""
+"""ARC-Challenge: science questions with four choices (Clark et al. 2018, arXiv 1803.05457). What
+ARC-Easy (`arc_easy.py`) does likewise is here, too.
+"""
 
 from __future__ import annotations
 
@@ -20,38 +22,46 @@ def _macro_f1(samples: list[Record]) -> Metric:
     )
 
 
+def arc_metrics(task: str, title: str) -> tuple[MetricKind, ...]:
+    """The metrics of a task of questions with four choices, by its name and title."""
+    return (
+        MetricKind(
+            task,
+            "accuracy",
+            f"{title} accuracy",
+            of_field("acc"),
+            binary="acc",
+            column=f"{title} accuracy",
+            judged=True,
+            plotted=True,
+            recovered=True,
+            chance=0.25,
+        ),
+        MetricKind(
+            task,
+            "accuracy_norm",
+            f"{title} accuracy, length-normalised",
+            of_field("acc_norm"),
+            binary="acc_norm",
+        ),
+        MetricKind(task, "macro_f1", f"{title} macro F1", _macro_f1, column=f"{title} F1", f1=True),
+    )
+
+
 class Arc(HarnessTask):
     """The model does not pick a letter: each choice's text is scored as the answer."""
 
-    name, title, place = "arc", "ARC", 1
+    name, title, place = "arc", "ARC-Challenge", 1
     address = "allenai/ai2_arc/ARC-Challenge:test"
     # The whole split.
     limit = 1172
     flag = "--arc-data"
     demo = "arc"
+    prompts = "arc"
     needs = ("question", "choices.text", "choices.label", "answerKey")
     chat = False
     answer_score = "acc"
-    metrics = (
-        MetricKind(
-            name,
-            "accuracy",
-            "ARC accuracy",
-            of_field("acc"),
-            binary="acc",
-            column="ARC accuracy",
-            judged=True,
-            plotted=True,
-        ),
-        MetricKind(
-            name,
-            "accuracy_norm",
-            "ARC accuracy, length-normalised",
-            of_field("acc_norm"),
-            binary="acc_norm",
-        ),
-        MetricKind(name, "macro_f1", "ARC macro F1", _macro_f1, column="ARC F1"),
-    )
+    metrics = arc_metrics(name, title)
 
     def usable(self, loaded: Rows) -> list[dict]:
         """All rows. Raises UserError, naming the first question whose right answer is none of its
@@ -103,7 +113,7 @@ class Arc(HarnessTask):
         }
 
     def in_words(self, summary: dict) -> str:
-        return f"ARC accuracy {summary['accuracy']:.3f} F1 {summary['macro_f1']:.3f}"
+        return f"{self.title} accuracy {summary['accuracy']:.3f} F1 {summary['macro_f1']:.3f}"
 
 
 TASK = Arc()

@@ -14,7 +14,7 @@ from common.base.errors import UserError
 from common.results import identity
 from common.tasks.task import Evaluation, Record, Task
 from common.text.chat import template_date
-from common.text.data import Rows, check_columns, demo_rows, load_rows
+from common.text.data import Rows, check_columns, demo_rows, is_under, load_rows
 
 SAMPLE_SEED = 1234
 # Bytes to fetch for one task's sample of a split too large to be fetched whole, unless one row
@@ -39,6 +39,8 @@ class HarnessTask(Task):
 
     address: of its data set. flag: to give another one. demo: the file of the demo's own rows, None
     where it has none. needs: the columns that a row must have, with a dot what is inside one.
+    prompts: the file with its prompts, where that is not named as it is. stand_in: the address that
+    serves where a mirror under --data-root has it and not `address`.
     columns: those that are read, where that is less than all. fetch: rows of a seeded sample that
     are looked through, where not all can be asked about. chat: questions go through the model's
     chat template. answer_score: the records' field that says how good an answer is.
@@ -48,6 +50,8 @@ class HarnessTask(Task):
     flag: str
     limit: int
     demo: str | None = None
+    prompts: str | None = None
+    stand_in: str | None = None
     needs: tuple[str, ...] = ()
     columns: tuple[str, ...] | None = None
     fetch: int | None = None
@@ -58,7 +62,8 @@ class HarnessTask(Task):
         """The task as lm-eval's task files describe one: prompts, worked examples, how an answer
         ends. What the demo model is asked otherwise is under metadata, demo.
         """
-        return yaml.safe_load((Path(__file__).parent / f"{self.name}.yaml").read_text())
+        file = Path(__file__).parent / f"{self.prompts or self.name}.yaml"
+        return {**yaml.safe_load(file.read_text()), "task": self.name}
 
     def usable(self, loaded: Rows) -> list[dict]:
         """Those of the rows that can be asked about. Raises UserError for rows that are wrong."""
@@ -71,7 +76,6 @@ class HarnessTask(Task):
         raise NotImplementedError
 
     def summary(self, samples: list[Record]) -> dict:
-        """Its metrics, from the records alone."""
         raise NotImplementedError
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -86,11 +90,18 @@ class HarnessTask(Task):
         """Of the rows of its data set, for `data.load_rows`: limit, seed, columns, budget."""
         limit = limit or self.limit
         # At least the usual number is drawn, so that a smaller --limit finds them in the cache.
-        wanted = max(self.limit, limit) if self.fetch is None else max(self.fetch, 4 * limit)
+        wanted = max(self.limit, limit) if self.fetch is None else max(self.fetch, 2 * limit)
         return wanted, SAMPLE_SEED, self.columns, TRAFFIC
 
-    def reads(self, limit: int | None) -> tuple:
-        return self.address, *self.sample(limit)
+    def reads(self, limit: int | None, data_root: Path | None) -> tuple:
+        return self.usual_data(data_root), *self.sample(limit)
+
+    def usual_data(self, data_root: Path | None) -> str:
+        """The address of its rows unless another one is given."""
+        for address in filter(None, (self.address, self.stand_in)):
+            if data_root and data_root.is_dir() and is_under(data_root, address):
+                return address
+        return self.address
 
     def rows(self, options: argparse.Namespace, demo: bool) -> Rows:
         """The rows that it is evaluated on: the same for every model.
@@ -102,7 +113,8 @@ class HarnessTask(Task):
         if demo and self.demo and not address:
             loaded = demo_rows(self.demo)
             return Rows(loaded.rows[: options.limit], loaded.source)
-        loaded = load_rows(address or self.address, options.data_root, *self.sample(options.limit))
+        address = address or self.usual_data(options.data_root)
+        loaded = load_rows(address, options.data_root, *self.sample(options.limit))
         check_columns(loaded, self.needs, f"{self.name}, whose data are like {self.address}")
         return Rows(self.usable(loaded)[: options.limit or self.limit], loaded.source)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,16 @@ def median(values: Sequence[float]) -> Metric:
         return np.where(half[..., 0] > 0, middle / 2, np.nan)
 
     return Metric(np.eye(len(support))[places], of_sums, smooth=False)
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95% interval of the median of values [n] by their ranks, which holds for any distribution
+    however far single values are off; None of fewer than 6.
+    """
+    ordered = np.sort(np.asarray(values, float))
+    # As many values lie below the median as heads fall among n tosses of a coin.
+    rank = int(stats.binom.ppf(0.025, len(ordered), 0.5)) if len(ordered) else 0
+    return (float(ordered[rank - 1]), float(ordered[-rank])) if rank else None
 
 
 def _ratio(top: np.ndarray, bottom: np.ndarray, otherwise: float) -> np.ndarray:

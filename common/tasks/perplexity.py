@@ -45,7 +45,7 @@ class Prepared:
 class Perplexity(Task):
     """Perplexity of consecutive windows of a text."""
 
-    name, title, place = "perplexity", "Perplexity", 4
+    name, title, place = "perplexity", "Perplexity", 5
     metrics = (
         MetricKind(
             name,
@@ -81,7 +81,7 @@ class Perplexity(Task):
             f"(default: {WINDOW_LENGTH}; demo {DEMO_WINDOW_LENGTH})",
         )
 
-    def reads(self, limit: int | None) -> tuple:
+    def reads(self, limit: int | None, data_root: Path | None) -> tuple:
         return ADDRESS, *text_sample()
 
     def load(self, evaluation: Evaluation) -> Windows:

@@ -20,7 +20,7 @@ KERNELS = {
 class Speed(Task):
     """Latency, tokens per second and memory to run, batch 1."""
 
-    name, title, place = "speed", "Speed", 5
+    name, title, place = "speed", "Speed", 6
     per_sample = False
 
     def run(self, model, prepared: None, evaluation: Evaluation) -> tuple[dict, list[Record]]:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from common.tasks import metrics
 from common.tasks.harness import HarnessTask, Shown
 from common.tasks.scoring import exact_match, mean_of, normalise_answer, token_f1
 from common.tasks.task import MetricKind, Record, of_field
@@ -19,10 +20,18 @@ def prediction(text: str) -> str:
     return "" if normalise_answer(answer).startswith(unanswerable) else answer
 
 
+def _is_answerable(sample: Record) -> bool:
+    return sample["answerable"]
+
+
+def _no_answer(samples: list[Record]) -> metrics.Metric:
+    return metrics.mean([float(sample["predicted"] == "") for sample in samples])
+
+
 class SquadV2(HarnessTask):
     """Answers in a few words; an unanswerable question's gold answer is empty."""
 
-    name, title, place = "squad_v2", "SQuAD v2", 2
+    name, title, place = "squad_v2", "SQuAD v2", 3
     address = "rajpurkar/squad_v2/squad_v2:validation"
     # With this many a model of a billion weights takes less than three minutes on a GPU.
     limit = 1000
@@ -31,6 +40,11 @@ class SquadV2(HarnessTask):
     needs = ("context", "question", "answers.text")
     answer_score = "f1"
     clustered = "article"
+    note = (
+        "SQuAD v2: many questions have no answer in their passage, and a model that gives up "
+        'answering scores on all of those; `"no answer"` is the share of all questions '
+        "to which it says so, or nothing."
+    )
     metrics = (
         MetricKind(
             name,
@@ -39,7 +53,9 @@ class SquadV2(HarnessTask):
             of_field("f1"),
             cluster="cluster",
             column="SQuAD v2 F1",
+            rewards_silence=True,
             judged=True,
+            f1=True,
         ),
         MetricKind(
             name,
@@ -49,7 +65,41 @@ class SquadV2(HarnessTask):
             binary="exact_match",
             cluster="cluster",
             column="SQuAD v2 EM",
+            rewards_silence=True,
             judged=True,
+        ),
+        MetricKind(
+            name,
+            "answerable_f1",
+            "SQuAD v2 answerable F1",
+            of_field("f1"),
+            cluster="cluster",
+            only=_is_answerable,
+            column="SQuAD v2 answerable F1",
+            judged=True,
+            recovered=True,
+        ),
+        MetricKind(
+            name,
+            "unanswerable_exact_match",
+            "SQuAD v2 unanswerable EM",
+            of_field("exact_match"),
+            binary="exact_match",
+            cluster="cluster",
+            only=lambda sample: not _is_answerable(sample),
+            column="SQuAD v2 unanswerable EM",
+            rewards_silence=True,
+            judged=True,
+        ),
+        MetricKind(
+            name,
+            "no_answer",
+            'SQuAD v2 "no answer"',
+            _no_answer,
+            larger_is_better=False,
+            cluster="cluster",
+            silence=True,
+            column='SQuAD v2 "no answer"',
         ),
     )
 
@@ -92,10 +142,14 @@ class SquadV2(HarnessTask):
             "answerable_exact_match": mean_of(answerable, "exact_match"),
             "unanswerable_samples": len(unanswerable),
             "unanswerable_exact_match": mean_of(unanswerable, "exact_match"),
+            "no_answer": _no_answer(samples).value,
         }
 
     def in_words(self, summary: dict) -> str:
-        return f"SQuAD F1 {summary['f1']:.3f} EM {summary['exact_match']:.3f}"
+        return (
+            f"SQuAD F1 {summary['f1']:.3f} EM {summary['exact_match']:.3f}, no answer "
+            f"{summary['no_answer']:.3f}"
+        )
 
 
 TASK = SquadV2()

@@ -12,6 +12,7 @@ import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,12 +43,18 @@ class MetricKind:
 
     metric: from the task's per-sample records. binary: the records' field that says right or wrong,
     where there is one: flips are counted and judged by McNemar's test. cluster: the field by which
-    samples belong together. needs: a field that both models' records must hold a value of, or the
-    question is left out for both. margin: a loss below this is no matter. share: the metric lies
-    between 0 and 1. logarithmic: the metric is a mean of logarithms over a long text, shown as its
-    exponential, the difference as a ratio, and judged by Student's t; all others by swaps.
+    samples belong together. only: which records it is about; a question is left out for both
+    models unless both their records are. margin: a loss below this is no matter. share: the metric
+    lies between 0 and 1. logarithmic: the metric is a mean of logarithms over a long text, shown as
+    its exponential, the difference as a ratio, and judged by Student's t; all others by swaps.
 
-    column: its heading in the table of accuracy, None where it has no column there. judged: it has
+    silence: it is the share of samples that the model gives no answer to. rewards_silence: to give
+    none scores, so that this is not called a gain where that share rises. recovered: it stands for
+    its task in the mean recovery, unless the baseline is at `chance`. f1: it is one of the F1s
+    whose mean is shown. interval: the names of its interval's ends in the summary, where that has
+    one.
+
+    column: its heading in the table of scores, None where it has no column there. judged: it has
     one in the table of verdicts. plotted: against size.
     """
 
@@ -59,9 +66,15 @@ class MetricKind:
     margin: float = 0.02
     binary: str | None = None
     cluster: str | None = None
-    needs: str | None = None
+    only: Callable[[Record], bool] | None = None
     share: bool = True
     logarithmic: bool = False
+    silence: bool = False
+    rewards_silence: bool = False
+    recovered: bool = False
+    chance: float = 0.0
+    f1: bool = False
+    interval: tuple[str, str] | None = None
     column: str | None = None
     judged: bool = False
     plotted: bool = False
@@ -82,7 +95,7 @@ class Task:
 
     name: in --tasks and the results. title: in texts. place: among the tasks, in the order of which
     they are run and shown. limit: samples that are evaluated unless told. note: what the table of
-    accuracy says of its columns. clustered: what samples share that are not independent, in words.
+    scores says of its columns. clustered: what samples share that are not independent, in words.
     per_sample: it has a record for each sample; one that has none is measured before the others,
     while the model is alone on its device, and stands beside `tasks` in the results.
     """
@@ -99,9 +112,9 @@ class Task:
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Flags of its own, such as another data set."""
 
-    def reads(self, limit: int | None) -> tuple | None:
-        """The rows that it reads at a --limit: an address and the other arguments of
-        `data.locate_rows` up to budget. None where it reads none.
+    def reads(self, limit: int | None, data_root: Path | None) -> tuple | None:
+        """The rows that it reads at a --limit and a --data-root: an address and the other arguments
+        of `data.locate_rows` up to budget. None where it reads none.
         """
         return None
 
@@ -126,6 +139,10 @@ class Task:
     def run(self, model, prepared: Any, evaluation: Evaluation) -> tuple[dict, list[Record]]:
         """Evaluate a model. Returns the summary for the results, and a record of each sample."""
         raise NotImplementedError
+
+    def summary(self, samples: list[Record]) -> dict:
+        """Its metrics for the results, from the records alone; empty where they tell nothing."""
+        return {}
 
     def noise(
         self, model, prepared: Any, evaluation: Evaluation, samples: list[Record]

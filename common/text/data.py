@@ -115,6 +115,13 @@ def locate_rows(
     return locate(name, Sample(limit, seed, columns, budget), timeout)
 
 
+def is_under(data_root: Path, address: str) -> bool:
+    """Whether the folder `data_root`, a mirror of the hub, has the split of an address, or a sample
+    of it.
+    """
+    return _find_under(data_root, DataName.parse(address)) is not None
+
+
 def _find_under(data_root: Path, name: DataName) -> Path | None:
     """The parquet file of a split under `data_root`; a file <split>_sample.parquet serves where the
     split is not whole.
