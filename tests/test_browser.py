@@ -12,13 +12,8 @@ pytestmark = pytest.mark.skipif(
 )
 # Two share a size and nearly a divergence; names of methods, of nothing known and of no good.
 NAMES = ["gptq-4bit", "awq-4bit", "hqq-4bit", "smoothquant-8bit", *NASTY]
-# Of the first table with this title, the texts of a column as they are shown.
-COLUMN = """(title, column) => {
-  const place = [...document.querySelectorAll('.table')].find(
-    (one) => one.querySelector('h3').textContent === title);
-  return [...place.querySelectorAll('tbody tr')].filter((row) => !row.hidden).map(
-    (row) => row.cells[column].textContent);
-}"""
+TABLE = """(title) => [...document.querySelectorAll('.table')].find(
+  (one) => one.querySelector('h3').textContent === title)"""
 PLOT = """(title) => [...document.querySelectorAll('figure')].find(
   (one) => one.querySelector('h3').textContent === title).querySelector('.plot')"""
 KL = "Divergence from the baseline against size"
@@ -50,7 +45,11 @@ def opened(chromium, file):
 
 
 def column(opened, title, place=0):
-    return opened.run(f"({COLUMN})({title!r}, {place})")
+    """The texts of a table's column, of the rows that are shown."""
+    return opened.run(
+        f"[...({TABLE})({title!r}).querySelectorAll('tbody tr')]"
+        f".filter((row) => !row.hidden).map((row) => row.cells[{place}].textContent)"
+    )
 
 
 def draw(opened, title):
@@ -80,15 +79,14 @@ def choose(opened, index, value):
 
 def test_tables_sort(opened):
     """Up, down and back; numbers as numbers; what is not there last."""
-    before = column(opened, "Size", 3)
-    click = (
-        "[...document.querySelectorAll('.table')].find((t) => t.querySelector('h3').textContent "
-        "=== 'Size').querySelectorAll('th button')[3].click()"
-    )
-    for expected in (sorted(before, key=float), sorted(before, key=float, reverse=True), before):
+    title = "Perplexity and divergence from the baseline"
+    before = column(opened, title, 3)
+    numbers = sorted((text for text in before if text != "–"), key=float)
+    click = f"({TABLE})({title!r}).querySelectorAll('th button')[3].click()"
+    for expected in ([*numbers, "–"], [*reversed(numbers), "–"], before):
         opened.run(click)
-        assert column(opened, "Size", 3) == expected
-    assert before != sorted(before, key=float)
+        assert column(opened, title, 3) == expected
+    assert before[0] == "–" and before[1:] != numbers
 
 
 def test_numbers_in_cells(opened):
@@ -110,13 +108,12 @@ def test_numbers_in_cells(opened):
 
 
 def test_a_filter_filters(opened):
-    everything = column(opened, "Size")
+    everything = column(opened, "Size and bits")
     opened.run(
-        "{ const i = [...document.querySelectorAll('.table')].find((t) => "
-        "t.querySelector('h3').textContent === 'Size').querySelector('input'); "
+        f"{{ const i = ({TABLE})('Size and bits').querySelector('input'); "
         "i.value = '4BIT  gptq'; i.dispatchEvent(new Event('input')); }"
     )
-    assert column(opened, "Size") == ["gptq-4bit"] and len(everything) == len(NAMES) + 1
+    assert column(opened, "Size and bits") == ["gptq-4bit"] and len(everything) == len(NAMES) + 1
     assert "1 of 8 rows" in opened.run("document.body.innerText")
 
 
@@ -124,7 +121,7 @@ def test_a_configuration_left_out_is_left_out_everywhere(opened):
     plot = draw(opened, KL)
     assert {name for name, *_ in drawn_names(opened, plot)} == set(NAMES)
     opened.run("document.querySelector('input[value=\"awq-4bit\"]').click()")
-    assert "awq-4bit" not in column(opened, "Size") + column(opened, "Accuracy")
+    assert "awq-4bit" not in column(opened, "Size and bits") + column(opened, "Scores")
     opened.wait(f"!{plot}.textContent.includes('awq-4bit')")
     assert {name for name, *_ in drawn_names(opened, plot)} == set(NAMES) - {"awq-4bit"}
     assert "awq-4bit" not in opened.run(
@@ -135,7 +132,7 @@ def test_a_configuration_left_out_is_left_out_everywhere(opened):
             "[...document.querySelectorAll('.choice button')].find("
             f"(one) => one.textContent === {button!r}).click()"
         )
-        assert set(column(opened, "Size")) == set(expected)
+        assert set(column(opened, "Size and bits")) == set(expected)
 
 
 def test_points_are_true_and_names_apart(opened):
@@ -226,7 +223,7 @@ def test_colours(opened, file):
     assert opened.run(paper) == dark[0]
 
 
-@pytest.mark.parametrize("width", [320, 390])
+@pytest.mark.parametrize("width", [pytest.param(320, marks=pytest.mark.slow), 390])
 def test_nothing_runs_out_of_a_narrow_page(chromium, file, width):
     chromium.complaints.clear()
     chromium.open(file, width)
@@ -244,6 +241,7 @@ def test_nothing_runs_out_of_a_narrow_page(chromium, file, width):
     assert not chromium.complaints
 
 
+@pytest.mark.slow
 def test_forty_configurations(chromium, tmp_path):
     chromium.complaints.clear()
     file = tmp_path / "report.html"

@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 
 from common.reporting.drawing import style
 from common.reporting.page_plots import plots
-from common.reporting.report import first_tables, introduction, more_tables
+from common.reporting.report import conditions, first_tables, introduction, more_tables
 from common.reporting.tables import Comparisons, Table
 from common.results.documents import ModelResults
 
@@ -49,39 +49,32 @@ def inline(text: str) -> str:
     return _markdown().renderInline(text)
 
 
-def _words(are: bool) -> str:
-    """The class of a cell with words in a table of numbers."""
-    return ' class="words"' if are else ""
-
-
 def table_html(table: Table, configurations: list[str]) -> str:
     """A table in a box of its own, which scrolls where it is too wide; rows of which the first cell
     is a configuration say so, for the page's choice of configurations.
     """
-    words = len(table.header) - table.words
+    # Of which columns the cells are aligned right.
+    right = range(1, len(table.header) - table.words) if table.numbers else ()
+    kinds = [' class="number"' if i in right else "" for i in range(len(table.header))]
     head = "".join(
-        f'<th scope="col"{_words(place >= words)}>{inline(cell)}</th>'
-        for place, cell in enumerate(table.header)
+        f'<th scope="col"{kind}>{inline(cell)}</th>'
+        for kind, cell in zip(kinds, table.header, strict=True)
     )
     lines = []
     for row in table.rows:
         cells, mine = [inline(cell) for cell in row], ""
-        if row and row[0] in configurations:
+        if row[0] in configurations:
             # A name, in which marks are none.
             cells[0], mine = escape(row[0]), f' data-configuration="{escape(row[0])}"'
-        marked = "".join(
-            f"<td{' class=words' if place >= words else ''}>{cell}</td>"
-            for place, cell in enumerate(cells)
-        )
-        lines.append(f"<tr{mine}>{marked}</tr>")
-    note = f'<p class="note">{inline(table.note)}</p>\n' if table.note else ""
-    numbers = ' class="numbers"' if table.numbers else ""
+        line = "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, cells, strict=True))
+        lines.append(f"<tr{mine}>{line}</tr>")
+    note = f"\n{_note(table.note)}" if table.note else ""
     return (
-        f'<div class="table"><h3>{escape(table.title)}</h3>\n{note}'
+        f'<div class="table"><h3>{escape(table.title)}</h3>\n'
         f'<div class="box" tabindex="0" role="region" aria-label="{escape(table.title)}">'
-        f"<table{numbers}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
+        f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
         + "\n".join(lines)
-        + "\n</tbody></table></div></div>"
+        + f"\n</tbody></table></div>{note}</div>"
     )
 
 
@@ -100,33 +93,35 @@ def _section(part: ModelPart, place: int) -> str:
         "plots": plots(results, part.comparisons),
         "samples": part.samples,
     }
+    first, more = (
+        [table_html(one, results.configurations()) for one in find(results, part.comparisons)]
+        for find in (first_tables, more_tables)
+    )
+    links = [
+        f'<a href="#{name.lower()}-{place}">{name}</a>'
+        for name in ("Tables", "Plots", "Everything", "Samples")
+    ]
     return "\n".join(
         [
             f'<section class="model" id="model-{place}">',
             f"<h2>{escape(results.title)}</h2>",
-            *[f'<p class="note">{inline(text)}</p>' for text in introduction(results)],
-            '<p class="jump">',
-            *[
-                f'<a href="#{name.lower()}-{place}">{name}</a>'
-                for name in ("Tables", "Plots", "Samples")
-            ],
-            "</p>",
+            *[_note(text) for text in introduction(results)],
+            f'<p class="jump">{" ".join(links)}</p>',
             '<div class="choice"></div>',
-            f'<div class="tables" id="tables-{place}">',
-            *[
-                table_html(one, results.configurations())
-                for one in (
-                    *first_tables(results, part.comparisons),
-                    *more_tables(results, part.comparisons),
-                )
-            ],
-            "</div>",
-            f'<div class="plots" id="plots-{place}"></div>',
-            f'<div class="samples" id="samples-{place}"></div>',
+            f'<div id="tables-{place}">',
+            *first,
+            f'</div>\n<div class="plots" id="plots-{place}"></div>\n<div id="everything-{place}">',
+            *([_note(conditions(results))] if results.documents else []),
+            *more,
+            f'</div>\n<div class="samples" id="samples-{place}"></div>',
             f'<script type="application/json">{_data(data)}</script>',
             "</section>",
         ]
     )
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{inline(text)}</p>'
 
 
 def _colour(name: str) -> str:
