@@ -16,6 +16,7 @@ from common.reporting.comparison import (
 from common.reporting.significance import GAIN, LOSS, NO_LOSS, Estimate, mean_of_tasks
 from common.reporting.tables import NONE, Comparisons, Table, bits_of, number, significant
 from common.results.documents import ModelResults
+from common.results.identity import measured_apart
 from common.results.naming import BASELINE
 from common.tasks import perplexity, speed
 from common.tasks.task import all_tasks
@@ -44,7 +45,8 @@ class Row:
     coded_bits: of a weight with a code; bits: of a weight of the 16-bit model, all counted. size:
     bytes of weights. memory: bytes to run. kl: mean, nats per token. ratio: of perplexity. seconds:
     of quantization. calibrated: whether it read text. verdict: in words. lost: whether it lost
-    something, None where that cannot be told.
+    something, None where that cannot be told. apart: it was measured otherwise than the first row,
+    so that figures of both are not to be held against each other.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Row:
     calibrated: bool | None = None
     verdict: str = NONE
     lost: bool | None = None
+    apart: bool = False
 
 
 def rows_of(results: ModelResults, comparisons: Comparisons) -> list[Row]:
@@ -91,6 +94,7 @@ def rows_of(results: ModelResults, comparisons: Comparisons) -> list[Row]:
                 facts["calibration"] is not None if "calibration" in facts else None,
                 verdict,
                 lost,
+                measured_apart(document, results.evaluated()[0][1]) is not None,
             )
         )
     return rows
