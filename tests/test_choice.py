@@ -79,6 +79,14 @@ def test_nothing_fulfils():
     assert choice_table([]) is None
 
 
+def test_what_was_measured_otherwise_is_not_chosen():
+    """On another device it may be as fast as it likes."""
+    other = Row("other", 100, kl=0.001, tokens_per_second=999.0, lost=False, calibrated=False)
+    assert "other" in taken([*ROWS, other]).values()
+    assert taken([*ROWS, replace(other, apart=True)]) == taken(ROWS)
+    assert choices([BASELINE, replace(other, apart=True)]) == []
+
+
 def test_the_baseline_is_taken_where_it_is_fastest():
     rows = [replace(BASELINE, tokens_per_second=500.0), *ROWS[1:]]
     assert taken(rows)["Fastest"] == "baseline"

@@ -86,7 +86,10 @@ def test_other_conditions_are_named(results):
     other = document("hqq-8bit", 0.7, device={"type": "cuda", "name": "a GPU", "threads": 2})
     (results / "results/tiny/hqq-8bit.json").write_text(json.dumps(other))
     assert analyze(results).returncode == 0
-    assert "not to be compared with it: hqq-8bit" in (results / "README.md").read_text()
+    text = (results / "README.md").read_text()
+    assert "not to be compared with it: hqq-8bit" in text
+    assert "hqq-8bit" in tables(text)["At a glance"]
+    assert "hqq-8bit" not in {row["Take"] for row in tables(text)["Which one?"].values()}
 
 
 def test_what_was_evaluated_on_fewer_samples_is_left_out(results):

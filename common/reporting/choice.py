@@ -24,7 +24,10 @@ class Choice:
 
 
 def choices(rows: list[Row]) -> list[Choice]:
-    """The answers that a model's rows give; none without a row that is quantized."""
+    """The answers that a model's rows give, without those that were measured otherwise; none
+    without a row that is quantized.
+    """
+    rows = [row for row in rows if not row.apart]
     quantized = [row for row in rows if row.name != BASELINE]
     if not quantized:
         return []

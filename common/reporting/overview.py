@@ -16,6 +16,7 @@ from common.reporting.comparison import (
 from common.reporting.significance import GAIN, LOSS, NO_LOSS, Estimate, mean_of_tasks
 from common.reporting.tables import NONE, Comparisons, Table, bits_of, number, significant
 from common.results.documents import ModelResults
+from common.results.identity import measured_apart
 from common.results.naming import BASELINE
 from common.tasks import perplexity, speed
 from common.tasks.task import all_tasks
@@ -44,7 +45,8 @@ class Row:
     coded_bits: of a weight with a code; bits: of a weight of the 16-bit model, all counted. size:
     bytes of weights. memory: bytes to run. kl: mean, nats per token. ratio: of perplexity. seconds:
     of quantization. calibrated: whether it read text. verdict: in words. lost: whether it lost
-    something, None where that cannot be told.
+    something, None where that cannot be told. apart: it was measured otherwise than the first row,
+    so that figures of both are not to be held against each other.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Row:
     calibrated: bool | None = None
     verdict: str = NONE
     lost: bool | None = None
+    apart: bool = False
 
 
 def rows_of(results: ModelResults, comparisons: Comparisons) -> list[Row]:
@@ -91,6 +94,7 @@ def rows_of(results: ModelResults, comparisons: Comparisons) -> list[Row]:
                 facts["calibration"] is not None if "calibration" in facts else None,
                 verdict,
                 lost,
+                measured_apart(document, results.evaluated()[0][1]) is not None,
             )
         )
     return rows
@@ -117,8 +121,9 @@ def verdict_of(
     """All differences to the baseline in a few words, and whether something was lost, None where
     that cannot be told.
 
-    A loss is that of a task by the table of verdicts, of perplexity by more than its margin, or a
-    divergence above `KL_MARGIN`; a model that answers less where silence scores has lost, too.
+    A loss is that of a task by the table of verdicts, of perplexity by more than its margin, or,
+    where that is none, a divergence above `KL_MARGIN`; a model that answers less where silence
+    scores has lost, too.
 
     Args:
         adjusted: by task and metric, p-values of a loss and a gain (`adjusted_p_values`).
@@ -128,7 +133,7 @@ def verdict_of(
         return NONE, None
     titles = {task.name: task.title for task in all_tasks()}
     lost = [one.kind.name.lower() for one in compared if beyond_margin(one)]
-    if kl is not None and kl > KL_MARGIN:
+    if not lost and kl is not None and kl > KL_MARGIN:
         lost.append("KL")
     words = {
         one.kind: one.word(*adjusted[one.kind.task, one.kind.key])
@@ -166,13 +171,13 @@ def overview_table(rows: list[Row]) -> Table:
     ]
     header = [
         "Configuration",
-        "Bits per weight (all)",
+        "Bits per weight",
         "MB",
-        "Recovery, % [95%]",
+        "Recovery, %",
         "KL",
-        "Perplexity ratio",
+        "PPL ratio",
         "Tokens/s",
-        "Quantization, s",
+        "Quantized in, s",
         "Verdict",
     ]
     return Table("At a glance", header, cells, note=_note(rows), words=1)
@@ -199,7 +204,8 @@ def _note(rows: list[Row]) -> str:
     """How the first table is to be read."""
     sentences = [
         "Bits of a weight that has a code, with its scale and zero-point; in brackets of all the "
-        "model's weights, embedding and head included. MB: of weights."
+        "model's weights, embedding and head included. MB: of weights. PPL "
+        "ratio: perplexity over the baseline's."
     ]
     by_tasks: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
@@ -219,10 +225,11 @@ def _note(rows: list[Row]) -> str:
             else ""
         )
         sentences.append(
-            f"Recovery: the score as a share of the baseline's, the mean over {over}{left_out}."
+            "Recovery, with its 95% interval: the score as a share of the baseline's, the mean "
+            f"over {over}{left_out}."
         )
     sentences.append(
         "KL: nats per token from the baseline. A loss is named where a task's is significant, "
-        f"perplexity is more than 1% up or KL above {KL_MARGIN}."
+        f"perplexity is more than 1% up or, where it is not, KL is above {KL_MARGIN}."
     )
     return " ".join(sentences)
