@@ -92,8 +92,7 @@ def test_a_batch_run_again(real_batch):
     assert checkpoint.stat().st_mtime_ns == made[1]  # nothing is destroyed
     assert run_script(ROOT / "analyze_results.py", cwd=folder).returncode == 0
     assert (
-        f"| hqq-4bit | ⚠️ Check | {status['hqq-4bit']['reason']} |"
-        in (folder / "README.md").read_text()
+        f"| ⚠️ Check | 4-bit: {status['hqq-4bit']['reason']} |" in (folder / "README.md").read_text()
     )
     code, status = real_batch("--limit", "2", "--group-size", "32", "--overwrite")
     assert (
