@@ -5,6 +5,7 @@ import json
 import pytest
 from batch_stand_ins import STAND_INS
 from conftest import ROOT, run_script
+from recomputed import tables
 
 from common.results.documents import load_all
 
@@ -91,10 +92,9 @@ def test_a_batch_run_again(real_batch):
     )
     assert checkpoint.stat().st_mtime_ns == made[1]  # nothing is destroyed
     assert run_script(ROOT / "analyze_results.py", cwd=folder).returncode == 0
-    assert (
-        f"| hqq-4bit | ⚠️ Check | {status['hqq-4bit']['reason']} |"
-        in (folder / "README.md").read_text()
-    )
+    row = tables((folder / "README.md").read_text())["Status"]["HQQ"]
+    assert row["4-bit"] == row["Status"] == "⚠️ Check"
+    assert row["Notes"] == f"4-bit: {status['hqq-4bit']['reason']}"
     code, status = real_batch("--limit", "2", "--group-size", "32", "--overwrite")
     assert (
         code == 0
