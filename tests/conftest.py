@@ -38,9 +38,14 @@ WORDS = (
 ).split()
 
 
+# The files that take longest.
+LONG = ("demo", "checkpoint", "kernels", "rounding_kernels", "tables", "bad_input", "hub_data")
+
+
 def pytest_collection_modifyitems(items):
-    """The file that takes longest comes first, so that no worker is left with it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_demo.py")
+    """They come first, so that no worker is left with one of them at the end."""
+    order = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(scope="session", autouse=True)
