@@ -3,6 +3,7 @@ already.
 """
 
 import json
+import re
 
 import pytest
 from conftest import ROOT, assert_user_error, run_script
@@ -151,6 +152,23 @@ def test_a_stale_task_costs_a_configuration_its_own_cells_alone(tmp_path, sign, 
         assert {heading for heading, cell in verdicts.items() if cell != "–"} == {
             HEADINGS[task] for task in kept
         }
+
+
+def test_one_window_has_no_interval(tmp_path):
+    """Nor has one question: tables show dashes, plots and page their points alone."""
+    (tmp_path / "results/tiny").mkdir(parents=True)
+    (tmp_path / "README.md").write_text(README)
+    for name, right, loss in (("baseline", 1, 2.0), ("gptq-4bit", 0, 2.5)):
+        (tmp_path / f"results/tiny/{name}.json").write_text(json.dumps(document(name, 0.5)))
+        write_samples(tmp_path / "results", "tiny", name, records([right], [loss]))
+    result = analyze(tmp_path)
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "README.md").read_text()
+    assert not re.search(r"\bnan\b", text)
+    found = tables(text)
+    ratio = found["Perplexity and divergence from the baseline"]["gptq-4bit"]["Ratio [95%]"]
+    assert ratio == "1.649 x [–, –]"
+    assert found["At a glance"]["gptq-4bit"]["Verdict"] == "cannot tell"
 
 
 def test_csv_is_the_same_on_every_machine(tmp_path):

@@ -67,8 +67,10 @@ class Comparison:
         """Difference with its interval, as ratios for a logarithmic metric."""
         values = self.difference.value, self.difference.low, self.difference.high
         if self.kind.logarithmic:
-            point, low, high = map(math.exp, values)
-            return f"{point:.3f} x [{low:.3f}, {high:.3f}]"
+            point, low, high = (
+                f"{math.exp(value):.3f}" if math.isfinite(value) else "–" for value in values
+            )
+            return f"{point} x [{low}, {high}]"
         shown = [signed(value) for value in values]
         return f"{shown[0]} [{shown[1]}, {shown[2]}]"
 

@@ -71,7 +71,8 @@ def _interval(
     kind: MetricKind, value: float, compared: list[Comparison] | None
 ) -> tuple[float | None, float | None]:
     one = by_metric(compared or []).get((kind.task, kind.key))
-    if one is None:
+    # One sample has a value and no interval.
+    if one is None or not math.isfinite(one.difference.standard_error):
         return None, None
     low, high = (end - one.difference.value for end in (one.difference.low, one.difference.high))
     if kind.logarithmic:

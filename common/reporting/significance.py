@@ -208,7 +208,10 @@ class Estimate:
 
     def shown(self, digits: int, sign: str = "") -> str:
         """Value and interval; sign "+" shows that of a gain."""
-        point, low, high = (f"{x:{sign}.{digits}f}" for x in (self.value, self.low, self.high))
+        point, low, high = (
+            f"{x:{sign}.{digits}f}" if np.isfinite(x) else "–"
+            for x in (self.value, self.low, self.high)
+        )
         return f"{point} [{low}, {high}]"
 
 
