@@ -23,16 +23,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import lm_eval.evaluator  # noqa: F401  (forked children have it)
 from scripts import processes
-from transformers import LlamaForCausalLM, pipelines  # noqa: F401  (forked children have it)
 
 from common.base.files import write_json
 from common.model.demo import DEMO_NAME
 from common.model.source import MODELS_FOLDER, resolve_folder
 from common.results.documents import CONFIGURATIONS, DOCUMENTED_FOLDER, STATUS_FILE
-from common.running import packed  # noqa: F401  (forked children have it)
-from common.tasks import language_model  # noqa: F401  (forked children have it)
+from common.run_all import imported  # noqa: F401  (forked children have it)
 
 CALIBRATION = [
     "--calib-data",

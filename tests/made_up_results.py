@@ -12,6 +12,20 @@ from common.text.data import demo_rows
 README = "# Title\n\nbefore\n<!-- results:begin -->\n<!-- results:end -->\nafter\n"
 
 
+def arc_records(right):
+    """Of questions with two choices, by whether they are answered right."""
+    return [
+        {
+            "id": f"q{i}",
+            "acc": float(one),
+            "acc_norm": float(one),
+            "gold": "AB"[i % 2],
+            "predicted": "AB"[(i + (not one)) % 2],
+        }
+        for i, one in enumerate(right)
+    ]
+
+
 def document(configuration, accuracy, **changes):
     facts = {
         "weights_bytes": 2_000_000 if configuration == "baseline" else 500_000,

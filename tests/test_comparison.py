@@ -7,7 +7,7 @@ import re
 
 import pytest
 from conftest import ROOT, assert_user_error, run_script
-from made_up_results import README, analyze, document
+from made_up_results import README, analyze, arc_records, document
 from recomputed import tables
 
 from common.reporting.comparison import Comparison
@@ -22,18 +22,8 @@ CONDITIONS = ("data", "samples", "windows", "length", "fingerprint", "original")
 
 
 def records(right, losses):
-    arc = [
-        {
-            "id": f"q{i}",
-            "acc": float(r),
-            "acc_norm": float(r),
-            "gold": "AB"[i % 2],
-            "predicted": "AB"[(i + (not r)) % 2],
-        }
-        for i, r in enumerate(right)
-    ]
     return {
-        "arc": arc,
+        "arc": arc_records(right),
         "perplexity": [{"id": f"w{i}", "loss": loss} for i, loss in enumerate(losses)],
     }
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from made_up_results import arc_records
 
 from common.reporting.comparison import adjusted_p_values, compare_samples
 from common.reporting.significance import GAIN, LOSS, NO_LOSS, Difference, verdict
@@ -121,18 +122,8 @@ def samples(rng, count, accuracy, like=None, flip=0.0):
         again = rng.random(count) < flip
         right = np.where(again, rng.random(count) < accuracy, right)
         loss = np.array([sample["loss"] for sample in like["perplexity"]]) + rng.normal(0, 0.01, 40)
-    arc = [
-        {
-            "id": str(i),
-            "acc": float(r),
-            "acc_norm": float(r),
-            "gold": "AB"[i % 2],
-            "predicted": "AB"[(i + (not r)) % 2],
-        }
-        for i, r in enumerate(right)
-    ]
     return {
-        "arc": arc,
+        "arc": arc_records(right),
         "perplexity": [{"id": str(i), "loss": float(one)} for i, one in enumerate(loss)],
     }
 

@@ -68,8 +68,8 @@ class Row:
 def rows_of(results: ModelResults, comparisons: Comparisons) -> list[Row]:
     """A row of each configuration that was evaluated, in the order of the tables."""
     adjusted = adjusted_p_values(comparisons)
-    rows = []
-    for name, document in results.evaluated():
+    evaluated, rows = results.evaluated(), []
+    for name, document in evaluated:
         facts, timed = document["quantization"], speed.TASK.of(document)
         compared = comparisons.get(name, [])
         divergence = perplexity.divergence_of(document) or {}
@@ -94,7 +94,7 @@ def rows_of(results: ModelResults, comparisons: Comparisons) -> list[Row]:
                 facts["calibration"] is not None if "calibration" in facts else None,
                 verdict,
                 lost,
-                measured_apart(document, results.evaluated()[0][1]) is not None,
+                measured_apart(document, evaluated[0][1]) is not None,
             )
         )
     return rows

@@ -19,8 +19,7 @@ import plotly
 from markdown_it import MarkdownIt
 from plotly.offline import get_plotlyjs
 
-from common.reporting.drawing import style
-from common.reporting.page_plots import plots
+from common.reporting.page_plots import colour_of, plots
 from common.reporting.report import conditions, first_tables, introduction, more_tables
 from common.reporting.tables import Comparisons, Table
 from common.results.documents import ModelResults
@@ -89,7 +88,7 @@ def _section(part: ModelPart, place: int) -> str:
     results = part.results
     names = [name for name, _ in results.evaluated()]
     data = {
-        "configurations": [{"name": name, "colour": _colour(name)} for name in names],
+        "configurations": [{"name": name, "colour": colour_of(name)} for name in names],
         "plots": plots(results, part.comparisons),
         "samples": part.samples,
     }
@@ -122,11 +121,6 @@ def _section(part: ModelPart, place: int) -> str:
 
 def _note(text: str) -> str:
     return f'<p class="note">{inline(text)}</p>'
-
-
-def _colour(name: str) -> str:
-    colour, _ = style(name)
-    return "var(--ink)" if colour == "#000000" else colour
 
 
 @cache

@@ -56,11 +56,15 @@ def plain(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+def colour_of(name: str) -> str:
+    """A configuration's colour, for a style sheet: black is not to be seen on a dark page."""
+    colour, _ = style(name)
+    return "var(--ink)" if colour == "#000000" else colour
+
+
 def _marker(name: str) -> dict:
     """Colour and symbol of a configuration, hollow for 8 bits."""
-    colour, marker = style(name)
-    # Black is not to be seen on a dark page.
-    colour = "var(--ink)" if colour == "#000000" else colour
+    colour, (_, marker) = colour_of(name), style(name)
     hollow = name.endswith("8bit")
     return {
         "color": colour,

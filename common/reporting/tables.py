@@ -119,9 +119,14 @@ def size_table(results: ModelResults) -> Table:
     )
 
 
+def evaluated_tasks(results: ModelResults) -> set[str]:
+    """The tasks that some configuration was evaluated on."""
+    return {task for _, document in results.evaluated() for task in document["tasks"]}
+
+
 def score_table(results: ModelResults, comparisons: Comparisons) -> Table:
     """Every score of the tasks that some configuration was evaluated on."""
-    evaluated = {task for _, document in results.evaluated() for task in document["tasks"]}
+    evaluated = evaluated_tasks(results)
     columns = [kind for kind in all_metrics() if kind.column and kind.task in evaluated]
     rows = []
     for name, document in results.evaluated():

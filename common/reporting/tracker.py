@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from common.reporting.overview import Row
 from common.reporting.significance import mean_of_tasks
-from common.reporting.tables import NONE, Comparisons, Table, compression_of, number
+from common.reporting.tables import (
+    NONE,
+    Comparisons,
+    Table,
+    compression_of,
+    evaluated_tasks,
+    number,
+)
 from common.results.documents import CONFIGURATIONS, ModelResults
 from common.results.naming import BASELINE
 from common.tasks.task import all_metrics, all_tasks
@@ -86,11 +93,8 @@ def size_table(results: ModelResults, rows: list[Row]) -> Table:
 
 def accuracy_table(results: ModelResults, comparisons: Comparisons, rows: list[Row]) -> Table:
     """F1 alone, the mean over the tasks that have one."""
-    kinds = [
-        kind
-        for kind in all_metrics()
-        if kind.f1 and any(kind.task in one["tasks"] for _, one in results.evaluated())
-    ]
+    evaluated = evaluated_tasks(results)
+    kinds = [kind for kind in all_metrics() if kind.f1 and kind.task in evaluated]
     cells = []
     for row in rows:
         tasks = results.documents[row.name]["tasks"]

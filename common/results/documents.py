@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import json
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from common.base.errors import UserError
@@ -147,13 +148,21 @@ def _samples_file(results_dir: Path, model: str, configuration: str) -> Path:
 
 
 def load_samples(results_dir: Path, model: str, configuration: str) -> list[dict]:
-    """The record of every evaluated sample of a configuration; each names its task."""
+    """The record of every evaluated sample of a configuration; each names its task. They are kept
+    while the file is the same, as a report reads them several times: nobody may change them.
+    """
     path = _samples_file(results_dir, model, configuration)
     try:
-        with gzip.open(path, "rt") as lines:
-            return [json.loads(line) for line in lines]
+        written = path.stat()
+        return _read_samples(path.resolve(), written.st_mtime_ns, written.st_size)
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{path} is missing or damaged ({error}); evaluate again") from None
+
+
+@lru_cache(maxsize=32)
+def _read_samples(path: Path, *_written: int) -> list[dict]:
+    with gzip.open(path, "rt") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def has_samples(results_dir: Path, model: str, configuration: str) -> bool:
