@@ -41,13 +41,13 @@ PROMPT, NEW, CACHE, REPEATS = 64, 128, 2048, 5
 class Form:
     grid: Grid | None
     activation_bits: int | None = None
-    ends: bool = False
+    vocabulary: bool = False
 
 
 FORMS = {
     "bf16": Form(None),
     "W4A16 g128": Form(Grid(4, 128)),
-    "W4A16 g128, int8 ends": Form(Grid(4, 128), ends=True),
+    "W4A16 g128, int8 ends": Form(Grid(4, 128), vocabulary=True),
     "W4A16 g128 symmetric": Form(Grid(4, 128, True)),
     "W8A16": Form(Grid(8, None, True)),
     "W8A8": Form(Grid(8, None, True), 8),
