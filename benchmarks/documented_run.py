@@ -12,24 +12,21 @@ Results go to docs/results/, which analyze_results.py makes the tables of.
 """
 
 import argparse
-import multiprocessing
-import os
-import runpy
 import sys
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from scripts import processes
-
-from common.base.files import write_json
+from common.base.files import json_or_none, write_json
 from common.model.source import MODELS_FOLDER, resolve_folder
 from common.results.documents import CONFIGURATIONS, DOCUMENTED_FOLDER, STATUS_FILE
 from common.results.naming import filed_as, source_of
-from common.run_all import imported  # noqa: F401  (forked children have it)
+from common.results.peers import PEERS
+from common.run_all.peers import INTERPRETER, SCRIPT, check_environment
+from common.run_all.processes import running
 
 CALIBRATION = [
     "--calib-data",
@@ -52,32 +49,21 @@ EVALUATION = [
 ]
 
 
-def script(words: list[str], log: Path) -> None:
-    """Run a script of the project with its output in `log`; ends the process."""
+def run(words: list[str], log: Path, interpreter: Path | None = None) -> dict[str, str]:
+    """Run a script of the project with its output in `log`. Returns its state; a failed one's with
+    its error or last line.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = words
-    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-
-
-def start(words: list[str], log: Path) -> multiprocessing.Process:
-    process = processes().Process(target=script, args=(words, log))
-    process.start()
-    return process
-
-
-def finish(process: multiprocessing.Process, log: Path) -> dict[str, str]:
-    """Wait for a step. Returns its state; a failed one's with the last line of its log."""
-    process.join()
-    if not process.exitcode:
-        return {"state": "done"}
-    lines = log.read_text().strip().splitlines()
-    return {
-        "state": "failed",
-        "reason": lines[-1][:200] if lines else f"exit code {process.exitcode}",
-    }
+    last, error = "", ""
+    with log.open("a") as file, running(words, {}, interpreter) as (output, process):
+        for line in output:
+            file.write(line)
+            last = line.strip() or last
+            if line.startswith("error: "):
+                error = line.strip().removeprefix("error: ")
+        code = process.wait()
+    reason = (error or last or f"exit code {code}")[:200]
+    return {"state": "failed", "reason": reason} if code else {"state": "done"}
 
 
 def document(model: str, options: argparse.Namespace) -> None:
@@ -88,10 +74,7 @@ def document(model: str, options: argparse.Namespace) -> None:
     def done(stage: str) -> None:
         print(f"{model}: {stage} after {time.monotonic() - began:.0f} s", flush=True)
 
-    # In a child: what has used threads is not to be forked.
-    first = processes().Process(target=resolve_folder, args=(model,))
-    first.start()
-    first.join()
+    resolve_folder(model)
     name = filed_as(model, DOCUMENTED_FOLDER)
     logs = {configuration: Path("logs") / name / f"{configuration}.log" for configuration in chosen}
     for log in logs.values():
@@ -107,50 +90,41 @@ def document(model: str, options: argparse.Namespace) -> None:
         if getattr(options, flag)
         for word in (f"--{flag}", getattr(options, flag))
     ]
-    place = ["--results-dir", str(DOCUMENTED_FOLDER)]
 
     def quantize(configuration: str) -> list[str]:
-        method, bits = CONFIGURATIONS[configuration]
-        words = [f"quantize_{method}.py", "--model", model, "--bits", str(bits)]
-        words += ["--output", str(folders[configuration]), "--overwrite", *data, *CALIBRATION]
+        method, bits = CONFIGURATIONS.get(configuration, (configuration, None))
+        words = [SCRIPT, configuration] if bits is None else [f"quantize_{method}.py"]
+        words += [] if bits is None else ["--bits", str(bits)]
+        words += ["--model", model, "--output", str(folders[configuration]), "--overwrite"]
+        words += [*data, *CALIBRATION]
         return words + (["--calib-samples", options.calib_samples] if options.calib_samples else [])
 
-    def of(configuration: str) -> list[str]:
-        return (
-            ["common/baseline.py", "--model", model]
-            if configuration == "baseline"
-            else [
-                "common/evaluation.py",
-                "--model-path",
-                str(folders[configuration]),
-                "--baseline",
-                model,
-            ]
-        )
+    def evaluate(configuration: str, what: list[str]) -> list[str]:
+        words = ["common/evaluation.py", "--model-path", str(folders[configuration])]
+        words += ["--baseline", model, "--name", configuration]
+        if configuration == "baseline":
+            words = ["common/baseline.py", "--model", model]
+        return [*words, *data, *less, "--results-dir", str(DOCUMENTED_FOLDER), *what]
 
-    def evaluate(configuration: str) -> list[str]:
-        return [*of(configuration), *data, *less, *place, *EVALUATION]
-
-    def speed(configuration: str) -> list[str]:
-        return [*of(configuration), *data, *less, *place, "--tasks", "speed"]
+    def step(configuration: str, words: list[str]) -> None:
+        interpreter = INTERPRETER if configuration in PEERS else None
+        status[configuration].update(run(words, logs[configuration], interpreter))
 
     def sound() -> list[str]:
         return [name for name in chosen if status[name]["state"] == "done"]
 
-    def one_by_one(words: Callable[[str], list[str]], names: list[str]) -> None:
-        for configuration in names:
-            log = logs[configuration]
-            status[configuration].update(finish(start(words(configuration), log), log))
-
-    one_by_one(quantize, [name for name in chosen if name != "baseline"])
+    for configuration in chosen:
+        if configuration != "baseline":
+            step(configuration, quantize(configuration))
     done("quantized")
-    running = {name: start(evaluate(name), logs[name]) for name in sound()}
-    for configuration, process in running.items():
-        status[configuration].update(finish(process, logs[configuration]))
+    with ThreadPoolExecutor(options.at_once) as pool:
+        list(pool.map(lambda name: step(name, evaluate(name, EVALUATION)), sound()))
     done("evaluated")
-    one_by_one(speed, sound())
+    for configuration in sound():
+        step(configuration, evaluate(configuration, ["--tasks", "speed"]))
     done("speed measured")
-    write_json(DOCUMENTED_FOLDER / name / STATUS_FILE, status)
+    file = DOCUMENTED_FOLDER / name / STATUS_FILE
+    write_json(file, {**(json_or_none(file) or {}), **status})
     _without_this_machine(DOCUMENTED_FOLDER / name)
     for configuration, state in status.items():
         if state["state"] != "done":
@@ -174,7 +148,16 @@ def main() -> None:
         "--models", nargs="+", default=["demo"], help="hub ids, folders, demo (default: demo)"
     )
     parser.add_argument(
-        "--only", default=",".join(CONFIGURATIONS), help="configurations (default: all)"
+        "--only", default=",".join(CONFIGURATIONS), help="configurations (default: all of ours)"
+    )
+    parser.add_argument(
+        "--with-peers",
+        action="store_true",
+        help="other libraries, too, in the environment that run_all_quantization.sh --with-peers "
+        "sets up",
+    )
+    parser.add_argument(
+        "--at-once", type=int, default=10, help="evaluations (default: %(default)s)"
     )
     parser.add_argument(
         "--limit",
@@ -184,7 +167,10 @@ def main() -> None:
     parser.add_argument("--windows", help="perplexity windows, for a trial")
     parser.add_argument("--calib-samples", help="fewer, for a trial")
     options = parser.parse_args()
-    print(f"processes: {processes().get_start_method()}", flush=True)
+    if options.with_peers:
+        options.only += "," + ",".join(PEERS)
+    if set(options.only.split(",")) & set(PEERS):
+        check_environment()
     for model in options.models:
         document(model, options)
 
