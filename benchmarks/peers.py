@@ -22,13 +22,14 @@ from common.base.stopwatch import Stopwatch
 class Work:
     """What a library is given.
 
-    folder: the 16-bit model. windows: token ids [samples, length]. group_size: input channels that
+    folder: the 16-bit model. windows: token ids [samples, length], None for a library that reads
+    none. group_size: input channels that
     share a scale, of the libraries that have groups. watch: times reading the model apart.
     """
 
     folder: Path
     tokenizer: object
-    windows: Tensor
+    windows: Tensor | None
     group_size: int
     device: torch.device
     watch: Stopwatch
@@ -50,11 +51,17 @@ class Work:
                 **more,
             ).eval()
 
+    @property
+    def tokens(self) -> Tensor:
+        """The windows, of a library that needs them."""
+        assert self.windows is not None
+        return self.windows
+
     def rows(self) -> list[dict[str, list[list[int]]]]:
         """The windows as batches of one, lists of token ids and of ones."""
         return [
             {"input_ids": [window.tolist()], "attention_mask": [[1] * len(window)]}
-            for window in self.windows
+            for window in self.tokens
         ]
 
 
@@ -86,13 +93,13 @@ def _compress(work: Work, recipe: list, calibrated: bool = True) -> Quantized:
     model, more = work.load(), {}
     if calibrated:
         rows = {
-            "input_ids": work.windows.tolist(),
-            "attention_mask": torch.ones_like(work.windows).tolist(),
+            "input_ids": work.tokens.tolist(),
+            "attention_mask": torch.ones_like(work.tokens).tolist(),
         }
         more = {
             "dataset": Dataset.from_dict(rows),
-            "max_seq_length": work.windows.shape[1],
-            "num_calibration_samples": len(work.windows),
+            "max_seq_length": work.tokens.shape[1],
+            "num_calibration_samples": len(work.tokens),
             "pad_to_max_length": False,
             "shuffle_calibration_samples": False,
         }
@@ -191,7 +198,7 @@ def auto_round(work: Work) -> Quantized:
 
     model = work.load()
     # The library takes batches of the size that it steps by.
-    rows = [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in work.windows]
+    rows = [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in work.tokens]
     size = min(8, len(rows))
     with work.watch("quantize"):
         rounding = AutoRound(
@@ -200,7 +207,7 @@ def auto_round(work: Work) -> Quantized:
             tokenizer=work.tokenizer,
             dataset=torch.utils.data.DataLoader(rows, batch_size=size),
             nsamples=len(rows),
-            seqlen=work.windows.shape[1],
+            seqlen=work.tokens.shape[1],
             batch_size=size,
             iters=200,
             group_size=work.group_size,
@@ -226,7 +233,7 @@ def gptqmodel_gptq(work: Work) -> Quantized:
         dataset=work.rows(),
         group_size=work.group_size,
         sym=False,
-        model_seqlen=work.windows.shape[1],
+        model_seqlen=work.tokens.shape[1],
     )
     with work.watch("quantize"):
         model = quantizer.quantize_model(model, work.tokenizer)
@@ -242,8 +249,8 @@ def gptqmodel_gptq(work: Work) -> Quantized:
 
 def bitsandbytes_nf4(work: Work) -> Quantized:
     """Blocks of 64, which is its own size."""
-    from transformers import BitsAndBytesConfig
     import bitsandbytes  # noqa: F401  (transformers would say it in other words)
+    from transformers import BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16

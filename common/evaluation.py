@@ -113,9 +113,7 @@ def main() -> None:
     add_evaluation_arguments(parser)
     add_reuse_argument(parser)
     options = parser.parse_args()
-    subject = subject_of(
-        options.model_path, options.baseline, options.results_dir, options.name
-    )
+    subject = subject_of(options.model_path, options.baseline, options.results_dir, options.name)
     evaluate_model(subject, options, options.reuse)
     refresh_card(subject, options.results_dir)
 

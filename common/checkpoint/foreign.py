@@ -163,9 +163,7 @@ def _matrices(original: TensorReader) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _parts_of(matrix: str, forms: dict) -> list[str]:
     """The tensors that stand in a matrix's place: all of its module but the bias."""
-    return [
-        name for name in forms if name.startswith(f"{matrix}.") and name != f"{matrix}.bias"
-    ]
+    return [name for name in forms if name.startswith(f"{matrix}.") and name != f"{matrix}.bias"]
 
 
 def _grid(quantization: dict, method: str) -> dict | None:

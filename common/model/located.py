@@ -1,4 +1,4 @@
-"""Where a model is that somebody else may have quantized: a folder, one GGUF file, or on the hub."""
+"""Where a model is that others may have quantized: a folder, one GGUF file, or on the hub."""
 
 from __future__ import annotations
 

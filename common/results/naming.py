@@ -130,7 +130,9 @@ def subject_of(
     record = metadata.read(folder)
     if record is None and not is_gguf(folder) and not is_quantized(folder):
         if name is not None:
-            raise UserError(f"{model} is not quantized, so it is filed as baseline; leave --name out")
+            raise UserError(
+                f"{model} is not quantized, so it is filed as baseline; leave --name out"
+            )
         if made_from is not None:
             raise UserError(
                 f"{model} is not quantized, so it is a baseline itself; leave --baseline out"
@@ -153,7 +155,9 @@ def _configuration(model: str | Path, folder: Path, name: str | None) -> str:
         whole = folder.stem if is_gguf(folder) else folder.resolve().name
         found = whole if Path(model).exists() or is_gguf(folder) else str(model).split("/")[-1]
     if name in CONFIGURATIONS and metadata.read(folder) is None:
-        raise UserError(f"{name} is the name of a configuration of this project; give another --name")
+        raise UserError(
+            f"{name} is the name of a configuration of this project; give another --name"
+        )
     if found in _RESERVED:
         raise UserError(
             f"{model} is quantized, and {found}.json is kept for something else; name it with "

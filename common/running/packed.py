@@ -69,8 +69,10 @@ class PackedLinear(nn.Module):
 def is_plain(linear: nn.Module) -> bool:
     """Whether a module is a linear on a plain matrix of numbers, and no other library's."""
     weight = getattr(linear, "weight", None)
-    return type(linear) is nn.Linear and isinstance(weight, nn.Parameter) and (
-        type(weight.data) is Tensor and weight.is_floating_point()
+    return (
+        type(linear) is nn.Linear
+        and isinstance(weight, nn.Parameter)
+        and (type(weight.data) is Tensor and weight.is_floating_point())
     )
 
 
