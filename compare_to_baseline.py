@@ -15,12 +15,10 @@ import argparse
 import contextlib
 import json
 import sys
-from pathlib import Path
 
 from common import cli
 from common.base.errors import UserError
 from common.base.progress import say
-from common.checkpoint.writer import is_quantized
 from common.evaluation import add_evaluation_arguments
 from common.model.source import resolve_folder
 from common.reporting.card import refresh_card
@@ -28,7 +26,7 @@ from common.reporting.comparison import compare_samples, facts, print_comparison
 from common.reporting.drawing import save
 from common.reporting.plots import comparison_chart
 from common.results.identity import incomparable, other_data
-from common.results.naming import baseline_of, subject_of
+from common.results.naming import BASELINE, baseline_of, subject_of
 from common.results.reuse import check_original
 from common.tasks.evaluate import evaluate_model
 from common.tasks.perplexity import divergence_of
@@ -38,7 +36,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quantized", type=Path, required=True, help="checkpoint folder")
+    parser.add_argument(
+        "--quantized",
+        required=True,
+        help="checkpoint folder; of others also a hub id, a .gguf file, or owner/name/file.gguf",
+    )
+    parser.add_argument(
+        "--name", help="what it is called in results (default: the last part of --quantized)"
+    )
     parser.add_argument(
         "--baseline",
         help="hub id, folder, or demo (default: the model that the checkpoint says it was made "
@@ -50,14 +55,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON alone, for other programs")
     add_evaluation_arguments(parser)
     options = parser.parse_args()
-    if options.quantized.is_dir() and not is_quantized(options.quantized):
-        raise UserError(
-            f"{options.quantized} is not a checkpoint of the quantize scripts, nor quantized "
-            f"otherwise"
-        )
     # What the evaluation says on the way would spoil the JSON.
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-        quantized = subject_of(options.quantized, options.baseline, options.results_dir)
+        quantized = subject_of(
+            options.quantized, options.baseline, options.results_dir, options.name
+        )
+        if quantized.configuration == BASELINE:
+            raise UserError(
+                f"{options.quantized} is not a checkpoint of the quantize scripts, nor quantized "
+                "otherwise"
+            )
         baseline = baseline_of(
             quantized.source, resolve_folder(quantized.source), options.results_dir
         )

@@ -1,45 +1,119 @@
-"""Other libraries, each as its documentation says to use it: a function of a model in memory, token
-windows [samples, length], a tokenizer and a group size, that quantizes the model's linears in
-place. Each raises ImportError where its library is not installed.
+"""Other libraries, each as its documentation says to use it, on our calibration tokens.
+
+`PEERS` holds a function for each configuration of `common.results.peers`: of `Work` it makes a
+`Quantized` model, in memory, which can be saved as a folder that transformers loads. Each raises
+ImportError where its library is not installed (benchmarks/requirements.txt).
 """
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from common.base.stopwatch import Stopwatch
 
 
-def _compress(model, windows: Tensor, tokenizer, recipe: list) -> None:
+@dataclass(frozen=True)
+class Work:
+    """What a library is given.
+
+    folder: the 16-bit model. windows: token ids [samples, length], None for a library that reads
+    none. group_size: input channels that
+    share a scale, of the libraries that have groups. watch: times reading the model apart.
+    """
+
+    folder: Path
+    tokenizer: object
+    windows: Tensor | None
+    group_size: int
+    device: torch.device
+    watch: Stopwatch
+
+    def load(self, **more):
+        """The 16-bit model in its own type, on the device.
+
+        Args:
+            more: for `from_pretrained`; a library that quantizes while the model is read is given
+                its settings here, and the time is its own then.
+        """
+        phase = "quantize" if more else "load"
+        with self.watch(phase):
+            return AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                dtype="auto",
+                device_map={"": self.device},
+                use_safetensors=True,
+                **more,
+            ).eval()
+
+    @property
+    def tokens(self) -> Tensor:
+        """The windows, of a library that needs them."""
+        assert self.windows is not None
+        return self.windows
+
+    def rows(self) -> list[dict[str, list[list[int]]]]:
+        """The windows as batches of one, lists of token ids and of ones."""
+        return [
+            {"input_ids": [window.tolist()], "attention_mask": [[1] * len(window)]}
+            for window in self.tokens
+        ]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A model in memory, and what writes it to a folder.
+
+    dense_bytes: where the folder holds the weights as numbers of 16 bits, as the library has no
+    other form that transformers reads: bytes that its own form takes, of all weights and of those
+    with a code, and how many numbers the latter are.
+    """
+
+    model: nn.Module
+    save: Callable[[Path], object]
+    dense_bytes: tuple[int, int, int] | None = None
+
+
+def _compress(work: Work, recipe: list, calibrated: bool = True) -> Quantized:
+    """By llm-compressor, with these modifiers."""
     from datasets import Dataset
     from llmcompressor import oneshot
 
-    data = Dataset.from_dict(
-        {"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()}
-    )
-    # The library reads the configuration again, from where the model says that it comes from.
-    with tempfile.TemporaryDirectory() as folder:
-        model.config.save_pretrained(folder)
-        model.name_or_path = model.config._name_or_path = folder
-        oneshot(
-            model=model,
-            processor=tokenizer,
-            dataset=data,
-            recipe=recipe,
-            max_seq_length=windows.shape[1],
-            num_calibration_samples=len(windows),
-            pad_to_max_length=False,
-            shuffle_calibration_samples=False,
-        )
+    # It pins what it keeps between layers, which torch cannot without a GPU.
+    if work.device.type == "cpu":
+        from llmcompressor.pipelines.cache import IntermediatesCache
+
+        if hasattr(IntermediatesCache, "pin_memory"):
+            IntermediatesCache.pin_memory = lambda *_, **__: None
+    model, more = work.load(), {}
+    if calibrated:
+        rows = {
+            "input_ids": work.tokens.tolist(),
+            "attention_mask": torch.ones_like(work.tokens).tolist(),
+        }
+        more = {
+            "dataset": Dataset.from_dict(rows),
+            "max_seq_length": work.tokens.shape[1],
+            "num_calibration_samples": len(work.tokens),
+            "pad_to_max_length": False,
+            "shuffle_calibration_samples": False,
+        }
+    with work.watch("quantize"):
+        oneshot(model=model, processor=work.tokenizer, recipe=recipe, **more)
+    return Quantized(model, lambda folder: model.save_pretrained(folder, save_compressed=True))
 
 
-def _weights_only(group_size: int) -> dict:
-    """Settings of 4-bit weights with zero-points in groups."""
+def _weights_only(work: Work) -> dict:
+    """Settings of 4-bit weights with zero-points in groups, minimum to maximum."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     weights = QuantizationArgs(
-        num_bits=4, type="int", strategy="group", group_size=group_size, symmetric=False
+        num_bits=4, type="int", strategy="group", group_size=work.group_size, symmetric=False
     )
     return {
         "config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
@@ -47,26 +121,31 @@ def _weights_only(group_size: int) -> dict:
     }
 
 
-def llm_compressor_gptq(model, windows: Tensor, tokenizer, group_size: int = 128) -> None:
+def round_to_nearest(work: Work) -> Quantized:
+    """The control: nothing but rounding, ranges from minimum to maximum."""
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    return _compress(work, [QuantizationModifier(**_weights_only(work))], calibrated=False)
+
+
+def llm_compressor_gptq(work: Work) -> Quantized:
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    _compress(model, windows, tokenizer, [GPTQModifier(**_weights_only(group_size))])
+    return _compress(work, [GPTQModifier(**_weights_only(work))])
 
 
-def llm_compressor_awq(model, windows: Tensor, tokenizer, group_size: int = 128) -> None:
+def llm_compressor_awq(work: Work) -> Quantized:
     from llmcompressor.modifiers.awq import AWQModifier
 
-    _compress(model, windows, tokenizer, [AWQModifier(**_weights_only(group_size))])
+    return _compress(work, [AWQModifier(**_weights_only(work))])
 
 
-def llm_compressor_smoothquant(model, windows: Tensor, tokenizer, group_size: int = 128) -> None:
+def llm_compressor_smoothquant(work: Work) -> Quantized:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.smoothquant import SmoothQuantModifier
 
-    _compress(
-        model,
-        windows,
-        tokenizer,
+    return _compress(
+        work,
         [
             SmoothQuantModifier(smoothing_strength=0.8),
             GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
@@ -74,49 +153,119 @@ def llm_compressor_smoothquant(model, windows: Tensor, tokenizer, group_size: in
     )
 
 
-def hqq(model, _windows: Tensor, _tokenizer, group_size: int = 64) -> None:
+def hqq(work: Work) -> Quantized:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
-    settings = BaseQuantizeConfig(nbits=4, group_size=group_size, axis=1)
-    for layer in model.model.layers:
-        for name, linear in list(layer.named_modules()):
+    model, dtype = work.load(), None
+    settings = BaseQuantizeConfig(nbits=4, group_size=work.group_size, axis=1)
+    linears: dict[str, HQQLinear] = {}
+    with work.watch("quantize"):
+        for name, linear in list(model.model.layers.named_modules()):
             if isinstance(linear, nn.Linear):
-                layer.set_submodule(
-                    name,
-                    HQQLinear(
-                        linear,
-                        settings,
-                        compute_dtype=linear.weight.dtype,
-                        device=str(linear.weight.device),
-                    ),
+                dtype = linear.weight.dtype
+                linears[name] = HQQLinear(
+                    linear, settings, compute_dtype=dtype, device=str(work.device)
                 )
+                model.model.layers.set_submodule(name, linears[name])
+    coded = sum(
+        tensor.nbytes
+        for linear in linears.values()
+        for tensor in (linear.W_q, linear.meta["scale"], linear.meta["zero"])
+    )
+    count = sum(linear.in_features * linear.out_features for linear in linears.values())
+    rest = sum(
+        parameter.nbytes for name, parameter in model.named_parameters() if "W_q" not in name
+    )
+
+    def save(folder: Path) -> None:
+        """transformers cannot read HQQ's form any more (its reader is commented out), and
+        compressed-tensors has no zero-points with a fraction: the weights go out as HQQ gives them
+        back.
+        """
+        for name, linear in linears.items():
+            with torch.device("meta"):
+                dense = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
+            dense.weight = nn.Parameter(linear.dequantize().to(dtype), requires_grad=False)
+            dense.bias = linear.bias
+            model.model.layers.set_submodule(name, dense)
+        model.save_pretrained(folder)
+
+    return Quantized(model, save, (coded + rest, coded, count))
 
 
-def auto_round(model, windows: Tensor, tokenizer, group_size: int = 128) -> None:
-    """Turns the model to bfloat16."""
+def auto_round(work: Work) -> Quantized:
     from auto_round import AutoRound
 
+    model = work.load()
     # The library takes batches of the size that it steps by.
-    rows = [{"input_ids": window, "attention_mask": torch.ones_like(window)} for window in windows]
-    AutoRound(
-        model,
-        scheme="W4A16",
-        tokenizer=tokenizer,
-        dataset=torch.utils.data.DataLoader(rows, batch_size=8),
-        nsamples=len(windows),
-        seqlen=windows.shape[1],
-        batch_size=8,
-        iters=200,
-        group_size=group_size,
+    rows = [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in work.tokens]
+    size = min(8, len(rows))
+    with work.watch("quantize"):
+        rounding = AutoRound(
+            model,
+            scheme="W4A16",
+            tokenizer=work.tokenizer,
+            dataset=torch.utils.data.DataLoader(rows, batch_size=size),
+            nsamples=len(rows),
+            seqlen=work.tokens.shape[1],
+            batch_size=size,
+            iters=200,
+            group_size=work.group_size,
+            sym=False,
+            device_map=str(work.device),
+        )
+        model, _ = rounding.quantize()
+
+    def save(folder: Path) -> None:
+        rounding.save_quantized(str(folder), format="auto_round")
+
+    return Quantized(model, save)
+
+
+def gptqmodel_gptq(work: Work) -> Quantized:
+    """GPTQModel, called by optimum, as transformers does."""
+    from optimum.gptq import GPTQQuantizer
+    from transformers import GPTQConfig
+
+    model = work.load()
+    quantizer = GPTQQuantizer(
+        bits=4,
+        dataset=work.rows(),
+        group_size=work.group_size,
         sym=False,
-        device_map=str(next(model.parameters()).device),
-    ).quantize()
+        model_seqlen=work.tokens.shape[1],
+    )
+    with work.watch("quantize"):
+        model = quantizer.quantize_model(model, work.tokenizer)
+
+    def save(folder: Path) -> None:
+        # The tokens are no part of a configuration.
+        settings = {**quantizer.to_dict(), "dataset": None}
+        model.config.quantization_config = GPTQConfig.from_dict(settings)
+        model.save_pretrained(folder)
+
+    return Quantized(model, save)
 
 
-PEERS = {
-    "hqq 4-bit g64": hqq,
-    "AutoRound, 200 iterations": auto_round,
-    "llm-compressor GPTQ": llm_compressor_gptq,
-    "llm-compressor SmoothQuant + GPTQ W8A8": llm_compressor_smoothquant,
-    "llm-compressor AWQ": llm_compressor_awq,
+def bitsandbytes_nf4(work: Work) -> Quantized:
+    """Blocks of 64, which is its own size."""
+    import bitsandbytes  # noqa: F401  (transformers would say it in other words)
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    model = work.load(quantization_config=settings)
+    return Quantized(model, model.save_pretrained)
+
+
+PEERS: dict[str, Callable[[Work], Quantized]] = {
+    "rtn-4bit": round_to_nearest,
+    "llmcompressor-gptq-4bit": llm_compressor_gptq,
+    "llmcompressor-awq-4bit": llm_compressor_awq,
+    "llmcompressor-smoothquant-8bit": llm_compressor_smoothquant,
+    "hqq-package-4bit": hqq,
+    "autoround-4bit": auto_round,
+    "gptqmodel-gptq-4bit": gptqmodel_gptq,
+    "bitsandbytes-nf4": bitsandbytes_nf4,
 }

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,8 +27,10 @@ from common.base.progress import say
 from common.model.source import DEFAULT_MODEL
 from common.results.documents import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE, read_document
 from common.results.naming import filed_as, source_of
+from common.results.peers import PEERS
 from common.run_all import check
 from common.run_all.passed_on import HANDED_ON, method_script, share_out
+from common.run_all.peers import check_environment, run_peer
 from common.run_all.steps import Batch, run_configuration
 from common.text.windows import text_sample
 
@@ -53,6 +54,12 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument(
         "--only", metavar="A,B", help=f"configurations to run, of {', '.join(CONFIGURATIONS)}"
+    )
+    parser.add_argument(
+        "--with-peers",
+        action="store_true",
+        help="other libraries too, in an environment of their own (.peers, made on first use): "
+        + ", ".join(PEERS),
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="run finished configurations again"
@@ -84,17 +91,19 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     options, passed_on = parser.parse_known_args()
     if options.demo:
         options.model = "demo"
-    unknown = set((options.only or "baseline").split(",")) - set(CONFIGURATIONS)
+    known = [*CONFIGURATIONS, *(PEERS if options.with_peers else ())]
+    unknown = set((options.only or "baseline").split(",")) - set(known)
     if unknown:
+        others = "; with --with-peers also those of other libraries" if unknown <= {*PEERS} else ""
         parser.error(
             f"unknown configuration {', '.join(sorted(unknown))}; known are "
-            f"{', '.join(CONFIGURATIONS)}"
+            f"{', '.join(known)}{others}"
         )
     return options, passed_on
 
 
 def _methods(configurations: list[str]) -> set[str]:
-    return {made[0] for name in configurations if (made := CONFIGURATIONS[name])}
+    return {made[0] for name in configurations if (made := CONFIGURATIONS.get(name))}
 
 
 def _samples(
@@ -149,11 +158,14 @@ def main() -> int:
         Path(options.data_root) if options.data_root else None,
     )
     # Without a script it is shown as "Not started".
+    everything = [*CONFIGURATIONS, *(PEERS if options.with_peers else ())]
     chosen = [
         name
-        for name in (options.only.split(",") if options.only else CONFIGURATIONS)
-        if not (made := CONFIGURATIONS[name]) or Path(f"quantize_{made[0]}.py").is_file()
+        for name in (options.only.split(",") if options.only else everything)
+        if not (made := CONFIGURATIONS.get(name)) or Path(f"quantize_{made[0]}.py").is_file()
     ]
+    if options.with_peers and not options.check:
+        check_environment()
     shared = (
         share_out(passed_on, _methods(chosen) or _methods(list(CONFIGURATIONS)))
         if passed_on
@@ -190,13 +202,15 @@ def main() -> int:
         say("The baseline failed, so there is nothing to compare with; stopping.")
     else:
         rest = [name for name in chosen if name != "baseline"]
+
+        def run(name: str) -> bool:
+            if name in PEERS:
+                return run_peer(batch, name, passed_on)
+            return run_configuration(batch, name)
+
         with ThreadPoolExecutor(options.gpus or 1) as pool:
             failed += [
-                name
-                for name, fine in zip(
-                    rest, pool.map(partial(run_configuration, batch), rest), strict=True
-                )
-                if not fine
+                name for name, fine in zip(rest, pool.map(run, rest), strict=True) if not fine
             ]
     command = [sys.executable, "analyze_results.py", "--results-dir", str(options.results_dir)]
     command += ["--texts", *(["--data-root", options.data_root] if options.data_root else [])]

@@ -82,20 +82,20 @@ def quiet_libraries() -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model, --device, --device-memory, --dtype, --data-root."""
+    add_model(parser)
+    add_device_arguments(parser)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model."""
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help="hub id, folder, or demo (default: %(default)s)"
     )
-    add_device_arguments(parser)
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """--device, --device-memory, --dtype, --data-root."""
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="where to compute; auto takes CUDA when there is one",
-    )
+    add_place(parser)
     parser.add_argument(
         "--device-memory",
         type=gibibytes,
@@ -109,6 +109,16 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="type to compute in; auto is float32 on a CPU, bfloat16 on CUDA, and "
         "float16 on GPUs before compute capability 8.0 (RTX 20)",
+    )
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """--device, --data-root."""
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="where to compute; auto takes CUDA when there is one",
     )
     parser.add_argument(
         "--data-root",
@@ -134,14 +144,7 @@ def quantization_parser(description: str, bits: int) -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, help="checkpoint folder (default: models/<model>/<method>-<bits>bit)"
     )
-    parser.add_argument(
-        "--group-size",
-        type=_group_size,
-        default="auto",
-        metavar="N|auto|channel",
-        help="input channels that share a scale; auto is the largest of 128, 64, 32 that divides "
-        "all linears, channel one scale per output channel",
-    )
+    add_group_size(parser)
     zero_points = parser.add_mutually_exclusive_group()
     zero_points.add_argument(
         "--symmetric",
@@ -168,6 +171,42 @@ def quantization_parser(description: str, bits: int) -> argparse.ArgumentParser:
         choices=(8,),
         help="round the embedding too, and with it a head that shares its matrix (default: 16-bit)",
     )
+    add_calibration_arguments(parser)
+    parser.add_argument(
+        "--save-metadata",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write quantization_metadata.json into the checkpoint",
+    )
+    parser.add_argument(
+        "--gguf",
+        action="store_true",
+        help="write the checkpoint for llama.cpp too, as one file beside its folder",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with what an interrupted run of the same command left; the result is the same, "
+        "bit for bit",
+    )
+    return parser
+
+
+def add_group_size(parser: argparse.ArgumentParser) -> None:
+    """--group-size."""
+    parser.add_argument(
+        "--group-size",
+        type=_group_size,
+        default="auto",
+        metavar="N|auto|channel",
+        help="input channels that share a scale; auto is the largest of 128, 64, 32 that divides "
+        "all linears, channel one scale per output channel",
+    )
+
+
+def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
+    """--calib-data, --calib-samples, --calib-length, --seed."""
     parser.add_argument(
         "--calib-data",
         metavar="DATA",
@@ -191,25 +230,6 @@ def quantization_parser(description: str, bits: int) -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the calibration sample (default: %(default)s)"
     )
-    parser.add_argument(
-        "--save-metadata",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="write quantization_metadata.json into the checkpoint",
-    )
-    parser.add_argument(
-        "--gguf",
-        action="store_true",
-        help="write the checkpoint for llama.cpp too, as one file beside its folder",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with what an interrupted run of the same command left; the result is the same, "
-        "bit for bit",
-    )
-    return parser
 
 
 def add_catch_up(parser: argparse.ArgumentParser) -> None:

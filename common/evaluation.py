@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
-"""Evaluate a model: ARC, SQuAD v2, OpenMath, perplexity, speed and memory.
+r"""Evaluate a model: ARC, SQuAD v2, OpenMath, perplexity, speed and memory.
 
     python common/evaluation.py --model-path models/Llama-3.2-1B-Instruct/gptq-4bit
     python common/evaluation.py --model-path models/SmolLM2-135M-Instruct/baseline --limit 20
+    python common/evaluation.py --model-path owner/Llama-3.2-1B-Instruct-GPTQ \
+        --baseline meta-llama/Llama-3.2-1B-Instruct --name gptqmodel-4bit
 
 Tasks run in lm-eval with the task files in common/tasks, on the same samples and prompts for every
 configuration. Metrics go to results/<model>/<configuration>.json, a record for each sample to
-results/<model>/samples/, both with what they were made from. A quantized model that does not say
-what it was made from is told with --baseline.
+results/<model>/samples/, both with what they were made from. Others' quantized models are filed
+beside ours: whatever transformers loads (GPTQ, AWQ, bitsandbytes, HQQ, torchao, AutoRound,
+compressed-tensors, GGUF), as long as the package that it takes is installed. A quantized model that
+does not say what it was made from is told with --baseline.
 """
 
 from __future__ import annotations
@@ -91,7 +95,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model-path", type=Path, required=True, help="checkpoint or model folder")
+    parser.add_argument(
+        "--model-path",
+        required=True,
+        help="checkpoint or model folder, hub id, .gguf file, or owner/name/file.gguf on the hub",
+    )
+    parser.add_argument(
+        "--name",
+        help="what a quantized model is called in results and tables (default: the last part of "
+        "--model-path)",
+    )
     parser.add_argument(
         "--baseline",
         help="the 16-bit model that a quantized one was made from: hub id, folder, or "
@@ -100,7 +113,7 @@ def main() -> None:
     add_evaluation_arguments(parser)
     add_reuse_argument(parser)
     options = parser.parse_args()
-    subject = subject_of(options.model_path, options.baseline, options.results_dir)
+    subject = subject_of(options.model_path, options.baseline, options.results_dir, options.name)
     evaluate_model(subject, options, options.reuse)
     refresh_card(subject, options.results_dir)
 

@@ -57,4 +57,27 @@ setup_environment() {
     fi
 }
 
+# Makes .peers with the libraries of benchmarks/requirements.txt, on top of .venv, whose packages it sees and keeps as they
+# are. Each line on its own: what cannot be installed fails alone, in its own row of the tables.
+setup_peers() {
+    local stamp line whole=1 pip=(.peers/bin/python -m pip install --quiet --disable-pip-version-check)
+    stamp=$(cat requirements.txt benchmarks/requirements*.txt | sha256sum | cut -d' ' -f1)
+    [ -f ".peers/installed-$stamp" ] && return 0
+    echo "Installing other libraries into .peers (once; a few minutes)"
+    if [ ! -x .peers/bin/python ]; then
+        "$PYTHON" -m venv .peers || return 2
+    fi
+    "$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+        >"$(.peers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth" || return 2
+    "$PYTHON" -m pip freeze --disable-pip-version-check | grep '==' >.peers/versions.txt
+    while read -r line; do
+        "${pip[@]}" --constraint .peers/versions.txt "$line" || { whole=0; echo "warning: $line could not be installed"; }
+    done < <(grep -v '^ *\(#\|$\)' benchmarks/requirements.txt)
+    # Whose own requirements exclude ours; what it needs of them stands in the other file.
+    while read -r line; do
+        "${pip[@]}" --no-deps "$line" || { whole=0; echo "warning: $line could not be installed"; }
+    done < <(grep -v '^ *\(#\|$\)' benchmarks/requirements-no-deps.txt)
+    [ $whole = 0 ] || touch ".peers/installed-$stamp"
+}
+
 setup_environment "$@"

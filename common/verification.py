@@ -71,6 +71,11 @@ def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[C
     except UserError as error:
         yield Check("metadata", False, str(error))
         return
+    if record is not None and "library" in record:
+        raise UserError(
+            f"{folder} was quantized by {record['library']['name']}, and only our own checkpoints "
+            "are verified; common/evaluation.py tells what it is worth"
+        )
     yield _unchanged(folder, record)
     yield from _codes(config, tensors)
     try:

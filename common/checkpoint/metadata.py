@@ -13,8 +13,10 @@ import torch
 
 from common.base.errors import UserError
 from common.base.files import lacking, read_json
-from common.checkpoint.sizes import code_bits, rounded, weights_of
+from common.checkpoint.foreign import foreign_facts
+from common.checkpoint.sizes import rounded, weights_of
 from common.checkpoint.writer import METADATA_FILE, folder_bytes, is_quantized
+from common.model.located import is_gguf
 from common.model.tensors import TensorReader
 
 VERSION = 1
@@ -41,6 +43,23 @@ NEEDS = (
     "bytes.quantized_weights",
     "bytes.quantized_folder",
     "compression_ratio",
+)
+# What of this the record of another library's checkpoint holds (benchmarks/quantize_peer.py).
+_LIBRARY_NEEDS = (
+    "library.name",
+    "library.version",
+    "method",
+    "model.source",
+    "options",
+    "calibration",
+    "device",
+    "seconds.total",
+    "memory",
+    "bytes.quantized_weights",
+    "bytes.quantized_folder",
+    "compression_ratio",
+    "bits_per_weight",
+    "made_from",
 )
 _REMEDY = "quantize again with --overwrite, or delete it and name the 16-bit model with --baseline"
 _PACKAGES = (
@@ -105,42 +124,57 @@ def read(folder: Path) -> dict | None:
     if not file.is_file():
         return None
     record = read_json(file, _REMEDY)
-    if missing := lacking(record, NEEDS):
+    if missing := lacking(record, _LIBRARY_NEEDS if "library" in record else NEEDS):
         raise UserError(f"{file} is damaged (it lacks {', '.join(missing)}); {_REMEDY}")
     return record
 
 
-def quantization_facts(folder: Path) -> dict:
-    """What the tables say about how a checkpoint came about; without metadata its sizes alone.
+def quantization_facts(folder: Path, original: TensorReader | None = None) -> dict:
+    """What the tables say about how a checkpoint came about; without metadata its sizes, and what
+    its own configuration says.
 
+    Args:
+        folder: of a model, or its GGUF file.
+        original: the tensors of the 16-bit model, for bits of a weight without metadata.
     Raises:
         UserError: metadata with values of another kind.
     """
     record = read(folder)
     if record is None:
-        return _measured_facts(folder)
+        return _measured_facts(folder, original)
     try:
-        return _recorded_facts(record)
+        return _library_facts(record) if "library" in record else _recorded_facts(record)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder / METADATA_FILE} is damaged ({type(error).__name__}: {error}); {_REMEDY}"
         ) from None
 
 
-def _measured_facts(folder: Path) -> dict:
-    """Sizes; of a checkpoint, what all its weights take cannot be told without the 16-bit model."""
+def _measured_facts(folder: Path, original: TensorReader | None) -> dict:
+    if is_gguf(folder):
+        return {**foreign_facts(folder, original), "folder_bytes": folder.stat().st_size}
+    if is_quantized(folder):
+        return {**foreign_facts(folder, original), "folder_bytes": folder_bytes(folder)}
     tensors = TensorReader(folder)
-    size, coded = tensors.total_bytes(), code_bits(tensors)
-    whole = None if is_quantized(folder) else 8 * size / weights_of(tensors)
+    size = tensors.total_bytes()
     return {
         "weights_bytes": size,
         "folder_bytes": folder_bytes(folder),
-        "bits_per_weight": {"coded": rounded(coded), "all": rounded(whole)},
+        "bits_per_weight": {"coded": None, "all": rounded(8 * size / weights_of(tensors))},
     }
 
 
-def _recorded_facts(record: dict) -> dict:
-    probe, calibration = record["probe"], record["calibration"]
+def _library_facts(record: dict) -> dict:
+    """Of another library's checkpoint."""
+    return {
+        **_shared_facts(record),
+        "library": record["library"],
+        **({"grid": record["grid"]} if record.get("grid") else {}),
+    }
+
+
+def _shared_facts(record: dict) -> dict:
+    calibration = record["calibration"]
     return {
         "weights_bytes": record["bytes"]["quantized_weights"],
         "folder_bytes": record["bytes"]["quantized_folder"],
@@ -150,9 +184,16 @@ def _recorded_facts(record: dict) -> dict:
         "seconds": record["seconds"],
         "memory": record["memory"],
         "device": record["device"],
-        "grid": record["grid"],
         "calibration": calibration
         and {key: value for key, value in calibration.items() if key != "passages"},
+    }
+
+
+def _recorded_facts(record: dict) -> dict:
+    probe = record["probe"]
+    return {
+        **_shared_facts(record),
+        "grid": record["grid"],
         "probe": {key: probe[key] for key in ("baseline_perplexity", "perplexity", "divergence")},
         "relative_output_error": {
             name: round(linear["relative_output_error"], 6)

@@ -81,7 +81,8 @@ def ensure_card(folder: Path) -> None:
     is there.
     """
     record = metadata.read(folder)
-    if record is not None and not (folder / README).exists():
+    # Another library's checkpoint is not ours to describe.
+    if record is not None and "library" not in record and not (folder / README).exists():
         write_card(folder, record, before=folder)
 
 

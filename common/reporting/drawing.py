@@ -23,13 +23,24 @@ STYLE = {
     "adaround": ("#009E73", "v"),
     "quarot": ("#CC79A7", "P"),
 }
-
-
+# Other libraries have the colour of the method that theirs is most like.
+_PEERS = {
+    "rtn-4bit": ("#777777", "d"),
+    "llmcompressor-gptq-4bit": (STYLE["gptq"][0], "p"),
+    "llmcompressor-awq-4bit": (STYLE["awq"][0], "p"),
+    "llmcompressor-smoothquant-8bit": (STYLE["smoothquant"][0], "p"),
+    "hqq-package-4bit": (STYLE["hqq"][0], "p"),
+    "autoround-4bit": (STYLE["adaround"][0], "p"),
+    "gptqmodel-gptq-4bit": (STYLE["gptq"][0], "h"),
+    "bitsandbytes-nf4": ("#777777", "h"),
+}
 _OTHER = ("#777777", "X")
 
 
 def style(configuration: str) -> tuple[str, str]:
     """Colour and marker of a configuration."""
+    if configuration in _PEERS:
+        return _PEERS[configuration]
     return STYLE.get(configuration.split("-")[0], _OTHER)
 
 

@@ -14,7 +14,7 @@ from common.reporting.comparison import (
     beyond_margin,
 )
 from common.reporting.significance import GAIN, LOSS, NO_LOSS, Estimate, mean_of_tasks
-from common.reporting.tables import NONE, Comparisons, Table, bits_of, number, significant
+from common.reporting.tables import NONE, Comparisons, Table, bits_of, number, significant, whose
 from common.results.documents import ModelResults
 from common.results.identity import measured_apart
 from common.results.naming import BASELINE
@@ -46,7 +46,8 @@ class Row:
     bytes of weights. memory: bytes to run. kl: mean, nats per token. ratio: of perplexity. seconds:
     of quantization. calibrated: whether it read text. verdict: in words. lost: whether it lost
     something, None where that cannot be told. apart: it was measured otherwise than the first row,
-    so that figures of both are not to be held against each other.
+    so that figures of both are not to be held against each other. by: the library that quantized
+    it, where that is not this project.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Row:
     verdict: str = NONE
     lost: bool | None = None
     apart: bool = False
+    by: str | None = None
 
 
 def rows_of(results: ModelResults, comparisons: Comparisons) -> list[Row]:
@@ -95,6 +97,7 @@ def rows_of(results: ModelResults, comparisons: Comparisons) -> list[Row]:
                 verdict,
                 lost,
                 measured_apart(document, evaluated[0][1]) is not None,
+                whose(results, name),
             )
         )
     return rows
@@ -228,6 +231,9 @@ def _note(rows: list[Row]) -> str:
             "Recovery, with its 95% interval: the score as a share of the baseline's, the mean "
             f"over {over}{left_out}."
         )
+    others = [f"{row.name} ({row.by})" for row in rows if row.by]
+    if others:
+        sentences.append(f"Quantized by other libraries: {', '.join(others)}.")
     sentences.append(
         "KL: nats per token from the baseline. A loss is named where a task's is significant, "
         f"perplexity is more than 1% up or, where it is not, KL is above {KL_MARGIN}."

@@ -32,6 +32,9 @@ SYMBOLS = {
     "D": "diamond",
     "v": "triangle-down",
     "P": "cross",
+    "p": "pentagon",
+    "h": "hexagon",
+    "d": "diamond-tall",
     "X": "x",
 }
 _SHADES = tuple(f"var(--shade-{i})" for i in range(1, 5))

@@ -9,7 +9,7 @@ import numpy as np
 
 from common.reporting.comparison import SILENT, Comparison, adjusted_p_values, by_metric
 from common.reporting.significance import GAIN, NO_LOSS
-from common.results.documents import ModelResults
+from common.results.documents import CONFIGURATIONS, ModelResults
 from common.results.naming import BASELINE
 from common.tasks import perplexity, speed
 from common.tasks.task import MetricKind, all_metrics, all_tasks
@@ -63,7 +63,8 @@ def bits_of(results: ModelResults, name: str) -> tuple[float | None, float | Non
     found = facts.get("bits_per_weight") or {}
     coded, whole = found.get("coded"), found.get("all")
     grid = facts.get("grid")
-    if coded is None and grid and grid["group_size"] and "symmetric" in grid:
+    ours = "library" not in facts or name in CONFIGURATIONS
+    if coded is None and ours and grid and grid["group_size"] and "symmetric" in grid:
         # Codes in words of 32 bits, a scale in 16 and a zero-point as large as a code.
         zero = 0 if grid["symmetric"] else grid["bits"]
         coded = 32 / (32 // grid["bits"]) + (16 + zero) / grid["group_size"]
@@ -72,6 +73,17 @@ def bits_of(results: ModelResults, name: str) -> tuple[float | None, float | Non
         each = (baseline.get("bits_per_weight") or {}).get("all") or 16.0
         whole = each * facts["weights_bytes"] / baseline["weights_bytes"]
     return coded, whole
+
+
+def whose(results: ModelResults, name: str) -> str | None:
+    """The library that a configuration which is not ours was quantized by, with its version where
+    that is known.
+    """
+    facts = results.documents[name]["quantization"]
+    if name in CONFIGURATIONS or ("library" not in facts and "seconds" in facts):
+        return None
+    library = facts.get("library", {})
+    return " ".join(filter(None, (library.get("name"), library.get("version")))) or "not said"
 
 
 def compression_of(results: ModelResults, name: str) -> float | None:
@@ -91,7 +103,7 @@ def size_table(results: ModelResults) -> Table:
         rows.append(
             [
                 name,
-                "16" if grid is None else str(grid["bits"]),
+                str(grid["bits"]) if grid else "16" if name == BASELINE else NONE,
                 NONE if grid is None else str(grid["group_size"] or "channel"),
                 number(coded, 2),
                 number(whole, 2),

@@ -11,9 +11,11 @@ from common.reporting.tables import (
     compression_of,
     evaluated_tasks,
     number,
+    whose,
 )
 from common.results.documents import CONFIGURATIONS, ModelResults
 from common.results.naming import BASELINE
+from common.results.peers import PEERS
 from common.tasks.task import all_metrics, all_tasks
 
 STATES = {
@@ -46,11 +48,13 @@ def status_of(results: ModelResults, configuration: str) -> tuple[str, str]:
 
 
 def status_table(results: ModelResults) -> Table:
-    """A row for each method; configurations that are none of the comparison's have their own."""
+    """A row for each method; configurations that are none of the comparison's have their own, with
+    the library that made them.
+    """
     by_method: dict[str, dict[str, str]] = {}
     for name in results.configurations():
         known = CONFIGURATIONS.get(name)
-        method, bits = known if known else (name, 0)
+        method, bits = known if known else (name, _bits_of(results, name))
         by_method.setdefault(method, {})[f"{bits}-bit" if bits else ""] = name
     rows = []
     for method, names in by_method.items():
@@ -63,11 +67,28 @@ def status_table(results: ModelResults) -> Table:
             for bits, (_, reason) in found.items()
             if reason
         ]
-        title, kind = METHODS.get(method, (method, "16-bit" if method == BASELINE else NONE))
+        if library := method in results.documents and whose(results, method):
+            notes.insert(0, f"by {library}")
+        title, kind = _title(method)
         cells = [STATES[found[bits][0]] if bits in found else NONE for bits in ("4-bit", "8-bit")]
         rows.append([title, kind, *cells, whole, "; ".join(notes) or NONE])
     header = ["Method", "Type", "4-bit", "8-bit", "Status", "Notes"]
     return Table("Status", header, rows, numbers=False)
+
+
+def _bits_of(results: ModelResults, name: str) -> int:
+    """Bits of a configuration that is none of the comparison's; 0 where they have no column."""
+    if name in PEERS:
+        return PEERS[name].bits
+    grid = results.documents.get(name, {}).get("quantization", {}).get("grid") or {}
+    return grid.get("bits", 0)
+
+
+def _title(method: str) -> tuple[str, str]:
+    """Name and kind of a method, or of a configuration that stands for itself."""
+    if method in PEERS:
+        return PEERS[method].title, PEERS[method].kind
+    return METHODS.get(method, (method, "16-bit" if method == BASELINE else NONE))
 
 
 def size_table(results: ModelResults, rows: list[Row]) -> Table:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common.base.errors import UserError
 from common.base.files import read_json, replacing, why_not_writable
+from common.results.peers import PEERS
 
 # Those of this machine, and those of the documented run, which come with the project.
 RESULTS_FOLDER, DOCUMENTED_FOLDER = Path("results"), Path("docs/results")
@@ -58,10 +59,15 @@ class ModelResults:
         ]
 
     def configurations(self) -> list[str]:
-        """Names in the order of the tables: those of the comparison, then any others that were
-        evaluated.
+        """Names in the order of the tables: those of the comparison, then other libraries', then
+        any others that were evaluated or are in a state.
         """
-        return [*CONFIGURATIONS, *sorted(set(self.documents) - set(CONFIGURATIONS))]
+        others = {*self.documents, *self.status} - {*CONFIGURATIONS}
+        return [
+            *CONFIGURATIONS,
+            *(name for name in PEERS if name in others),
+            *sorted(others - {*PEERS}),
+        ]
 
 
 def check_folder(folder: Path) -> None:

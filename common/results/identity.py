@@ -20,6 +20,7 @@ from common.base.errors import UserError
 from common.base.files import json_or_none, write_json
 from common.base.progress import say
 from common.checkpoint.writer import METADATA_FILE
+from common.model.located import is_gguf
 from common.model.source import resolve_folder
 from common.model.tensors import TensorReader
 from common.results.documents import SIZES, has_samples, load_model_results, read_document
@@ -51,13 +52,16 @@ _BESIDE_RESULTS = ("common.reporting.card",)
 
 
 def checkpoint_hash(folder: Path, results_dir: Path) -> str:
-    """SHA-256 over the contents of all files in a model's folder that decide what it computes.
+    """SHA-256 over the contents of all files in a model's folder that decide what it computes, or
+    of its GGUF file.
 
     Args:
         results_dir: hashes of files are remembered there, by path, size, times of change and inode.
     Raises:
         UserError: no readable weights.
     """
+    if is_gguf(folder):
+        return _hash_of_files(folder.parent, {folder.name}, results_dir)
     weights = [name for name, *_ in TensorReader(folder).describe()]
     small = [
         file.name

@@ -16,8 +16,9 @@ from common.base.progress import say
 from common.checkpoint import metadata
 from common.checkpoint.writer import METADATA_FILE, is_quantized
 from common.model.demo import DEMO_NAME
+from common.model.located import find_model, is_gguf
 from common.model.source import MODELS_FOLDER
-from common.results.documents import RESULTS_FOLDER, STATUS_FILE
+from common.results.documents import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE
 
 BASELINE = "baseline"
 _RESERVED = (BASELINE, STATUS_FILE.removesuffix(".json"))
@@ -27,8 +28,8 @@ _RESERVED = (BASELINE, STATUS_FILE.removesuffix(".json"))
 class Subject:
     """A model to evaluate.
 
-    folder: its files. source: the 16-bit model that it is or was made from: a hub id, a folder's
-    full path, or demo.
+    folder: its files, or its one GGUF file. source: the 16-bit model that it is or was made from: a
+    hub id, a folder's full path, or demo.
     name, configuration: where its results go.
     """
 
@@ -108,39 +109,63 @@ def _sources(folder: Path) -> set[str]:
 
 
 def subject_of(
-    folder: Path, made_from: str | None = None, results_dir: Path = RESULTS_FOLDER
+    model: str | Path,
+    made_from: str | None = None,
+    results_dir: Path = RESULTS_FOLDER,
+    name: str | None = None,
 ) -> Subject:
-    """What a folder is: a quantized model or a baseline.
+    """What a model is: quantized, by us or others, or a baseline.
 
     Args:
-        made_from: the 16-bit model of a quantized folder, where the folder does not say it or
-            names a folder that is no longer there.
+        model: as `find_model` takes it.
+        made_from: the 16-bit model of a quantized one, where that does not say it or names a folder
+            that is no longer there.
+        name: under which a quantized one is filed; by default the last part of its id or folder, or
+            the GGUF file's name.
     Raises:
         UserError: no model, a quantized one that does not say what it was made from, or one that
-            says it was made from another model than `made_from`.
+            says it was made from another model than `made_from`; a name that cannot be used.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give the --output of a quantize script")
+    folder = find_model(model)
     record = metadata.read(folder)
-    if record is None and not is_quantized(folder):
+    if record is None and not is_gguf(folder) and not is_quantized(folder):
+        if name is not None:
+            raise UserError(
+                f"{model} is not quantized, so it is filed as baseline; leave --name out"
+            )
         if made_from is not None:
             raise UserError(
-                f"{folder} is not quantized, so it is a baseline itself; leave --baseline out"
+                f"{model} is not quantized, so it is a baseline itself; leave --baseline out"
             )
-        return baseline_of(str(folder), folder, results_dir)
+        return baseline_of(str(model), folder, results_dir)
     source = made_from if record is None else _recorded_source(folder, record, made_from)
     if source is None:
         raise UserError(
-            f"{folder} is quantized but does not say what it was made from; name its 16-bit model "
+            f"{model} is quantized but does not say what it was made from; name its 16-bit model "
             "with --baseline"
         )
-    configuration = folder.resolve().name
-    if configuration in _RESERVED:
-        raise UserError(
-            f"{folder} is quantized, and {configuration}.json is kept for something else; "
-            "rename the folder"
-        )
+    configuration = _configuration(model, folder, name)
     return Subject(folder, source_of(source), filed_as(source, results_dir), configuration)
+
+
+def _configuration(model: str | Path, folder: Path, name: str | None) -> str:
+    """The name that a quantized model is filed under. Raises UserError for one that will not do."""
+    found = name
+    if found is None:
+        whole = folder.stem if is_gguf(folder) else folder.resolve().name
+        found = whole if Path(model).exists() or is_gguf(folder) else str(model).split("/")[-1]
+    if name in CONFIGURATIONS and metadata.read(folder) is None:
+        raise UserError(
+            f"{name} is the name of a configuration of this project; give another --name"
+        )
+    if found in _RESERVED:
+        raise UserError(
+            f"{model} is quantized, and {found}.json is kept for something else; name it with "
+            "--name, or rename the folder"
+        )
+    if not found or found.startswith(".") or set(found) & set("/\\|"):
+        raise UserError(f"{found!r} cannot be the name of a file; give another --name")
+    return found
 
 
 def _recorded_source(folder: Path, record: dict, made_from: str | None) -> str:

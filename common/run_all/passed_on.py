@@ -40,7 +40,7 @@ def share_out(words: list[str], methods: set[str]) -> dict[str, list[str]]:
     """
     shared: dict[str, list[str]] = {method: [] for method in sorted(methods)}
     left_out = []
-    for option in _options(words):
+    for option in parted(words):
         refusals = {
             method: refusal
             for method in shared
@@ -61,7 +61,7 @@ def share_out(words: list[str], methods: set[str]) -> dict[str, list[str]]:
     return shared
 
 
-def _options(words: list[str]) -> list[list[str]]:
+def parted(words: list[str]) -> list[list[str]]:
     """Words parted into options, each with its value where that is a word of its own."""
     parted: list[list[str]] = []
     for word in words:

@@ -39,18 +39,21 @@ class Ended(Protocol):
 
 
 @contextmanager
-def running(words: list[str], environment: dict[str, str]) -> Iterator[tuple[IO[str], Ended]]:
+def running(
+    words: list[str], environment: dict[str, str], interpreter: Path | None = None
+) -> Iterator[tuple[IO[str], Ended]]:
     """Run a script of the project with its arguments. Gives what it prints, errors too, and the
     process.
 
     Args:
         environment: what differs from this process's.
+        interpreter: another environment's Python, by which it is run.
     """
     with _starting:
-        context = _forking()
+        context = None if interpreter else _forking()
     if context is None:
         with subprocess.Popen(
-            [sys.executable, *words],
+            [str(interpreter or sys.executable), *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

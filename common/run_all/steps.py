@@ -89,7 +89,13 @@ class StepFailed(Exception):
     """A step of a configuration ended with an error; the message is its last line."""
 
 
-def step(title: str, words: list[str], log: Path, gpu: dict[str, str]) -> str:
+def step(
+    title: str,
+    words: list[str],
+    log: Path,
+    gpu: dict[str, str],
+    interpreter: Path | None = None,
+) -> str:
     """Run one script, showing its output and keeping it in `log`. Raises StepFailed with its error
     line. Returns its first warning of something wrecked, the worst.
 
@@ -97,12 +103,13 @@ def step(title: str, words: list[str], log: Path, gpu: dict[str, str]) -> str:
         words: its name and arguments.
         gpu: environment that says which GPU to use; lines are shown with the configuration's name
             when it says so.
+        interpreter: another environment's Python.
     """
     prefix = f"[{log.stem}] " if gpu else ""
     say(f"{prefix}--- {title}")
     log.parent.mkdir(parents=True, exist_ok=True)
     last, error, wrecked = "", "", ""
-    with log.open("a") as file, running(words, gpu) as (output, process):
+    with log.open("a") as file, running(words, gpu, interpreter) as (output, process):
         for line in output:
             sys.stdout.write(prefix + line)
             sys.stdout.flush()

@@ -18,7 +18,7 @@ from common.kernels.forms import Rotary
 from common.kernels.inference import add_rms_norm, attend, largest_index, row_matmul, silu_mul
 from common.model.architecture import is_fused
 from common.model.memory import TOKENS_SHARE, cache_bytes, token_bytes
-from common.running.packed import PackedLinear, stack
+from common.running.packed import PackedLinear, is_plain, stack
 
 # Tokens of prompts that go through the model at once, and steps after which the host looks at what
 # was generated.
@@ -42,6 +42,7 @@ def can_decode(model, length: int) -> bool:
         and size & (size - 1) == 0
         and config.hidden_act == "silu"
         and not rounds_inputs
+        and (isinstance(attention.q_proj, PackedLinear) or is_plain(attention.q_proj))
         and not hasattr(attention, "online")
         and not getattr(model, "streamed", 0)
         and (window is None or length <= window)

@@ -66,6 +66,16 @@ class PackedLinear(nn.Module):
         return output if self.bias is None else output + self.bias
 
 
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a module is a linear on a plain matrix of numbers, and no other library's."""
+    weight = getattr(linear, "weight", None)
+    return (
+        type(linear) is nn.Linear
+        and isinstance(weight, nn.Parameter)
+        and (type(weight.data) is Tensor and weight.is_floating_point())
+    )
+
+
 def stack(linears: list[PackedLinear]) -> PackedLinear:
     """One linear of all output channels of several that share their input; those become views of
     it.

@@ -17,15 +17,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from common.base.device_memory import available
 from common.base.errors import UserError
 from common.base.progress import say
+from common.checkpoint.foreign import runs_as_is
 from common.kernels.dispatch import triton_works
 from common.model.architecture import FAMILIES, FILLED_BY_CODE, let_head_finish_logits
 from common.model.fused import fuse_layers
+from common.model.located import is_gguf
 from common.model.memory import working_bytes
 from common.model.online import attach_all, read_keys, take_from_config
 from common.model.source import SourceModel, load_tokenizer, read_config
 from common.model.tensors import TensorReader
 from common.numerics.grid import float16_holds
-from common.running.packed import PackedLinear, can_be_packed, load_packed
+from common.running.packed import PackedLinear, can_be_packed, is_plain, load_packed
 from common.text.probe import check_finite, probe_tokens
 
 # Beside unpacked weights: what a short text takes, or, if that is more, what compressed-tensors
@@ -33,7 +35,9 @@ from common.text.probe import check_finite, probe_tokens
 DENSE_ROOM, UNPACKING_BYTES = 512 << 20, 10
 
 
-def load_for_running(folder: Path, device: torch.device, dtype: torch.dtype):
+def load_for_running(
+    folder: Path, device: torch.device, dtype: torch.dtype, described: Path | None = None
+):
     """Model and tokenizer as `load_model` gives them, but on packed weights where the device has
     kernels for them.
 
@@ -41,7 +45,7 @@ def load_for_running(folder: Path, device: torch.device, dtype: torch.dtype):
         UserError: as `load_model`; or the model's activations, on a fixed text, overflow in
             float16.
     """
-    model, tokenizer = _load_packed_or_dense(folder, device, dtype)
+    model, tokenizer = _load_packed_or_dense(folder, device, dtype, described)
     if dtype == torch.float16:
         with torch.inference_mode():
             tokens = probe_tokens(tokenizer).to(next(model.parameters()).device)
@@ -50,9 +54,11 @@ def load_for_running(folder: Path, device: torch.device, dtype: torch.dtype):
     return model, tokenizer
 
 
-def _load_packed_or_dense(folder: Path, device: torch.device, dtype: torch.dtype):
-    if device.type != "cuda":
-        return load_model(folder, device, dtype)
+def _load_packed_or_dense(
+    folder: Path, device: torch.device, dtype: torch.dtype, described: Path | None
+):
+    if is_gguf(folder) or device.type != "cuda":
+        return load_model(folder, device, dtype, described)
     content = read_config(folder)
     quantized = "quantization_config" in content
     if (
@@ -130,60 +136,48 @@ def kernels_of(model) -> str:
     if getattr(model, "streamed", 0):
         return "streamed"
     linear = model.model.layers[0].mlp.down_proj
-    if not isinstance(linear, PackedLinear):
-        return "dense"
-    return f"packed W{linear.codes.bits}A{linear.activation_bits or 16}"
+    if isinstance(linear, PackedLinear):
+        return f"packed W{linear.codes.bits}A{linear.activation_bits or 16}"
+    return "dense" if is_plain(linear) else f"library's {type(linear).__name__}"
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
-    """Model and tokenizer of a checkpoint or a plain model folder, ready to run (decompressed). It
-    runs on the CPU, and a line says so, where the device has no room for the weights.
+def load_model(
+    folder: Path, device: torch.device, dtype: torch.dtype, described: Path | None = None
+):
+    """Model and tokenizer of a checkpoint, a plain model folder or a GGUF file, ready to run:
+    decompressed, but for those that run on another library's modules. It runs on the CPU, and a
+    line says so, where the device has no room for the weights.
 
+    Args:
+        described: the folder with the tokenizer, where that is another (`located.described_by`).
     Raises:
-        UserError: the folder holds no model that can be loaded.
+        UserError: there is no model that can be loaded.
     """
-    content = read_config(folder)
-    tokenizer = load_tokenizer(folder)
-    device = _with_room(folder, device, dtype)
-    if dtype == torch.float16:
-        _check_scales(folder, content)
-    try:
+    tokenizer, transforms = load_tokenizer(described or folder), None
+    if is_gguf(folder):
+        model = _read(folder.parent, dtype, {"gguf_file": folder.name}, folder)
+    elif runs_as_is(folder):
+        model = _read(folder, dtype, {"device_map": {"": device}, "use_safetensors": True}, folder)
+    else:
+        content = read_config(folder)
+        device = _with_room(folder, device, dtype)
+        if dtype == torch.float16:
+            _check_scales(folder, content)
         transforms = take_from_config(content)
-        config = {}
+        more: dict = {"use_safetensors": True}
         if transforms:
             transforms.keys = read_keys(folder)
-            config["config"] = AutoConfig.for_model(**content)
-        # No code from the folder is run, and no pickle read.
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **config,
-        )
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:  # a damaged configuration can break the library anywhere
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder} cannot be loaded: {first[:200]}") from None
-    # transformers fills what it misses with random numbers and only warns.
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        found = map(str, sorted(loading.get(problem) or []))
-        names = [name for name in found if name not in FILLED_BY_CODE]
-        if names:
-            raise UserError(
-                f"{folder} does not load as it is: {problem.replace('_', ' ')} "
-                f"{', '.join(names[:3])}"
-            )
-    model.to(device).eval().requires_grad_(False)
+            more["config"] = content
+        model = _read(folder, dtype, more, folder).to(device)
+    model.eval().requires_grad_(False)
+    if is_gguf(folder):
+        model.to(device)
     try:
         with torch.inference_mode():  # decompresses packed weights
             model(torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as error:  # the same
+    except Exception as error:  # a damaged checkpoint can break the library anywhere
         raise UserError(
             f"{folder}: its weights cannot be unpacked "
             f"({(str(error).splitlines() or [''])[0][:150]})"
@@ -192,6 +186,42 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype):
         attach_all(model, transforms)
     let_head_finish_logits(model)
     return model, tokenizer
+
+
+def _read(folder: Path, dtype: torch.dtype, more: dict, named: Path):
+    """What transformers makes of a folder, all of whose weights have to be there.
+
+    Args:
+        more: for its `from_pretrained`; config: as a dictionary.
+        named: what an error calls the model.
+    """
+    try:
+        if "config" in more:
+            more["config"] = AutoConfig.for_model(**more["config"])
+        # No code from the folder is run, and no pickle read.
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            trust_remote_code=False,
+            **more,
+        )
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # a damaged configuration can break the library anywhere
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{named} cannot be loaded: {first[:200]}") from None
+    # transformers fills what it misses with random numbers and only warns.
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        found = map(str, sorted(loading.get(problem) or []))
+        names = [name for name in found if name not in FILLED_BY_CODE]
+        if names:
+            raise UserError(
+                f"{named} does not load as it is: {problem.replace('_', ' ')} "
+                f"{', '.join(names[:3])}"
+            )
+    return model
 
 
 def _with_room(folder: Path, device: torch.device, dtype: torch.dtype) -> torch.device:

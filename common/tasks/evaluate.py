@@ -11,8 +11,11 @@ from common.base.errors import UserError
 from common.base.files import write_json
 from common.base.progress import say
 from common.checkpoint import metadata
+from common.checkpoint.foreign import check_packages
 from common.cli import configure_torch
-from common.model.source import load_tokenizer
+from common.model.located import described_by
+from common.model.source import load_tokenizer, read_config, resolve_folder
+from common.model.tensors import TensorReader
 from common.results import identity
 from common.results.documents import (
     check_folder,
@@ -52,12 +55,17 @@ def evaluate_model(
     demo = options.data == "demo" or (
         options.data == "auto" and subject.source == "demo" and options.data_root is None
     )
-    evaluation = Evaluation(subject, options, demo, device, dtype, load_tokenizer(folder))
+    # Early: what cannot be loaded, or has damaged metadata, should not cost an evaluation.
+    check_packages(folder)
+    described = described_by(folder, subject.original)
+    original = _original_tensors(subject)
+    facts = metadata.quantization_facts(folder, original)
+    evaluation = Evaluation(
+        subject, described, options, demo, device, dtype, load_tokenizer(described)
+    )
     tasks = [task for task in all_tasks() if task.name in options.tasks]
     # Data first: a missing data set should not cost the time it takes to load the model.
     loaded = {task.name: task.load(evaluation) for task in tasks}
-    # Early, too: damaged metadata should not cost an evaluation.
-    facts = metadata.quantization_facts(folder)
     _check_overlap(tasks, loaded, evaluation)
     shared = {
         "source": subject.source,
@@ -81,8 +89,9 @@ def evaluate_model(
         identity.spare(subject, results_dir, conditions, compared, refuse)
     prepared = {task.name: task.prepare(loaded[task.name], evaluation) for task in tasks}
     started = time.perf_counter()
-    model, _ = load_for_running(folder, device, dtype)
+    model, _ = load_for_running(folder, device, dtype, described)
     loading, device = time.perf_counter() - started, next(model.parameters()).device
+    _check_made_from(subject, model.config)
     memory = metadata.peak_memory(device)
     # Here the model is alone on the device.
     alone = {
@@ -121,6 +130,31 @@ def evaluate_model(
     document["seconds"] = round(time.perf_counter() - started, 2)
     say(in_words(document))
     return write_results(results_dir, document, samples)
+
+
+def _original_tensors(subject: Subject) -> TensorReader | None:
+    """The tensors of a quantized model's 16-bit one; None where they cannot be had."""
+    if subject.configuration == BASELINE:
+        return None
+    try:
+        return TensorReader(resolve_folder(subject.original))
+    except UserError:
+        return None
+
+
+def _check_made_from(subject: Subject, config) -> None:
+    """Refuse a model of another shape than the 16-bit one that it is to be compared with."""
+    try:
+        original = read_config(resolve_folder(subject.original))
+    except UserError:
+        return
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        then, now = original.get(key), getattr(config, key, None)
+        if then is not None and now is not None and then != now:
+            raise UserError(
+                f"{subject.folder} has {key} {now}, {subject.source} has {then}, so it was not "
+                "made from that; name its 16-bit model with --baseline"
+            )
 
 
 def _check_overlap(tasks: list[Task], loaded: dict, evaluation: Evaluation) -> None:

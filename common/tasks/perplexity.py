@@ -90,7 +90,7 @@ class Perplexity(Task):
             options.perplexity_data or ("demo" if demo else ADDRESS),
             evaluation.tokenizer,
             options.windows or default_windows(demo, evaluation.device),
-            _window_length(evaluation.subject.folder, options.window_length, demo),
+            _window_length(evaluation.described_by, options.window_length, demo),
             options.data_root,
         )
 

@@ -10,6 +10,8 @@ KERNELS = {
     "dense": "Kernels `dense`: plain transformers unpacks the weights when the model is loaded, so "
     "a smaller checkpoint saves disk there, not memory or time; the library's wrappers "
     "cost a little.",
+    "library": "`library's ...`: modules of the library that quantized it, as transformers calls "
+    "them.",
     "packed": "`packed`: weights stay packed in memory and are unpacked inside the product.",
     "streamed": "`streamed`: the GPU has no room for the weights, so layers are read from the "
     "files for every forward pass.",

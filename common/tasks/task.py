@@ -27,9 +27,12 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model to be evaluated, and how. options: the command's. demo: on the demo's own data."""
+    """A model to be evaluated, and how. options: the command's. demo: on the demo's own data.
+    described_by: the folder with its config.json and tokenizer.
+    """
 
     subject: Subject
+    described_by: Path
     options: argparse.Namespace
     demo: bool
     device: torch.device
