@@ -55,7 +55,7 @@ def run(words: list[str], log: Path, interpreter: Path | None = None) -> dict[st
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     last, error = "", ""
-    with log.open("a") as file, running(words, {}, interpreter) as (output, process):
+    with log.open("a", buffering=1) as file, running(words, {}, interpreter) as (output, process):
         for line in output:
             file.write(line)
             last = line.strip() or last
@@ -120,19 +120,23 @@ def document(model: str, options: argparse.Namespace) -> None:
     with ThreadPoolExecutor(options.at_once) as pool:
         list(pool.map(lambda name: step(name, evaluate(name, EVALUATION)), sound()))
     done("evaluated")
+    _note(name, status)
     for configuration in sound():
         step(configuration, evaluate(configuration, ["--tasks", "speed"]))
     done("speed measured")
-    file = DOCUMENTED_FOLDER / name / STATUS_FILE
-    write_json(file, {**(json_or_none(file) or {}), **status})
-    _without_this_machine(DOCUMENTED_FOLDER / name)
+    _note(name, status)
     for configuration, state in status.items():
         if state["state"] != "done":
             print(f"{model} {configuration}: {state['reason']}")
 
 
-def _without_this_machine(results: Path) -> None:
-    """Results name a model's folder by its full path; from the project's folder on says as much."""
+def _note(name: str, status: dict[str, dict]) -> None:
+    """Record the states of configurations, and make results the same on every machine: they name a
+    model's folder by its full path, where its path in the project says as much.
+    """
+    results = DOCUMENTED_FOLDER / name
+    known = json_or_none(results / STATUS_FILE) or {}
+    write_json(results / STATUS_FILE, {**known, **status})
     for file in results.glob("*.json"):
         text = file.read_text(encoding="utf-8")
         if f'"{ROOT}/' in text:
