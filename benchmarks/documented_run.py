@@ -5,8 +5,8 @@ figures.
     python benchmarks/documented_run.py --data-root ../shared/data --models demo models/SECOND
 
 What `run_all_quantization.sh` does, model by model and in another order: configurations are
-quantized one after the other, as their times count; then all are evaluated at once, as their
-answers do not depend on how long they took; then speed is measured one by one. Real data sets;
+quantized one after the other, as their times count; then speed is measured one by one; then all
+are evaluated at once, as their answers do not depend on how long they took. Real data sets;
 calibration 64 x 2048 tokens of calib/pile_style_mix; GSM8K stands in for OpenMathInstruct-2.
 Results go to docs/results/, which analyze_results.py makes the tables of.
 """
@@ -14,6 +14,7 @@ Results go to docs/results/, which analyze_results.py makes the tables of.
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -71,9 +72,6 @@ def document(model: str, options: argparse.Namespace) -> None:
     chosen = options.only.split(",")
     began = time.monotonic()
 
-    def done(stage: str) -> None:
-        print(f"{model}: {stage} after {time.monotonic() - began:.0f} s", flush=True)
-
     resolve_folder(model)
     name = filed_as(model, DOCUMENTED_FOLDER)
     logs = {configuration: Path("logs") / name / f"{configuration}.log" for configuration in chosen}
@@ -113,33 +111,37 @@ def document(model: str, options: argparse.Namespace) -> None:
     def sound() -> list[str]:
         return [name for name in chosen if status[name]["state"] == "done"]
 
-    for configuration in chosen:
-        if configuration != "baseline":
-            step(configuration, quantize(configuration))
-    done("quantized")
-    with ThreadPoolExecutor(options.at_once) as pool:
-        list(pool.map(lambda name: step(name, evaluate(name, EVALUATION)), sound()))
-    done("evaluated")
-    _note(name, status)
-    for configuration in sound():
-        step(configuration, evaluate(configuration, ["--tasks", "speed"]))
-    done("speed measured")
-    _note(name, status)
+    def one_by_one(words: Callable[[str], list[str]], names: list[str]) -> None:
+        for configuration in names:
+            step(configuration, words(configuration))
+
+    def at_once(words: Callable[[str], list[str]], names: list[str]) -> None:
+        with ThreadPoolExecutor(options.at_once) as pool:
+            list(pool.map(lambda configuration: step(configuration, words(configuration)), names))
+
+    for stage in options.stages.split(","):
+        if stage == "quantize":
+            one_by_one(quantize, [name for name in chosen if name != "baseline"])
+        elif stage == "speed":
+            one_by_one(lambda name: evaluate(name, ["--tasks", "speed"]), sound())
+        else:
+            at_once(lambda name: evaluate(name, EVALUATION), sound())
+        print(f"{model}: {stage} after {time.monotonic() - began:.0f} s", flush=True)
+        file = DOCUMENTED_FOLDER / name / STATUS_FILE
+        write_json(file, {**(json_or_none(file) or {}), **status})
+    _without_this_machine(DOCUMENTED_FOLDER / name, [STATUS_FILE, *(f"{c}.json" for c in chosen)])
     for configuration, state in status.items():
         if state["state"] != "done":
             print(f"{model} {configuration}: {state['reason']}")
 
 
-def _note(name: str, status: dict[str, dict]) -> None:
-    """Record the states of configurations, and make results the same on every machine: they name a
-    model's folder by its full path, where its path in the project says as much.
+def _without_this_machine(results: Path, names: list[str]) -> None:
+    """Make results the same on every machine: they name a model's folder by its full path, where
+    its path in the project says as much.
     """
-    results = DOCUMENTED_FOLDER / name
-    known = json_or_none(results / STATUS_FILE) or {}
-    write_json(results / STATUS_FILE, {**known, **status})
-    for file in results.glob("*.json"):
-        text = file.read_text(encoding="utf-8")
-        if f'"{ROOT}/' in text:
+    for file in map(results.joinpath, names):
+        if file.is_file():
+            text = file.read_text(encoding="utf-8")
             file.write_text(text.replace(f'"{ROOT}/', '"'), encoding="utf-8")
 
 
@@ -159,6 +161,11 @@ def main() -> None:
         action="store_true",
         help="other libraries, too, in the environment that run_all_quantization.sh --with-peers "
         "sets up",
+    )
+    parser.add_argument(
+        "--stages",
+        default="quantize,speed,evaluate",
+        help="what is done, in order (default: %(default)s)",
     )
     parser.add_argument(
         "--at-once", type=int, default=10, help="evaluations (default: %(default)s)"

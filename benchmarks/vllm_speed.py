@@ -64,7 +64,7 @@ def measure(folder: str, batches: list[int], text: list[list[int]]) -> dict:
             skip_tokenizer_init=True,
             max_model_len=2048,
             max_num_seqs=max(batches),
-            gpu_memory_utilization=0.4,
+            gpu_memory_utilization=0.2,
             enable_prefix_caching=False,
             compilation_config={"cudagraph_capture_sizes": batches},
         )
