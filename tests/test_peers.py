@@ -161,7 +161,7 @@ def test_from_the_hub(tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def exported(tiny_models, tmp_path_factory):
-    """A checkpoint of ours with, in a folder of its own, the same as a GGUF file; its 16-bit model."""
+    """A checkpoint of ours, a folder with the same as a GGUF file; its 16-bit model."""
     folder, model = tmp_path_factory.mktemp("exported"), tiny_models["llama", True]
     words = ["--model", model, "--output", folder / "hqq-4bit", "--group-size", 32]
     assert run_script(ROOT / "quantize_hqq.py", *words).returncode == 0
