@@ -19,7 +19,6 @@ import gc
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,14 +27,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
 from methods import method_options
-from peers import PEERS
+from peers import PEERS, Work
 from scripts import quantize
 
 from common.base.arguments import positive, two_or_more
 from common.base.device import DTYPES, resolve_device
+from common.base.stopwatch import Stopwatch
 from common.cli import configure_torch, quiet_libraries
 from common.model.source import SourceModel, resolve_folder
 from common.results.documents import CONFIGURATIONS
+from common.results.peers import PEERS as KNOWN_PEERS
 from common.running.runtime import load_model
 from common.tasks import perplexity
 from common.tasks.original import last_hidden_states
@@ -52,7 +53,7 @@ RUNS = {
     "quarot-w4a4kv4": ("quarot", ["--bits", "4", "--act-bits", "4", "--kv-bits", "4"]),
 }
 # Where there is no calibration, or nothing drawn, a seed changes nothing.
-UNSEEDED = ("hqq", "hqq 4-bit g64")
+UNSEEDED = ("hqq", *(name for name, peer in KNOWN_PEERS.items() if not peer.calibrated))
 
 
 class Subject:
@@ -140,10 +141,17 @@ def by_peer(function: Callable, subject: Subject, seed: int) -> tuple[dict[str, 
     """The same by another library, seconds without loading. Raises ImportError where it is not
     installed.
     """
-    model, windows = subject.load(subject.folder), subject.calibration(seed)
-    start = time.perf_counter()
-    function(model, windows, subject.tokenizer, group_size=GROUP_SIZE)
-    return subject.measure(model.to(subject.device)), time.perf_counter() - start
+    watch = Stopwatch(subject.device)
+    work = Work(
+        subject.folder,
+        subject.tokenizer,
+        subject.calibration(seed),
+        GROUP_SIZE,
+        subject.device,
+        watch,
+    )
+    model = function(work).model
+    return subject.measure(model), watch.seconds["quantize"]
 
 
 def _script(run: str) -> str:

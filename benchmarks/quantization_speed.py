@@ -9,8 +9,8 @@ Random weights and 128 x 2048 random tokens, the same for all. A model of one la
 that nothing is compiled or read for the first time. Our figures are a script's own, from the
 finished checkpoint's
 metadata: `work` is all but reading the model and writing the checkpoint. A peer
-(benchmarks/requirements.txt) is given the model in memory and timed without saving; one that is not
-installed is left out.
+(benchmarks/requirements.txt) is timed without reading the model, unless it quantizes while it
+reads, and without saving; one that is not installed is left out.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import gc
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,15 +25,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
 from methods import method_options
-from peers import PEERS
+from peers import PEERS, Work
 from scripts import quantize
-from shape import random_model, write_random_model
+from shape import write_random_model
 
 from common import (
     metadata,
     quantization,
 )
 from common.base.device import resolve_device
+from common.base.stopwatch import Stopwatch
 from common.checkpoint.writer import METADATA_FILE
 from common.cli import quiet_libraries
 from common.model.source import load_tokenizer, resolve_folder
@@ -71,22 +71,19 @@ def ours(method: str, folder: Path, windows: Windows, scratch: Path) -> dict:
     }
 
 
-def peer(
-    name: str, windows: Windows, tokenizer, device: torch.device, changes: dict
-) -> dict | None:
-    """Seconds and peak device memory of another library; None where it is not installed."""
-    model = random_model(device, torch.bfloat16, **changes)
+def peer(name: str, folder: Path, windows: Windows, tokenizer, device: torch.device) -> dict | None:
+    """Seconds, without reading the model, and peak device memory of another library; None where it
+    is not installed.
+    """
     _forget_peak()
-    start = time.perf_counter()
+    watch, size = Stopwatch(device), 64 if name == "hqq-package-4bit" else 128
     try:
-        PEERS[name](model, windows.tokens, tokenizer)
+        PEERS[name](Work(folder, tokenizer, windows.tokens, size, device, watch))
     except ImportError as error:
         print(f"{name}: not installed ({error})")
         return None
-    if device.type == "cuda":
-        torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    return {"work": time.perf_counter() - start, "peak_device_bytes": peak}
+    return {"work": watch.seconds["quantize"], "peak_device_bytes": peak}
 
 
 def main() -> None:
@@ -147,15 +144,15 @@ def main() -> None:
             print(
                 f"RESULT {method}: work {found['work']:.2f} s, peak {peak} ({phases})", flush=True
             )
-    for name in filter(None, options.peers.split(",")):
-        found = peer(name, windows, tokenizer, device, changes)
-        if found:
-            results["peers"][name] = found
-            print(
-                f"RESULT {name}: work {found['work']:.2f} s, peak "
-                f"{(found['peak_device_bytes'] or 0) / 2**30:.2f} GiB",
-                flush=True,
-            )
+        for name in filter(None, options.peers.split(",")):
+            found = peer(name, folder, windows, tokenizer, device)
+            if found:
+                results["peers"][name] = found
+                print(
+                    f"RESULT {name}: work {found['work']:.2f} s, peak "
+                    f"{(found['peak_device_bytes'] or 0) / 2**30:.2f} GiB",
+                    flush=True,
+                )
     if options.output:
         options.output.write_text(json.dumps(results, indent=1))
 
