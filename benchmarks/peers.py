@@ -217,7 +217,9 @@ def auto_round(work: Work) -> Quantized:
         model, _ = rounding.quantize()
 
     def save(folder: Path) -> None:
-        rounding.save_quantized(str(folder), format="auto_round")
+        # Its own form cannot be written after `quantize`, and asks for one package more to be read
+        # on a CPU. This one reads back the same (through optimum and GPTQModel).
+        rounding.save_quantized(str(folder), format="auto_gptq")
 
     return Quantized(model, save)
 

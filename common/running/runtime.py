@@ -209,7 +209,9 @@ def _read(folder: Path, dtype: torch.dtype, more: dict, named: Path):
         )
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as error:  # a damaged configuration can break the library anywhere
+    # A damaged configuration can break the library anywhere, and auto-round ends the process where
+    # it lacks something.
+    except (Exception, SystemExit) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{named} cannot be loaded: {first[:200]}") from None
     # transformers fills what it misses with random numbers and only warns.
