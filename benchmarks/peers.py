@@ -186,7 +186,8 @@ def hqq(work: Work) -> Quantized:
             with torch.device("meta"):
                 dense = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
             dense.weight = nn.Parameter(linear.dequantize().to(dtype), requires_grad=False)
-            dense.bias = linear.bias
+            if linear.bias is not None:  # a plain tensor on a GPU, where a module wants a parameter
+                dense.bias = nn.Parameter(linear.bias.data, requires_grad=False)
             model.model.layers.set_submodule(name, dense)
         model.save_pretrained(folder)
 
