@@ -21,12 +21,16 @@ class PackedWeight:
         of a block holds channel j in its low half and channel j + block / 2 in the high one, so
         that a block is unpacked into two pieces as they are.
     scale: [out, groups] floating; zero_point: [out, groups] int8, None for zero.
+    kernel_scale: only for torch's products on a CPU (`processor.repack`), in whose form `packed`
+        then is: scales and what is added [groups of half bytes, out, 2] bfloat16; for int8 with a
+        scale per row ones [1, out, 1].
     """
 
     packed: Tensor
     scale: Tensor
     zero_point: Tensor | None
     bits: int
+    kernel_scale: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -42,8 +46,19 @@ class PackedWeight:
         """The same for some of the rows."""
         zero_point = None if self.zero_point is None else self.zero_point[rows]
         return replace(
-            self, packed=self.packed[rows], scale=self.scale[rows], zero_point=zero_point
+            self,
+            packed=self.packed[rows],
+            scale=self.scale[rows],
+            zero_point=zero_point,
+            kernel_scale=None if self.kernel_scale is None else self.kernel_scale[:, rows],
         )
+
+    def integers(self) -> Tensor:
+        """The codes [out, in] int8 of a weight that `pack` made."""
+        if self.bits == 8:
+            return self.packed
+        halves = self.packed.unflatten(1, (-1, 1, self.block // 2))
+        return (torch.cat([halves & 15, halves >> 4], dim=2).to(torch.int8) - OFFSET).flatten(1)
 
 
 def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> PackedWeight:

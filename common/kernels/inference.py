@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from common.base.gpu import TENSOR_CORES, supports
+from common.kernels import processor
 from common.kernels.dispatch import triton_kernels
-from common.kernels.forms import OFFSET, PackedWeight, Rotary, Rounded
+from common.kernels.forms import PackedWeight, Rotary, Rounded
 from common.numerics.grid import codes_per_token
 
 # Rows of activations up to which weights are unpacked inside the product; for more they are
@@ -28,7 +29,9 @@ def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     """inputs [..., in] times the transposed weight: [..., out]."""
     rows = inputs.reshape(-1, inputs.shape[-1])
     kernels = triton_kernels(inputs)
-    if kernels and (len(rows) == 1 or _fused(len(rows))):
+    if weight.kernel_scale is not None:
+        result = processor.product(rows, weight)
+    elif kernels and (len(rows) == 1 or _fused(len(rows))):
         result = kernels.products.packed_matmul(rows, weight)
     else:
         out, channels = weight.shape
@@ -79,6 +82,8 @@ def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
     """Rounded inputs times the transposed weight of 8 bits, one symmetric group per row: [rows,
     out]. On a GPU from compute capability 8.0 on products of integers with integer sums.
     """
+    if weight.kernel_scale is not None:
+        return processor.integer_product(inputs, weight)
     rows, channels = inputs.codes.shape
     kernels = triton_kernels(inputs.codes)
     if kernels and _fused(rows):
@@ -98,11 +103,7 @@ def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The weights [out, in] that the codes stand for."""
     if kernels := triton_kernels(weight.packed):
         return kernels.products.unpack(weight, dtype)
-    codes = weight.packed
-    if weight.bits == 4:
-        halves = codes.unflatten(1, (-1, 1, weight.block // 2))
-        codes = (torch.cat([halves & 15, halves >> 4], dim=2).to(torch.int8) - OFFSET).flatten(1)
-    codes = codes.unflatten(1, (weight.scale.shape[1], -1)).float()
+    codes = weight.integers().unflatten(1, (weight.scale.shape[1], -1)).float()
     if weight.zero_point is not None:
         codes -= weight.zero_point.float().unsqueeze(-1)
     return (codes * weight.scale.float().unsqueeze(-1)).flatten(1).to(dtype)

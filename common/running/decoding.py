@@ -49,6 +49,14 @@ def can_decode(model, length: int) -> bool:
     )
 
 
+def decodes_faster(model, length: int) -> bool:
+    """Whether `Decoder` is the way to generate up to `length` tokens: on a GPU, and on packed
+    weights.
+    """
+    packed = isinstance(model.model.layers[0].mlp.down_proj, PackedLinear)
+    return (next(model.parameters()).is_cuda or packed) and can_decode(model, length)
+
+
 def cache_after(prefix: DynamicCache | None, rows: int) -> DynamicCache:
     """A cache for `rows` prompts that all follow the tokens in `prefix` (of one row), if any."""
     cache = DynamicCache()

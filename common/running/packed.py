@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from common.base.errors import UserError
 from common.checkpoint.format import open_checkpoint, unknown_form, weight_format
 from common.checkpoint.tensors import stored_codes, stored_parts
+from common.kernels import processor
 from common.kernels.forms import PackedWeight, Rounded, pack
 from common.kernels.inference import integer_matmul, packed_matmul, round_rows, unpack
 from common.model.architecture import FAMILIES, fill_buffers
@@ -37,6 +39,8 @@ class PackedLinear(nn.Module):
     ):
         super().__init__()
         self.activation_bits = activation_bits
+        # The weights [out, in], for inputs of many rows, where somebody has room for them.
+        self.dense: Tensor | None = None
         self.put(weight, bias)
 
     def put(self, weight: PackedWeight, bias: Tensor | None) -> None:
@@ -46,16 +50,20 @@ class PackedLinear(nn.Module):
             ("packed", weight.packed),
             ("scale", weight.scale),
             ("zero_point", weight.zero_point),
+            ("kernel_scale", weight.kernel_scale),
             ("bias", bias),
         ):
             self.register_buffer(name, tensor)
 
     @property
     def codes(self) -> PackedWeight:
-        return PackedWeight(self.packed, self.scale, self.zero_point, self._bits)
+        return PackedWeight(self.packed, self.scale, self.zero_point, self._bits, self.kernel_scale)
 
     def forward(self, inputs: Tensor | Rounded) -> Tensor:
         """Args: inputs: [..., in], or [rows, in] rounded already."""
+        if self.dense is not None and isinstance(inputs, Tensor):
+            if inputs.numel() > processor.FUSED_ROWS * inputs.shape[-1]:
+                return functional.linear(inputs, self.dense, self.bias)
         if self.activation_bits is None:
             output = packed_matmul(inputs, self.codes)
         elif isinstance(inputs, Rounded):
@@ -81,8 +89,8 @@ def stack(linears: list[PackedLinear]) -> PackedLinear:
     it.
     """
 
-    def joined(tensors: list[Tensor | None]) -> Tensor | None:
-        return None if tensors[0] is None else torch.cat(tensors)
+    def joined(tensors: list[Tensor | None], axis: int = 0) -> Tensor | None:
+        return None if tensors[0] is None else torch.cat(tensors, axis)
 
     codes = [linear.codes for linear in linears]
     whole = replace(
@@ -90,6 +98,7 @@ def stack(linears: list[PackedLinear]) -> PackedLinear:
         packed=joined([part.packed for part in codes]),
         scale=joined([part.scale for part in codes]),
         zero_point=joined([part.zero_point for part in codes]),
+        kernel_scale=joined([part.kernel_scale for part in codes], 1),
     )
     bias = joined([linear.bias for linear in linears])
     start = 0
@@ -115,6 +124,36 @@ class PackedEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = unpack(self.rows.codes[tokens.reshape(-1)], self.dtype).view(*tokens.shape, -1)
         return hidden if self.factor is None else hidden * self.factor
+
+
+def prepare_for_processor(model: nn.Module) -> bool:
+    """Bring a packed model's weights into the form of torch's products on a CPU. Returns whether
+    that was done: False, and nothing is changed, where one of them has no such form.
+    """
+    linears = {module for module in model.modules() if isinstance(module, PackedLinear)}
+    # Rows of an embedding are read one by one.
+    rows = {module.rows for module in model.modules() if isinstance(module, PackedEmbedding)}
+    if not all(
+        processor.fits(linear.codes)
+        and (linear not in rows or processor.is_row_of_bytes(linear.codes))
+        for linear in linears
+    ):
+        return False
+    for linear in linears:
+        linear.put(processor.repack(linear.codes), linear.bias)
+    return True
+
+
+def unpack_for_prompts(model: nn.Module) -> None:
+    """Hold a model's weights dense beside the packed ones where a CPU would unpack them again for
+    each prompt: as much memory as the dense model takes, and prompts in the time that it takes.
+    """
+    for module in model.modules():
+        if isinstance(module, PackedLinear) and module.activation_bits is None:
+            weight = module.codes
+            if weight.kernel_scale is not None and not processor.is_row_of_bytes(weight):
+                dtype = next(model.parameters()).dtype
+                module.dense = processor.unpack_transposed(weight).T.to(dtype).contiguous()
 
 
 def can_be_packed(config: dict, names: Iterable[str]) -> bool:

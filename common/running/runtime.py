@@ -1,8 +1,9 @@
 """Load a checkpoint to run it, and measure how it runs: latency, tokens per second, memory.
 
 On CUDA a checkpoint runs on packed weights where there is a kernel for them (`packed`) and decodes
-through captured graphs (`decoding`). On CPU, and where there is none, it runs on plain dense
-weights: transformers decompresses it at the first forward.
+through captured graphs (`decoding`). On a CPU it runs on packed weights where torch has products
+for them (`kernels.processor`). Elsewhere it runs on plain dense weights: transformers decompresses
+it at the first forward.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from common.base.device_memory import available
 from common.base.errors import UserError
 from common.base.progress import say
 from common.checkpoint.foreign import runs_as_is
+from common.kernels import processor
 from common.kernels.dispatch import triton_works
 from common.model.architecture import FAMILIES, FILLED_BY_CODE, let_head_finish_logits
 from common.model.fused import fuse_layers
@@ -27,7 +29,13 @@ from common.model.online import attach_all, read_keys, take_from_config
 from common.model.source import SourceModel, load_tokenizer, read_config
 from common.model.tensors import TensorReader
 from common.numerics.grid import float16_holds
-from common.running.packed import PackedLinear, can_be_packed, is_plain, load_packed
+from common.running.packed import (
+    PackedLinear,
+    can_be_packed,
+    is_plain,
+    load_packed,
+    prepare_for_processor,
+)
 from common.text.probe import check_finite, probe_tokens
 
 # Beside unpacked weights: what a short text takes, or, if that is more, what compressed-tensors
@@ -57,8 +65,10 @@ def load_for_running(
 def _load_packed_or_dense(
     folder: Path, device: torch.device, dtype: torch.dtype, described: Path | None
 ):
-    if is_gguf(folder) or device.type != "cuda":
+    if is_gguf(folder):
         return load_model(folder, device, dtype, described)
+    if device.type != "cuda":
+        return _load_for_processor(folder, device, dtype, described)
     content = read_config(folder)
     quantized = "quantization_config" in content
     if (
@@ -75,6 +85,19 @@ def _load_packed_or_dense(
     if triton_works() and next(model.parameters()).is_cuda:
         fuse_layers(model)
     return model, tokenizer
+
+
+def _load_for_processor(
+    folder: Path, device: torch.device, dtype: torch.dtype, described: Path | None
+):
+    content = read_config(folder)
+    quantized = "quantization_config" in content
+    if quantized and processor.is_worth_it(dtype) and can_be_packed(content, TensorReader(folder)):
+        model = load_packed(folder, device, dtype)
+        if prepare_for_processor(model):
+            let_head_finish_logits(model)
+            return model, load_tokenizer(described or folder)
+    return load_model(folder, device, dtype, described)
 
 
 def dense_bytes(folder: Path, dtype: torch.dtype, working: bool = False) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from common.base import host_memory
 from common.base.progress import track
-from common.running.decoding import STEPS_AT_ONCE, Decoder, can_decode
+from common.running.decoding import STEPS_AT_ONCE, Decoder, decodes_faster
 from common.running.runtime import kernels_of
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
@@ -48,9 +48,9 @@ def measure_speed(model, vocabulary: int, seed: int = 0) -> dict:
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(0, vocabulary, (1, PROMPT_TOKENS), generator=generator)
-    graphs = device.type == "cuda" and can_decode(model, PROMPT_TOKENS + 2 * NEW_TOKENS)
+    fast = decodes_faster(model, PROMPT_TOKENS + 2 * NEW_TOKENS)
     answer = (
-        _answer_by_graph(model, prompt) if graphs else _answer_by_forward(model, prompt.to(device))
+        _answer_by_decoder(model, prompt) if fast else _answer_by_forward(model, prompt.to(device))
     )
     answer()
     repeats = 1 if getattr(model, "streamed", 0) else REPEATS[device.type]
@@ -61,7 +61,7 @@ def measure_speed(model, vocabulary: int, seed: int = 0) -> dict:
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": runs[0][2] + 1,
         "runs": len(runs),
-        "kernels": kernels_of(model) + (", graph" if graphs else ""),
+        "kernels": kernels_of(model) + (", graph" if fast and device.type == "cuda" else ""),
         "prefill_seconds": prefill,
         "latency_seconds": statistics.median(first + rest for first, rest, _ in runs),
         "tokens_per_second": runs[0][2] / decode,
@@ -84,18 +84,21 @@ def measure_memory(
     prompt = torch.randint(
         0, vocabulary, (1, context - STEPS_AT_ONCE), generator=torch.Generator().manual_seed(seed)
     )
+
+    def answer() -> Callable[[], object]:
+        if decodes_faster(model, context):
+            return _answer_by_decoder(model, prompt, context, 1)
+        return _answer_by_forward(model, prompt.to(device), STEPS_AT_ONCE)
+
     gc.collect()
     if device.type != "cuda":
-        grown = host_memory.growth(_answer_by_forward(model, prompt, STEPS_AT_ONCE))
+        grown = host_memory.growth(lambda: answer()())
         return None if grown is None else weights + grown
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
-    if can_decode(model, context):
-        answer = _answer_by_graph(model, prompt, context, 1)
-    else:
-        answer = _answer_by_forward(model, prompt.to(device), STEPS_AT_ONCE)
+    ready = answer()
     torch.cuda.reset_peak_memory_stats(device)
-    answer()
+    ready()
     return torch.cuda.max_memory_allocated(device) - before + weights
 
 
@@ -125,7 +128,7 @@ def _answer_by_forward(
     return answer
 
 
-def _answer_by_graph(
+def _answer_by_decoder(
     model,
     prompt: Tensor,
     length: int = PROMPT_TOKENS + 2 * NEW_TOKENS,

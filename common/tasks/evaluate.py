@@ -25,6 +25,7 @@ from common.results.documents import (
     write_samples,
 )
 from common.results.naming import BASELINE, Subject
+from common.running.packed import unpack_for_prompts
 from common.running.runtime import load_for_running
 from common.running.speed import weight_bytes
 from common.tasks.task import Evaluation, Record, Task, all_tasks, task_names
@@ -99,6 +100,7 @@ def evaluate_model(
         for task in tasks
         if not task.per_sample
     }
+    unpack_for_prompts(model)  # most of what follows is reading prompts
     say(
         f"Evaluating {subject.name} {subject.configuration} on {device} in {dtype_name(dtype)}: "
         f"{', '.join(conditions)}"

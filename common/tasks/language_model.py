@@ -20,7 +20,7 @@ from common.model.memory import (
     token_bytes,
     tokens_at_once,
 )
-from common.running.decoding import STEPS_AT_ONCE, Decoder, cache_after, can_decode
+from common.running.decoding import STEPS_AT_ONCE, Decoder, cache_after, decodes_faster
 from common.tasks.batching import batches, common_prefix, cut_at_stops, row_length, tree_mask
 from common.text import chat
 from common.text.probe import check_finite
@@ -197,7 +197,7 @@ class HarnessModel(TemplateLM):
         shared = self._prefix_cache(prompts[0][:prefix]) if prefix else None
         answers: list[str] = [""] * len(requests)
         decoder, size = None, self._rows_that_fit(length)
-        if self._device.type == "cuda" and can_decode(self.model, length):
+        if decodes_faster(self.model, length):
             decoder = Decoder(self.model, size, length)
         else:
             row = (len(prompts[order[0]]) - prefix) * token_bytes(
