@@ -146,7 +146,7 @@ def prepare_for_processor(model: nn.Module) -> bool:
 
 def unpack_for_prompts(model: nn.Module) -> None:
     """Hold a model's weights dense beside the packed ones where a CPU would unpack them again for
-    each prompt: as much memory as the dense model takes, and prompts in the time that it takes.
+    each prompt. Takes the dense model's memory, too.
     """
     for module in model.modules():
         if isinstance(module, PackedLinear) and module.activation_bits is None:
