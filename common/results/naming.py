@@ -128,7 +128,9 @@ def subject_of(
     """
     folder = find_model(model)
     record = metadata.read(folder)
-    if record is None and not is_gguf(folder) and not is_quantized(folder):
+    # Read in any case: a damaged configuration is to be said before any work.
+    quantized = is_gguf(folder) or is_quantized(folder)
+    if record is None and not quantized:
         if name is not None:
             raise UserError(
                 f"{model} is not quantized, so it is filed as baseline; leave --name out"
