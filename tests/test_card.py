@@ -216,7 +216,7 @@ def test_the_origin_of_a_model_of_the_hub(tmp_path):
 # What runs a checkpoint, and a word of the reason where something does not.
 ENGINES = [
     ("hqq", "llama", (), {VLLM: "CPU with AVX-512", SGLANG: "kernel wants", LLAMA_CPP: True}),
-    ("hqq", "llama", ("--bits", 8), {VLLM: "on a GPU", SGLANG: True, LLAMA_CPP: True}),
+    ("hqq", "llama", ("--bits", 8), {VLLM: "on a GPU", SGLANG: "kernel wants", LLAMA_CPP: True}),
     (
         "hqq",
         "llama",
@@ -224,7 +224,12 @@ ENGINES = [
         {VLLM: "Hopper", SGLANG: "symmetric", LLAMA_CPP: "zero-points"},
     ),
     ("hqq", "llama", ("--bits", 3), {VLLM: "3 bits", SGLANG: None, LLAMA_CPP: "3-bit codes"}),
-    ("hqq", "llama", ("--group-size", "16"), {VLLM: "groups of 16", LLAMA_CPP: "groups of 16"}),
+    (
+        "hqq",
+        "llama",
+        ("--group-size", "16"),
+        {VLLM: "groups of 16", SGLANG: "groups of 16", LLAMA_CPP: "groups of 16"},
+    ),
     ("hqq", "llama", ("--head-bits", 8), {VLLM: "on a GPU", SGLANG: None, LLAMA_CPP: True}),
     ("hqq", "llama", ("--embedding-bits", 8), {VLLM: "int8 embedding", SGLANG: "int8 embedding"}),
     ("smoothquant", "llama", (), {VLLM: "CPU with VNNI", SGLANG: None, LLAMA_CPP: "activations"}),
@@ -255,13 +260,14 @@ def test_which_engines_run_it(
         assert one.words in card
 
 
-def test_a_shape_that_sglang_takes(tmp_path):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_shape_that_sglang_takes(tmp_path, bits):
     sizes = dict(hidden_size=128, intermediate_size=256, num_attention_heads=4)
     build_tiny("llama", True, num_key_value_heads=4, head_dim=32, **sizes).save_pretrained(
         tmp_path / "model"
     )
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    quantize("hqq", tmp_path / "model", tmp_path / "out")
+    quantize("hqq", tmp_path / "model", tmp_path / "out", "--bits", bits)
     assert support(*open_checkpoint(tmp_path / "out"))[SGLANG].runs
 
 

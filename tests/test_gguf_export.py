@@ -231,7 +231,11 @@ def test_models_that_cannot_be_told(tmp_path, architecture, fields, words):
     "script, options, words",
     [
         ("hqq", ["--bits", 3], ["3-bit codes", "--bits 4 or 8"]),
-        ("hqq", ["--bits", 8, "--asymmetric"], ["8-bit blocks with zero-points", "--symmetric"]),
+        (
+            "hqq",
+            ["--bits", 8, "--asymmetric"],
+            ["8-bit blocks with zero-points", "without --asymmetric"],
+        ),
         ("hqq", ["--group-size", 16], ["groups of 16", "a multiple of 32"]),
         ("smoothquant", [], ["activations are rounded to 8 bits (W8A8)", "leave --gguf out"]),
         ("quarot", ["--kv-bits", 4], ["--act-bits and --kv-bits"]),

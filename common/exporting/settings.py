@@ -103,7 +103,7 @@ def _check_grid(what: str, grid: Grid, sizes: set[int]) -> None:
     """Refuse a grid that no blocks hold; sizes: input channels of what is rounded to it."""
     if grid.bits == 8 and not grid.symmetric:
         raise UserError(
-            f"GGUF has no 8-bit blocks with zero-points ({what}); quantize with --symmetric"
+            f"GGUF has no 8-bit blocks with zero-points ({what}); quantize without --asymmetric"
         )
     if grid.bits not in (4, 8):
         raise UserError(

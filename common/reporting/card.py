@@ -215,10 +215,12 @@ def _others(engines: dict[str, Support]) -> list[str]:
     """What is said of engines that do not run the checkpoint, or with which nobody has tried."""
     by_reason: dict[str, list[str]] = {}
     for engine, found in engines.items():
-        if not found.runs:
-            reason = found.words if found.runs is False else "not tried"
-            by_reason.setdefault(reason, []).append(engine)
-    return [f"Not with {', '.join(names)}: {reason}." for reason, names in by_reason.items()]
+        if found.runs is False:
+            by_reason.setdefault(found.words, []).append(engine)
+    lines = [f"Not with {', '.join(names)}: {reason}." for reason, names in by_reason.items()]
+    if untried := [engine for engine, found in engines.items() if found.runs is None]:
+        lines.append(f"Not tried: {', '.join(untried)}.")
+    return lines
 
 
 def _how(record: dict) -> str:

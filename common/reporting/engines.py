@@ -27,9 +27,9 @@ INT8_EMBEDDING = (
     "an int8 embedding runs in this project's runtime and transformers only; vLLM and SGLang do "
     "not load it"
 )
-# Channels of a group that vLLM's kernels for packed weights know; None is all of a row.
-_VLLM_GROUPS = (None, 32, 64, 128)
-# What SGLang's kernel for 4 bits asks of input and output channels.
+# Channels of a group that the kernels of vLLM and SGLang for packed weights know; None is a row's.
+_MARLIN_GROUPS = (None, 32, 64, 128)
+# What SGLang's kernel for packed weights asks of input and output channels.
 _SGLANG_IN, _SGLANG_OUT = 128, 64
 
 
@@ -76,7 +76,7 @@ def _vllm(stored: WeightFormat) -> Support:
     for grid in grids:
         if grid.bits < 4:
             return Support(False, f"no kernel for {grid.bits} bits")
-        if grid.group_size not in _VLLM_GROUPS:
+        if grid.group_size not in _MARLIN_GROUPS:
             return Support(False, f"no kernel for groups of {grid.group_size}")
     eight = [grid for grid in grids if grid.bits == 8]
     if not all(grid.symmetric for grid in eight):
@@ -90,11 +90,13 @@ def _vllm(stored: WeightFormat) -> Support:
 def _sglang(stored: WeightFormat, config: dict, tensors: TensorReader) -> Support:
     if EMBEDDING in stored.vocabulary:
         return Support(False, INT8_EMBEDDING)
+    if not all(grid.symmetric for grid in _weights_alone(stored) if grid.bits == 8):
+        return Support(False, "8 bits have to be symmetric")
     grid = stored.grid
     if stored.activation_bits or stored.vocabulary or grid.bits < 4:
         return Support(None)
-    if grid.bits == 8:
-        return Support(True) if grid.symmetric else Support(False, "8 bits have to be symmetric")
+    if grid.group_size not in _MARLIN_GROUPS:
+        return Support(False, f"no kernel for groups of {grid.group_size}")
     for linear in family_of_config(config).linears:
         rows, columns = tensors.read(f"model.layers.0.{linear}.weight_shape").tolist()
         if columns % _SGLANG_IN or rows % _SGLANG_OUT:
