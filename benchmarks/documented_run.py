@@ -27,7 +27,7 @@ from common.results.documents import CONFIGURATIONS, DOCUMENTED_FOLDER, STATUS_F
 from common.results.naming import filed_as, source_of
 from common.results.peers import PEERS
 from common.run_all.peers import INTERPRETER, SCRIPT, check_environment
-from common.run_all.processes import running
+from common.run_all.steps import StepFailed, run_logged
 
 CALIBRATION = [
     "--calib-data",
@@ -48,23 +48,6 @@ EVALUATION = [
     "--openmath-data",
     "openmath_standin/gsm8k_as_openmath2:test",
 ]
-
-
-def run(words: list[str], log: Path, interpreter: Path | None = None) -> dict[str, str]:
-    """Run a script of the project with its output in `log`. Returns its state; a failed one's with
-    its error or last line.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    last, error = "", ""
-    with log.open("a", buffering=1) as file, running(words, {}, interpreter) as (output, process):
-        for line in output:
-            file.write(line)
-            last = line.strip() or last
-            if line.startswith("error: "):
-                error = line.strip().removeprefix("error: ")
-        code = process.wait()
-    reason = (error or last or f"exit code {code}")[:200]
-    return {"state": "failed", "reason": reason} if code else {"state": "done"}
 
 
 def document(model: str, options: argparse.Namespace) -> None:
@@ -90,9 +73,11 @@ def document(model: str, options: argparse.Namespace) -> None:
     ]
 
     def quantize(configuration: str) -> list[str]:
-        method, bits = CONFIGURATIONS.get(configuration, (configuration, None))
-        words = [SCRIPT, configuration] if bits is None else [f"quantize_{method}.py"]
-        words += [] if bits is None else ["--bits", str(bits)]
+        if configuration in PEERS:
+            words = [SCRIPT, configuration]
+        else:
+            method, bits = CONFIGURATIONS[configuration]
+            words = [f"quantize_{method}.py", "--bits", str(bits)]
         words += ["--model", model, "--output", str(folders[configuration]), "--overwrite"]
         words += [*data, *CALIBRATION]
         return words + (["--calib-samples", options.calib_samples] if options.calib_samples else [])
@@ -106,7 +91,10 @@ def document(model: str, options: argparse.Namespace) -> None:
 
     def step(configuration: str, words: list[str]) -> None:
         interpreter = INTERPRETER if configuration in PEERS else None
-        status[configuration].update(run(words, logs[configuration], interpreter))
+        try:
+            run_logged(words, logs[configuration], {}, interpreter)
+        except StepFailed as failure:
+            status[configuration].update(state="failed", reason=str(failure))
 
     def sound() -> list[str]:
         return [name for name in chosen if status[name]["state"] == "done"]

@@ -15,7 +15,7 @@ from common.base.files import load_json
 INDEX_FILE = "model.safetensors.index.json"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 

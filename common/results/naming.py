@@ -146,17 +146,21 @@ def subject_of(
             f"{model} is quantized but does not say what it was made from; name its 16-bit model "
             "with --baseline"
         )
-    configuration = _configuration(model, folder, name)
+    configuration = _configuration(model, folder, name, record is not None)
     return Subject(folder, source_of(source), filed_as(source, results_dir), configuration)
 
 
-def _configuration(model: str | Path, folder: Path, name: str | None) -> str:
-    """The name that a quantized model is filed under. Raises UserError for one that will not do."""
+def _configuration(model: str | Path, folder: Path, name: str | None, recorded: bool) -> str:
+    """The name that a quantized model is filed under. Raises UserError for one that will not do.
+
+    Args:
+        recorded: it has our metadata.
+    """
     found = name
     if found is None:
         whole = folder.stem if is_gguf(folder) else folder.resolve().name
         found = whole if Path(model).exists() or is_gguf(folder) else str(model).split("/")[-1]
-    if name in CONFIGURATIONS and metadata.read(folder) is None:
+    if name in CONFIGURATIONS and not recorded:
         raise UserError(
             f"{name} is the name of a configuration of this project; give another --name"
         )

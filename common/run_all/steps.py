@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,23 +96,47 @@ def step(
     gpu: dict[str, str],
     interpreter: Path | None = None,
 ) -> str:
-    """Run one script, showing its output and keeping it in `log`. Raises StepFailed with its error
-    line. Returns its first warning of something wrecked, the worst.
+    """`run_logged`, showing the script's output.
 
     Args:
-        words: its name and arguments.
         gpu: environment that says which GPU to use; lines are shown with the configuration's name
             when it says so.
-        interpreter: another environment's Python.
     """
     prefix = f"[{log.stem}] " if gpu else ""
     say(f"{prefix}--- {title}")
+
+    def show(line: str) -> None:
+        sys.stdout.write(prefix + line)
+        sys.stdout.flush()
+
+    return run_logged(words, log, gpu, interpreter, show)
+
+
+def run_logged(
+    words: list[str],
+    log: Path,
+    environment: dict[str, str],
+    interpreter: Path | None = None,
+    show: Callable[[str], object] = lambda line: None,
+) -> str:
+    """Run one script, keeping its output in `log`. Raises StepFailed with its error line. Returns
+    its first warning of something wrecked, the worst.
+
+    Args:
+        words: its name and arguments.
+        environment: what differs from this process's.
+        interpreter: another environment's Python.
+        show: is given every line as it comes.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     last, error, wrecked = "", "", ""
-    with log.open("a") as file, running(words, gpu, interpreter) as (output, process):
+    # Line by line: whoever looks into it sees how far the script is.
+    with (
+        log.open("a", buffering=1) as file,
+        running(words, environment, interpreter) as (output, process),
+    ):
         for line in output:
-            sys.stdout.write(prefix + line)
-            sys.stdout.flush()
+            show(line)
             file.write(line)
             last = line.strip() or last
             if line.startswith(("error: ", "FAIL")):

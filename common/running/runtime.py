@@ -27,7 +27,7 @@ from common.model.located import is_gguf
 from common.model.memory import working_bytes
 from common.model.online import attach_all, read_keys, take_from_config
 from common.model.source import SourceModel, load_tokenizer, read_config
-from common.model.tensors import TensorReader
+from common.model.tensors import TensorReader, first_line
 from common.numerics.grid import float16_holds
 from common.running.packed import (
     PackedLinear,
@@ -178,7 +178,7 @@ def load_model(
     """
     tokenizer, transforms = load_tokenizer(described or folder), None
     if is_gguf(folder):
-        model = _read(folder.parent, dtype, {"gguf_file": folder.name}, folder)
+        model = _read(folder.parent, dtype, {"gguf_file": folder.name}, folder).to(device)
     elif runs_as_is(folder):
         model = _read(folder, dtype, {"device_map": {"": device}, "use_safetensors": True}, folder)
     else:
@@ -193,8 +193,6 @@ def load_model(
             more["config"] = content
         model = _read(folder, dtype, more, folder).to(device)
     model.eval().requires_grad_(False)
-    if is_gguf(folder):
-        model.to(device)
     try:
         with torch.inference_mode():  # decompresses packed weights
             model(torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
@@ -235,8 +233,7 @@ def _read(folder: Path, dtype: torch.dtype, more: dict, named: Path):
     # A damaged configuration can break the library anywhere, and auto-round ends the process where
     # it lacks something.
     except (Exception, SystemExit) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{named} cannot be loaded: {first[:200]}") from None
+        raise UserError(f"{named} cannot be loaded: {first_line(error)}") from None
     # transformers fills what it misses with random numbers and only warns.
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         found = map(str, sorted(loading.get(problem) or []))
