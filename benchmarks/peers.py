@@ -7,6 +7,7 @@ ImportError where its library is not installed (benchmarks/requirements.txt).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,6 +222,12 @@ def auto_round(work: Work) -> Quantized:
         # Its own form cannot be written after `quantize`, and asks for one package more to be read
         # on a CPU. This one reads back the same (through optimum and GPTQModel).
         rounding.save_quantized(str(folder), format="auto_gptq")
+        # GPTQModel's first choice on a Hopper card takes no rows that 128 does not divide, and
+        # needs a compiler; its trainable kernels take every shape on every device.
+        file = folder / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["quantization_config"]["backend"] = "auto_trainable"
+        file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     return Quantized(model, save)
 
