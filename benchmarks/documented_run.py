@@ -23,7 +23,13 @@ sys.path.insert(0, str(ROOT))
 
 from common.base.files import json_or_none, write_json
 from common.model.source import MODELS_FOLDER, resolve_folder
-from common.results.documents import CONFIGURATIONS, DOCUMENTED_FOLDER, STATUS_FILE
+from common.results.documents import (
+    CONFIGURATIONS,
+    DOCUMENTED_FOLDER,
+    STATUS_FILE,
+    load_samples,
+    write_samples,
+)
 from common.results.naming import filed_as, source_of
 from common.results.peers import PEERS
 from common.run_all.peers import INTERPRETER, SCRIPT, check_environment
@@ -118,6 +124,8 @@ def document(model: str, options: argparse.Namespace) -> None:
         file = DOCUMENTED_FOLDER / name / STATUS_FILE
         write_json(file, {**(json_or_none(file) or {}), **status})
     _without_this_machine(DOCUMENTED_FOLDER / name, [STATUS_FILE, *(f"{c}.json" for c in chosen)])
+    for configuration in sound():
+        _coarser_divergences(name, configuration)
     for configuration, state in status.items():
         if state["state"] != "done":
             print(f"{model} {configuration}: {state['reason']}")
@@ -131,6 +139,19 @@ def _without_this_machine(results: Path, names: list[str]) -> None:
         if file.is_file():
             text = file.read_text(encoding="utf-8")
             file.write_text(text.replace(f'"{ROOT}/', '"'), encoding="utf-8")
+
+
+def _coarser_divergences(model: str, configuration: str) -> None:
+    """Keep two digits of each token's divergence, most of what a record takes: a mean over 300,000
+    tokens is the same to four digits.
+    """
+    kept: dict[str, list[dict]] = {}
+    for record in load_samples(DOCUMENTED_FOLDER, model, configuration):
+        own = {key: value for key, value in record.items() if key != "task"}
+        if "kl" in own:
+            own["kl"] = [float(f"{value:.1e}") for value in own["kl"]]
+        kept.setdefault(record["task"], []).append(own)
+    write_samples(DOCUMENTED_FOLDER, model, configuration, kept)
 
 
 def main() -> None:

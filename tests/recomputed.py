@@ -1,6 +1,8 @@
 """README's tables read back, and figures of per-sample records with pandas and scipy alone."""
 
+import gzip
 import itertools
+import json
 import math
 import re
 
@@ -29,11 +31,11 @@ def tables(text: str) -> dict[str, dict[str, dict[str, str]]]:
 
 def records(folder, model, name) -> dict[str, pd.DataFrame]:
     """The records of a configuration's samples, by task, from a folder of results."""
-    frame = pd.read_json(folder / model / "samples" / f"{name}.jsonl.gz", lines=True)
-    return {
-        task: part.dropna(axis=1, how="all").reset_index(drop=True)
-        for task, part in frame.groupby("task")
-    }
+    found: dict[str, list[dict]] = {}
+    with gzip.open(folder / model / "samples" / f"{name}.jsonl.gz", "rt") as lines:
+        for record in map(json.loads, lines):
+            found.setdefault(record["task"], []).append(record)
+    return {task: pd.DataFrame(rows) for task, rows in found.items()}
 
 
 def f1_of_classes(frame: pd.DataFrame) -> float:

@@ -229,6 +229,16 @@ def test_every_condition_counts(made, tiny, tmp_path, capsys, key, value, words)
     assert words in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind, matters", [("cuda", False), ("cpu", True)])
+def test_threads_matter_on_a_cpu_alone(kind, matters):
+    """On a GPU the number of CPU threads changes neither a result nor its speed."""
+    device = {"type": kind, "name": "a device", "threads": 8}
+    changes = identity.shared_changes({"device": device}, {"device": {**device, "threads": 6}})
+    assert changes == (["device (threads) (8 then, 6 now)"] if matters else [])
+    changes = identity.shared_changes({"device": device}, {"device": {**device, "name": "other"}})
+    assert changes == ["device (name) (a device then, other now)"]
+
+
 def test_missing_samples_and_a_baseline_run_once(made, tiny, tmp_path, capsys):
     shutil.copytree(made[1], tmp_path / "results")
     baseline = [

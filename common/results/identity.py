@@ -230,8 +230,15 @@ def shared_changes(document: dict, shared: dict) -> list[str]:
         text
         for key, label in SHARED.items()
         if key in shared
-        for text in _changes(label, document.get(key), shared[key])
+        for text in _changes(label, _deciding(document.get(key)), _deciding(shared[key]))
     ]
+
+
+def _deciding(value):
+    """Of what a result was measured with, what decides it: on a GPU not the CPU's threads."""
+    if isinstance(value, dict) and value.get("type") == "cuda":
+        return {key: one for key, one in value.items() if key != "threads"}
+    return value
 
 
 def _changes(label: str, then, now) -> Iterator[str]:
