@@ -73,8 +73,18 @@ def point(axis, name: str, x: float, y: float, error: tuple[float, float] | None
 
 
 def legend(figure, axis) -> None:
+    """The figure's legend below it, in as many columns as its width has room for."""
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    longest = max(map(len, labels), default=1)
+    columns = int(figure.get_figwidth() / (0.5 + 0.075 * longest))
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(max(columns, 1), 5),
+        fontsize=8,
+        frameon=False,
+    )
 
 
 def side_by_side(sizes: list[float]) -> list[float]:
