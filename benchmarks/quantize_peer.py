@@ -27,7 +27,7 @@ import torch
 
 from common import cli
 from common.base.device import dtype_name, resolve_device
-from common.base.errors import UserError
+from common.base.errors import UserError, first_line
 from common.base.files import replace_folder, write_json
 from common.base.progress import say
 from common.base.stopwatch import Stopwatch
@@ -36,7 +36,6 @@ from common.checkpoint.foreign import foreign_facts
 from common.checkpoint.sizes import rounded, weights_of
 from common.checkpoint.writer import METADATA_FILE, folder_bytes
 from common.model.source import MODELS_FOLDER, SourceModel
-from common.model.tensors import first_line
 from common.numerics.grid import resolve_group_size
 from common.results.documents import RESULTS_FOLDER
 from common.results.identity import code_hash, source_hash

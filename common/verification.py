@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from common import metadata
 from common.base.device import dtype_name
-from common.base.errors import UserError
+from common.base.errors import UserError, first_line
 from common.checkpoint.format import (
     VOCABULARY,
     family_of_config,
@@ -226,7 +226,7 @@ def _codes(config: dict, tensors: TensorReader) -> Iterator[Check]:
             KeyError,
             AssertionError,
         ) as error:
-            damaged.append(f"{name} ({(str(error).splitlines() or [''])[0][:80]})")
+            damaged.append(f"{name} ({first_line(error)[:80]})")
     total = " and ".join([f"{len(grids)} linears", *vocabulary])
     widths = f"{stored.grid.bits}-bit codes and zero-points of {len(grids)} linears"
     rounded = [f"{grid.bits}-bit codes of {name}" for name, grid in vocabulary.items()]

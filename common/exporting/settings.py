@@ -10,11 +10,10 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from common.base.errors import UserError
+from common.base.errors import UserError, first_line
 from common.checkpoint.format import WeightFormat
 from common.exporting.blocks import BLOCK, has_blocks
 from common.model.architecture import FAMILIES, GGUFForm
-from common.model.tensors import first_line
 from common.numerics.grid import Grid
 
 # What a rotary embedding may say without asking for more than its scaling's type does here.

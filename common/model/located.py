@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from common.base.errors import UserError
+from common.base.errors import UserError, first_line
 from common.model.source import hub_errors, resolve_folder
-from common.model.tensors import first_line
 
 GGUF = ".gguf"
 # Of a GGUF file's types, those that are plain numbers.

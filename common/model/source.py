@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common.base.errors import UserError
+from common.base.errors import UserError, first_line
 from common.base.files import read_json
 from common.base.machine import command
 from common.model.architecture import FAMILIES, fill_buffers
 from common.model.demo import DEMO_NAME, prepare_demo_model
 from common.model.fused import fuse_layers
-from common.model.tensors import TensorReader, first_line
+from common.model.tensors import TensorReader
 
 DEFAULT_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
 MODELS_FOLDER = Path("models")

@@ -9,14 +9,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.base.errors import UserError
+from common.base.errors import UserError, first_line
 from common.base.files import load_json
 
 INDEX_FILE = "model.safetensors.index.json"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class TensorReader:

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from common.base.device_memory import available
-from common.base.errors import UserError
+from common.base.errors import UserError, first_line
 from common.base.progress import say
 from common.checkpoint.foreign import runs_as_is
 from common.kernels import processor
@@ -27,7 +27,7 @@ from common.model.located import is_gguf
 from common.model.memory import working_bytes
 from common.model.online import attach_all, read_keys, take_from_config
 from common.model.source import SourceModel, load_tokenizer, read_config
-from common.model.tensors import TensorReader, first_line
+from common.model.tensors import TensorReader
 from common.numerics.grid import float16_holds
 from common.running.packed import (
     PackedLinear,
@@ -199,10 +199,7 @@ def load_model(
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # a damaged checkpoint can break the library anywhere
-        raise UserError(
-            f"{folder}: its weights cannot be unpacked "
-            f"({(str(error).splitlines() or [''])[0][:150]})"
-        ) from None
+        raise UserError(f"{folder}: its weights cannot be unpacked ({first_line(error)})") from None
     if transforms:
         attach_all(model, transforms)
     let_head_finish_logits(model)

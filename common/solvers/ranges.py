@@ -96,10 +96,10 @@ def _best_range(
     return tuple(torch.cat(column) for column in zip(*results, strict=True))
 
 
-# Bits from which `restore_gain` acts. Measured at 4 on eight models; at 3 the demo model gets worse
-# by it (KL 0.349 -> 0.365 as its file gives it, 0.431 -> 0.442 at a spread of 0.2): errors are so
-# large there that gain is worth trading for noise.
-GAIN_BITS = 4
+# Bits from which `restore_gain` acts. At 3 it serves QuaRot on every model it was measured on, GPTQ
+# on the second by far more than it costs on the demo (docs/Quantization_Methods_Deep_Dive.md); with
+# 2 it was not measured.
+GAIN_BITS = 3
 
 
 def restore_gain(

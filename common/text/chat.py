@@ -7,7 +7,7 @@ from datetime import date, datetime
 
 from jinja2.exceptions import TemplateError
 
-from common.base.errors import UserError
+from common.base.errors import UserError, first_line
 
 # Llama 3's own date for when there is no clock; templates that name none of their own get it too.
 DATE = "26 Jul 2024"
@@ -90,5 +90,6 @@ def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False)
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, **clock
         )
     except TemplateError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"the model's chat template refuses a conversation: {reason}") from None
+        raise UserError(
+            f"the model's chat template refuses a conversation: {first_line(error)}"
+        ) from None
