@@ -78,23 +78,25 @@ def test_the_gain_that_clipping_costs_is_restored(grid, generator):
         return (found * expected).sum(0) / expected.square().sum(0)
 
     assert slopes(scale).mean() < 0.995
-    alone = restore_gain(weight, rounded, None, torch.float32).dequantize().double()
+    alone = restore_gain(weight, rounded, None, torch.float32, 3).dequantize().double()
     whole = weight.double().square().sum(1)
     torch.testing.assert_close((alone * weight).sum(1), whole, rtol=1e-4, atol=0)
-    restored = restore_gain(weight, rounded, gram, torch.float32).scale
+    restored = restore_gain(weight, rounded, gram, torch.float32, 3).scale
     torch.testing.assert_close(
         slopes(restored), torch.ones(len(weight), dtype=torch.float64), rtol=0, atol=1e-4
     )
-    stored = restore_gain(weight, rounded, gram, torch.bfloat16).scale
+    stored = restore_gain(weight, rounded, gram, torch.bfloat16, 3).scale
     assert torch.equal(stored, stored.bfloat16().float())
     assert (slopes(stored) - 1).abs().max() < 2**-7
 
 
-def test_two_bits_keep_their_scales(generator):
-    grid = Grid(2, 64)
+@pytest.mark.parametrize("bits, from_bits, kept", [(2, 4, True), (3, 4, True), (3, 3, False)])
+def test_few_bits_keep_their_scales(bits, from_bits, kept, generator):
+    grid = Grid(bits, 64)
     weight, _, gram, scale, zero_point = problem(24, 192, grid, generator)
     rounded = QuantizedLinear.nearest(weight, scale, zero_point, grid)
-    assert torch.equal(restore_gain(weight, rounded, gram, torch.bfloat16).scale, scale)
+    restored = restore_gain(weight, rounded, gram, torch.bfloat16, from_bits).scale
+    assert torch.equal(restored, scale) is kept
 
 
 def test_what_has_no_output_keeps_its_scales(generator):

@@ -28,6 +28,9 @@ Ranges = Callable[[Tensor, Grid, Tensor, torch.dtype], tuple[Tensor, Tensor]]
 # that attention rests on shrink. Fewer have no room for it. Measured on several models
 # (docs/Quantization_Methods_Deep_Dive.md).
 UNCLIPPED_BITS = 4
+# Bits from which gain is restored, one fewer than elsewhere: what is clipped below UNCLIPPED_BITS
+# costs error feedback more gain than nearest rounding (same document, three bits).
+GAIN_BITS = 3
 
 
 def clipped_ranges(
@@ -82,6 +85,6 @@ def gptq_layer(
             weight, codes, scale, zero_point, gram, grid, scale_dtype, sweeps, used
         )
         rounded = QuantizedLinear(codes, scale, zero_point, grid)
-        return restore_gain(weight, rounded, damped(gram, used), scale_dtype)
+        return restore_gain(weight, rounded, damped(gram, used), scale_dtype, GAIN_BITS)
 
     return layer.quantize_groups(quantize_group)
