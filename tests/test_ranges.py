@@ -1,5 +1,7 @@
 """Ranges chosen for the error of the outputs, and the gain that clipping costs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from layer_problems import correlated_inputs, problem
@@ -8,6 +10,7 @@ from common.kernels.rounding import search_range
 from common.numerics.grid import Grid, QuantizedLinear, dequantize, grouped, min_max, quantize
 from common.solvers.ranges import RANGE_DAMPING, choose_ranges, restore_gain
 from common.solvers.rounding import damped, output_error, solve
+from common.walk.gptq import gptq_layer
 
 
 @pytest.mark.parametrize("grid", [Grid(4, 32), Grid(3, 64, True), Grid(2, 64)], ids=str)
@@ -113,3 +116,21 @@ def test_what_has_no_output_keeps_its_scales(generator):
     )
     without = restore_gain(weight, rounded, torch.zeros_like(gram), torch.float32)
     assert torch.equal(without.scale, scale)
+
+
+@pytest.mark.parametrize("bits, restored", [(2, False), (3, True), (4, True)])
+def test_error_feedback_keeps_its_gain_from_three_bits_on(bits, restored, generator):
+    """GPTQ of a group of linears: the output's slope on the original's, by the damped Gram matrix
+    that the solve has."""
+    weight, _, gram, *_ = problem(24, 192, Grid(bits, 64), generator)
+    statistics = SimpleNamespace(gram=gram, mean_square=gram.diagonal())
+    layer = SimpleNamespace(
+        grid=Grid(bits, 64),
+        scale_dtype=torch.float32,
+        where=lambda name: name,
+        quantize_groups=lambda f: f(SimpleNamespace(linears=["q"]), weight, statistics),
+    )
+    values = gptq_layer(layer, damping=0.1, sweeps=1).dequantize().double()
+    product = weight.double() @ damped(gram, 0.1).double()
+    slope = (values * product).sum(1) / (weight * product).sum(1)
+    assert ((slope - 1).abs().max() < 1e-3) is restored
