@@ -22,6 +22,7 @@ if not shutil.which("nvidia-smi"):
 
 import pytest
 import torch
+from forks import forks
 
 # Fixtures that several test files share; pytest registers them.
 pytest_plugins = ["batch_stand_ins", "stub_chats"]
@@ -247,19 +248,12 @@ def oracle(module: str):
 def run_script(
     *arguments, cwd: Path = ROOT, inline: bool = True, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Run a script of the project: here, which spares its imports, or with inline=False in a
-    process of its own.
+    """Run a script of the project: here, which spares its imports, or with inline=False or an
+    environment in a process of its own.
     """
     words = list(map(str, arguments))
     if not inline or environment:
-        return subprocess.run(
-            [sys.executable, *words],
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            env={**os.environ, **environment},
-        )
+        return forks().run(words, cwd, {**os.environ, **environment})
     out, err = io.StringIO(), io.StringIO()
     before = sys.argv, sys.path.copy(), os.getcwd()
     code: int | str | None = 0
@@ -286,18 +280,11 @@ def run_scripts(commands: list[tuple], **environment: str) -> list[subprocess.Co
     """
     code = (
         "import json, sys; from conftest import run_script; "
-        "found = [run_script(*words) for words in json.load(sys.stdin)]; "
+        "found = [run_script(*words) for words in json.loads(sys.argv[1])]; "
         "print(json.dumps([[run.args, run.returncode, run.stdout, run.stderr] for run in found]))"
     )
-    together = subprocess.run(
-        [sys.executable, "-c", code],
-        input=json.dumps([list(map(str, words)) for words in commands]),
-        cwd=ROOT / "tests",
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, **environment},
-    )
+    asked = json.dumps([list(map(str, words)) for words in commands])
+    together = forks().run(["-c", code, asked], ROOT / "tests", {**os.environ, **environment})
     assert together.returncode == 0, together.stderr
     return [subprocess.CompletedProcess(*run) for run in json.loads(together.stdout)]
 

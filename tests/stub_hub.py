@@ -12,14 +12,13 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from conftest import ROOT
+from forks import forks
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _API = re.compile(
@@ -77,14 +76,8 @@ class StubHub:
 
     def python(self, code: str, *arguments: str, home: Path, **environment: str) -> list[str]:
         """Run Python code of the project with this hub. Returns the lines that it printed."""
-        result = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=self.environment(home, **environment),
-        )
+        words = ["-c", code, *arguments]
+        result = forks().run(words, ROOT, self.environment(home, **environment))
         assert result.returncode == 0, result.stderr
         return result.stdout.splitlines()
 
