@@ -39,14 +39,39 @@ WORDS = (
 ).split()
 
 
-# The files that take longest.
-LONG = ("demo", "checkpoint", "kernels", "rounding_kernels", "tables", "bad_input", "hub_data")
+# The files that take longest. Those in a line share a process that takes long to start: `forks`,
+# `PlainLoader`, the batch's own.
+LONG = (
+    ("kernels",),
+    ("bad_input", "hub", "hub_data", "check", "others_checkpoints", "parallel"),
+    ("checkpoint", "decoding"),
+    ("batch", "peers", "processes"),
+    ("demo",),
+    ("resume",),
+    ("tables",),
+    ("identity",),
+    ("rounding_kernels",),
+    ("reuse",),
+)
+PLACES = {f"test_{name}.py": place for place, names in enumerate(LONG) for name in names}
 
 
 def pytest_collection_modifyitems(items):
     """They come first, so that no worker is left with one of them at the end."""
-    order = {f"test_{name}.py": place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+    items.sort(key=lambda item: PLACES.get(item.path.name, len(LONG)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Files of a line go to one worker."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return str(PLACES.get(Path(file).name, file))
+
+    return Together(config, log) if config.option.dist == "loadfile" else None
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -305,6 +330,20 @@ def run_quantize(
         *options,
         *(calibration if text else ()),
     )
+
+
+def interrupt_after(monkeypatch, layers):
+    """Let a run end, as by Ctrl-C, when so many layers are finished."""
+    from common.checkpoint.unfinished import UnfinishedFolder
+
+    original = UnfinishedFolder.finish_layer
+
+    def finish_layer(self, record):
+        original(self, record)
+        if len(self.records) == layers:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(UnfinishedFolder, "finish_layer", finish_layer)
 
 
 def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:

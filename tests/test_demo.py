@@ -6,11 +6,17 @@ import json
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, ROOT, build_tiny, oracle, run_script
+from conftest import ARCHITECTURES, ROOT, build_tiny, interrupt_after, oracle, run_script
+from safetensors.torch import load_file
 
+from common.checkpoint.tensors import decompress, stored_parts
 from common.model import demo as demo
 from common.model.demo import take_off_grid
+from common.numerics.grid import Grid
+from common.running.runtime import load_model
+from common.tasks.perplexity import perplexity
 from common.text.data import demo_rows, demo_text
+from common.text.windows import evaluation_windows
 
 
 @pytest.mark.parametrize(
@@ -135,13 +141,44 @@ def evaluate(folder, results, *options):
     return json.loads(file.read_text())["tasks"]
 
 
-def test_demo_model_end_to_end(demo_model, tmp_path):
-    """Four bits keep most of the quality; the scores are well above chance. A small calibration
-    and neither sweeps nor catching up keep this short.
+# A small calibration and neither sweeps nor catching up keep these short.
+SHORT = ("--calib-samples", 4, "--sweeps", 0, "--catch-up", 0)
+
+
+def test_the_demo_model_answers(demo_model, tmp_path):
+    """Well above chance."""
+    found = evaluate(demo_model, tmp_path, "--limit", 16, "--tasks", "arc")
+    assert found["arc"]["accuracy"] > 0.5
+
+
+def test_four_bits_keep_the_quality_of_the_first_layers(demo_model, tmp_path, monkeypatch):
+    """As `test_demo_model_end_to_end`, but the run ends after four of the 30 layers, as by Ctrl-C,
+    and what is finished is put in the place of the model's own weights.
     """
+    interrupt_after(monkeypatch, 4)
+    words = ["--model", "demo", "--output", tmp_path / "out", *SHORT, "--calib-length", 256]
+    assert run_script(ROOT / "quantize_gptq.py", *words).returncode == 130
+    model, tokenizer = load_model(demo_model, torch.device("cpu"), torch.float32)
+    windows = evaluation_windows("demo", tokenizer, 2, 256)
+    before = perplexity(model, windows)[0]["perplexity"]
+    shards = [load_file(file) for file in (tmp_path / "out.unfinished").glob("*.safetensors")]
+    quantized = 0
+    for shard in shards:
+        for name in (name for name in shard if name.endswith(".weight_packed")):
+            linear = name.removesuffix(".weight_packed")
+            state = stored_parts(shard.__getitem__, shard, linear)
+            model.get_submodule(linear).weight.data = decompress(state, Grid(4, 64))
+            quantized += 1
+    assert len(shards) == 4 and quantized == 4 * 7
+    ratio = perplexity(model, windows)[0]["perplexity"] / before
+    assert 1.0 < ratio < 1.02
+
+
+@pytest.mark.slow
+def test_demo_model_end_to_end(demo_model, tmp_path):
+    """Four bits keep most of the quality; the scores are well above chance."""
     output = tmp_path / "gptq-4bit"
-    short = ("--calib-samples", 4, "--sweeps", 0, "--catch-up", 0)
-    result = run_script(ROOT / "quantize_gptq.py", "--model", "demo", "--output", output, *short)
+    result = run_script(ROOT / "quantize_gptq.py", "--model", "demo", "--output", output, *SHORT)
     assert result.returncode == 0, result.stderr
     options = ["--limit", 16, "--tasks", "arc,perplexity", "--windows", 2]
     baseline, quantized = (
@@ -173,9 +210,6 @@ def test_perplexity_on_wikitext(demo_model, shared_data, tmp_path):
     hqq package.
     """
     from common.model.architecture import family_of
-    from common.running.runtime import load_model
-    from common.tasks.perplexity import perplexity
-    from common.text.windows import evaluation_windows
 
     quantizer = oracle("hqq.core.quantize").Quantizer
     found = {

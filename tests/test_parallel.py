@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_script
+from forks import forks
 from methods import method_options
 from safetensors.torch import load_file
 
@@ -85,23 +86,32 @@ METHODS = [
 SHARES = {"adaround": 0.9}
 
 
-# Runs scripts one after the other: starting two processes takes longer than all that they do. They
-# stay together until the last, as processes that have parted find each other's old addresses.
+# Runs scripts one after the other, in two processes that torchrun's own launcher forks off one that
+# has imported what they need, which takes longer than all that they do. They stay together until
+# the last script, as processes that have parted find each other's old addresses.
 IN_TURN = """
 import json, runpy, sys
-sys.path.insert(0, "")
+import common.quantization, common.verification
 from common.base import parallel
 from torch import distributed
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-scripts, stop = json.loads(sys.argv[1]), parallel.stop
-for words in scripts:
-    parallel.stop = stop if words is scripts[-1] else distributed.barrier
-    sys.argv = words
-    try:
-        runpy.run_path(words[0], run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            raise
+
+def run(scripts):
+    stop = parallel.stop
+    for words in scripts:
+        parallel.stop = stop if words is scripts[-1] else distributed.barrier
+        sys.argv = words
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
+
+
+where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "by two"}
+config = LaunchConfig(1, 1, 2, **where, start_method="fork", max_restarts=0)
+elastic_launch(config, run)(json.loads(sys.argv[1]))
 """
 
 
@@ -110,7 +120,6 @@ def by_two(tiny_models, tmp_path_factory, request) -> tuple[Path, subprocess.Com
     """A folder with what two processes made with every method that is tested, and what they
     said."""
     folder = tmp_path_factory.mktemp("two")
-    (folder / "in_turn.py").write_text(IN_TURN)
     names = [item.name for item in request.session.items]
     wanted = [method for method in OPTIONS if any(f"one_gives[{method}]" in name for name in names)]
     runs = [
@@ -125,7 +134,7 @@ def by_two(tiny_models, tmp_path_factory, request) -> tuple[Path, subprocess.Com
         ]
         for method in wanted
     ]
-    result = torchrun(2, folder / "in_turn.py", json.dumps(runs))
+    result = forks().run(["-c", IN_TURN, json.dumps(runs)], ROOT, ENVIRONMENT)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result
 

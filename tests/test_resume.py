@@ -12,10 +12,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, assert_user_error, run_script
+from conftest import ROOT, assert_user_error, interrupt_after, run_script
 from methods import method_options
 
-from common.checkpoint.unfinished import UnfinishedFolder
 from common.checkpoint.writer import METADATA_FILE
 
 METHODS = method_options(
@@ -51,18 +50,6 @@ def content(folder):
     for key in ("seconds", "memory", "options"):
         del record[key]
     return files, record
-
-
-def interrupt_after(monkeypatch, layers):
-    """Let a run end, as by Ctrl-C, when so many layers are finished."""
-    original = UnfinishedFolder.finish_layer
-
-    def finish_layer(self, record):
-        original(self, record)
-        if len(self.records) == layers:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(UnfinishedFolder, "finish_layer", finish_layer)
 
 
 @pytest.mark.parametrize("method", METHODS)
