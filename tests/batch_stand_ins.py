@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
-from made_up_results import README
 
 # Scripts that stand in for the real ones: they note how they were called, and gptq fails.
 NOTE = (
@@ -49,6 +48,8 @@ def batch(tmp_path, monkeypatch):
 @pytest.fixture
 def real_batch(tiny, tmp_path, monkeypatch):
     """The batch on a tiny model with the real scripts, each run in this process."""
+    from made_up_results import README
+
     from common import batch
     from common.run_all import steps
 

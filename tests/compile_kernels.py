@@ -1,6 +1,8 @@
 """Compile the Triton kernels for every generation of GPUs, without a GPU.
 
-    python tests/compile_kernels.py          every kernel for every GPU, and every branch for one
+    python tests/compile_kernels.py          every kernel for the oldest and the newest GPU, every
+                                             branch for one, what may take too much shared memory
+                                             for every GPU
     python tests/compile_kernels.py --all    all launches for every GPU, assembled too; much longer
 
 The launches are those that the code itself chooses for a GPU and the linears of Llama models of 1,
@@ -269,16 +271,23 @@ def variant(key: tuple) -> tuple:
     )
 
 
-def chosen(keys: Iterable[tuple], seen: set[tuple], most: int) -> list[tuple]:
-    """A launch of each kernel, with the largest constants of those whose shared memory grows with
-    them; and small ones of up to `most` variants that are not in `seen`, which grows.
+# Those whose shared memory grows with their constants.
+GROWING = ("_matmul", "_integer_matmul", "_attend")
+
+
+def chosen(keys: Iterable[tuple], seen: set[tuple], most: int, every: bool) -> list[tuple]:
+    """A launch of each kernel, of those in GROWING that with the largest constants; and small ones
+    of up to `most` variants that are not in `seen`, which grows.
+
+    Args:
+        every: also of kernels that are not in GROWING.
     """
     ordered = sorted(
         keys,
         key=lambda key: math.prod(1 + abs(value) for _, value in key[2] if isinstance(value, int)),
     )
-    large = [key for key in ordered if key[0] in ("_matmul", "_integer_matmul", "_attend")]
-    first = {key[0]: key for key in [*reversed(ordered), *large]}
+    large = [key for key in ordered if key[0] in GROWING]
+    first = {key[0]: key for key in [*(reversed(ordered) if every else ()), *large]}
     seen |= set(map(variant, first.values()))
     more = {variant(key): key for key in reversed(ordered) if variant(key) not in seen}
     more = dict(list(more.items())[:most])
@@ -310,12 +319,19 @@ def main() -> int:
 
         CUDABackend.add_stages = without_ptxas
     failures, count, seen, start = [], 0, set(), time.perf_counter()
+    ends, done = (min(CARDS), max(CARDS)), set()
     for capability in CARDS:
         dtypes = (torch.bfloat16, torch.float16)
         if not everything:
             dtypes = dtypes[:1] if gpu.supports(gpu.BFLOAT16, capability) else dtypes[1:]
         found, most = launches(capability, dtypes), 0
-        keys = list(found) if everything else chosen(found, seen, 7)
+        same = capability[0], CARDS[capability], frozenset(found)
+        if everything:
+            keys = list(found)
+        else:
+            # The same launches for the same generation give the same programs.
+            keys = [] if same in done else chosen(found, seen, 8, capability in ends)
+        done.add(same)
         for key in keys:
             try:
                 compiled = found[key]()

@@ -13,7 +13,9 @@ import shutil
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Triton reads this when it is imported, which many packages do. Where there is a GPU its kernels
 # run on that.
@@ -21,10 +23,13 @@ if not shutil.which("nvidia-smi"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-import torch
 from forks import forks
 
-# Fixtures that several test files share; pytest registers them.
+if TYPE_CHECKING:
+    import torch
+
+# Fixtures that several test files share; pytest registers them. Neither these nor this file import
+# what takes long: the process that shares tests out would import it before any other starts.
 pytest_plugins = ["batch_stand_ins", "stub_chats"]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +96,8 @@ def hashes_apart(tmp_path_factory):
 
 @pytest.fixture
 def generator() -> torch.Generator:
+    import torch
+
     return torch.Generator().manual_seed(1234)
 
 
@@ -151,6 +158,7 @@ def build_tiny(architecture: str, tied: bool, seed: int = 0, layers: int = 2, **
     Args:
         fields: of the configuration, in place of those.
     """
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from common.model.architecture import FAMILIES
@@ -258,6 +266,11 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("no ../shared/data on this machine")
     return SHARED_DATA
+
+
+def sampled(cases: Iterable[tuple], quick: Callable[..., bool]) -> list:
+    """Parameters of a test, of which those that are not `quick` run with -m slow alone."""
+    return [pytest.param(*case, marks=() if quick(*case) else pytest.mark.slow) for case in cases]
 
 
 def oracle(module: str):

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, assert_user_error, run_quantize, run_script
+from conftest import ROOT, assert_user_error, run_quantize, run_script, sampled
 
 from common.base.errors import UserError
 from common.verification import verify
@@ -122,9 +122,10 @@ def _same_json(one, other) -> bool:
         return one.read_bytes() == other.read_bytes()
 
 
-def test_damaged_metadata_is_an_error_or_harmless(checkpoint, tmp_path):
-    rng = random.Random(3)
-    for trial in range(40):
+@pytest.mark.parametrize("seed", sampled([(0,), (1,), (2,), (3,)], lambda seed: seed == 0))
+def test_damaged_metadata_is_an_error_or_harmless(checkpoint, tmp_path, seed):
+    rng = random.Random(seed)
+    for trial in range(10):
         folder = tmp_path / str(trial)
         shutil.copytree(checkpoint, folder)
         damage_json(folder / METADATA, rng)

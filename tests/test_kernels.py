@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, sampled
 from kernel_checks import close, skip_without_the_interpreter
 
 skip_without_the_interpreter()
@@ -36,9 +36,16 @@ def packed_weights(generator, out: int, channels: int, groups: int, bits: int, a
     return forms.pack(codes, scale, zero, bits), (exact * scale.double().unsqueeze(2)).flatten(1)
 
 
-@pytest.mark.parametrize("asymmetric", [False, True])
+def crossed(forms: list[tuple], others: tuple) -> list:
+    """Each of `forms` with each of two others, of which the quick run takes one."""
+    cases = [(*form, other) for form in forms for other in others]
+    quick = {(*form, others[place % 2]) for place, form in enumerate(forms)}
+    return sampled(cases, lambda *case: case in quick)
+
+
 @pytest.mark.parametrize(
-    ("bits", "channels", "groups"), [(4, 576, 9), (4, 1024, 1), (4, 96, 6), (8, 192, 3), (8, 64, 1)]
+    ("bits", "channels", "groups", "asymmetric"),
+    crossed([(4, 576, 9), (4, 1024, 1), (4, 96, 6), (8, 192, 3), (8, 64, 1)], (True, False)),
 )
 def test_packed_matmul(generator, bits, channels, groups, asymmetric):
     packed, weight = packed_weights(generator, 21, channels, groups, bits, asymmetric)
@@ -57,10 +64,9 @@ def test_packed_matmul(generator, bits, channels, groups, asymmetric):
 
 
 @pytest.mark.parametrize(
-    ("bits", "channels", "groups"),
-    [(4, 576, 9), (4, 1024, 1), (4, 192, 6), (8, 576, 1), (8, 512, 4)],
+    ("bits", "channels", "groups", "members"),
+    crossed([(4, 576, 9), (4, 1024, 1), (4, 192, 6), (8, 576, 1), (8, 512, 4)], (32, 4)),
 )
-@pytest.mark.parametrize("members", [4, 32])
 def test_row_matmul(generator, monkeypatch, bits, channels, groups, members):
     """With a norm before it, a gate or a sum after it: kernel and twin against float64."""
     monkeypatch.setattr(row_product_triton, "_members", lambda weight: members)
