@@ -5,6 +5,7 @@ as a user does.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -92,6 +93,30 @@ def hashes_apart(tmp_path_factory):
     from common import quantization
 
     quantization.RESULTS_FOLDER = tmp_path_factory.mktemp("hashes")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def long_texts_encoded_once():
+    """The demo's text is long in a tiny tokenizer's tokens, and most evaluations of tiny models
+    take a few windows of it: what the same tokenizer made of a long text is remembered.
+    """
+    from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+    encode, known = PreTrainedTokenizerFast._encode_plus, {}
+
+    def remembering(self, text, *arguments, **options):
+        if not isinstance(text, str) or len(text) < 20_000:
+            return encode(self, text, *arguments, **options)
+        own = self.backend_tokenizer.to_str()
+        key = hash((own, text, repr(arguments), repr(sorted(options.items()))))
+        if key not in known:
+            known[key] = encode(self, text, *arguments, **options)
+        found = known[key]
+        return BatchEncoding(copy.deepcopy(dict(found)), found.encodings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "_encode_plus", remembering)
+        yield
 
 
 @pytest.fixture
