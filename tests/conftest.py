@@ -5,7 +5,6 @@ as a user does.
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import json
 import os
@@ -29,9 +28,9 @@ from forks import forks
 if TYPE_CHECKING:
     import torch
 
-# Fixtures that several test files share; pytest registers them. Neither these nor this file import
+# What several test files share; pytest registers it. Neither those nor this file import
 # what takes long: the process that shares tests out would import it before any other starts.
-pytest_plugins = ["batch_stand_ins", "stub_chats"]
+pytest_plugins = ["batch_stand_ins", "sharing", "stub_chats"]
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -43,41 +42,6 @@ WORDS = (
     "pine wood "
     "each year in spring when water is high they race seven boats from bridge to bridge"
 ).split()
-
-
-# The files that take longest. Those in a line share a process that takes long to start: `forks`,
-# `PlainLoader`, the batch's own.
-LONG = (
-    ("kernels",),
-    ("bad_input", "hub", "hub_data", "check", "others_checkpoints", "parallel"),
-    ("checkpoint", "decoding"),
-    ("batch", "peers", "processes"),
-    ("demo",),
-    ("resume",),
-    ("tables",),
-    ("identity",),
-    ("rounding_kernels",),
-    ("reuse",),
-)
-PLACES = {f"test_{name}.py": place for place, names in enumerate(LONG) for name in names}
-
-
-def pytest_collection_modifyitems(items):
-    """They come first, so that no worker is left with one of them at the end."""
-    items.sort(key=lambda item: PLACES.get(item.path.name, len(LONG)))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Files of a line go to one worker."""
-    from xdist.scheduler import LoadFileScheduling
-
-    class Together(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return str(PLACES.get(Path(file).name, file))
-
-    return Together(config, log) if config.option.dist == "loadfile" else None
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -93,30 +57,6 @@ def hashes_apart(tmp_path_factory):
     from common import quantization
 
     quantization.RESULTS_FOLDER = tmp_path_factory.mktemp("hashes")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def long_texts_encoded_once():
-    """The demo's text is long in a tiny tokenizer's tokens, and most evaluations of tiny models
-    take a few windows of it: what the same tokenizer made of a long text is remembered.
-    """
-    from transformers import BatchEncoding, PreTrainedTokenizerFast
-
-    encode, known = PreTrainedTokenizerFast._encode_plus, {}
-
-    def remembering(self, text, *arguments, **options):
-        if not isinstance(text, str) or len(text) < 20_000:
-            return encode(self, text, *arguments, **options)
-        own = self.backend_tokenizer.to_str()
-        key = hash((own, text, repr(arguments), repr(sorted(options.items()))))
-        if key not in known:
-            known[key] = encode(self, text, *arguments, **options)
-        found = known[key]
-        return BatchEncoding(copy.deepcopy(dict(found)), found.encodings)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PreTrainedTokenizerFast, "_encode_plus", remembering)
-        yield
 
 
 @pytest.fixture

@@ -1,0 +1,66 @@
+"""What spares tests work that others do as well: which files run in one process, and long texts
+that are encoded once.
+"""
+
+import copy
+from pathlib import Path
+
+import pytest
+
+# The files that take longest. Those in a line share a process that takes long to start: `forks`,
+# `PlainLoader`, the batch's own.
+LONG = (
+    ("kernels",),
+    ("bad_input", "hub", "hub_data", "check", "others_checkpoints", "parallel"),
+    ("checkpoint", "decoding"),
+    ("batch", "peers", "processes"),
+    ("demo",),
+    ("resume",),
+    ("tables",),
+    ("identity",),
+    ("rounding_kernels",),
+    ("reuse",),
+)
+PLACES = {f"test_{name}.py": place for place, names in enumerate(LONG) for name in names}
+
+
+def pytest_collection_modifyitems(items):
+    """They come first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: PLACES.get(item.path.name, len(LONG)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Files of a line go to one worker."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return str(PLACES.get(Path(file).name, file))
+
+    return Together(config, log) if config.option.dist == "loadfile" else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def long_texts_encoded_once():
+    """The demo's text is long in a tiny tokenizer's tokens, and most evaluations of tiny models
+    take a few windows of it: what the same tokenizer made of a long text is remembered.
+    """
+    from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+    encode, known = PreTrainedTokenizerFast._encode_plus, {}
+
+    def remembering(self, text, *arguments, **options):
+        if not isinstance(text, str) or len(text) < 20_000:
+            return encode(self, text, *arguments, **options)
+        own = self.backend_tokenizer.to_str()
+        key = own, text, repr(arguments), repr(sorted(options.items()))
+        if key not in known:
+            known[key] = encode(self, text, *arguments, **options)
+        found = known[key]
+        return BatchEncoding(copy.deepcopy(dict(found)), found.encodings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "_encode_plus", remembering)
+        yield
