@@ -93,13 +93,8 @@ def products(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable]:
                     yield partial(inference.integer_matmul, rounded, weight)
             for bits in (None, 8) if rounds else (None,):
                 if name in ("o", "down"):
-                    yield partial(
-                        inference.row_matmul,
-                        row,
-                        weight,
-                        added_to=tensor(1, out, dtype=dtype),
-                        bits=bits,
-                    )
+                    added = tensor(1, out, dtype=dtype)
+                    yield partial(inference.row_matmul, row, weight, added_to=added, bits=bits)
                 else:
                     norm = tensor(channels, dtype=dtype), 1e-5
                     yield partial(
@@ -127,15 +122,8 @@ def other_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable
             tensor(length, size, dtype=dtype),
         )
         for norms in (None, (tensor(size, dtype=dtype), tensor(size, dtype=dtype), 1e-6)):
-            yield partial(
-                inference.attend,
-                projected,
-                Rotary(table, table, norms),
-                positions,
-                cache,
-                cache,
-                0.1,
-            )
+            rotary = Rotary(table, table, norms)
+            yield partial(inference.attend, projected, rotary, positions, cache, cache, 0.1)
     for count in (heads, key_heads):
         table = tensor(1, 512, size, dtype=dtype)
         yield partial(
@@ -344,8 +332,7 @@ def main() -> int:
         count += len(keys)
         print(
             f"{capability[0]}.{capability[1]}: {len(keys)} of {len(found)} launches, shared memory "
-            f"up "
-            f"to {most} of {CARDS[capability] << 10} bytes, {time.perf_counter() - start:.0f} s",
+            f"up to {most} of {CARDS[capability] << 10} bytes, {time.perf_counter() - start:.0f} s",
             flush=True,
         )
     left = {variant(key) for key in found} - seen
