@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from common.reporting.choice import choice_table, choices
-from common.reporting.overview import Recovery, Row
+from common.reporting.overview import Recovery, Row, overview_table
 from common.reporting.significance import Estimate
 
 BASELINE = Row("baseline", 1000, kl=0.0, tokens_per_second=50.0)
@@ -137,3 +137,21 @@ def test_quality_is_what_is_known(known):
 def test_speed_that_was_not_measured():
     rows = [replace(row, tokens_per_second=None) for row in ROWS]
     assert taken(rows)["Fastest"] is None
+
+
+def test_what_is_stored_in_16_bits_is_not_taken_for_its_size():
+    """Another library's codes may be small where its folder is not: best by every rule, but what
+    would be loaded is as large as the baseline.
+    """
+    rows = [
+        Row("baseline", 1000),
+        Row("hqq-4bit", 300, kl=0.2, lost=False, calibrated=False),
+        Row("hqq-package-4bit", 290, kl=0.1, lost=False, calibrated=False, by="hqq"),
+    ]
+    assert taken(rows)["Best without calibration data"] == "hqq-package-4bit"
+    rows[2] = replace(rows[2], stored_wide=1010)
+    found = taken(rows)
+    assert found["Best without calibration data"] == "hqq-4bit"
+    assert found["Smallest without measurable loss"] == "hqq-4bit"
+    assert "hqq-package-4bit" not in found.values()
+    assert "MB of hqq-package-4bit (0.0 MB): what its codes would take" in overview_table(rows).note

@@ -24,10 +24,10 @@ class Choice:
 
 
 def choices(rows: list[Row]) -> list[Choice]:
-    """The answers that a model's rows give, without those that were measured otherwise; none
-    without a row that is quantized.
+    """The answers that a model's rows give, without those that were measured otherwise or are not
+    as small as their codes; none without a row that is quantized.
     """
-    rows = [row for row in rows if not row.apart]
+    rows = [row for row in rows if not row.apart and not row.stored_wide]
     quantized = [row for row in rows if row.name != BASELINE]
     if not quantized:
         return []
@@ -168,4 +168,7 @@ def _figures(row: Row) -> str:
         known.append(f"perplexity {number(row.ratio)} x")
     if row.tokens_per_second:
         known.append(f"{speed_in_words(row.tokens_per_second)} tokens/s")
-    return ", ".join(known)
+    if row.recovery and row.recovery.percent:
+        known.append(f"recovery {row.recovery.percent.value:.0f}%")
+    words = ", ".join(known)
+    return words if row.verdict == NONE else f"{words}; {row.verdict}"

@@ -47,7 +47,8 @@ class Row:
     of quantization. calibrated: whether it read text. verdict: in words. lost: whether it lost
     something, None where that cannot be told. apart: it was measured otherwise than the first row,
     so that figures of both are not to be held against each other. by: the library that quantized
-    it, where that is not this project.
+    it, where that is not this project. stored_wide: bytes of its folder, where that holds 16-bit
+    weights and not the codes that `size` counts.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Row:
     lost: bool | None = None
     apart: bool = False
     by: str | None = None
+    stored_wide: int | None = None
 
 
 def rows_of(results: ModelResults, comparisons: Comparisons) -> list[Row]:
@@ -81,6 +83,7 @@ def rows_of(results: ModelResults, comparisons: Comparisons) -> list[Row]:
             (task, key): found for (one, task, key), found in adjusted.items() if one == name
         }
         verdict, lost = verdict_of(compared, p_values, divergence.get("kl_mean"))
+        by, first = whose(results, name), evaluated[0][1]["quantization"]
         rows.append(
             Row(
                 name,
@@ -97,10 +100,19 @@ def rows_of(results: ModelResults, comparisons: Comparisons) -> list[Row]:
                 verdict,
                 lost,
                 measured_apart(document, evaluated[0][1]) is not None,
-                whose(results, name),
+                by,
+                _stored_wide(facts, first) if by else None,
             )
         )
     return rows
+
+
+def _stored_wide(facts: dict, first: dict) -> int | None:
+    """Bytes of the folder of another library's model where it is as large as the 16-bit model's:
+    not every library's form can be loaded packed.
+    """
+    folder, whole = facts.get("folder_bytes"), first.get("folder_bytes")
+    return folder if folder and whole and folder > 0.98 * whole else None
 
 
 def recovery_of(compared: list[Comparison]) -> Recovery:
@@ -234,6 +246,12 @@ def _note(rows: list[Row]) -> str:
     others = [f"{row.name} ({row.by})" for row in rows if row.by]
     if others:
         sentences.append(f"Quantized by other libraries: {', '.join(others)}.")
+    wide = [f"{row.name} ({row.stored_wide / 1e6:.1f} MB)" for row in rows if row.stored_wide]
+    if wide:
+        sentences.append(
+            f"MB of {', '.join(wide)}: what its codes would take; in brackets its folder, which "
+            "holds 16-bit weights. So it is not among what to take below."
+        )
     sentences.append(
         "KL: nats per token from the baseline. A loss is named where a task's is significant, "
         f"perplexity is more than 1% up or, where it is not, KL is above {KL_MARGIN}."

@@ -10,11 +10,12 @@ from common.results.documents import ModelResults
 from common.tasks import perplexity, speed
 from common.tasks.task import MetricKind, all_metrics
 
-# Phases of a quantization, as metadata names them, in the order in which they are shown.
+# Phases of a quantization, as metadata names them, in the order in which they are shown. Of another
+# library `quantize` is all that it does between reading and writing.
 PHASES = {
     "load": ("load", "calibration text"),
     "calibrate": ("statistics", "propagate"),
-    "solve": ("solve",),
+    "solve": ("solve", "quantize"),
     "record and write": ("record", "write"),
 }
 
