@@ -27,6 +27,7 @@ from common.results.documents import (
     CONFIGURATIONS,
     DOCUMENTED_FOLDER,
     STATUS_FILE,
+    has_samples,
     load_samples,
     write_samples,
 )
@@ -125,7 +126,8 @@ def document(model: str, options: argparse.Namespace) -> None:
         write_json(file, {**(json_or_none(file) or {}), **status})
     _without_this_machine(DOCUMENTED_FOLDER / name, [STATUS_FILE, *(f"{c}.json" for c in chosen)])
     for configuration in sound():
-        _coarser_divergences(name, configuration)
+        if has_samples(DOCUMENTED_FOLDER, name, configuration):
+            _coarser_divergences(name, configuration)
     for configuration, state in status.items():
         if state["state"] != "done":
             print(f"{model} {configuration}: {state['reason']}")

@@ -7,7 +7,6 @@ ImportError where its library is not installed (benchmarks/requirements.txt).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from common.base.files import write_json
 from common.base.stopwatch import Stopwatch
+from common.model.source import read_config
 
 
 @dataclass(frozen=True)
@@ -224,10 +225,9 @@ def auto_round(work: Work) -> Quantized:
         rounding.save_quantized(str(folder), format="auto_gptq")
         # GPTQModel's first choice on a Hopper card takes no rows that 128 does not divide, and
         # needs a compiler; its trainable kernels take every shape on every device.
-        file = folder / "config.json"
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_config(folder)
         config["quantization_config"]["backend"] = "auto_trainable"
-        file.write_text(json.dumps(config, indent=2), encoding="utf-8")
+        write_json(folder / "config.json", config)
 
     return Quantized(model, save)
 

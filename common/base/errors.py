@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake or a limit of the user's side, and what it says of
+"""The one exception that stands for a mistake or a limit of the user's side, and how it quotes
 another library's.
 """
 
