@@ -35,8 +35,11 @@ from common.solvers.rounding import damped
 from common.walk.inputs import InputStatistics, Needs
 from common.walk.method import Layer, Method
 from common.walk.scaling import equalize
+from common.walk.tuning import set_weight
 
 ITERATIONS, DEMO_ITERATIONS = 150, 60
+# Of the scales, after the rounding is learned, with 4 bits.
+TUNE_STEPS = 32
 # Added to the Gram matrix's diagonal, as a share of its mean: a learned rounding fits the
 # calibration text all too well.
 DAMPING = 1.0
@@ -136,8 +139,7 @@ def reconstruct(layer: Layer, learned: list[SoftRounding], iterations: int) -> N
         (BLOCK_ERROR_WEIGHT * loss + STRENGTH * penalty).backward()
         optimiser.step()
     for name, weight in originals.items():
-        del layer.module.get_submodule(name).weight
-        layer.module.get_submodule(name).weight = weight
+        set_weight(layer.module.get_submodule(name), weight)
     for rounding in learned:
         rounding.v = rounding.v.detach()
 
@@ -147,12 +149,9 @@ def _set_weights(layer: Layer, group: LinearGroup, stacked: torch.Tensor) -> Non
     of a group's linears.
     """
     linears = [layer.module.get_submodule(name) for name in group.linears]
-    for linear, weight in zip(
-        linears, stacked.split([linear.out_features for linear in linears]), strict=True
-    ):
-        dtype = linear.weight.dtype
-        del linear.weight
-        linear.weight = weight.to(dtype)
+    weights = stacked.split([linear.out_features for linear in linears])
+    for linear, weight in zip(linears, weights, strict=True):
+        set_weight(linear, weight.to(linear.weight.dtype))
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -177,6 +176,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="even out input channels before learning (default: %(default)s)",
     )
     cli.add_catch_up(parser)
+    cli.add_tune_scales(parser, TUNE_STEPS)
     return parser
 
 
@@ -189,12 +189,13 @@ def method(options: argparse.Namespace) -> Method:
         needs,
         prepare_layer=equalize if options.equalize else None,
         catch_up=options.catch_up,
+        tune_steps=options.tune_scales,
     )
 
 
 def main() -> None:
     options = argument_parser().parse_args()
-    cli.resolve_sizes(options)
+    cli.resolve_tuning(options, TUNE_STEPS)
     options.iterations = options.iterations or (
         DEMO_ITERATIONS if options.calib_data == "demo" else ITERATIONS
     )

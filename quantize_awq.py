@@ -52,6 +52,7 @@ def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
 def argument_parser() -> argparse.ArgumentParser:
     parser = cli.quantization_parser(__doc__, bits=4)
     cli.add_catch_up(parser)
+    cli.add_tune_scales(parser)
     return parser
 
 
@@ -62,11 +63,13 @@ def method(options: argparse.Namespace) -> Method:
         Needs.GRAM | Needs.MAGNITUDES,
         prepare_layer=equalize,
         catch_up=options.catch_up,
+        tune_steps=options.tune_scales,
     )
 
 
 def main() -> None:
     options = argument_parser().parse_args()
+    cli.resolve_tuning(options)
     quantize(options, method(options))
 
 

@@ -42,6 +42,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "%(default)s)",
     )
     cli.add_catch_up(parser)
+    cli.add_tune_scales(parser)
     return parser
 
 
@@ -50,11 +51,13 @@ def method(options: argparse.Namespace) -> Method:
         "gptq",
         lambda layer: gptq_layer(layer, options.damping, options.sweeps),
         catch_up=options.catch_up,
+        tune_steps=options.tune_scales,
     )
 
 
 def main() -> None:
     options = argument_parser().parse_args()
+    cli.resolve_tuning(options)
     quantize(options, method(options))
 
 

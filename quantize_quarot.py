@@ -273,6 +273,7 @@ def argument_parser() -> argparse.ArgumentParser:
             "checkpoint then loads through this project only (default: 16-bit)",
         )
     cli.add_catch_up(parser)
+    cli.add_tune_scales(parser)
     return parser
 
 
@@ -326,6 +327,7 @@ def method(options: argparse.Namespace) -> Method:
         quantize_layer,
         online=transforms,
         catch_up=options.catch_up,
+        tune_steps=options.tune_scales,
         rewrite_model=rewrite_model,
         unties=True,
         rewrite_layer=rewrite_layer,
@@ -337,6 +339,7 @@ def main() -> None:
     if options.act_bits or options.kv_bits:
         name = f"quarot-w{options.bits}a{options.act_bits or 16}kv{options.kv_bits or 16}"
         options.output = options.output or MODELS_FOLDER / filed_as(options.model) / name
+    cli.resolve_tuning(options, rounds_online=bool(options.act_bits or options.kv_bits))
     quantize(options, method(options))
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-from common.base.arguments import gibibytes, positive, share, two_or_more
+from common.base.arguments import gibibytes, not_negative, positive, share, two_or_more
 from common.base.device import DTYPES
 from common.base.errors import UserError
 from common.model.source import DEFAULT_MODEL
 from common.solvers.rounding import CATCH_UP
 from common.text import windows
+from common.walk.tuning import FEW_BITS, STEPS
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -242,6 +243,43 @@ def add_catch_up(parser: argparse.ArgumentParser) -> None:
         help="share of the quantized layers' accumulated error that each layer is made to recover; "
         "0 spares a second pass (default: %(default)s)",
     )
+
+
+def add_tune_scales(parser: argparse.ArgumentParser, steps: int = 0) -> None:
+    """--tune-scales, for the same methods; `steps` as of `resolve_tuning`."""
+    with_four = f"{steps} with 4, " if steps else ""
+    parser.add_argument(
+        "--tune-scales",
+        type=not_negative,
+        metavar="STEPS",
+        help="gradient steps in which the scales of each layer are tuned on what the layer puts "
+        f"out; 0 leaves them (default: {STEPS} with 3 bits or fewer, {with_four}else 0; 0 with "
+        "demo text)",
+    )
+
+
+def resolve_tuning(
+    options: argparse.Namespace, steps: int = 0, rounds_online: bool = False
+) -> None:
+    """Fill in --tune-scales and, as it depends on them, the calibration options that were left out.
+
+    Args:
+        steps: the default with 4 bits.
+        rounds_online: activations or the cache are rounded as the model runs.
+    Raises:
+        UserError: --tune-scales is given although there is such rounding.
+    """
+    resolve_sizes(options)
+    if rounds_online:
+        if options.tune_scales:
+            raise UserError(
+                "--tune-scales needs gradients, and rounding as the model runs has none; "
+                "leave it out with --act-bits and --kv-bits"
+            )
+        options.tune_scales = 0
+    if options.tune_scales is None:
+        few = STEPS if options.bits <= FEW_BITS else steps if options.bits == 4 else 0
+        options.tune_scales = 0 if options.calib_data == "demo" else few
 
 
 def resolve_sizes(options: argparse.Namespace) -> None:

@@ -21,6 +21,13 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    value = _whole(text)
+    if value < 0:
+        raise ArgumentTypeError(f"{text} is negative")
+    return value
+
+
 def two_or_more(text: str) -> int:
     value = _whole(text)
     if value < 2:

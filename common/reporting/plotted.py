@@ -15,7 +15,7 @@ from common.tasks.task import MetricKind, all_metrics
 PHASES = {
     "load": ("load", "calibration text"),
     "calibrate": ("statistics", "propagate"),
-    "solve": ("solve", "quantize"),
+    "solve": ("solve", "tune", "quantize"),
     "record and write": ("record", "write"),
 }
 

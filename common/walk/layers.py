@@ -35,6 +35,7 @@ from common.walk.streams import (
     run_layer,
     token_chunks,
 )
+from common.walk.tuning import tune_scales
 
 # Is handed index, module, codes by linear, and record of each finished layer.
 LayerReceiver = Callable[[int, nn.Module, dict[str, QuantizedLinear], dict], None]
@@ -206,6 +207,9 @@ def _quantize_layer(
             run_layer(module, streams.probed, streams.probe_arguments[layer.index])
     with watch("solve"):
         codes = _exchange(layer, method.quantize_layer(layer))
+    if method.tune_steps:
+        with watch("tune"):
+            codes = tune_scales(layer, codes, method.tune_steps)
     with watch("record"):
         found = [
             _install(layer, name, codes[name], inputs[group], method)

@@ -127,6 +127,8 @@ class Method:
     catch_up: share of the residual stream's lag behind the original model that o_proj and down_proj
         are made to recover before they are rounded (`rounding.catch_up`); needs GRAM, and a second
         pass through the original layers.
+    tune_steps: steps in which the scales are tuned at the end (`tuning.tune_scales`); 0 leaves
+        them.
     activation_bits: what the inputs of the linears are rounded to, per token as they come, by the
         walk and by a plain load; None leaves them as they are.
     online: what is done as the model runs and no plain load does; rewrite_layer attaches it.
@@ -141,6 +143,7 @@ class Method:
     rewrite_layer: Callable[[Layer], None] | None = None
     prepare_layer: Callable[[Layer], None] | None = None
     catch_up: float = 0.0
+    tune_steps: int = 0
     activation_bits: int | None = None
     online: OnlineTransforms | None = None
     unties: bool = False

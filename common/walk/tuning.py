@@ -1,0 +1,200 @@
+"""The last check of a quantized layer: with its codes fixed, their scales are tuned on the hidden
+states that the layer puts out.
+
+Everything before looks at one linear at a time. What the layer as a whole makes of its errors, and
+what is left of the lag behind the original model, shows in its output alone. Codes stay, and there
+is one scale to tune for a group of weights, so a calibration text is not learned by heart; and what
+does not help windows that were held out is not kept. (Training scales alone, after the codes: Chen
+et al. 2024, "EfficientQAT", https://arxiv.org/abs/2407.11062, there for the whole model at once.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from common.base import parallel
+from common.base.errors import UserError
+from common.base.progress import say
+from common.numerics.grid import QuantizedLinear, grouped, round_scale
+from common.walk.method import Layer
+
+# Steps with FEW_BITS or fewer, where scales have most to gain and quantizing may take longer.
+STEPS, FEW_BITS = 128, 3
+# Of Adam on the logarithms of the scales; falls to 0 along half a cosine. 2e-3 and 5e-3 are level
+# (docs/Quantization_Methods_Deep_Dive.md, "Tuned scales").
+RATE = 5e-3
+_DECAY = (0.9, 0.95)
+# Against gradients of about one: the loss is in units of what it starts from, for each scale.
+_EPSILON = 0.1
+_TINY = 1e-20
+# Tokens of a step, of as many windows as that makes.
+STEP_TOKENS = 8192
+# One window of so many is held out.
+HELD_OUT = 8
+
+# Of a window: its chunk, and its place there.
+_Place = tuple[int, int]
+
+
+def tune_scales(
+    layer: Layer, codes: dict[str, QuantizedLinear], steps: int
+) -> dict[str, QuantizedLinear]:
+    """The same codes with scales for which the layer's output is nearer to the original model's:
+    the mean over tokens of ‖output - target‖² / ‖target‖².
+
+    The target is the hidden state of the original model after the layer (`Layer.targets`) or, where
+    that is not known, what the layer puts out with the weights it has. The scales come back
+    unchanged where that does not lower the error on the windows that were held out; the note
+    "tuned" is what is left of it.
+
+    Args:
+        codes: of every linear of the layer, all rows; the layer holds the weights from before
+            rounding, and does so afterwards.
+    Raises:
+        UserError: the GPU has no room for a single window.
+    """
+    tuning = _Tuning(layer, codes)
+    try:
+        before = tuning.held_out_error(codes)
+        tuning.run(steps)
+        tuned = tuning.result()
+        left = (tuning.held_out_error(tuned) / before.clamp(min=_TINY)).item()
+    finally:
+        tuning.put_back()
+    layer.notes["tuned"] = min(left, 1.0)
+    return tuned if left < 1 else codes
+
+
+def set_weight(linear: nn.Linear, weight: Tensor) -> None:
+    """Put a tensor [out, in], which may carry a gradient, in the place of a linear's weights."""
+    del linear.weight
+    linear.weight = weight
+
+
+class _Tuning:
+    def __init__(self, layer: Layer, codes: dict[str, QuantizedLinear]):
+        self.layer, self.codes = layer, codes
+        self.linears = {name: layer.module.get_submodule(name) for name in codes}
+        self.originals = {name: linear.weight for name, linear in self.linears.items()}
+        first = next(iter(self.originals.values()))
+        self.device, self.dtype = first.device, first.dtype
+        # [out, groups, size]
+        self.rounded = {
+            name: grouped(found.dequantize(torch.float32), found.grid)
+            for name, found in codes.items()
+        }
+        self.changes = {
+            name: torch.zeros_like(found.scale, dtype=torch.float32).requires_grad_(True)
+            for name, found in codes.items()
+        }
+        places = [(i, row) for i, chunk in enumerate(layer.inputs) for row in range(len(chunk))]
+        held_out = places[::HELD_OUT] if len(places) > 1 else places
+        self.held_out = held_out
+        self.places = [place for place in places if place not in set(held_out)] or places
+        self.at_once = max(1, STEP_TOKENS // layer.inputs[0].shape[1])
+
+    def put_back(self) -> None:
+        for name, linear in self.linears.items():
+            set_weight(linear, self.originals[name])
+
+    def weights(self) -> dict[str, Tensor]:
+        """[out, in] by linear, with the scales as they are now."""
+        return {
+            name: (rounded * self.changes[name].exp().unsqueeze(-1)).flatten(1)
+            for name, rounded in self.rounded.items()
+        }
+
+    def result(self) -> dict[str, QuantizedLinear]:
+        dtype = self.layer.scale_dtype
+        return {
+            name: replace(
+                found, scale=round_scale(found.scale * self.changes[name].detach().exp(), dtype)
+            )
+            for name, found in self.codes.items()
+        }
+
+    def run(self, steps: int) -> None:
+        """Adam on the logarithms of the scales, over the windows in a drawn order."""
+        changes = list(self.changes.values())
+        optimiser = torch.optim.Adam(changes, lr=RATE, betas=_DECAY, eps=_EPSILON)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
+        )
+        generator = torch.Generator().manual_seed(self.layer.index)
+        scales = sum(change.numel() for change in changes)
+        waiting: list[_Place] = []
+        unit: Tensor | None = None
+        for _ in range(steps):
+            if len(waiting) < self.at_once:
+                order = torch.randperm(len(self.places), generator=generator).tolist()
+                waiting += [self.places[i] for i in order]
+            batch, waiting = waiting[: self.at_once], waiting[self.at_once :]
+
+            def descend(part: list[_Place], unit: Tensor | None = unit) -> Tensor:
+                with torch.enable_grad():
+                    error = self.error(part, self.weights())
+                    unit = error.detach().clamp(min=_TINY) if unit is None else unit
+                    (error / unit * scales).backward()
+                return unit
+
+            optimiser.zero_grad()
+            unit = self.in_parts(descend, batch)[0]
+            for change in changes:
+                change.grad = parallel.add(change.grad)
+                change.grad /= parallel.size()
+            optimiser.step()
+            schedule.step()
+
+    def in_parts(self, function: Callable[[list[_Place]], Tensor], batch: list[_Place]):
+        """What `function` makes of a batch of windows; of smaller parts, which from then on are the
+        rule, if the GPU has no room.
+        """
+        found, rest = [], batch
+        while rest:
+            try:
+                found.append(function(rest[: self.at_once]))
+                rest = rest[self.at_once :]
+                continue
+            except torch.cuda.OutOfMemoryError:
+                pass
+            if self.at_once == 1:
+                raise UserError(
+                    "the GPU has no room to tune the scales of a layer on one calibration window; "
+                    "use --tune-scales 0, or lower --calib-length"
+                )
+            self.at_once = min(self.at_once, len(rest)) // 2
+            say(f"the GPU has no room; scales are tuned on {self.at_once} windows at once")
+            torch.cuda.empty_cache()
+        return found
+
+    def target(self, places: list[_Place]) -> Tensor:
+        """[windows, length, hidden] float32."""
+        if self.layer.targets:
+            return self.gather(self.layer.targets, places).float()
+        self.put_back()
+        with torch.no_grad():
+            return self.layer.forward(self.gather(self.layer.inputs, places)).float()
+
+    def gather(self, chunks: list[Tensor], places: list[_Place]) -> Tensor:
+        return torch.stack([chunks[i][row] for i, row in places]).to(self.device)
+
+    def error(self, places: list[_Place], weights: dict[str, Tensor]) -> Tensor:
+        """Mean over the tokens of some windows, with `weights` [out, in] in the layer."""
+        target = self.target(places)
+        for name, linear in self.linears.items():
+            set_weight(linear, weights[name].to(self.dtype))
+        output = self.layer.forward(self.gather(self.layer.inputs, places)).float()
+        size = target.square().mean(-1).clamp(min=1e-12)
+        return ((output - target).square().mean(-1) / size).mean()
+
+    @torch.no_grad()
+    def held_out_error(self, codes: dict[str, QuantizedLinear]) -> Tensor:
+        """The error on the windows that are held out, of all processes."""
+        weights = {name: found.dequantize() for name, found in codes.items()}
+        errors = self.in_parts(lambda part: self.error(part, weights) * len(part), self.held_out)
+        return parallel.mean(torch.stack(errors).sum() / len(self.held_out))
