@@ -1,4 +1,4 @@
-"""Scales tuned on what a layer puts out: against Adam written out in float64, and what must hold."""
+"""Scales tuned on what a layer puts out: against Adam written in float64, and what must hold."""
 
 import json
 import math
