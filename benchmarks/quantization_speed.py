@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=1, help="runs of each of ours; the median counts"
     )
-    parser.add_argument("--output", type=Path, help="JSON of everything")
+    parser.add_argument("--output", type=Path, help="JSON of everything, written after each")
     options = parser.parse_args()
     quiet_libraries()
     device = resolve_device("auto")
@@ -119,6 +119,12 @@ def main() -> None:
         "ours": {},
         "peers": {},
     }
+
+    def keep(kind: str, name: str, found: dict) -> None:
+        results[kind][name] = found
+        if options.output:
+            options.output.write_text(json.dumps(results, indent=1))
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_random_model(Path(scratch) / "model", tokenizer, device, **changes)
         methods = list(filter(None, options.only.split(",")))
@@ -132,7 +138,8 @@ def main() -> None:
                 (ours(method, folder, windows, Path(scratch)) for _ in range(options.repeats)),
                 key=lambda run: run["work"],
             )
-            found = results["ours"][method] = runs[len(runs) // 2]
+            found = runs[len(runs) // 2]
+            keep("ours", method, found)
             phases = ", ".join(
                 f"{phase} {seconds:.2f}" for phase, seconds in found["seconds"].items()
             )
@@ -147,14 +154,12 @@ def main() -> None:
         for name in filter(None, options.peers.split(",")):
             found = peer(name, folder, windows, tokenizer, device)
             if found:
-                results["peers"][name] = found
+                keep("peers", name, found)
                 print(
                     f"RESULT {name}: work {found['work']:.2f} s, peak "
                     f"{(found['peak_device_bytes'] or 0) / 2**30:.2f} GiB",
                     flush=True,
                 )
-    if options.output:
-        options.output.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
