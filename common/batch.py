@@ -29,8 +29,8 @@ from common.results.documents import CONFIGURATIONS, RESULTS_FOLDER, STATUS_FILE
 from common.results.naming import filed_as, source_of
 from common.results.peers import PEERS
 from common.run_all import check
-from common.run_all.passed_on import HANDED_ON, method_script, share_out
-from common.run_all.peers import check_environment, run_peer
+from common.run_all.passed_on import HANDED_ON, method_script, of_evaluation, share_out
+from common.run_all.peers import run_peer, set_up_environment
 from common.run_all.steps import Batch, run_configuration
 from common.text.windows import text_sample
 
@@ -40,8 +40,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         prog="run_all_quantization.sh",
         allow_abbrev=False,
         description="Baseline and all quantization methods: quantized, verified, evaluated, README "
-        "regenerated. Arguments that are not listed here are passed to the method scripts that "
-        "take them, such as --group-size 64.",
+        "regenerated. Arguments that are not listed here are passed to the evaluation, such as "
+        "--windows 20 or --tasks arc,perplexity, or to the method scripts that take them, such as "
+        "--group-size 64.",
     )
     parser.add_argument(
         "--demo",
@@ -107,18 +108,23 @@ def _methods(configurations: list[str]) -> set[str]:
 
 
 def _samples(
-    options: argparse.Namespace, configurations: list[str], shared: dict[str, list[str]]
+    options: argparse.Namespace,
+    configurations: list[str],
+    shared: dict[str, list[str]],
+    told: argparse.Namespace,
 ) -> list[tuple]:
     """The rows that a run reads, as `check.lines` takes them.
 
     Args:
         shared: by method, the options that its script is told.
+        told: what the evaluation is told.
     """
+    demo = source_of(options.model) == "demo" and not options.data_root
     found = (
         []
-        if source_of(options.model) == "demo" and not options.data_root
+        if told.data == "demo" or (demo and told.data == "auto")
         else check.evaluation_samples(
-            options.limit, Path(options.data_root) if options.data_root else None
+            options.limit, Path(options.data_root) if options.data_root else None, told
         )
     )
     for name in sorted(_methods(configurations)):
@@ -164,16 +170,17 @@ def main() -> int:
         for name in (options.only.split(",") if options.only else everything)
         if not (made := CONFIGURATIONS.get(name)) or Path(f"quantize_{made[0]}.py").is_file()
     ]
-    if options.with_peers and not options.check:
-        check_environment()
+    evaluation, passed_on, told = of_evaluation(passed_on)
     shared = (
         share_out(passed_on, _methods(chosen) or _methods(list(CONFIGURATIONS)))
         if passed_on
         else {}
     )
     if options.check:
-        return check.report(*asked, _samples(options, chosen, shared))
+        return check.report(*asked, _samples(options, chosen, shared, told))
     check.show_problems(*asked)
+    if options.with_peers:
+        set_up_environment()
     device = [
         part
         for name in HANDED_ON
@@ -189,7 +196,7 @@ def main() -> int:
         options.overwrite,
         device,
         options.dtype or "auto",
-        ["--limit", str(options.limit)] if options.limit else [],
+        [*(["--limit", str(options.limit)] if options.limit else []), *evaluation],
         shared,
         read_document(status_file) if status_file.is_file() else {},
     )

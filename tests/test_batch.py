@@ -150,6 +150,11 @@ def test_a_batch_without_metadata_run_again(real_batch):
         (["--only", "hqq-4bit", "--bit", "4"], "its --bits"),  # argparse takes abbreviations
         (["--mod", "another/model"], "its --model"),
         (["--overw"], "its --overwrite"),
+        (["--windows", "two"], "--windows: two is not a whole number (it is passed to common/eval"),
+        (["--windows"], "--windows: expected one argument"),
+        (["--windows", "2", "3"], "unknown option --windows 2 3"),
+        (["--tasks", "arc,mmlu"], "unknown task mmlu; known are arc"),
+        (["--name", "x"], "unknown option --name x"),  # the batch names configurations itself
     ],
 )
 def test_options_passed_on_are_checked_before_anything_starts(batch, words, said):
@@ -204,6 +209,19 @@ def test_each_method_is_passed_the_options_that_its_script_takes(batch, capfd):
 
     with pytest.raises(SystemExit):
         quantize_smoothquant.argument_parser().parse_args(["--group-size", "64"])
+
+
+def test_the_evaluation_is_passed_its_options(batch, capfd):
+    """Every configuration's is, the baseline's too; no method's script is."""
+    words = ["--windows", "2", "--tasks=arc,perplexity", "--data", "demo", "--arc-data", "my/arc"]
+    assert batch("--only", "baseline,hqq-4bit", "--limit", "5", *words, "--group-size", "64") == 0
+    calls = (batch.folder / "calls").read_text().splitlines()
+    told = {line.split()[0]: line for line in calls}
+    for script in ("common/baseline.py", "common/evaluation.py"):
+        assert f"--limit 5 {' '.join(words)} --results-dir" in told[script]
+        assert "--group-size" not in told[script]
+    assert told["quantize_hqq.py"].endswith("models/tiny/hqq-4bit --group-size 64")
+    assert "left out" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["--limit", "abc"], ["--limit", "0"], ["--dtype", "float8"]])

@@ -1,5 +1,6 @@
 """run_all_quantization.sh --check: what it asks the hub, and what of it the batch shows."""
 
+import argparse
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -235,3 +236,11 @@ def test_the_batch_does_not_start_beside_a_card_that_cannot_be_used(tmp_path, mo
     ):
         batch.main()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_rows_of_the_tasks_that_are_chosen_are_looked_for():
+    """Of another data set, where one is given."""
+    told = argparse.Namespace(tasks=("arc", "perplexity"), arc_data="my/arc", perplexity_data=None)
+    found = check.evaluation_samples(7, None, told)
+    assert [address for address, *_ in found][0] == "my/arc" and len(found) == 2
+    assert "wikitext" in found[1][0]

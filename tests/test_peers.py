@@ -57,6 +57,22 @@ def test_the_batch_with_other_libraries(batch):
     assert not any("quantize_hqq" in line for line in theirs)
 
 
+def test_options_are_checked_before_the_environment_is_made(batch):
+    """Which takes minutes. What goes wrong with it is said in one line."""
+    from common.base.errors import UserError
+
+    set_up = batch.folder / "common/setup_environment.sh"
+    set_up.write_text("setup_peers() { touch made; return $(cat code); }")
+    (batch.folder / "code").write_text("1")
+    for mistake in (["--windows", "x"], ["--grup-size", "64"], ["--device", "cpu", "--seed", "x"]):
+        with pytest.raises(UserError):
+            batch("--with-peers", *mistake)
+        assert not (batch.folder / "made").exists()
+    with pytest.raises(UserError, match=r"\(.peers\) could not be set up, for the reason above"):
+        batch("--with-peers", "--windows", "2")
+    assert (batch.folder / "made").exists() and not (batch.folder / "calls").exists()
+
+
 def pretend_installed(monkeypatch):
     """As if hqq 1.2 were installed. Other packages keep their versions: datasets decides by dill's,
     once, how it pickles.

@@ -5,6 +5,7 @@ Facts are gathered here and judged in `check_lines`.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -168,11 +169,22 @@ def show_problems(model: str, device: str, data_root: Path | None) -> None:
         say("(--check shows all that was looked at)")
 
 
-def evaluation_samples(limit: int | None, data_root: Path | None) -> list[tuple]:
-    """The rows that an evaluation of a model other than the demo's reads, as `lines` takes them."""
+def evaluation_samples(
+    limit: int | None, data_root: Path | None, told: argparse.Namespace
+) -> list[tuple]:
+    """The rows that an evaluation on real data sets reads, as `lines` takes them.
+
+    Args:
+        told: what the evaluation is told: its tasks, and other data sets for some.
+    """
     from common.tasks.task import all_tasks
 
-    return [rows for task in all_tasks() if (rows := task.reads(limit, data_root))]
+    found = []
+    for task in all_tasks():
+        if task.name in told.tasks and (rows := task.reads(limit, data_root)):
+            address, *sample = rows
+            found.append((getattr(told, f"{task.name}_data") or address, *sample))
+    return found
 
 
 def _look_for(samples: Iterable[tuple], data_root: Path | None) -> tuple[dict[str, str], list[str]]:

@@ -1,4 +1,6 @@
-"""What the batch does not know itself: options that it passes on to the methods' scripts."""
+"""What the batch does not know itself: options that it passes on to the evaluation and to the
+methods' scripts.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from typing import Protocol, cast
 
 from common.base.errors import UserError
 from common.base.progress import say
+from common.evaluation import add_evaluation_arguments
 from common.walk.method import Method
 
 # Options of the batch that it gives every script as they are, where they were given.
@@ -31,6 +34,24 @@ def method_script(method: str) -> MethodScript:
     return cast(MethodScript, importlib.import_module(f"quantize_{method}"))
 
 
+def of_evaluation(words: list[str]) -> tuple[list[str], list[str], argparse.Namespace]:
+    """Options that are passed on, parted: those that the evaluation takes, the others, and what the
+    evaluation is told by the first.
+
+    Raises:
+        UserError: a value that it does not take.
+    """
+    # Abbreviated, --data would be a method's --data-root.
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    add_evaluation_arguments(parser)
+    _refuse_instead(parser, "common/evaluation.py")
+    taken: list[str] = []
+    others: list[str] = []
+    for option in parted(words):
+        (others if parser.parse_known_args(option)[1] else taken).extend(option)
+    return taken, others, parser.parse_args(taken)
+
+
 def share_out(words: list[str], methods: set[str]) -> dict[str, list[str]]:
     """What is passed on to each method: the options that its script takes. A line says which are
     left out for which.
@@ -48,8 +69,9 @@ def share_out(words: list[str], methods: set[str]) -> dict[str, list[str]]:
         }
         if len(refusals) == len(shared):
             unknown = (
-                f"unknown option {' '.join(option)}: neither the batch nor a method script "
-                "that it runs has it; see --help of run_all_quantization.sh and of those"
+                f"unknown option {' '.join(option)}: neither the batch nor the evaluation nor a "
+                "method script that it runs has it; see --help of run_all_quantization.sh, "
+                "common/evaluation.py and of those"
             )
             raise UserError(next(filter(None, refusals.values()), unknown))
         for method in shared.keys() - refusals.keys():
@@ -76,13 +98,7 @@ def _refusal(method: str, option: list[str]) -> str | None:
     None if it takes it.
     """
     parser = method_script(method).argument_parser()
-
-    def refuse(message: str):
-        raise UserError(
-            f"{message} (it is passed to quantize_{method}.py, whose --help lists its options)"
-        )
-
-    parser.error = refuse  # type: ignore[method-assign]  # argparse offers no other way
+    _refuse_instead(parser, f"quantize_{method}.py")
     # Only parsing knows --bits=3 and --bit 3 for what they are.
     parser.set_defaults(**dict.fromkeys(_OWN_OPTIONS))
     try:
@@ -96,3 +112,12 @@ def _refusal(method: str, option: list[str]) -> str | None:
         return "" if unknown else None
     except UserError as error:
         return str(error)
+
+
+def _refuse_instead(parser: argparse.ArgumentParser, script: str) -> None:
+    """Let a script's parser raise UserError where it would end the process."""
+
+    def refuse(message: str):
+        raise UserError(f"{message} (it is passed to {script}, whose --help lists its options)")
+
+    parser.error = refuse  # type: ignore[method-assign]  # argparse offers no other way

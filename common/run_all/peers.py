@@ -4,6 +4,7 @@ holds those libraries, beside the one that everything else runs in.
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 from common.base.errors import UserError
@@ -16,6 +17,7 @@ from common.run_all.steps import Batch, StepFailed, step
 # What common/setup_environment.sh makes.
 INTERPRETER = Path(".peers/bin/python")
 SCRIPT = "benchmarks/quantize_peer.py"
+_SET_UP = "common/setup_environment.sh"
 # Options of the batch, and of those that it passes on, that the script takes.
 _TAKEN = (
     "device",
@@ -26,6 +28,19 @@ _TAKEN = (
     "calib-length",
     "seed",
 )
+
+
+def set_up_environment() -> None:
+    """Make the environment where it is not there or not up to date. Raises UserError where it
+    cannot be made.
+    """
+    command = f"source {_SET_UP} requirements.txt && setup_peers"
+    if Path(_SET_UP).is_file() and subprocess.run(["bash", "-c", command]).returncode:
+        raise UserError(
+            "the environment of the other libraries (.peers) could not be set up, for the reason "
+            "above; mend that, or leave --with-peers out"
+        )
+    check_environment()
 
 
 def check_environment() -> None:
