@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.base.files import json_or_none, write_json
+from common.base.libraries import INTERPRETER
 from common.model.source import MODELS_FOLDER, resolve_folder
 from common.results.documents import (
     CONFIGURATIONS,
@@ -33,7 +34,7 @@ from common.results.documents import (
 )
 from common.results.naming import filed_as, source_of
 from common.results.peers import PEERS
-from common.run_all.peers import INTERPRETER, SCRIPT, check_environment
+from common.run_all.peers import SCRIPT, check_environment
 from common.run_all.steps import StepFailed, run_logged
 
 CALIBRATION = [

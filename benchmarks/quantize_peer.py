@@ -29,6 +29,7 @@ from common import cli
 from common.base.device import dtype_name, resolve_device
 from common.base.errors import UserError, first_line
 from common.base.files import replace_folder, write_json
+from common.base.libraries import how_to_install
 from common.base.progress import say
 from common.base.stopwatch import Stopwatch
 from common.checkpoint import metadata
@@ -143,8 +144,7 @@ def _version(name: str, peer: Peer) -> str:
         return importlib.metadata.version(peer.package)
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            f"{name} needs {peer.package}, which is not installed: bash run_all_quantization.sh "
-            "--with-peers installs it, or pip install -r benchmarks/requirements.txt"
+            f"{name} needs {peer.package}, which is not installed: {how_to_install([peer.package])}"
         ) from None
 
 

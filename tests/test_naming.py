@@ -74,6 +74,37 @@ def test_what_a_quantized_folder_was_made_from_is_asked_for(bare, tiny, tmp_path
     )
 
 
+def test_a_name_of_ours_is_for_our_own(bare, tiny, tmp_path, monkeypatch):
+    """Somebody else's folder would stand in our row, under --name or by its own name."""
+    asked = tmp_path / "results", "--baseline", tiny
+
+    def refused(folder, *more, name="gptq-4bit"):
+        assert_user_error(
+            evaluate(folder, *asked, *more), f"this project's {name},", f"such as theirs-{name}"
+        )
+        assert not (tmp_path / "results").exists()
+
+    refused(bare, "--name", "gptq-4bit")
+    refused(bare, "--name", "hqq-4bit", name="hqq-4bit")  # it does not say that it is
+    theirs = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    copy(bare, tmp_path / "gptq-4bit", **theirs)
+    refused(tmp_path / "gptq-4bit")
+    copy(bare, tmp_path / "llm" / "hqq-4bit")
+    (tmp_path / "llm/hqq-4bit/recipe.yaml").write_text("")
+    refused(tmp_path / "llm/hqq-4bit", name="hqq-4bit")
+    # Our own, with metadata, of another method or of other bits.
+    words = ("--model", tiny, "--output", tmp_path / "own", "--bits", 8)
+    assert run_script(ROOT / "quantize_hqq.py", *words).returncode == 0
+    for name in ("gptq-8bit", "hqq-4bit"):
+        refused(tmp_path / "own", "--name", name, name=name)
+    assert evaluate(tmp_path / "own", *asked, "--name", "hqq-8bit").returncode == 0
+    # Without metadata where the batch keeps it.
+    monkeypatch.setattr("common.results.naming.MODELS_FOLDER", tmp_path / "models")
+    copy(bare, tmp_path / "models/tiny/hqq-4bit")
+    usual = tmp_path / "models/tiny/hqq-4bit"
+    assert evaluate(usual, *asked, "--name", "hqq-4bit").returncode == 0
+
+
 def copy(source, target, **config):
     shutil.copytree(source, target)
     content = json.loads((target / "config.json").read_text())

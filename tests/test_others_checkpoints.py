@@ -10,6 +10,7 @@ from made_up_results import README, analyze, document
 from safetensors.torch import load_file, save_file
 from stub_hub import StubHub
 
+from common.base import libraries
 from common.base.errors import UserError
 from common.checkpoint import foreign
 from common.checkpoint.metadata import quantization_facts
@@ -20,6 +21,8 @@ from common.running.runtime import load_model
 EVALUATION = ROOT / "common/evaluation.py"
 SMALL = ["--data", "demo", "--limit", 2, "--windows", 2, "--window-length", 48]
 SMALL += ["--tasks", "arc,perplexity"]
+PINS = sorted((ROOT / "benchmarks").glob("requirements*.txt"))
+A8W4 = "Int8DynamicActivationInt4WeightConfig"
 GPTQ = {
     "quant_method": "gptq",
     "bits": 4,
@@ -64,18 +67,44 @@ def as_gptq(weights):
 
 
 @pytest.mark.parametrize(
-    "quantization, package",
-    [(GPTQ, "optimum gptqmodel"), (NF4, "bitsandbytes"), (HQQ, "hqq")],
+    "quantization, packages",
+    [(GPTQ, ("optimum", "gptqmodel")), (NF4, ("bitsandbytes",)), (HQQ, ("hqq",))],
     ids=["gptq", "nf4", "hqq"],
 )
-def test_a_missing_package_is_one_line(tiny, tmp_path, monkeypatch, quantization, package):
+def test_a_missing_package_is_one_line(tiny, tmp_path, monkeypatch, quantization, packages):
+    """With the version that was tried, and the environment that has it."""
+    pins = [line for file in PINS for line in file.read_text().splitlines() if "==" in line]
+    wanted = [pin for one in packages for pin in pins if pin.split("==")[0] == one]
+    assert len(wanted) == len(packages)
     monkeypatch.setattr(foreign, "find_spec", lambda _: None)
     folder = copy_of(tiny, tmp_path / "theirs", quantization)
     words = [EVALUATION, "--model-path", folder, "--baseline", tiny]
     result = run_script(*words, "--results-dir", tmp_path / "results", *SMALL)
     assert_user_error(
-        result, f"quantized with {quantization['quant_method']}", f"-m pip install {package}"
+        result,
+        f"quantized with {quantization['quant_method']}, which needs {' and '.join(packages)}: ",
+        f"-m pip install {' '.join(map(repr, wanted))}, or run this with .peers/bin/python, which ",
     )
+    monkeypatch.setattr("sys.prefix", "/some/.peers")
+    assert ".peers/bin" not in libraries.how_to_install(list(packages))
+    assert libraries.how_to_install(["aqlm"]).endswith("-m pip install aqlm")
+    assert not list((tmp_path / "results").glob("*/*.json"))
+
+
+@pytest.mark.parametrize(
+    "quantization, named",
+    [
+        ({"quant_method": "squeezellm", "bits": 4}, "squeezellm"),
+        ({"bits": 4}, "a method that its config.json does not name"),
+        ("4-bit", "a method that its config.json does not name"),
+    ],
+)
+def test_a_method_that_transformers_does_not_know_is_refused(tiny, tmp_path, quantization, named):
+    """It would be read as plain weights, and shown as such."""
+    folder = copy_of(tiny, tmp_path / "theirs", quantization)
+    words = [EVALUATION, "--model-path", folder, "--baseline", tiny]
+    result = run_script(*words, "--results-dir", tmp_path / "results", *SMALL)
+    assert_user_error(result, f"theirs is quantized with {named}, which transformers", "plain")
     assert not list((tmp_path / "results").glob("*/*.json"))
 
 
@@ -130,7 +159,15 @@ def test_bits_are_counted_from_the_tensors(tiny, tmp_path):
             {"bits": 4, "group_size": 128, "symmetric": False},
         ),
         ({"quant_method": "gptq", "bits": 4, "group_size": -1}, {"bits": 4, "group_size": None}),
-        ({"quant_method": "fp8"}, None),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, {"bits": 8}),
+        ({"quant_method": "quanto", "weights": "int4"}, {"bits": 4}),
+        ({"quant_method": "fp_quant", "forward_dtype": "mxfp4"}, {"bits": 4}),
+        (
+            {"quant_method": "torchao", "quant_type": {"default": {"_type": A8W4, "_data": {}}}},
+            {"bits": 4},
+        ),
+        ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, {"bits": 8}),
+        ({"quant_method": "torchao", "quant_type": "autoquant"}, None),
         ({"quant_method": "hqq", "quant_config": [1]}, None),
     ],
 )

@@ -5,14 +5,16 @@ packages loading it takes; and how many bits it takes for each weight, counted f
 from __future__ import annotations
 
 import math
-import sys
+import re
 from collections.abc import Iterator
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 from common.base.errors import UserError
-from common.base.machine import command
+from common.base.libraries import how_to_install
 from common.checkpoint.sizes import code_bits, rounded, weights_of
+from common.checkpoint.writer import is_quantized
 from common.model.located import gguf_content, is_gguf
 from common.model.source import read_config
 from common.model.tensors import TensorReader
@@ -34,6 +36,12 @@ _PACKAGES = {
 }
 # The methods that never read text.
 _WITHOUT_TEXT = ("bitsandbytes", "hqq", "quanto", "eetq")
+# Bits that a method's name says.
+_FIXED_BITS = {"fp8": 8, "fbgemm_fp8": 8, "mxfp8": 8, "eetq": 8, "mxfp4": 4, "nvfp4": 4}
+# Where the others' configurations say the type of a weight, and how: int4, Int4WeightOnlyConfig,
+# int8_dynamic_activation_int4_weight, mxfp4.
+_TYPES = ("weights", "quant_type", "_type", "forward_dtype")
+_TYPE_BITS = re.compile(r"(?:int|float|fp)(\d+)(?:_?weight|$)", re.IGNORECASE)
 # Where each method's configuration keeps bits, group size and whether there are no zero-points.
 _BITS = ("bits", "nbits", "num_bits", "w_bit")
 _GROUP = ("group_size", "q_group_size")
@@ -56,23 +64,47 @@ def method_of(folder: Path) -> str:
     return "bitsandbytes" if "load_in_4bit" in found else ""
 
 
-def check_packages(path: Path) -> None:
-    """Refuse a model that transformers needs a package to load which is not installed.
+def could_be_ours(path: Path) -> bool:
+    """Whether a model without metadata is of the format that is written here, by no library that
+    tells.
+    """
+    return not is_gguf(path) and method_of(path) == OURS and _library(path, OURS) == OURS
+
+
+def check_readable(path: Path) -> None:
+    """Refuse a model that transformers cannot read as what it is: quantized by a method that it
+    does not know, which it would take for plain 16-bit weights, or one that needs a package which
+    is not installed.
 
     Raises:
-        UserError: naming the package and the command that installs it.
+        UserError: naming the method, or the package and the command that installs it.
     """
     if is_gguf(path):
         return
     method = method_of(path)
+    if is_quantized(path) and not _is_known(method):
+        raise UserError(
+            f"{path} is quantized with {method or 'a method that its config.json does not name'}, "
+            f"which transformers {version('transformers')} does not know and would take for plain "
+            "weights: convert it to a format that it reads, such as compressed-tensors, or remove "
+            "quantization_config from config.json if its weights are plain"
+        )
     missing = [
         package for module, package in _PACKAGES.get(method, {}).items() if not _installed(module)
     ]
     if missing:
         raise UserError(
             f"{path} is quantized with {method}, which needs {' and '.join(missing)}: "
-            f"{command(Path(sys.executable).name)} -m pip install {' '.join(missing)}"
+            f"{how_to_install(missing)}"
         )
+
+
+def _is_known(method: str) -> bool:
+    """Whether transformers has a reader for a `quant_method`."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as known
+
+    # It has one for each width of bitsandbytes.
+    return method in {*known, "bitsandbytes"}
 
 
 def _installed(module: str) -> bool:
@@ -167,15 +199,20 @@ def _parts_of(matrix: str, forms: dict) -> list[str]:
 
 
 def _grid(quantization: dict, method: str) -> dict | None:
-    """Bits, group size (None: by channel or not said) and whether there are no zero-points."""
+    """Bits, group size (None: by channel) and whether there are no zero-points; without what is not
+    said, None where that is the bits.
+    """
     if method == "bitsandbytes":
         four = bool(quantization.get("load_in_4bit"))
         return {"bits": 4 if four else 8, "group_size": _NF4_BLOCK if four else None}
     bits = _first(quantization, _BITS)
     if not isinstance(bits, int):
+        bits = _FIXED_BITS.get(method) or _bits_of_type(quantization)
+    if bits is None:
         return None
-    group = _first(quantization, _GROUP)
-    grid = {"bits": bits, "group_size": group if isinstance(group, int) and group > 0 else None}
+    grid, group = {"bits": bits}, _first(quantization, _GROUP)
+    if isinstance(group, int):
+        grid["group_size"] = group if group > 0 else None
     symmetric = _first(quantization, ("sym", "symmetric"))
     zero_point = _first(quantization, ("zero_point",))
     if isinstance(symmetric, bool):
@@ -183,6 +220,15 @@ def _grid(quantization: dict, method: str) -> dict | None:
     elif isinstance(zero_point, bool):
         grid["symmetric"] = not zero_point
     return grid
+
+
+def _bits_of_type(quantization: dict) -> int | None:
+    """Bits of the type of a weight, as its name says them; None where none is named."""
+    for key in _TYPES:
+        named = _first(quantization, (key,))
+        if isinstance(named, str) and (found := _TYPE_BITS.search(named.removesuffix("Config"))):
+            return int(found[1])
+    return None
 
 
 def _first(content, keys: tuple[str, ...]):

@@ -14,6 +14,7 @@ from common.base.errors import UserError
 from common.base.files import json_or_none
 from common.base.progress import say
 from common.checkpoint import metadata
+from common.checkpoint.foreign import could_be_ours
 from common.checkpoint.writer import METADATA_FILE, is_quantized
 from common.model.demo import DEMO_NAME
 from common.model.located import find_model, is_gguf
@@ -146,32 +147,53 @@ def subject_of(
             f"{model} is quantized but does not say what it was made from; name its 16-bit model "
             "with --baseline"
         )
-    configuration = _configuration(model, folder, name, record is not None)
+    configuration = _configuration(model, folder, name, record)
     return Subject(folder, source_of(source), filed_as(source, results_dir), configuration)
 
 
-def _configuration(model: str | Path, folder: Path, name: str | None, recorded: bool) -> str:
+def _configuration(model: str | Path, folder: Path, name: str | None, record: dict | None) -> str:
     """The name that a quantized model is filed under. Raises UserError for one that will not do.
 
     Args:
-        recorded: it has our metadata.
+        record: its metadata, if it has any.
     """
     found = name
     if found is None:
         whole = folder.stem if is_gguf(folder) else folder.resolve().name
         found = whole if Path(model).exists() or is_gguf(folder) else str(model).split("/")[-1]
-    if name in CONFIGURATIONS and not recorded:
+    if (
+        found in CONFIGURATIONS
+        and found != BASELINE
+        and not _is_ours(folder, record, found, name is not None)
+    ):
         raise UserError(
-            f"{name} is the name of a configuration of this project; give another --name"
+            f"{model} is not this project's {found}, whose results that name is kept for; give "
+            f"another --name, such as theirs-{found}"
         )
     if found in _RESERVED:
         raise UserError(
-            f"{model} is quantized, and {found}.json is kept for something else; name it with "
-            "--name, or rename the folder"
+            f"{model} is quantized, and {found}.json is kept for something else; "
+            + ("name it with --name, or rename the folder" if name is None else "give another name")
         )
     if not found or found.startswith(".") or set(found) & set("/\\|"):
         raise UserError(f"{found!r} cannot be the name of a file; give another --name")
     return found
+
+
+def _is_ours(folder: Path, record: dict | None, configuration: str, named: bool) -> bool:
+    """Whether a folder holds our own checkpoint of a configuration. Its metadata says so; one that
+    was saved without lies where those of the batch do, or has our format and, on its own, the name.
+
+    Args:
+        named: the name was given.
+    """
+    method, bits = CONFIGURATIONS[configuration] or ("", 0)
+    if record is None:
+        place = folder.resolve()
+        usual = place.name == configuration and place.parent.parent == MODELS_FOLDER.resolve()
+        return could_be_ours(folder) and (usual or not named)
+    own = "library" not in record and record.get("method") == method
+    return own and (record.get("grid") or {}).get("bits") == bits
 
 
 def _recorded_source(folder: Path, record: dict, made_from: str | None) -> str:

@@ -8,14 +8,13 @@ import subprocess
 from pathlib import Path
 
 from common.base.errors import UserError
+from common.base.libraries import INTERPRETER
 from common.base.progress import say
 from common.model.source import MODELS_FOLDER
 from common.results.peers import PEERS
 from common.run_all.passed_on import parted
 from common.run_all.steps import Batch, StepFailed, step
 
-# What common/setup_environment.sh makes.
-INTERPRETER = Path(".peers/bin/python")
 SCRIPT = "benchmarks/quantize_peer.py"
 _SET_UP = "common/setup_environment.sh"
 # Options of the batch, and of those that it passes on, that the script takes.

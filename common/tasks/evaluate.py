@@ -11,7 +11,7 @@ from common.base.errors import UserError
 from common.base.files import write_json
 from common.base.progress import say
 from common.checkpoint import metadata
-from common.checkpoint.foreign import check_packages
+from common.checkpoint.foreign import check_readable
 from common.cli import configure_torch
 from common.model.located import described_by
 from common.model.source import load_tokenizer, read_config, resolve_folder
@@ -57,7 +57,7 @@ def evaluate_model(
         options.data == "auto" and subject.source == "demo" and options.data_root is None
     )
     # Early: what cannot be loaded, or has damaged metadata, should not cost an evaluation.
-    check_packages(folder)
+    check_readable(folder)
     described = described_by(folder, subject.original)
     original = _original_tensors(subject)
     facts = metadata.quantization_facts(folder, original)
