@@ -32,6 +32,7 @@ def test_every_rule():
     assert taken(ROWS) == {
         "Best quality, size budget from 0.0 MB": "baseline",  # sizes of a few bytes
         "Smallest without measurable loss": "large",
+        "Smallest with at most 1% of loss": "large",
         "Fastest": "larger",
         "Best without calibration data": "larger",
     }
@@ -77,6 +78,16 @@ def test_nothing_fulfils():
     assert cells["Smallest without measurable loss"] == ["none", "–"]
     assert choices([BASELINE]) == [] and choice_table([BASELINE]) is None
     assert choice_table([]) is None
+
+
+def test_a_loss_that_is_within_the_margin_is_one_that_can_be_measured():
+    near = Row("near", 450, kl=0.004, ratio=1.005, lost=False, measurable=True)
+    found = taken([*ROWS, near])
+    assert found["Smallest without measurable loss"] == "large"
+    assert found["Smallest with at most 1% of loss"] == "near"
+    found = taken([BASELINE, near])
+    assert found["Smallest without measurable loss"] is None
+    assert "the one measure that the rule names" in choice_table([*ROWS, near]).note
 
 
 def test_what_was_measured_otherwise_is_not_chosen():

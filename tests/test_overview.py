@@ -135,17 +135,26 @@ def test_verdicts_of_a_whole_model():
         nudged = losses + math.log(factor) + rng.normal(0, 1e-3, 60)
         return {**same, "perplexity": perplexity(nudged)}
 
-    assert verdict(same, same) == (NO_LOSS, False)
-    assert verdict(same, same, kl=0.005) == (NO_LOSS, False)
-    # Significant, and no matter.
-    assert verdict(same, other(1.005), kl=0.005) == (NO_LOSS, False)
-    assert verdict(same, other(1.02), kl=0.005) == ("loss: perplexity", True)
-    assert verdict(same, other(0.9), kl=0.02) == ("loss: KL", True)
+    assert verdict(same, same) == (NO_LOSS, False, False)
+    assert verdict(same, same, kl=0.005) == (NO_LOSS, False, False)
+    # Significant, and no matter: both are said.
+    within = ("within 1%, measurable: perplexity", False, True)
+    assert verdict(same, other(1.005), kl=0.005) == within
+    assert verdict(same, other(1.005), kl=0.02) == ("loss: KL", True, False)
+    assert verdict(same, other(0.995), kl=0.005) == (NO_LOSS, False, False)  # a gain
+    noisy = {**same, "perplexity": perplexity(losses + rng.normal(0.002, 0.01, 60))}
+    assert verdict(same, noisy, kl=0.005) == (NO_LOSS, False, False)
+    # After Holm over ten configurations it is significant no more.
+    compared = compare_samples(same, other(1.005))
+    adjusted = {(one.kind.task, one.kind.key): (1.0, 1.0) for one in compared}
+    assert verdict_of(compared, adjusted, 0.005) == (NO_LOSS, False, False)
+    assert verdict(same, other(1.02), kl=0.005) == ("loss: perplexity", True, False)
+    assert verdict(same, other(0.9), kl=0.02) == ("loss: KL", True, False)
     worse = {**other(1.3), "arc_easy": arc(np.zeros(400))}
-    assert verdict(same, worse, kl=0.3) == ("loss: perplexity, ARC-Easy", True)
+    assert verdict(same, worse, kl=0.3) == ("loss: perplexity, ARC-Easy", True, False)
     # Five questions tell nothing.
-    assert verdict({"arc_easy": arc([1] * 5)}, {"arc_easy": arc([1] * 5)}) == (UNKNOWN, None)
-    assert verdict({}, {}) == ("–", None)
+    assert verdict({"arc_easy": arc([1] * 5)}, {"arc_easy": arc([1] * 5)}) == (UNKNOWN, None, False)
+    assert verdict({}, {}) == ("–", None, False)
 
 
 def silent_models(rng):
@@ -169,7 +178,7 @@ def test_a_model_that_gives_up_answering_gains_nothing():
         assert found[key].verdict() == "no gain: answers less", key
     assert found["answerable_f1"].verdict() == "loss"
     assert found["no_answer"].verdict() == "loss" and found["no_answer"].quantized > 0.8
-    words, lost = verdict(before, after)
+    words, lost, _ = verdict(before, after)
     assert words == "loss: SQuAD v2; answers less" and lost
     # The other way round: it answers more, which is no gain in itself.
     back = {one.kind.key: one for one in compare_samples(after, before)}

@@ -96,6 +96,9 @@ def test_accuracy_table(evaluated):
             shown, own = re.subn(r"^(\S+) \[[^]]*\]", r"\1", table[name][column])
             assert own == ("median" in column and shown != "–")  # its own interval
             cell, value = numbers(shown), metric(after[task])
+            if value > 1e6:
+                assert shown.startswith("> 1000000")
+                continue
             if math.isnan(value):
                 assert not cell
                 continue

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from made_up_results import arc_records
 
-from common.reporting.comparison import adjusted_p_values, compare_samples
+from common.reporting.comparison import RUNAWAY, adjusted_p_values, compare_samples, signed
 from common.reporting.significance import GAIN, LOSS, NO_LOSS, Difference, verdict
+from common.tasks.metrics import readable
 
 
 @pytest.mark.parametrize(
@@ -159,3 +160,35 @@ def test_the_baseline_against_itself_is_never_a_loss():
             alarms[key] += found[key] == LOSS
     # 5% of 200 are 10; the number of alarms is itself random (95% of the time up to 15).
     assert max(alarms.values()) <= 15, alarms
+
+
+def test_a_mean_that_hangs_on_one_answer_is_readable():
+    """One answer of 287 digits: its size is in the CSV, a reader is told what it is."""
+    rng = np.random.default_rng(3)
+    before = rng.exponential(20, 300).tolist()
+    for far, shown, difference in (
+        (1e287, "> 1000000", RUNAWAY),
+        (5.2e9, "> 1000000", RUNAWAY),
+        (3e7, "100000", "+100000 [-96790, +296800]"),
+    ):
+        found = {
+            one.kind.key: one
+            for one in compare_samples(openmath(before), openmath([*before[:-1], far]))
+        }
+        mean = found["mean_absolute_difference"]
+        assert mean.quantized == mean.as_dict()["quantized"] == pytest.approx(far / 300, rel=0.01)
+        assert readable(mean.quantized) == shown and mean.shown_difference() == difference
+        assert "e" not in found["median_absolute_difference"].shown_difference()
+    assert [signed(x) for x in (-18560.4, 5575.04, 243.21, 0.5)] == [
+        "-18560",
+        "+5575",
+        "+243.2",
+        "+0.500",
+    ]
+    assert [readable(x) for x in (999999, 12345.6, 0.0012345, -2e9, 0.0)] == [
+        "1000000",
+        "12350",
+        "0.001234",
+        "< -1000000",
+        "0",
+    ]

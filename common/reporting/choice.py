@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from common.reporting.overview import Row, speed_in_words
+from common.reporting.overview import MEASURABLE, Row, speed_in_words
+from common.reporting.significance import NO_LOSS
 from common.reporting.tables import NONE, Table, gib, number, significant
 from common.results.naming import BASELINE
 
@@ -35,7 +36,7 @@ def choices(rows: list[Row]) -> list[Choice]:
     found = []
     if measure is not None:
         found += _by_budget(rows, measure)
-    found += [_smallest_without_loss(quantized), _fastest(rows, measure)]
+    found += [*_smallest(quantized), _fastest(rows, measure)]
     if measure is not None:
         found.append(_without_data(quantized, measure))
     return found
@@ -101,16 +102,26 @@ def _by_budget(rows: list[Row], measure: _Measure) -> list[Choice]:
     ]
 
 
-def _smallest_without_loss(quantized: list[Row]) -> Choice:
-    whole = [row for row in quantized if row.lost is False]
-    best = min(
-        whole,
-        key=lambda row: (row.size, row.kl if row.kl is not None else float("inf")),
-        default=None,
-    )
-    return Choice(
-        "Smallest without measurable loss", best, "fewest MB of those whose verdict names no loss"
-    )
+def _smallest(quantized: list[Row]) -> list[Choice]:
+    """Without any loss that can be measured, and with one that is within the margin."""
+
+    def smallest(rows: Iterable[Row]) -> Row | None:
+        known = [(row.size, row.kl if row.kl is not None else float("inf"), row) for row in rows]
+        return min(known, key=lambda one: one[:2], default=(None,))[-1]
+
+    within = [row for row in quantized if row.lost is False]
+    return [
+        Choice(
+            "Smallest without measurable loss",
+            smallest(row for row in within if not row.measurable),
+            f'fewest MB of those of which "{NO_LOSS}" is said',
+        ),
+        Choice(
+            "Smallest with at most 1% of loss",
+            smallest(within),
+            f'fewest MB of those and of the ones "within 1%, {MEASURABLE}"',
+        ),
+    ]
 
 
 def _fastest(rows: list[Row], measure: _Measure | None) -> Choice:
@@ -153,7 +164,8 @@ def choice_table(rows: list[Row]) -> Table | None:
         cells,
         numbers=False,
         note="A size budget takes the last of its lines that it reaches: 4 GB are 4,000 MB. Sizes "
-        "are of the weights; what they take to run stands beside them.",
+        "are of the weights; what they take to run stands beside them. Quality goes by the one "
+        "measure that the rule names; what else was lost is in the verdict.",
     )
 
 

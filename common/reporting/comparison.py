@@ -16,10 +16,13 @@ from common.reporting.significance import GAIN, LOSS, NO_LOSS, Difference, Flips
 from common.results.documents import ModelResults, has_samples, load_samples
 from common.results.identity import incomparable, other_data
 from common.tasks import perplexity, speed
+from common.tasks.metrics import LARGE, readable
 from common.tasks.task import MetricKind, all_metrics
 
 # What is said of a model that answers less often than the baseline, where silence scores.
 SILENT = "answers less"
+# What is said in place of a difference that nobody can read.
+RUNAWAY = "hangs on single answers"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Comparison:
                 f"{math.exp(value):.3f}" if math.isfinite(value) else "–" for value in values
             )
             return f"{point} x [{low}, {high}]"
+        if any(abs(value) > LARGE for value in values if math.isfinite(value)):
+            return RUNAWAY
         shown = [signed(value) for value in values]
         return f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
@@ -109,7 +114,7 @@ def signed(value: float) -> str:
     """A difference: three digits after the point, four significant ones where it is large."""
     if not math.isfinite(value):
         return "–"
-    return f"{value:+.3f}" if abs(value) < 100 else f"{value:+.4g}"
+    return f"{value:+.3f}" if abs(value) < 100 else readable(value, sign="+")
 
 
 def compare_samples(
@@ -299,7 +304,7 @@ def print_comparison(baseline: dict, quantized: dict, comparisons: list[Comparis
             f"{one.p_gain:.3g}",
         ]
         values = [
-            "–" if math.isnan(value) else f"{value:.4g}" for value in (one.baseline, one.quantized)
+            "–" if math.isnan(value) else readable(value) for value in (one.baseline, one.quantized)
         ]
         lines.append(
             [one.kind.name, *values, one.shown_difference(), *flips, detectable(one), one.verdict()]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from common.reporting.comparison import (
     SILENT,
@@ -25,6 +26,8 @@ from common.tasks.task import all_tasks
 # which is what the baseline's own text costs the model more than the baseline.
 KL_MARGIN = 0.01
 UNKNOWN = "cannot tell"
+# Of a perplexity that is significantly up, by less than its margin.
+MEASURABLE = "measurable"
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class Row:
 
     coded_bits: of a weight with a code; bits: of a weight of the 16-bit model, all counted. size:
     bytes of weights. memory: bytes to run. kl: mean, nats per token. ratio: of perplexity. seconds:
-    of quantization. calibrated: whether it read text. verdict: in words. lost: whether it lost
-    something, None where that cannot be told. apart: it was measured otherwise than the first row,
+    of quantization. calibrated: whether it read text. verdict: in words. lost, measurable: as of a
+    `Verdict`. apart: it was measured otherwise than the first row,
     so that figures of both are not to be held against each other. by: the library that quantized
     it, where that is not this project. stored_wide: bytes of its folder, where that holds 16-bit
     weights and not the codes that `size` counts.
@@ -64,6 +67,7 @@ class Row:
     calibrated: bool | None = None
     verdict: str = NONE
     lost: bool | None = None
+    measurable: bool = False
     apart: bool = False
     by: str | None = None
     stored_wide: int | None = None
@@ -82,7 +86,7 @@ def rows_of(results: ModelResults, comparisons: Comparisons) -> list[Row]:
         p_values = {
             (task, key): found for (one, task, key), found in adjusted.items() if one == name
         }
-        verdict, lost = verdict_of(compared, p_values, divergence.get("kl_mean"))
+        verdict = verdict_of(compared, p_values, divergence.get("kl_mean"))
         by, first = whose(results, name), evaluated[0][1]["quantization"]
         rows.append(
             Row(
@@ -97,8 +101,7 @@ def rows_of(results: ModelResults, comparisons: Comparisons) -> list[Row]:
                 timed.get("tokens_per_second"),
                 facts.get("seconds", {}).get("total"),
                 facts["calibration"] is not None if "calibration" in facts else None,
-                verdict,
-                lost,
+                *verdict,
                 measured_apart(document, evaluated[0][1]) is not None,
                 by,
                 _stored_wide(facts, first) if by else None,
@@ -128,24 +131,34 @@ def recovery_of(compared: list[Comparison]) -> Recovery:
     )
 
 
+class Verdict(NamedTuple):
+    """On a configuration. lost: whether something was lost that matters, None where that cannot be
+    told. measurable: nothing was, but a loss within the margin is significant.
+    """
+
+    words: str
+    lost: bool | None
+    measurable: bool = False
+
+
 def verdict_of(
     compared: list[Comparison],
     adjusted: dict[tuple[str, str], tuple[float, float]],
     kl: float | None,
-) -> tuple[str, bool | None]:
-    """All differences to the baseline in a few words, and whether something was lost, None where
-    that cannot be told.
+) -> Verdict:
+    """All differences to the baseline in a few words.
 
     A loss is that of a task by the table of verdicts, of perplexity by more than its margin, or,
     where that is none, a divergence above `KL_MARGIN`; a model that answers less where silence
-    scores has lost, too.
+    scores has lost, too. Without any of these a perplexity that the table of verdicts calls a loss
+    is up by less than its margin: within it, and measurable.
 
     Args:
         adjusted: by task and metric, p-values of a loss and a gain (`adjusted_p_values`).
         kl: the mean divergence from the baseline, nats per token; None is not measured.
     """
     if not compared:
-        return NONE, None
+        return Verdict(NONE, None)
     titles = {task.name: task.title for task in all_tasks()}
     lost = [one.kind.name.lower() for one in compared if beyond_margin(one)]
     if not lost and kl is not None and kl > KL_MARGIN:
@@ -159,13 +172,17 @@ def verdict_of(
     silent = any(one.silent for one in compared)
     if lost or silent:
         losses = [f"{LOSS}: {', '.join(lost)}"] if lost else []
-        return "; ".join([*losses, *([SILENT] if silent else [])]), True
+        return Verdict("; ".join([*losses, *([SILENT] if silent else [])]), True)
+    for one in (one for one in compared if one.kind.logarithmic):
+        if one.word(*adjusted[one.kind.task, one.kind.key]) == LOSS:
+            within = f"within {100 * one.kind.margin:g}%, {MEASURABLE}"
+            return Verdict(f"{within}: {one.kind.name.lower()}", False, True)
     known = kl is not None or any(
         one.kind.logarithmic and one.word() in (NO_LOSS, LOSS, GAIN) for one in compared
     )
     if not known and not {NO_LOSS, GAIN} & set(words.values()):
-        return UNKNOWN, None
-    return NO_LOSS, False
+        return Verdict(UNKNOWN, None)
+    return Verdict(NO_LOSS, False)
 
 
 def overview_table(rows: list[Row]) -> Table:
@@ -254,6 +271,7 @@ def _note(rows: list[Row]) -> str:
         )
     sentences.append(
         "KL: nats per token from the baseline. A loss is named where a task's is significant, "
-        f"perplexity is more than 1% up or, where it is not, KL is above {KL_MARGIN}."
+        f"perplexity is more than 1% up or, where it is not, KL is above {KL_MARGIN}; "
+        f'"within 1%, {MEASURABLE}": perplexity is up by less, and significantly.'
     )
     return " ".join(sentences)

@@ -12,6 +12,7 @@ from common.reporting.significance import GAIN, NO_LOSS
 from common.results.documents import CONFIGURATIONS, ModelResults
 from common.results.naming import BASELINE
 from common.tasks import perplexity, speed
+from common.tasks.metrics import readable
 from common.tasks.task import MetricKind, all_metrics, all_tasks
 
 # By configuration, its differences to the baseline.
@@ -45,10 +46,8 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def significant(value: float | None, digits: int = 4) -> str:
-    """So many significant digits, no exponent below a million."""
-    if value is None:
-        return NONE
-    return f"{value:.{digits}g}" if abs(value) < 1e6 else f"{value:.2e}"
+    """So many significant digits, as `readable`."""
+    return NONE if value is None else readable(value, digits)
 
 
 def gib(size: float | None) -> str:
@@ -64,7 +63,7 @@ def bits_of(results: ModelResults, name: str) -> tuple[float | None, float | Non
     coded, whole = found.get("coded"), found.get("all")
     grid = facts.get("grid")
     ours = "library" not in facts or name in CONFIGURATIONS
-    if coded is None and ours and grid and grid["group_size"] and "symmetric" in grid:
+    if coded is None and ours and grid and grid.get("group_size") and "symmetric" in grid:
         # Codes in words of 32 bits, a scale in 16 and a zero-point as large as a code.
         zero = 0 if grid["symmetric"] else grid["bits"]
         coded = 32 / (32 // grid["bits"]) + (16 + zero) / grid["group_size"]
@@ -104,7 +103,7 @@ def size_table(results: ModelResults) -> Table:
             [
                 name,
                 str(grid["bits"]) if grid else "16" if name == BASELINE else NONE,
-                NONE if grid is None else str(grid["group_size"] or "channel"),
+                str(grid["group_size"] or "channel") if grid and "group_size" in grid else NONE,
                 number(coded, 2),
                 number(whole, 2),
                 f"{facts['weights_bytes'] / 1e6:.1f}",

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+
+# A figure above this tells a reader no more than that it is: one answer of many digits makes a
+# mean of them that large. CSV files and records have it whole.
+LARGE = 1e6
+
+
+def readable(value: float, digits: int = 4, sign: str = "") -> str:
+    """A figure to so many significant digits, never with an exponent where it is large.
+
+    Args:
+        sign: "+" shows that of a positive one.
+    """
+    if abs(value) > LARGE:
+        return f"{'<' if value < 0 else '>'} {math.copysign(LARGE, value):{sign}.0f}"
+    shown = f"{value:{sign}.{digits}g}"
+    return f"{float(shown):{sign}.0f}" if abs(float(shown)) >= 10**digits else shown
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import numpy as np
 from common.base.errors import UserError
 from common.tasks import metrics
 from common.tasks.harness import HarnessTask, Shown
+from common.tasks.metrics import LARGE
 from common.tasks.numbers import extract_number, parse_number
 from common.tasks.scoring import mean_of
 from common.tasks.task import MetricKind, Record, of_field
@@ -38,11 +39,12 @@ class OpenMath(HarnessTask):
     fetch = 1024
     answer_score = "correct"
     note = (
-        "Mean and median absolute difference are over the answers that hold a number, their "
+        "Median and mean absolute difference are over the answers that hold a number, their "
         "differences over the problems that both models answered with one, so that silence is "
-        "no gain; `no number` is the share of answers that hold none. The mean hangs on single "
-        "answers that are far off: look at the median, in square brackets with its own 95% "
-        "interval, which does not."
+        "no gain; `no number` is the share of answers that hold none. Look at the median, in "
+        "square brackets with its own 95% interval: one answer of twenty digits makes the mean "
+        f"what it is, which is why a mean above {LARGE:.0f} is not written out here (the CSV files "
+        "have it whole)."
     )
     metrics = (
         MetricKind(
@@ -57,17 +59,6 @@ class OpenMath(HarnessTask):
         ),
         MetricKind(
             name,
-            "mean_absolute_difference",
-            "OpenMath mean absolute difference",
-            of_field("absolute_difference"),
-            larger_is_better=False,
-            margin=0.0,
-            only=_holds_a_number,
-            share=False,
-            column="OpenMath mean absolute difference",
-        ),
-        MetricKind(
-            name,
             "median_absolute_difference",
             "OpenMath median absolute difference",
             of_field("absolute_difference", metrics.median),
@@ -77,6 +68,17 @@ class OpenMath(HarnessTask):
             share=False,
             column="OpenMath median absolute difference",
             interval=("median_low", "median_high"),
+        ),
+        MetricKind(
+            name,
+            "mean_absolute_difference",
+            "OpenMath mean absolute difference",
+            of_field("absolute_difference"),
+            larger_is_better=False,
+            margin=0.0,
+            only=_holds_a_number,
+            share=False,
+            column="OpenMath mean absolute difference",
         ),
         MetricKind(
             name,
@@ -148,15 +150,11 @@ class OpenMath(HarnessTask):
         }
 
     def in_words(self, summary: dict) -> str:
-        mean, median = [
-            "none"
-            if summary[f"{of}_absolute_difference"] is None
-            else f"{summary[f'{of}_absolute_difference']:.4g}"
-            for of in ("mean", "median")
-        ]
+        found = [summary[f"{of}_absolute_difference"] for of in ("median", "mean")]
+        median, mean = ["none" if one is None else metrics.readable(one) for one in found]
         return (
-            f"OpenMath correct {summary['within_tolerance']:.3f}, mean difference {mean}, "
-            f"median {median}"
+            f"OpenMath correct {summary['within_tolerance']:.3f}, median difference {median}, "
+            f"mean {mean}"
         )
 
 

@@ -1,9 +1,10 @@
 // Tables that are sorted by a click on a heading and filtered by words.
 
-/** The number that a cell begins with, such as -0.009 of "-0.009 [-0.026, +0.008]"; else null. */
+/** The number that a cell begins with, such as -0.009 of "-0.009 [-0.026, +0.008]", of "> 1000000"
+ * what it is at least; else null. */
 function leadingNumber(text) {
-  const found = /^[+\-−]?\d[\d,]*\.?\d*(?:e[+-]?\d+)?(?=$|[\s(±%×])/i.exec(text);
-  return found ? Number(found[0].replaceAll(",", "").replace("−", "-")) : null;
+  const found = /^(?:[<>] )?([+\-−]?\d[\d,]*\.?\d*(?:e[+-]?\d+)?)(?=$|[\s(±%×])/i.exec(text);
+  return found ? Number(found[1].replaceAll(",", "").replace("−", "-")) : null;
 }
 
 const isEmpty = (text) => text === "" || text === "–";
