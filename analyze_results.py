@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Regenerate README's tables, the plots, docs/report.html and CSV files, from results/ and
-docs/results/ alone.
+"""Regenerate README's tables, the plots, docs/report.html, our column of docs/published.md and CSV
+files, from results/ and docs/results/ alone.
 
     python analyze_results.py
     python analyze_results.py --texts --data-root ../shared/data
@@ -23,6 +23,7 @@ from common.reporting.comparison import compare_all
 from common.reporting.page import ModelPart, page
 from common.reporting.page_samples import flipped
 from common.reporting.plots import draw_all
+from common.reporting.published import PUBLISHED, write_published
 from common.reporting.report import (
     in_table_order,
     replace_between_markers,
@@ -142,6 +143,8 @@ def main() -> None:
         for results, comparisons, figures in drawn
     ]
     replace_between_markers(options.readme, "\n\n".join(sections))
+    if options.readme.resolve() == README.resolve() and PUBLISHED.is_file():
+        write_published([(results, comparisons) for results, comparisons, _ in drawn])
     pages = [(report, drawn, False)]
     if options.texts:
         local = [one for one in drawn if not one[0].documented]

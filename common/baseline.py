@@ -19,8 +19,9 @@ if __name__ == "__main__":
 import argparse
 
 from common import cli
+from common.base.arguments import DEFAULT_MODEL
 from common.evaluation import add_evaluation_arguments, add_reuse_argument
-from common.model.source import DEFAULT_MODEL, load_config, resolve_folder
+from common.model.source import load_config, resolve_folder
 from common.results.naming import baseline_of
 from common.tasks.evaluate import evaluate_model
 

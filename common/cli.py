@@ -14,10 +14,16 @@ from pathlib import Path
 
 import torch
 
-from common.base.arguments import gibibytes, not_negative, positive, share, two_or_more
+from common.base.arguments import (
+    DEFAULT_MODEL,
+    gibibytes,
+    not_negative,
+    positive,
+    share,
+    two_or_more,
+)
 from common.base.device import DTYPES
 from common.base.errors import UserError
-from common.model.source import DEFAULT_MODEL
 from common.solvers.rounding import CATCH_UP
 from common.text import windows
 from common.walk.tuning import FEW_BITS, STEPS

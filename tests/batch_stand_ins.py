@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script
 
+from common.run_all.unchanged import FILE
+
 # Scripts that stand in for the real ones: they note how they were called, and gptq fails.
 NOTE = (
     "import sys, pathlib; a = sys.argv; "
@@ -75,8 +77,11 @@ def real_batch(tiny, tmp_path, monkeypatch):
                 result.stderr.strip().splitlines()[-1].removeprefix("error: ")[:200]
             )
 
-    def run(*arguments):
+    def run(*arguments, again: bool = True):
+        """again: what an earlier batch left is looked into, whether it has changed or not."""
         run.titles, run.output = [], ""
+        if again:
+            (tmp_path / "results" / FILE).unlink(missing_ok=True)
         monkeypatch.setattr(
             sys, "argv", ["batch", "--model", str(tiny), "--only", "baseline,hqq-4bit", *arguments]
         )
@@ -87,8 +92,6 @@ def real_batch(tiny, tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text(README)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(steps, "step", step)
-    monkeypatch.setattr(
-        batch.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 0)
-    )
+    monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, 0))
     run.folder, run.name = tmp_path, tiny.name
     return run

@@ -13,7 +13,7 @@ LONG = (
     ("kernels",),
     ("bad_input", "hub", "hub_data", "check", "others_checkpoints", "parallel"),
     ("checkpoint", "decoding"),
-    ("batch", "peers", "processes"),
+    ("batch", "peers", "processes", "unchanged"),
     ("demo",),
     ("resume",),
     ("tables",),

@@ -6,6 +6,10 @@ from __future__ import annotations
 
 from argparse import ArgumentTypeError
 
+DEFAULT_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
+# Of types to compute in, torch's.
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+
 
 def share(text: str) -> float:
     value = _real(text)

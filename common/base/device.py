@@ -7,11 +7,12 @@ import argparse
 import torch
 
 from common.base import device_memory, machine, parallel
+from common.base.arguments import DTYPE_NAMES
 from common.base.errors import UserError
 from common.base.gpu import BFLOAT16, supports
 from common.base.progress import say
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from common.base.arguments import DEFAULT_MODEL
 from common.base.errors import UserError, first_line
 from common.base.files import read_json
 from common.base.machine import command
@@ -24,7 +25,6 @@ from common.model.demo import DEMO_NAME, prepare_demo_model
 from common.model.fused import fuse_layers
 from common.model.tensors import TensorReader
 
-DEFAULT_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
 MODELS_FOLDER = Path("models")
 # What a model needs, all at the top of its folder. Many repositories hold the same weights again in
 # other forms (consolidated.safetensors, original/, *.bin, *.pth, *.gguf, onnx/).
