@@ -35,6 +35,9 @@ _PEERS = {
     "bitsandbytes-nf4": ("#777777", "h"),
 }
 _OTHER = ("#777777", "X")
+# Of a point's name: its room in widths of the axis, its height in points, and the part of a
+# figure's height that its axis takes.
+_NAME_WIDTH, _NAME_HEIGHT, _USED = 0.25, 9.0, 0.8
 
 
 def style(configuration: str) -> tuple[str, str]:
@@ -72,37 +75,78 @@ def point(axis, name: str, x: float, y: float, error: tuple[float, float] | None
     )
 
 
-def legend(figure, axis) -> None:
-    """The figure's legend below it, in as many columns as its width has room for."""
-    handles, labels = axis.get_legend_handles_labels()
-    longest = max(map(len, labels), default=1)
-    columns = int(figure.get_figwidth() / (0.5 + 0.075 * longest))
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=min(max(columns, 1), 5),
-        fontsize=8,
-        frameon=False,
-    )
+def name_points(axis, points: list[tuple[str, float, float]]) -> None:
+    """Write every point's name beside it, where several would lie on each other one above the other
+    with a line to its point; points themselves stay where they are.
 
-
-def side_by_side(sizes: list[float]) -> list[float]:
-    """Where to draw points of these sizes: those that would lie on each other are set side by side
-    around their mean.
+    Args:
+        axis: linear, with everything else on it; its limits are changed to make room.
+        points: name, x, y.
     """
-    step = 0.028 * (max(sizes) - min(sizes))
-    places = list(sizes)
-    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
-    start = 0
-    for end in range(1, len(order) + 1):
-        if end == len(order) or sizes[order[end]] - sizes[order[end - 1]] > 0.3 * step:
-            crowd = order[start:end]
-            middle = sum(sizes[i] for i in crowd) / len(crowd)
-            for rank, i in enumerate(sorted(crowd)):
-                places[i] = middle + (rank - (len(crowd) - 1) / 2) * step
-            start = end
-    return places
+    left, right = axis.get_xlim()
+    width = right - left
+    # Names need room to the right of the last point.
+    axis.set_xlim(left, right + _NAME_WIDTH * width)
+    bottom, top = axis.get_ylim()
+    height = axis.figure.get_figheight() / axis.get_gridspec().nrows
+    gap = _NAME_HEIGHT / (_USED * height * 72) * (top - bottom)
+    for near in _columns(points, 0.5 * _NAME_WIDTH * width):
+        places = spread([y for _, _, y in near], gap)
+        # Within the axis: the upper ones down, then, should they lack room, the lower ones up.
+        for i, place in reversed([*enumerate(places)]):
+            places[i] = min(place, top - (len(places) - i - 0.5) * gap)
+        places = [max(place, bottom + (i + 0.5) * gap) for i, place in enumerate(places)]
+        edge = max(x for _, x, _ in near) + 0.03 * width
+        for (name, x, y), place in zip(near, places, strict=True):
+            colour, _ = style(name)
+            axis.annotate(
+                name,
+                (x, y),
+                (edge, place),
+                textcoords="data",
+                fontsize=7,
+                va="center",
+                color=colour,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.4},
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": colour,
+                    "linewidth": 0.6,
+                    "shrinkA": 0,
+                    "shrinkB": 5,
+                    "relpos": (0, 0.5),
+                },
+            )
+
+
+def _columns(
+    points: list[tuple[str, float, float]], width: float
+) -> list[list[tuple[str, float, float]]]:
+    """Points parted into those whose names would meet, by x, each from the lowest up."""
+    columns: list[list[tuple[str, float, float]]] = []
+    for one in sorted(points, key=lambda one: one[1]):
+        if not columns or one[1] - columns[-1][0][1] > width:
+            columns.append([])
+        columns[-1].append(one)
+    return [sorted(column, key=lambda one: one[2]) for column in columns]
+
+
+def spread(places: list[float], gap: float) -> list[float]:
+    """Places in ascending order moved as little as possible, in squares, so that neighbours are at
+    least `gap` apart.
+    """
+    # Without the gaps they only have to ascend: neighbours that do not are pooled at their mean.
+    pools: list[list[float]] = []
+    for i, place in enumerate(places):
+        pools.append([place - i * gap])
+        while len(pools) > 1 and _mean(pools[-2]) > _mean(pools[-1]):
+            last = pools.pop()
+            pools[-1] += last
+    return [place + i * gap for i, place in enumerate(_mean(pool) for pool in pools for _ in pool)]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def pareto_front(

@@ -11,12 +11,12 @@ import matplotlib.pyplot as plt
 
 from common.reporting import plotted
 from common.reporting.comparison import Comparison
-from common.reporting.drawing import legend, pareto_front, point, save, side_by_side
+from common.reporting.drawing import name_points, pareto_front, point, save
 from common.reporting.plotted import divergences, scores_against_size
 from common.reporting.quantization_plots import error_by_layer, memory, quantization_time
 from common.results.documents import ModelResults
 
-SIZE_LABEL = "Weights, MB (equal sizes side by side)"
+SIZE_LABEL = "Weights, MB"
 
 
 def draw_all(
@@ -60,15 +60,14 @@ def accuracy_against_size(results: ModelResults, comparisons: dict[str, list[Com
     if not panels:
         return None
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.4 * len(panels), 4.4), layout="constrained", squeeze=False
+        len(panels), 1, figsize=(8.4, 4.4 * len(panels)), layout="constrained", squeeze=False
     )
-    for axis, panel in zip(axes[0], panels, strict=True):
-        places = side_by_side([one.size for one in panel.points])
-        for one, place in zip(panel.points, places, strict=True):
+    for axis, panel in zip(axes[:, 0], panels, strict=True):
+        for one in panel.points:
             error = None
             if one.low is not None and one.high is not None:
                 error = one.value - one.low, one.high - one.value
-            point(axis, one.name, place, one.value, error)
+            point(axis, one.name, one.size, one.value, error)
         front = pareto_front(
             [(one.size, one.value) for one in panel.points], panel.larger_is_better
         )
@@ -81,10 +80,11 @@ def accuracy_against_size(results: ModelResults, comparisons: dict[str, list[Com
             drawstyle="steps-post",
             label="Pareto front",
         )
+        name_points(axis, [(one.name, one.size, one.value) for one in panel.points])
+        axis.set_title("Dashed: the Pareto front", fontsize=8, loc="right")
         axis.set_xlabel(SIZE_LABEL)
         axis.set_ylabel(panel.label)
         axis.grid(alpha=0.3)
-    legend(figure, axes[0][0])
     return figure
 
 
@@ -138,17 +138,16 @@ def speed_against_size(results: ModelResults):
     found = plotted.speed_against_size(results)
     if found is None:
         return None
-    figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    places = side_by_side([one.size for one in found.points])
-    for one, place in zip(found.points, places, strict=True):
-        point(axis, one.name, place, one.value)
+    figure, axis = plt.subplots(figsize=(8.4, 4.8), layout="constrained")
+    for one in found.points:
+        point(axis, one.name, one.size, one.value)
     # After the margins: a limit that is set stops them.
     axis.margins(y=0.1)
     axis.set_ylim(0, axis.get_ylim()[1])
     axis.set_xlabel(SIZE_LABEL)
     axis.set_ylabel(found.label)
     axis.grid(alpha=0.3)
-    legend(figure, axis)
+    name_points(axis, [(one.name, one.size, one.value) for one in found.points])
     return figure
 
 
