@@ -177,7 +177,7 @@ def test_without_results_samples_or_tasks(tmp_path):
 
 
 def test_points_stand_at_their_sizes(tmp_path):
-    """Equal sizes too, which README's plots draw apart."""
+    """Those of equal sizes too."""
     part = model_part(tmp_path, ["gptq-4bit", "awq-4bit", "hqq-4bit"])
     against = [one for one in plots(part.results, part.comparisons) if "against" in one["title"]]
     assert [one["title"] for one in against] == [

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, run_script
+from made_up_results import document
 from recomputed import (
     drawn_interval,
     f1_of_classes,
@@ -22,7 +24,13 @@ from recomputed import (
     tables,
 )
 
-CONFIGURATIONS = ("baseline", "gptq-4bit", "hqq-8bit")
+from common.reporting.tables import efficiency_table
+from common.results.documents import ModelResults
+from common.running.runtime import load_model
+from common.running.speed import measure_speed
+from common.tasks.speed import method_in_words
+
+CONFIGURATIONS = ("baseline", "gptq-2bit", "hqq-2bit")
 DATA = ["--data", "demo", "--limit", 60, "--windows", 4, "--window-length", 96]
 
 
@@ -36,9 +44,9 @@ def evaluated(tiny_models, tmp_path_factory):
     assert run_script(ROOT / "common/baseline.py", "--model", model, *common).returncode == 0
     for name in CONFIGURATIONS[1:]:
         method, bits = name.removesuffix("bit").split("-")
-        # Two bits in truth and whole channels, so that answers do change.
+        # Whole channels, so that answers do change.
         words = ["--model", model, "--output", folder / name]
-        words += ["--bits", 2, "--group-size", "channel"]
+        words += ["--bits", bits, "--group-size", "channel"]
         if method == "gptq":
             words += ["--calib-data", "demo", "--calib-samples", 4, "--calib-length", 64]
         result = run_script(ROOT / f"quantize_{method}.py", *words)
@@ -234,9 +242,9 @@ def test_report_stands_alone_and_csv_holds_everything(evaluated):
         "smallest_detectable",
     } <= set(rows[0])
     measured = pd.read_csv(folder / "docs" / "tables" / model / "measurements.csv")
-    document = json.loads((folder / "results" / model / "gptq-4bit.json").read_text())
+    document = json.loads((folder / "results" / model / "gptq-2bit.json").read_text())
     one = measured[
-        (measured.configuration == "gptq-4bit") & (measured.quantity == "tasks.arc.accuracy")
+        (measured.configuration == "gptq-2bit") & (measured.quantity == "tasks.arc.accuracy")
     ]
     assert one.value.item() == document["tasks"]["arc"]["accuracy"]
     assert len(pd.read_csv(folder / "docs" / "tables" / model / "error_by_layer.csv")) == 2 * 14
@@ -255,7 +263,7 @@ def test_compare_prints_the_same(evaluated):
     folder, model = evaluated
     arguments = [
         ROOT / "compare_to_baseline.py",
-        *("--quantized", folder / "gptq-4bit"),
+        *("--quantized", folder / "gptq-2bit"),
         *("--results-dir", folder / "results"),
         *DATA,
     ]
@@ -270,10 +278,38 @@ def test_compare_prints_the_same(evaluated):
     table = tables((folder / "README.md").read_text())
     by_name = {row["name"]: row for row in content["metrics"]}
     for column in ("ARC-Challenge accuracy", "SQuAD v2 F1", "OpenMath correct"):
-        shown = numbers(table["Scores"]["gptq-4bit"][column])
+        shown = numbers(table["Scores"]["gptq-2bit"][column])
         row = by_name[column]
         assert shown == pytest.approx(
             [row["quantized"], row["difference"], row["low"], row["high"]], abs=6e-4
         )
     assert content["divergence"]["kl_mean"] > 0
     assert Path(content["chart"]).stat().st_size > 5000
+
+
+def test_speed_is_shown_with_its_range():
+    """Of records that hold it; those of old show the median alone."""
+    old, new = document("baseline", 0.5), document("gptq-4bit", 0.5)
+    ends = {"tokens_per_second_low": 38.25, "tokens_per_second_high": 41.5}
+    ends |= {"latency_seconds_low": 0.0123456, "latency_seconds_high": 0.75}
+    new["speed"] = {**new["speed"], **ends}
+    first, second = efficiency_table(ModelResults("tiny", {"baseline": old, "gptq-4bit": new})).rows
+    assert first[1:3] == ["0.5", "40"]
+    assert second[1:3] == ["0.5 [0.01235, 0.75]", "40 [38.25, 41.5]"]
+    assert "range" in method_in_words(new["speed"], "cpu")
+    assert "range" not in method_in_words(old["speed"], "cpu")
+
+
+def test_the_range_is_that_of_the_runs(tiny, monkeypatch):
+    """By a clock that is told: three answers, after one that warms up."""
+    model, _ = load_model(tiny, torch.device("cpu"), torch.float32)
+    times = iter([0, 9, 18, *(0, 1, 33), *(0, 2, 64), *(0, 3, 34)])
+    monkeypatch.setattr("common.running.speed.decodes_faster", lambda *_: False)
+    monkeypatch.setattr("common.running.speed._now", lambda _: next(times))
+    found = measure_speed(model, 320)
+    assert found["runs"] == 3 and found["latency_seconds"] == 34
+    assert (found["latency_seconds_low"], found["latency_seconds_high"]) == (33, 64)
+    assert found["tokens_per_second"] == pytest.approx(31 / 32)
+    assert found["tokens_per_second_low"] == pytest.approx(31 / 62)
+    assert found["tokens_per_second_high"] == pytest.approx(31 / 31)
+    assert (found["prefill_seconds_low"], found["prefill_seconds_high"]) == (1, 3)

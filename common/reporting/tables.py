@@ -286,6 +286,13 @@ def divergence_table(results: ModelResults, comparisons: Comparisons) -> Table:
     )
 
 
+def _of_runs(timed: dict, key: str) -> str:
+    """The median of several runs, and their range where it was recorded."""
+    ends = [timed.get(f"{key}_{end}") for end in ("low", "high")]
+    shown = significant(timed.get(key))
+    return shown if None in ends else f"{shown} [{', '.join(map(significant, ends))}]"
+
+
 def efficiency_table(results: ModelResults) -> Table:
     rows = []
     for name, document in results.evaluated():
@@ -295,8 +302,8 @@ def efficiency_table(results: ModelResults) -> Table:
         rows.append(
             [
                 name,
-                number(timed.get("latency_seconds"), 2),
-                number(timed.get("tokens_per_second"), 1),
+                _of_runs(timed, "latency_seconds"),
+                _of_runs(timed, "tokens_per_second"),
                 timed.get("kernels", NONE),
                 gib(document["memory"]["weights_bytes"]),
                 gib(timed.get("memory_bytes")),

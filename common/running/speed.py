@@ -43,7 +43,8 @@ def measure_speed(model, vocabulary: int, seed: int = 0) -> dict:
     several runs.
 
     Returns:
-        latency_seconds (whole answer), prefill_seconds, tokens_per_second (of decoding).
+        latency_seconds (whole answer), prefill_seconds, tokens_per_second (of decoding); under
+        their names with _low and _high added what the slowest or fastest of several runs took.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -55,16 +56,21 @@ def measure_speed(model, vocabulary: int, seed: int = 0) -> dict:
     answer()
     repeats = 1 if getattr(model, "streamed", 0) else REPEATS[device.type]
     runs = [answer() for _ in track(range(repeats), "speed", unit="runs")]
-    prefill = statistics.median(first for first, _, _ in runs)
-    decode = statistics.median(rest for _, rest, _ in runs)
+    measured = {
+        "prefill_seconds": [first for first, _, _ in runs],
+        "latency_seconds": [first + rest for first, rest, _ in runs],
+        "tokens_per_second": [tokens / rest for _, rest, tokens in runs],
+    }
+    found = {name: statistics.median(values) for name, values in measured.items()}
+    if len(runs) > 1:
+        for name, values in measured.items():
+            found |= {f"{name}_low": min(values), f"{name}_high": max(values)}
     return {
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": runs[0][2] + 1,
         "runs": len(runs),
         "kernels": kernels_of(model) + (", graph" if fast and device.type == "cuda" else ""),
-        "prefill_seconds": prefill,
-        "latency_seconds": statistics.median(first + rest for first, rest, _ in runs),
-        "tokens_per_second": runs[0][2] / decode,
+        **found,
     }
 
 

@@ -41,9 +41,10 @@ TASK = Speed()
 def method_in_words(summary: dict, device_type: str) -> str:
     """How the figures were measured, in two sentences."""
     where = "GPU" if device_type == "cuda" else "host without Python and its packages"
+    spread = " and in square brackets their range" if "latency_seconds_low" in summary else ""
     return (
         f"Latency is one answer of {summary['new_tokens']} tokens to a prompt of "
-        f"{summary['prompt_tokens']}, batch 1, median of {summary['runs']} runs; tokens/s is "
-        "its decoding. Memory to run is what the model takes with 2,048 tokens of context, "
+        f"{summary['prompt_tokens']}, batch 1, median of {summary['runs']} runs{spread}; tokens/s "
+        "is its decoding. Memory to run is what the model takes with 2,048 tokens of context, "
         f"batch 1: weights, cache and what it works with, on the {where}."
     )
