@@ -63,10 +63,10 @@ def document_of(results, tiny, name="hqq-4bit"):
 
 
 def test_a_wrecked_checkpoint_is_not_reported_with_the_old_ones_figures(place, tiny):
-    """The same folder, overwritten with two bits: printed is what a fresh evaluation finds."""
+    """The same folder, overwritten with coarser codes: printed is what a fresh evaluation finds."""
     checkpoint, results = place
     before = document_of(results, tiny)
-    quantize(tiny, checkpoint, "--bits", 2, "--symmetric", "--overwrite")
+    quantize(tiny, checkpoint, "--group-size", "channel", "--symmetric", "--overwrite")
     found = compare(checkpoint, results)
     shown = perplexities(found)
     assert "hqq-4bit: evaluated again, as its results are of another checkpoint" in found.stdout
@@ -146,13 +146,13 @@ def test_a_quick_comparison_does_not_take_the_baseline_from_others(place, tiny, 
     a comparison.
     """
     checkpoint, results = place
-    other = shutil.copytree(checkpoint, tmp_path / "hqq-8bit")
+    other = shutil.copytree(checkpoint, tmp_path / "hqq-other")
     perplexities(compare(other, results))
     before = {file: file.read_bytes() for file in results.rglob("*") if file.is_file()}
     quick = ["--limit", 2, "--windows", 1]
     assert_user_error(
         compare(checkpoint, results, *quick),
-        "hqq-8bit",
+        "hqq-other",
         "arc was evaluated with samples 3, not 2; perplexity was evaluated with windows 2, not 1",
         "--results-dir",
         "--overwrite",
@@ -167,7 +167,7 @@ def test_a_quick_comparison_does_not_take_the_baseline_from_others(place, tiny, 
     words = ["--model", tiny, "--results-dir", results, "--data", "demo", "--tasks", "arc"]
     alone = run_script(ROOT / "common/baseline.py", *words, "--limit", 2)
     assert alone.returncode == 0, alone.stderr
-    assert "hqq-4bit, hqq-8bit will have no baseline until evaluated again" in alone.stdout
+    assert "hqq-4bit, hqq-other will have no baseline until evaluated again" in alone.stdout
 
 
 def test_other_rows_under_the_same_name(made, tiny, tmp_path):

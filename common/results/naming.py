@@ -167,8 +167,9 @@ def _configuration(model: str | Path, folder: Path, name: str | None, record: di
         and not _is_ours(folder, record, found, name is not None)
     ):
         raise UserError(
-            f"{model} is not this project's {found}, whose results that name is kept for; give "
-            f"another --name, such as theirs-{found}"
+            f"{model} is not this project's {found}, whose results that name is kept for; "
+            + ("give another" if name else "rename the folder, or evaluate it with another")
+            + f" --name, such as theirs-{found}"
         )
     if found in _RESERVED:
         raise UserError(
