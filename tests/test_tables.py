@@ -295,7 +295,7 @@ def test_speed_is_shown_with_its_range():
     new["speed"] = {**new["speed"], **ends}
     first, second = efficiency_table(ModelResults("tiny", {"baseline": old, "gptq-4bit": new})).rows
     assert first[1:3] == ["0.5", "40"]
-    assert second[1:3] == ["0.5 [0.01235, 0.75]", "40 [38.25, 41.5]"]
+    assert second[1:3] == ["0.5 [0.0123, 0.75]", "40 [38.25, 41.5]"]
     assert "range" in method_in_words(new["speed"], "cpu")
     assert "range" not in method_in_words(old["speed"], "cpu")
 

@@ -286,11 +286,11 @@ def divergence_table(results: ModelResults, comparisons: Comparisons) -> Table:
     )
 
 
-def _of_runs(timed: dict, key: str) -> str:
+def _of_runs(timed: dict, key: str, digits: int) -> str:
     """The median of several runs, and their range where it was recorded."""
     ends = [timed.get(f"{key}_{end}") for end in ("low", "high")]
-    shown = significant(timed.get(key))
-    return shown if None in ends else f"{shown} [{', '.join(map(significant, ends))}]"
+    shown, *rest = (significant(one, digits) for one in (timed.get(key), *ends))
+    return shown if None in ends else f"{shown} [{', '.join(rest)}]"
 
 
 def efficiency_table(results: ModelResults) -> Table:
@@ -302,8 +302,8 @@ def efficiency_table(results: ModelResults) -> Table:
         rows.append(
             [
                 name,
-                _of_runs(timed, "latency_seconds"),
-                _of_runs(timed, "tokens_per_second"),
+                _of_runs(timed, "latency_seconds", 3),
+                _of_runs(timed, "tokens_per_second", 4),
                 timed.get("kernels", NONE),
                 gib(document["memory"]["weights_bytes"]),
                 gib(timed.get("memory_bytes")),
