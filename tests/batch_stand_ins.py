@@ -53,7 +53,9 @@ def real_batch(tiny, tmp_path, monkeypatch):
     from made_up_results import README
 
     from common import batch
-    from common.run_all import steps
+
+    # All of the batch, before it is given another `step`: it imports the rest when it runs.
+    from common.run_all import steps, whole  # noqa: F401
 
     # Two tasks of the demo, without answers to generate, keep this short.
     small = [
