@@ -2,9 +2,11 @@
 wreck what hangs on them.
 """
 
+import itertools
+
 import pytest
 import torch
-from conftest import build_tiny, run_quantize, tiny_tokenizer
+from conftest import build_tiny, run_quantize, sampled, tiny_tokenizer
 from methods import method_options
 
 from common.running.runtime import load_model
@@ -64,11 +66,10 @@ def sample(model, windows, length, generator):
     return tokens
 
 
-@pytest.fixture(
-    scope="module",
-    params=[plant_super_weight, plant_massive_activation],
-    ids=lambda plant: plant.__name__,
-)
+PLANTS = (plant_super_weight, plant_massive_activation)
+
+
+@pytest.fixture(scope="module", params=PLANTS, ids=lambda plant: plant.__name__)
 def planted(request, tmp_path_factory):
     """Folder of the model, its own text as calibration file and as windows, and its perplexity."""
     generator = torch.Generator().manual_seed(11)
@@ -119,7 +120,15 @@ def test_the_model_rests_on_it(planted):
     assert perplexity(model, windows)[0]["perplexity"] > 1.3 * baseline
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "planted, method",
+    sampled(
+        itertools.product(PLANTS, METHODS),
+        # Every method with one of both.
+        lambda plant, method: (PLANTS.index(plant) + list(METHODS).index(method)) % 2 == 0,
+    ),
+    indirect=["planted"],
+)
 def test_perplexity_stays(planted, method, tmp_path):
     folder, text, windows, baseline, *_ = planted
     options = METHODS[method]

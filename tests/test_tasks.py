@@ -65,6 +65,7 @@ def letters(tmp_path, monkeypatch):
     sys.modules.pop("common.tasks.letters", None)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_more_task(letters, tiny, tmp_path):
     assert [task.name for task in all_tasks()][-1] == "letters"
     made, results = tmp_path / tiny.name / "hqq-4bit", tmp_path / "results"
