@@ -128,6 +128,7 @@ def test_the_model_rests_on_it(planted):
         lambda plant, method: (PLANTS.index(plant) + list(METHODS).index(method)) % 2 == 0,
     ),
     indirect=["planted"],
+    scope="module",  # or each would plant anew
 )
 def test_perplexity_stays(planted, method, tmp_path):
     folder, text, windows, baseline, *_ = planted
