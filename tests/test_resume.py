@@ -3,6 +3,7 @@ writes over another.
 """
 
 import fcntl
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from conftest import (
     build_tiny,
     interrupt_after,
     run_script,
+    sampled,
     tiny_tokenizer,
 )
 from methods import method_options
@@ -68,11 +70,18 @@ def five(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_resumed_is_bit_identical(five, calibration_text, tmp_path, monkeypatch, method):
+@pytest.mark.parametrize(
+    "method, stops",
+    sampled(
+        itertools.product(METHODS, [(3,), (2, 4)]),
+        lambda method, stops: (len(stops) == 2) == (method == "gptq"),
+    ),
+)
+def test_resumed_is_bit_identical(five, calibration_text, tmp_path, monkeypatch, method, stops):
+    """Ended once or twice on the way."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_script(*command(method, five, whole, calibration_text)).returncode == 0
-    for layers in (2, 4):
+    for layers in stops:
         with monkeypatch.context() as patch:
             interrupt_after(patch, layers)
             result = run_script(*command(method, five, parts, calibration_text, "--resume"))
@@ -80,7 +89,7 @@ def test_resumed_is_bit_identical(five, calibration_text, tmp_path, monkeypatch,
         assert not parts.exists() and (tmp_path / "parts.unfinished").is_dir()
     result = run_script(*command(method, five, parts, calibration_text, "--resume"))
     assert result.returncode == 0, result.stderr
-    assert "after 4 layers" in result.stdout
+    assert f"after {stops[-1]} layers" in result.stdout
     assert content(parts) == content(whole)
     assert not (tmp_path / "parts.unfinished").exists()
     assert run_script(ROOT / "verify_model.py", "--model-path", parts).returncode == 0
