@@ -296,8 +296,7 @@ def check(capability: tuple[int, int], key: tuple, compiled: CompiledKernel) -> 
 def main() -> int:
     everything = "--all" in sys.argv[1:]
     if not everything:
-        # Assembling and LLVM's optimisation are half of the time, and change nothing that is
-        # checked.
+        # Assembling and LLVM's optimisation are half of the time and change nothing checked.
         os.environ["DISABLE_LLVM_OPT"] = "1"
         add_stages = CUDABackend.add_stages
 
@@ -307,7 +306,7 @@ def main() -> int:
 
         CUDABackend.add_stages = without_ptxas
     failures, count, seen, start = [], 0, set(), time.perf_counter()
-    ends, done = (min(CARDS), max(CARDS)), set()
+    ends, done, programs = (min(CARDS), max(CARDS)), set(), {}
     for capability in CARDS:
         dtypes = (torch.bfloat16, torch.float16)
         if not everything:
@@ -322,7 +321,8 @@ def main() -> int:
         done.add(same)
         for key in keys:
             try:
-                compiled = found[key]()
+                place = capability[0], key  # the same for every card of a generation
+                programs[place] = compiled = programs.get(place) or found[key]()
                 most = max(most, compiled.metadata.shared)
                 problem = check(capability, key, compiled)
             except Exception as error:  # of any type; the others are still worth a try

@@ -28,6 +28,12 @@ LIBRARIES = (
     "pandas",
     "pyarrow.parquet",
     "scipy.stats",
+    "chardet",
+    "gguf",
+    "httpx",
+    "jinja2",
+    "loguru",
+    "pydantic",
 )
 # They read the environment when they are imported.
 NOT_THOSE = {"huggingface_hub", "transformers", "datasets", "common"}

@@ -5,6 +5,7 @@ As a script it is that process: it reads a line of JSON for each load and answer
 code.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -61,10 +62,14 @@ def load(folder: str, dtype: str, scratch: Path) -> None:
 
 
 def serve() -> None:
+    # All that a load imports, or each fork would import it anew.
+    from compressed_tensors.compressors.model_compressors import model_compressor  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
     from transformers.quantizers import quantizer_compressed_tensors  # noqa: F401
 
     sys.path.pop(0)
+    gc.freeze()  # or each fork would go over what all of them have
     for line in sys.stdin:
         folder, dtype, scratch = json.loads(line)
         child = os.fork()

@@ -41,9 +41,10 @@ def records(folder, model, name) -> dict[str, pd.DataFrame]:
 def f1_of_classes(frame: pd.DataFrame) -> float:
     """Macro F1 by its definition."""
     scores = []
-    for label in frame.gold.unique():
-        hits = ((frame.gold == label) & (frame.predicted == label)).sum()
-        scores.append(2 * hits / ((frame.gold == label).sum() + (frame.predicted == label).sum()))
+    gold, predicted = frame.gold.to_numpy(str), frame.predicted.to_numpy(str)
+    for label in np.unique(gold):
+        hits = ((gold == label) & (predicted == label)).sum()
+        scores.append(2 * hits / ((gold == label).sum() + (predicted == label).sum()))
     return float(np.mean(scores))
 
 
@@ -73,6 +74,10 @@ def interval(
     return value - half, value + half
 
 
+# Metrics of a baseline without each of its clusters, which all configurations are held against.
+baselines: dict[tuple, list[float]] = {}
+
+
 def mean_over_tasks(pairs, ratios: bool) -> tuple[float, float, float]:
     """The mean over tasks of how the second model's metric differs from the first's, or how many
     times it is, with its 95% interval.
@@ -85,7 +90,10 @@ def mean_over_tasks(pairs, ratios: bool) -> tuple[float, float, float]:
     for before, after, groups, metric in pairs:
         first, second = metric(before), metric(after)
         members = [groups == name for name in np.unique(groups)]
-        left_out = [(metric(before[~one]), metric(after[~one])) for one in members]
+        key = before.tobytes(), groups.tobytes(), metric
+        if key not in baselines:
+            baselines[key] = [metric(before[~one]) for one in members]
+        left_out = list(zip(baselines[key], (metric(after[~one]) for one in members), strict=True))
         if ratios:  # to first order, as a model without its only right answer has none
             values.append(second / first)
             moved = [(b - values[-1] * a) / first for a, b in left_out]

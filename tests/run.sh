@@ -12,4 +12,6 @@ fi
 # Two files at a time, each with half of the cores; the longest first (conftest.py).
 cores=$(nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( cores > 1 ? cores / 2 : 1 ))}"
+# Where it is set, as in many containers, each of a dozen processes compiles this project's files anew.
+unset PYTHONDONTWRITEBYTECODE
 exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests "$@"

@@ -49,6 +49,11 @@ def long_texts_encoded_once():
     """
     from transformers import BatchEncoding, PreTrainedTokenizerFast
 
+    def copied(content):
+        # A million numbers one by one take long.
+        flat = isinstance(content, list) and content and isinstance(content[0], int)
+        return content.copy() if flat else copy.deepcopy(content)
+
     encode, known = PreTrainedTokenizerFast._encode_plus, {}
 
     def remembering(self, text, *arguments, **options):
@@ -59,8 +64,24 @@ def long_texts_encoded_once():
         if key not in known:
             known[key] = encode(self, text, *arguments, **options)
         found = known[key]
-        return BatchEncoding(copy.deepcopy(dict(found)), found.encodings)
+        copies = {name: copied(content) for name, content in found.items()}
+        return BatchEncoding(copies, found.encodings)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PreTrainedTokenizerFast, "_encode_plus", remembering)
         yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """analyze_results.py lays its plots out and leaves their files empty, as drawing takes most of
+    its time.
+    """
+    from common.reporting import plots
+
+    def save(figure, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        plots.plt.close(figure)
+
+    monkeypatch.setattr(plots, "save", save)

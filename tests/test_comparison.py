@@ -94,6 +94,7 @@ def test_two_models_side_by_side(tiny, tmp_path):
     assert_user_error(run_script(*arguments), "different samples of arc", "--overwrite")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "sign, stale",
     [("fingerprint", ["arc"]), ("fingerprint", ["arc", "perplexity"]), ("samples", ["perplexity"])],
@@ -144,6 +145,7 @@ def test_a_stale_task_costs_a_configuration_its_own_cells_alone(tmp_path, sign, 
         }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_window_has_no_interval(tmp_path):
     """Nor has one question: tables show dashes, plots and page their points alone."""
     (tmp_path / "results/tiny").mkdir(parents=True)

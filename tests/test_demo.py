@@ -152,10 +152,10 @@ def test_the_demo_model_answers(demo_model, tmp_path):
 
 
 def test_four_bits_keep_the_quality_of_the_first_layers(demo_model, tmp_path, monkeypatch):
-    """As `test_demo_model_end_to_end`, but the run ends after four of the 30 layers, as by Ctrl-C,
+    """As `test_demo_model_end_to_end`, but the run ends after two of the 30 layers, as by Ctrl-C,
     and what is finished is put in the place of the model's own weights.
     """
-    interrupt_after(monkeypatch, 4)
+    interrupt_after(monkeypatch, 2)
     words = ["--model", "demo", "--output", tmp_path / "out", *SHORT, "--calib-length", 256]
     assert run_script(ROOT / "quantize_gptq.py", *words).returncode == 130
     model, tokenizer = load_model(demo_model, torch.device("cpu"), torch.float32)
@@ -169,9 +169,9 @@ def test_four_bits_keep_the_quality_of_the_first_layers(demo_model, tmp_path, mo
             state = stored_parts(shard.__getitem__, shard, linear)
             model.get_submodule(linear).weight.data = decompress(state, Grid(4, 64))
             quantized += 1
-    assert len(shards) == 4 and quantized == 4 * 7
+    assert len(shards) == 2 and quantized == 2 * 7
     ratio = perplexity(model, windows)[0]["perplexity"] / before
-    assert 1.0 < ratio < 1.02
+    assert 1.0 < ratio < 1.015
 
 
 @pytest.mark.slow

@@ -2,9 +2,12 @@
 wreck what hangs on them.
 """
 
+import itertools
+from functools import cache
+
 import pytest
 import torch
-from conftest import build_tiny, run_quantize, tiny_tokenizer
+from conftest import build_tiny, run_quantize, sampled, tiny_tokenizer
 from methods import method_options
 
 from common.running.runtime import load_model
@@ -64,21 +67,25 @@ def sample(model, windows, length, generator):
     return tokens
 
 
-@pytest.fixture(
-    scope="module",
-    params=[plant_super_weight, plant_massive_activation],
-    ids=lambda plant: plant.__name__,
-)
-def planted(request, tmp_path_factory):
-    """Folder of the model, its own text as calibration file and as windows, and its perplexity."""
+PLANTS = (plant_super_weight, plant_massive_activation)
+
+
+@pytest.fixture(scope="module")
+def planting(tmp_path_factory):
+    """By what is planted: folder of the model, its own text as calibration file and as windows, its
+    perplexity, and the token.
+    """
+    return cache(lambda plant: planted(plant, tmp_path_factory.mktemp("planted")))
+
+
+def planted(plant, folder):
     generator = torch.Generator().manual_seed(11)
     tokenizer = tiny_tokenizer()
     token = tokenizer("the", add_special_tokens=False)["input_ids"][0]
     model = build_tiny("llama", False, seed=3).float()
     with torch.no_grad():
         model.lm_head.weight *= 3
-    request.param(model, token)
-    folder = tmp_path_factory.mktemp("planted")
+    plant(model, token)
     model.bfloat16().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     model, _ = load_model(folder / "model", CPU, torch.float32)
@@ -87,22 +94,16 @@ def planted(request, tmp_path_factory):
     text = folder / "text.txt"
     text.write_text("\n".join(tokenizer.decode(row) for row in written[:16]))
     windows = Windows(written[16:], "its own", None)
-    return (
-        folder / "model",
-        text,
-        windows,
-        perplexity(model, windows)[0]["perplexity"],
-        token,
-        request.param,
-    )
+    return folder / "model", text, windows, perplexity(model, windows)[0]["perplexity"], token
 
 
+@pytest.mark.parametrize("plant", PLANTS)
 @torch.no_grad()
-def test_the_model_rests_on_it(planted):
+def test_the_model_rests_on_it(planting, plant):
     """Without what was planted it is another model, and the token is massive; else the test below
     says nothing.
     """
-    folder, _, windows, baseline, token, plant = planted
+    folder, _, windows, baseline, token = planting(plant)
     model, _ = load_model(folder, CPU, torch.float32)
     size = (
         model.model(windows.tokens, output_hidden_states=True)
@@ -119,9 +120,16 @@ def test_the_model_rests_on_it(planted):
     assert perplexity(model, windows)[0]["perplexity"] > 1.3 * baseline
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_perplexity_stays(planted, method, tmp_path):
-    folder, text, windows, baseline, *_ = planted
+@pytest.mark.parametrize(
+    "plant, method",
+    sampled(
+        itertools.product(PLANTS, METHODS),
+        # Every method with one of both.
+        lambda plant, method: (PLANTS.index(plant) + list(METHODS).index(method)) % 2 == 0,
+    ),
+)
+def test_perplexity_stays(planting, plant, method, tmp_path):
+    folder, text, windows, baseline, _ = planting(plant)
     options = METHODS[method]
     result = run_quantize(method, folder, tmp_path / "out", *options, text=text, samples=12)
     assert result.returncode == 0, result.stderr

@@ -44,7 +44,7 @@ def assert_nominal(found, runs):
 @pytest.mark.parametrize("name", SIZES)
 def test_nominal_rates(name):
     for seed, kind in enumerate(KINDS):
-        assert_nominal(rates(SIZES[name], kind, 600, seed), 600)
+        assert_nominal(rates(SIZES[name], kind, 300, seed), 300)
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, ROOT, run_script
-from test_rotation_and_scaling import BOUNDS, all_logits, hidden_rotation
+from conftest import ARCHITECTURES, FUSED, ROOT, run_script, sampled
+from test_rotation_and_scaling import IN_BOTH_TYPES, all_logits, hidden_rotation
 
 from common.checkpoint.writer import METADATA_FILE
 from common.model.architecture import family_of
@@ -87,8 +87,7 @@ def change_of_logits(folder, dtype, change_ends, change_layer) -> float:
     return ((before - after).abs().max() / before.abs().max()).item()
 
 
-@pytest.mark.parametrize("dtype, bound", BOUNDS)
-@pytest.mark.parametrize("architecture, tied", ARCHITECTURES)
+@pytest.mark.parametrize("architecture, tied, dtype, bound", IN_BOTH_TYPES)
 def test_online_rotations_leave_logits_unchanged(tiny_models, architecture, tied, dtype, bound):
     hidden, value = hidden_rotation(architecture), rotation(16, seed=1)
 
@@ -127,8 +126,7 @@ def layer_with_inputs(module: torch.nn.Module) -> Layer:
     )
 
 
-@pytest.mark.parametrize("dtype, bound", BOUNDS)
-@pytest.mark.parametrize("architecture, tied", ARCHITECTURES)
+@pytest.mark.parametrize("architecture, tied, dtype, bound", IN_BOTH_TYPES)
 def test_aligned_channels_and_online_rotations_leave_logits_unchanged(
     tiny_models, architecture, tied, dtype, bound
 ):
@@ -179,8 +177,7 @@ def test_alignment_reaches_the_least_expected_error_whatever_the_channels_scales
         assert torch.allclose(layer.weight(name), weight, rtol=0.02, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype, bound", BOUNDS)
-@pytest.mark.parametrize("architecture, tied", ARCHITECTURES)
+@pytest.mark.parametrize("architecture, tied, dtype, bound", IN_BOTH_TYPES)
 def test_the_form_of_keys_leaves_logits_unchanged(tiny_models, architecture, tied, dtype, bound):
     """Whatever the mean and the scales."""
     generator = torch.Generator().manual_seed(11)
@@ -259,7 +256,11 @@ FULL = ("--act-bits", 4, "--kv-bits", 4)
 @pytest.mark.parametrize(
     "architecture, tied, options",
     [
-        *[(architecture, tied, FULL) for architecture, tied in ARCHITECTURES],
+        *sampled(
+            [(*one, FULL) for one in ARCHITECTURES],
+            # Untied Llama and Mistral compute what Llama does, Qwen2 is below.
+            lambda *case: case[:2] == ("llama", True) or case[:2] not in FUSED[:4],
+        ),
         ("llama", True, ("--act-bits", 8)),
         ("qwen2", True, ("--kv-bits", 8)),
     ],

@@ -268,6 +268,7 @@ def test_a_baseline_of_another_shape_is_refused(exported, deep, tmp_path):
     assert_user_error(result, "num_hidden_layers 2", "has 8", "--baseline")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tables_say_whose_a_row_is(tmp_path):
     folder = tmp_path / "results" / "tiny"
     folder.mkdir(parents=True)

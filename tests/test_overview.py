@@ -239,6 +239,7 @@ def test_bits_of_results_that_do_not_tell_them(grid, coded):
     assert bits_of(alone, "gptq-4bit") == (coded, None)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_results_of_an_earlier_version(tmp_path):
     """Without the figures that have come since: they are made of the records, where these are; a
     task that one configuration lacks is a dash; recovery says over what it is the mean.

@@ -281,6 +281,7 @@ def test_texts_of_a_data_set_are_put_in_on_asking_alone(tmp_path, capsys):
     assert said.count("\n") == 1 and "has other rows than those that were evaluated" in said
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_command_writes_both_pages(tmp_path):
     part = model_part(tmp_path / "results", ["gptq-4bit"])
     (tmp_path / "README.md").write_text(README)

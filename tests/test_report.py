@@ -82,6 +82,7 @@ def test_twice_changes_nothing(results):
     assert everything() == everything()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_other_conditions_are_named(results):
     other = document("hqq-8bit", 0.7, device={"type": "cuda", "name": "a GPU", "threads": 2})
     (results / "results/tiny/hqq-8bit.json").write_text(json.dumps(other))
@@ -92,6 +93,7 @@ def test_other_conditions_are_named(results):
     assert "hqq-8bit" not in {row["Take"] for row in tables(text)["Which one?"].values()}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_was_evaluated_on_fewer_samples_is_left_out(results):
     """A configuration that a later batch with another --limit refused: its figures are not those of
     the header's samples.
@@ -113,6 +115,7 @@ def test_what_was_evaluated_on_fewer_samples_is_left_out(results):
     assert "0.500" not in text and "| gptq-4bit | 4 | 64 | – | 4.00 | 0.5 |" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_checkpoint_that_is_another_by_now_is_named(results, tiny):
     """Quantized again by hand: the tables still show what was evaluated."""
     folder = results / "models/tiny/gptq-4bit"
@@ -131,6 +134,7 @@ def test_a_checkpoint_that_is_another_by_now_is_named(results, tiny):
         assert (line in said.stdout.splitlines()) is named
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_damaged_results_and_readme(results):
     (results / "results/tiny/gptq-4bit.json").write_text("{")
     before = (results / "README.md").read_text()
@@ -143,6 +147,7 @@ def test_damaged_results_and_readme(results):
     assert_user_error(analyze(results), "holds no results")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_another_results_folder_leaves_the_documented_run_in_the_readme(results):
     shutil.copytree(results / "results", results / "docs/results")
     (results / "results").rename(results / "mine")
@@ -154,6 +159,7 @@ def test_another_results_folder_leaves_the_documented_run_in_the_readme(results)
         assert shown == titles
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_documented_and_local_results_are_told_apart(results):
     """The documented run never passes as one of this machine; both are shown, each as what it
     is."""

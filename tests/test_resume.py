@@ -3,6 +3,7 @@ writes over another.
 """
 
 import fcntl
+import itertools
 import json
 import multiprocessing
 import os
@@ -12,7 +13,15 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, assert_user_error, interrupt_after, run_script
+from conftest import (
+    ROOT,
+    assert_user_error,
+    build_tiny,
+    interrupt_after,
+    run_script,
+    sampled,
+    tiny_tokenizer,
+)
 from methods import method_options
 
 from common.checkpoint.writer import METADATA_FILE
@@ -52,23 +61,39 @@ def content(folder):
     return files, record
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_resumed_is_bit_identical(deep, calibration_text, tmp_path, monkeypatch, method):
+@pytest.fixture(scope="module")
+def five(tmp_path_factory):
+    """A tiny model of five layers."""
+    folder = tmp_path_factory.mktemp("five") / "five"
+    build_tiny("llama", True, layers=5).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "method, stops",
+    sampled(
+        itertools.product(METHODS, [(3,), (2, 4)]),
+        lambda method, stops: (len(stops) == 2) == (method == "gptq"),
+    ),
+)
+def test_resumed_is_bit_identical(five, calibration_text, tmp_path, monkeypatch, method, stops):
+    """Ended once or twice on the way."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run_script(*command(method, deep, whole, calibration_text)).returncode == 0
-    for layers in (2, 5):
+    assert run_script(*command(method, five, whole, calibration_text)).returncode == 0
+    for layers in stops:
         with monkeypatch.context() as patch:
             interrupt_after(patch, layers)
-            result = run_script(*command(method, deep, parts, calibration_text, "--resume"))
+            result = run_script(*command(method, five, parts, calibration_text, "--resume"))
         assert result.returncode == 130 and "--resume goes on from there" in result.stdout
         assert not parts.exists() and (tmp_path / "parts.unfinished").is_dir()
-    result = run_script(*command(method, deep, parts, calibration_text, "--resume"))
+    result = run_script(*command(method, five, parts, calibration_text, "--resume"))
     assert result.returncode == 0, result.stderr
-    assert "after 5 layers" in result.stdout
+    assert f"after {stops[-1]} layers" in result.stdout
     assert content(parts) == content(whole)
     assert not (tmp_path / "parts.unfinished").exists()
     assert run_script(ROOT / "verify_model.py", "--model-path", parts).returncode == 0
-    again = run_script(*command(method, deep, parts, calibration_text, "--resume"))
+    again = run_script(*command(method, five, parts, calibration_text, "--resume"))
     assert again.returncode == 0 and "nothing to resume" in again.stdout
 
 
@@ -142,11 +167,11 @@ def test_killed_twenty_times(deep, calibration_text, tmp_path, one_thread, metho
     killed_often(method, deep, calibration_text, tmp_path, kills=20)
 
 
-def test_only_the_same_run_is_gone_on_with(deep, tiny, calibration_text, tmp_path, monkeypatch):
+def test_only_the_same_run_is_gone_on_with(five, tiny, calibration_text, tmp_path, monkeypatch):
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
-        run_script(*command("gptq", deep, output, calibration_text))
+        run_script(*command("gptq", five, output, calibration_text))
     other_text = tmp_path / "other.txt"
     other_text.write_text(calibration_text.read_text()[5000:])
     for extra, words in (
@@ -155,7 +180,7 @@ def test_only_the_same_run_is_gone_on_with(deep, tiny, calibration_text, tmp_pat
         (["--calib-data", other_text], ["calibration"]),
         (["--seed", 1], ["--seed"]),
     ):
-        changed = run_script(*command("gptq", deep, output, calibration_text, "--resume", *extra))
+        changed = run_script(*command("gptq", five, output, calibration_text, "--resume", *extra))
         assert_user_error(changed, "cannot resume", *words)
     assert_user_error(
         run_script(*command("gptq", tiny, output, calibration_text, "--resume")),
@@ -163,54 +188,54 @@ def test_only_the_same_run_is_gone_on_with(deep, tiny, calibration_text, tmp_pat
         "model",
     )
     assert_user_error(
-        run_script(*command("awq", deep, output, calibration_text, "--resume")),
+        run_script(*command("awq", five, output, calibration_text, "--resume")),
         "method gptq then, awq now",
     )
     # A damaged shard is done again.
     shards = sorted((tmp_path / "out.unfinished").glob("*.safetensors"))
     assert len(shards) == 3
     shards[1].write_bytes(shards[1].read_bytes()[:200])
-    result = run_script(*command("gptq", deep, output, calibration_text, "--resume"))
+    result = run_script(*command("gptq", five, output, calibration_text, "--resume"))
     assert result.returncode == 0, result.stderr
     whole = tmp_path / "whole"
-    assert run_script(*command("gptq", deep, whole, calibration_text)).returncode == 0
+    assert run_script(*command("gptq", five, whole, calibration_text)).returncode == 0
     assert content(output) == content(whole)
 
 
-def test_without_resume_it_starts_again(deep, calibration_text, tmp_path, monkeypatch):
+def test_without_resume_it_starts_again(five, calibration_text, tmp_path, monkeypatch):
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
-        run_script(*command("hqq", deep, output, calibration_text))
-    result = run_script(*command("hqq", deep, output, calibration_text))
+        run_script(*command("hqq", five, output, calibration_text))
+    result = run_script(*command("hqq", five, output, calibration_text))
     assert result.returncode == 0 and "resuming" not in result.stdout
-    other = run_script(*command("hqq", deep, tmp_path / "new", calibration_text, "--resume"))
+    other = run_script(*command("hqq", five, tmp_path / "new", calibration_text, "--resume"))
     assert other.returncode == 0 and "nothing to resume" in other.stdout
 
 
-def test_damaged_progress(deep, calibration_text, tmp_path, monkeypatch):
+def test_damaged_progress(five, calibration_text, tmp_path, monkeypatch):
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
-        run_script(*command("hqq", deep, output, calibration_text))
+        run_script(*command("hqq", five, output, calibration_text))
     (tmp_path / "out.unfinished" / "progress.json").write_text("{")
     assert_user_error(
-        run_script(*command("hqq", deep, output, calibration_text, "--resume")),
+        run_script(*command("hqq", five, output, calibration_text, "--resume")),
         "damaged",
         "without --resume",
     )
 
 
-def test_two_processes_on_one_output(deep, calibration_text, tmp_path):
+def test_two_processes_on_one_output(five, calibration_text, tmp_path):
     (tmp_path / "out.unfinished").mkdir()
     handle = os.open(tmp_path / "out.unfinished" / "lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
         assert_user_error(
-            run_script(*command("hqq", deep, tmp_path / "out", calibration_text)),
+            run_script(*command("hqq", five, tmp_path / "out", calibration_text)),
             "another process is writing",
         )
         assert (tmp_path / "out.unfinished" / "lock").is_file()
     finally:
         os.close(handle)
-    assert run_script(*command("hqq", deep, tmp_path / "out", calibration_text)).returncode == 0
+    assert run_script(*command("hqq", five, tmp_path / "out", calibration_text)).returncode == 0

@@ -9,7 +9,9 @@ import pytest
 from conftest import ROOT, run_script
 
 import common.tasks
+from common.tasks import harness
 from common.tasks.task import all_tasks
+from common.text.data import demo_rows
 
 LETTERS = '''
 """Which token follows a letter, as the model has it."""
@@ -52,6 +54,26 @@ TASK = Letters()
 '''
 
 
+def test_templates_are_filled_in_as_lm_eval_does_and_compiled_once(monkeypatch):
+    from lm_eval import utils
+
+    compiled, compile_template = [], utils.env.from_string
+    monkeypatch.setattr(
+        utils.env, "from_string", lambda text: compiled.append(text) or compile_template(text)
+    )
+    harness._compiled.cache_clear()
+    for task in (task for task in all_tasks() if isinstance(task, harness.HarnessTask)):
+        prompt = task.prompt()
+        templates = {text for text in prompt.values() if isinstance(text, str) and "{{" in text}
+        assert templates, task.name
+        before = len(compiled)
+        for row in demo_rows(task.demo).rows[:3] if task.demo else ():
+            for template in templates:
+                assert harness.filled_in(template, row) == compile_template(template).render(**row)
+        assert len(compiled) - before <= len(templates)
+    assert compiled
+
+
 @pytest.fixture
 def letters(tmp_path, monkeypatch):
     """The made-up task among the others, for one test."""
@@ -65,6 +87,7 @@ def letters(tmp_path, monkeypatch):
     sys.modules.pop("common.tasks.letters", None)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_more_task(letters, tiny, tmp_path):
     assert [task.name for task in all_tasks()][-1] == "letters"
     made, results = tmp_path / tiny.name / "hqq-4bit", tmp_path / "results"

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import platform
 import resource
+from contextlib import suppress
+from functools import cache
 from importlib import metadata as installed
 from pathlib import Path
 
@@ -75,12 +77,15 @@ _PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
+    return {"python": platform.python_version(), **_installed()}
+
+
+@cache  # a search through the environment for each
+def _installed() -> dict[str, str]:
+    found = {}
     for package in _PACKAGES:
-        try:
+        with suppress(installed.PackageNotFoundError):
             found[package] = installed.version(package)
-        except installed.PackageNotFoundError:
-            continue
     return found
 
 

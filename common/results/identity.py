@@ -138,9 +138,8 @@ def code_hash(
         file = None if name in beside else _module_file(root, name)
         if name in modules or file is None:
             continue
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        waiting += _imported(tree)
-        modules[name] = ast.dump(_without_docstrings(tree))
+        imported, modules[name] = _parsed(file.read_text(encoding="utf-8"))
+        waiting += imported
     return _digest([modules, prompts])
 
 
@@ -149,6 +148,13 @@ def _module_file(root: Path, name: str) -> Path | None:
     return next(
         (file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()), None
     )
+
+
+@cache  # the methods' codes have most modules in common
+def _parsed(source: str) -> tuple[list[str], str]:
+    """What a module imports, and what it computes: its tree without docstrings."""
+    tree = ast.parse(source)
+    return list(_imported(tree)), ast.dump(_without_docstrings(tree))
 
 
 def _imported(tree: ast.AST) -> Iterator[str]:

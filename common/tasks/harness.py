@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -183,11 +184,13 @@ def run_task(
     """
     import datasets
     import lm_eval.api.task
+    import lm_eval.utils
     from lm_eval.evaluator import evaluate
 
     from common.tasks.language_model import HarnessModel
 
     lm_eval.api.task.tqdm = lambda items, **_: items  # its bar has no switch
+    lm_eval.utils.apply_template = filled_in  # theirs compiles it anew for every row
     config = task.prompt()
     config.update(
         custom_dataset=lambda **_: {"test": datasets.Dataset.from_list(rows.rows)},
@@ -220,6 +223,18 @@ def run_task(
         "first_prompt": logged[0]["arguments"][0][0],
     }
     return summary, samples
+
+
+@cache
+def _compiled(template: str):
+    from lm_eval.utils import env
+
+    return env.from_string(template)
+
+
+def filled_in(template: str, row: dict) -> str:
+    """A task file's template with a row's columns, as lm-eval's `apply_template` gives it."""
+    return _compiled(template).render(**row)
 
 
 def _strings(value) -> Iterator[str]:
