@@ -115,6 +115,9 @@ def document(model: str, options: argparse.Namespace) -> None:
         with ThreadPoolExecutor(options.at_once) as pool:
             list(pool.map(lambda configuration: step(configuration, words(configuration)), names))
 
+    found = [STATUS_FILE, *(f"{configuration}.json" for configuration in chosen)]
+    # What an earlier call measured counts only if it is of the same model, by its path here.
+    _name_model(DOCUMENTED_FOLDER / name, found, source_of(model), shown=False)
     for stage in options.stages.split(","):
         if stage == "quantize":
             one_by_one(quantize, [name for name in chosen if name != "baseline"])
@@ -125,7 +128,7 @@ def document(model: str, options: argparse.Namespace) -> None:
         print(f"{model}: {stage} after {time.monotonic() - began:.0f} s", flush=True)
         file = DOCUMENTED_FOLDER / name / STATUS_FILE
         write_json(file, {**(json_or_none(file) or {}), **status})
-    _without_this_machine(DOCUMENTED_FOLDER / name, [STATUS_FILE, *(f"{c}.json" for c in chosen)])
+    _name_model(DOCUMENTED_FOLDER / name, found, source_of(model), shown=True)
     for configuration in sound():
         if has_samples(DOCUMENTED_FOLDER, name, configuration):
             _coarser_divergences(name, configuration)
@@ -134,14 +137,19 @@ def document(model: str, options: argparse.Namespace) -> None:
             print(f"{model} {configuration}: {state['reason']}")
 
 
-def _without_this_machine(results: Path, names: list[str]) -> None:
-    """Make results the same on every machine: they name a model's folder by its full path, where
-    its path in the project says as much.
+def _name_model(results: Path, names: list[str], source: str, shown: bool) -> None:
+    """In results, name a model's folder, full path `source`, by its path in the project, which is
+    the same on every machine, or by the full one again, as an evaluation does.
     """
+    short = source.removeprefix(f"{ROOT}/")
     for file in map(results.joinpath, names):
         if file.is_file():
             text = file.read_text(encoding="utf-8")
-            file.write_text(text.replace(f'"{ROOT}/', '"'), encoding="utf-8")
+            if shown:
+                text = text.replace(f'"{ROOT}/', '"')
+            else:
+                text = text.replace(f'"{short}"', f'"{source}"')
+            file.write_text(text, encoding="utf-8")
 
 
 def _coarser_divergences(model: str, configuration: str) -> None:
