@@ -68,15 +68,18 @@ def samples(model, documents):
     return {name: records(RESULTS, model, name) for name in documents}
 
 
-def test_other_libraries_are_rows(shown):
-    """On both models: the control, and a library's form of each method that has one."""
-    assert {name for name in shown["At a glance"] if name in PEERS} >= {
-        "rtn-4bit",
-        "llmcompressor-gptq-4bit",
-        "llmcompressor-awq-4bit",
-        "llmcompressor-smoothquant-8bit",
-        "hqq-package-4bit",
-    }
+# Bits that a group stores beside its codes, where it is not a scale of 16 bits and a zero-point of
+# as many as a code: the package's has 16 as well, NF4 a scale of 32 and no zero-point.
+BESIDE_CODES = {"hqq-package-4bit": 32, "bitsandbytes-nf4": 32}
+# The GPTQ format has 32 bits for every input channel, which says what group that is in; by the
+# shapes of the demo's linears 32 * 4992 for 3,538,944 weights.
+GPTQ_FORM, GPTQ_INDEX = ("autoround-4bit", "gptqmodel-gptq-4bit"), 0.0451
+# Of which the answers were lost; README says so.
+MISSING = {"Qwen2.5-Coder-0.5B-Instruct": {"autoround-4bit", "gptqmodel-gptq-4bit"}}
+
+
+def test_other_libraries_are_rows(shown, model):
+    assert set(PEERS) - set(shown["At a glance"]) == MISSING.get(model, set())
 
 
 def test_it_comes_first_and_the_rest_is_folded(readme):
@@ -99,9 +102,8 @@ def test_sizes_bits_and_times(shown, documents):
         assert bits[-1] == pytest.approx(16 * facts["weights_bytes"] / whole, abs=6e-3)
         grid = facts.get("grid")
         if grid and grid["group_size"]:
-            # The hqq package stores its zero-points in 16 bits.
-            zero = 16 if name == "hqq-package-4bit" else grid["bits"] * (not grid["symmetric"])
-            exact = grid["bits"] + (16 + zero) / grid["group_size"]
+            beside = BESIDE_CODES.get(name) or 16 + grid["bits"] * (not grid["symmetric"])
+            exact = grid["bits"] + beside / grid["group_size"] + GPTQ_INDEX * (name in GPTQ_FORM)
             # What is counted from a checkpoint holds the shapes of its matrices, too.
             assert bits[0] == pytest.approx(exact, abs=0.02)
         speed = documents[name].get("speed")
