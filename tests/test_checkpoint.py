@@ -41,7 +41,7 @@ CASES = [(architecture, tied, "gptq", 4, "auto", False) for architecture, tied i
 METHODS = method_options(
     iterations=30,
     gptq=["--sweeps", "0", "--damping", "0.02", "--symmetric"],
-    awq=["--bits", "3"],
+    awq=["--bits", "3", "--tune-scales", "8"],
     hqq=["--lp-norm", "2"],
     smoothquant=["--alpha", "auto"],
     adaround=["--bits", "8"],
@@ -73,6 +73,7 @@ def test_plain_load_equals_what_was_quantized(
         "--group-size",
         group_size,
         *(["--symmetric"] if symmetric else []),
+        *(["--tune-scales", 8] if method == "gptq" and bits < 4 else []),
         text=calibration_text,
     )
     assert result.returncode == 0, result.stderr

@@ -207,6 +207,8 @@ def test_catching_up_brings_the_model_nearer_to_the_original(
                 3,
                 "--catch-up",
                 share,
+                "--tune-scales",
+                0,
                 "--output",
                 output,
                 "--calib-data",
