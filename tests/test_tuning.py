@@ -14,6 +14,7 @@ import quantize_adaround
 import quantize_awq
 import quantize_gptq
 from common import cli
+from common.base import parallel
 from common.base.errors import UserError
 from common.checkpoint.writer import METADATA_FILE
 from common.numerics.grid import Grid, QuantizedLinear, grouped, min_max, round_scale
@@ -189,17 +190,26 @@ def out_of_memory_above(monkeypatch, windows):
     monkeypatch.setattr(tuning._Tuning, "error", limited)
 
 
-def test_windows_that_do_not_fit_go_one_by_one(monkeypatch, capsys):
+@pytest.mark.parametrize("windows", [1, 2, 5])
+def test_windows_that_do_not_fit_go_in_parts(monkeypatch, windows):
     layer, codes, _ = problem()
-    out_of_memory_above(monkeypatch, 2)
-    tune_scales(layer, codes, 10)
-    assert layer.notes["tuned"] < 1
-    assert "the GPU has no room" in capsys.readouterr().out
+    monkeypatch.setattr(tuning, "STEP_TOKENS", 7 * LENGTH)  # ten windows: seven, then three
+    whole = tune_scales(layer, codes, 10)
+    out_of_memory_above(monkeypatch, windows)
+    parts = tune_scales(layer, codes, 10)
+    for name, found in whole.items():
+        # In a scale's bfloat16, and the unit of the loss is the first part's.
+        assert torch.allclose(parts[name].scale, found.scale, rtol=2**-7)
 
 
-def test_no_room_for_one_window(monkeypatch):
+def test_no_room_for_one_window(monkeypatch, capsys):
     layer, codes, _ = problem()
+    before = layer.module.mlp.down_proj.weight
     out_of_memory_above(monkeypatch, 0)
+    assert tune_scales(layer, codes, 10) is codes
+    assert "--tune-scales 0" in capsys.readouterr().out
+    assert layer.module.mlp.down_proj.weight is before
+    monkeypatch.setattr(parallel, "size", lambda: 2)  # the others would wait for this one
     with pytest.raises(UserError, match="--tune-scales 0"):
         tune_scales(layer, codes, 10)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ STEP_TOKENS = 8192
 # One window of so many is held out.
 HELD_OUT = 8
 
+NO_ROOM = "the GPU has no room to tune a layer's scales on one calibration window"
 # Of a window: its chunk, and its place there.
 _Place = tuple[int, int]
 
@@ -56,7 +58,8 @@ def tune_scales(
         codes: of every linear of the layer, all rows; the layer holds the weights from before
             rounding, and does so afterwards.
     Raises:
-        UserError: the GPU has no room for a single window.
+        UserError: the GPU of one of several processes has no room for a single window. Alone, it
+            is said, and the scales stay.
     """
     tuning = _Tuning(layer, codes)
     try:
@@ -64,6 +67,11 @@ def tune_scales(
         tuning.run(steps)
         tuned = tuning.result()
         left = (tuning.held_out_error(tuned) / before.clamp(min=_TINY)).item()
+    except _NoRoomError:
+        if parallel.size() > 1:
+            raise UserError(f"{NO_ROOM}; use --tune-scales 0, or lower --calib-length") from None
+        say(f"{NO_ROOM}; they stay as they are (--tune-scales 0 spares the attempt)")
+        tuned, left = codes, 1.0
     finally:
         tuning.put_back()
     layer.notes["tuned"] = min(left, 1.0)
@@ -76,6 +84,29 @@ def set_weight(linear: nn.Linear, weight: Tensor) -> None:
     linear.weight = weight
 
 
+class _NoRoomError(Exception):
+    """The GPU has no room for a single window."""
+
+
+class _Scaled(torch.autograd.Function):
+    """Weights [out, in] of codes whose scales are multiplied by exp(change), change [out, groups].
+    Nothing of the weights' size is kept beside them.
+    """
+
+    @staticmethod
+    def forward(context, change: Tensor, quantized: QuantizedLinear, dtype: torch.dtype) -> Tensor:
+        weight = replace(quantized, scale=quantized.scale * change.exp()).dequantize(dtype)
+        context.save_for_backward(weight)
+        context.grid = quantized.grid
+        return weight
+
+    @staticmethod
+    def backward(context, gradient: Tensor):
+        # Each weight's derivative by its own change is the weight.
+        product = gradient.float().mul_(context.saved_tensors[0])
+        return grouped(product, context.grid).sum(-1), None, None
+
+
 class _Tuning:
     def __init__(self, layer: Layer, codes: dict[str, QuantizedLinear]):
         self.layer, self.codes = layer, codes
@@ -83,11 +114,6 @@ class _Tuning:
         self.originals = {name: linear.weight for name, linear in self.linears.items()}
         first = next(iter(self.originals.values()))
         self.device, self.dtype = first.device, first.dtype
-        # [out, groups, size]
-        self.rounded = {
-            name: grouped(found.dequantize(torch.float32), found.grid)
-            for name, found in codes.items()
-        }
         self.changes = {
             name: torch.zeros_like(found.scale, dtype=torch.float32).requires_grad_(True)
             for name, found in codes.items()
@@ -105,8 +131,8 @@ class _Tuning:
     def weights(self) -> dict[str, Tensor]:
         """[out, in] by linear, with the scales as they are now."""
         return {
-            name: (rounded * self.changes[name].exp().unsqueeze(-1)).flatten(1)
-            for name, rounded in self.rounded.items()
+            name: cast(Tensor, _Scaled.apply(self.changes[name], found, self.dtype))
+            for name, found in self.codes.items()
         }
 
     def result(self) -> dict[str, QuantizedLinear]:
@@ -135,11 +161,13 @@ class _Tuning:
                 waiting += [self.places[i] for i in order]
             batch, waiting = waiting[: self.at_once], waiting[self.at_once :]
 
-            def descend(part: list[_Place], unit: Tensor | None = unit) -> Tensor:
+            def descend(
+                part: list[_Place], unit: Tensor | None = unit, of: int = len(batch)
+            ) -> Tensor:
                 with torch.enable_grad():
                     error = self.error(part, self.weights())
                     unit = error.detach().clamp(min=_TINY) if unit is None else unit
-                    (error / unit * scales).backward()
+                    (error / unit * scales * len(part) / of).backward()
                 return unit
 
             optimiser.zero_grad()
@@ -162,14 +190,11 @@ class _Tuning:
                 continue
             except torch.cuda.OutOfMemoryError:
                 pass
-            if self.at_once == 1:
-                raise UserError(
-                    "the GPU has no room to tune the scales of a layer on one calibration window; "
-                    "use --tune-scales 0, or lower --calib-length"
-                )
-            self.at_once = min(self.at_once, len(rest)) // 2
-            say(f"the GPU has no room; scales are tuned on {self.at_once} windows at once")
             torch.cuda.empty_cache()
+            tried = min(self.at_once, len(rest))
+            if tried == 1:
+                raise _NoRoomError
+            self.at_once = tried // 2
         return found
 
     def target(self, places: list[_Place]) -> Tensor:
