@@ -63,10 +63,10 @@ def tune_scales(
     """
     tuning = _Tuning(layer, codes)
     try:
-        before = tuning.held_out_error(codes)
-        tuning.run(steps)
+        before = tuning.held_out_error(codes).clamp(min=_TINY)
+        tuning.run(steps, before)
         tuned = tuning.result()
-        left = (tuning.held_out_error(tuned) / before.clamp(min=_TINY)).item()
+        left = (tuning.held_out_error(tuned) / before).item()
     except _NoRoomError:
         if parallel.size() > 1:
             raise UserError(f"{NO_ROOM}; use --tune-scales 0, or lower --calib-length") from None
@@ -74,8 +74,9 @@ def tune_scales(
         tuned, left = codes, 1.0
     finally:
         tuning.put_back()
-    layer.notes["tuned"] = min(left, 1.0)
-    return tuned if left < 1 else codes
+    better = left < 1  # not if it is NaN
+    layer.notes["tuned"] = left if better else 1.0
+    return tuned if better else codes
 
 
 def set_weight(linear: nn.Linear, weight: Tensor) -> None:
@@ -122,7 +123,9 @@ class _Tuning:
         held_out = places[::HELD_OUT] if len(places) > 1 else places
         self.held_out = held_out
         self.places = [place for place in places if place not in set(held_out)] or places
-        self.at_once = max(1, STEP_TOKENS // layer.inputs[0].shape[1])
+        # Windows of a step, and how many of them the GPU has room for at once.
+        self.per_step = max(1, STEP_TOKENS // layer.inputs[0].shape[1])
+        self.at_once = self.per_step
 
     def put_back(self) -> None:
         for name, linear in self.linears.items():
@@ -144,8 +147,10 @@ class _Tuning:
             for name, found in self.codes.items()
         }
 
-    def run(self, steps: int) -> None:
-        """Adam on the logarithms of the scales, over the windows in a drawn order."""
+    def run(self, steps: int, unit: Tensor) -> None:
+        """Adam on the logarithms of the scales, over the windows in a drawn order; `unit` is what
+        the error is about at the start.
+        """
         changes = list(self.changes.values())
         optimiser = torch.optim.Adam(changes, lr=RATE, betas=_DECAY, eps=_EPSILON)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -154,31 +159,26 @@ class _Tuning:
         generator = torch.Generator().manual_seed(self.layer.index)
         scales = sum(change.numel() for change in changes)
         waiting: list[_Place] = []
-        unit: Tensor | None = None
         for _ in range(steps):
-            if len(waiting) < self.at_once:
+            if len(waiting) < self.per_step:
                 order = torch.randperm(len(self.places), generator=generator).tolist()
                 waiting += [self.places[i] for i in order]
-            batch, waiting = waiting[: self.at_once], waiting[self.at_once :]
+            batch, waiting = waiting[: self.per_step], waiting[self.per_step :]
 
-            def descend(
-                part: list[_Place], unit: Tensor | None = unit, of: int = len(batch)
-            ) -> Tensor:
+            def descend(part: list[_Place], of: int = len(batch)) -> None:
                 with torch.enable_grad():
                     error = self.error(part, self.weights())
-                    unit = error.detach().clamp(min=_TINY) if unit is None else unit
                     (error / unit * scales * len(part) / of).backward()
-                return unit
 
             optimiser.zero_grad()
-            unit = self.in_parts(descend, batch)[0]
+            self.in_parts(descend, batch)
             for change in changes:
                 change.grad = parallel.add(change.grad)
                 change.grad /= parallel.size()
             optimiser.step()
             schedule.step()
 
-    def in_parts(self, function: Callable[[list[_Place]], Tensor], batch: list[_Place]):
+    def in_parts(self, function: Callable, batch: list[_Place]) -> list:
         """What `function` makes of a batch of windows; of smaller parts, which from then on are the
         rule, if the GPU has no room.
         """
