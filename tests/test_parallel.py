@@ -71,7 +71,7 @@ def codes_of(folder) -> torch.Tensor:
     return torch.cat(found)
 
 
-OPTIONS = method_options(group_size=32, iterations=100)
+OPTIONS = method_options(group_size=32, iterations=100, gptq=["--tune-scales", "6"])
 # AWQ stands for what scales channels, and so does what is marked slow.
 METHODS = [
     "gptq",
