@@ -212,6 +212,7 @@ def test_no_room_for_one_window(monkeypatch, capsys):
     assert "--tune-scales 0" in capsys.readouterr().out
     assert layer.module.mlp.down_proj.weight is before
     monkeypatch.setattr(parallel, "size", lambda: 2)  # the others would wait for this one
+    monkeypatch.setattr(parallel, "gather", lambda value: [value])
     with pytest.raises(UserError, match="--tune-scales 0"):
         tune_scales(layer, codes, 10)
 

@@ -119,10 +119,13 @@ class _Tuning:
             name: torch.zeros_like(found.scale, dtype=torch.float32).requires_grad_(True)
             for name, found in codes.items()
         }
-        places = [(i, row) for i, chunk in enumerate(layer.inputs) for row in range(len(chunk))]
-        held_out = places[::HELD_OUT] if len(places) > 1 else places
-        self.held_out = held_out
-        self.places = [place for place in places if place not in set(held_out)] or places
+        # Windows are counted through those of all processes, so that several do what one does.
+        own = [(i, row) for i, chunk in enumerate(layer.inputs) for row in range(len(chunk))]
+        counts = parallel.gather(len(own))
+        first_own, every = sum(counts[: parallel.rank()]), range(sum(counts))
+        self.own = {first_own + i: place for i, place in enumerate(own)}
+        self.held_out = [i for i in every if i % HELD_OUT == 0]
+        self.windows = [i for i in every if i % HELD_OUT] or self.held_out
         # Windows of a step, and how many of them the GPU has room for at once.
         self.per_step = max(1, STEP_TOKENS // layer.inputs[0].shape[1])
         self.at_once = self.per_step
@@ -149,7 +152,7 @@ class _Tuning:
 
     def run(self, steps: int, unit: Tensor) -> None:
         """Adam on the logarithms of the scales, over the windows in a drawn order; `unit` is what
-        the error is about at the start.
+        the error is about at the start. Of each step's windows a process takes those it has.
         """
         changes = list(self.changes.values())
         optimiser = torch.optim.Adam(changes, lr=RATE, betas=_DECAY, eps=_EPSILON)
@@ -158,31 +161,32 @@ class _Tuning:
         )
         generator = torch.Generator().manual_seed(self.layer.index)
         scales = sum(change.numel() for change in changes)
-        waiting: list[_Place] = []
+        waiting: list[int] = []
         for _ in range(steps):
             if len(waiting) < self.per_step:
-                order = torch.randperm(len(self.places), generator=generator).tolist()
-                waiting += [self.places[i] for i in order]
+                order = torch.randperm(len(self.windows), generator=generator).tolist()
+                waiting += [self.windows[i] for i in order]
             batch, waiting = waiting[: self.per_step], waiting[self.per_step :]
+            share = scales / len(batch)
 
-            def descend(part: list[_Place], of: int = len(batch)) -> None:
+            def descend(part: list[_Place], share: float = share) -> None:
                 with torch.enable_grad():
                     error = self.error(part, self.weights())
-                    (error / unit * scales * len(part) / of).backward()
+                    (error / unit * share * len(part)).backward()
 
-            optimiser.zero_grad()
+            for change in changes:
+                change.grad = torch.zeros_like(change)
             self.in_parts(descend, batch)
             for change in changes:
-                change.grad = parallel.add(change.grad)
-                change.grad /= parallel.size()
+                parallel.add(change.grad)
             optimiser.step()
             schedule.step()
 
-    def in_parts(self, function: Callable, batch: list[_Place]) -> list:
-        """What `function` makes of a batch of windows; of smaller parts, which from then on are the
-        rule, if the GPU has no room.
+    def in_parts(self, function: Callable, windows: list[int]) -> list:
+        """What `function` makes of those of some windows that this process has; in smaller parts,
+        which from then on are the rule, if the GPU has no room.
         """
-        found, rest = [], batch
+        found, rest = [], [self.own[i] for i in windows if i in self.own]
         while rest:
             try:
                 found.append(function(rest[: self.at_once]))
@@ -222,4 +226,4 @@ class _Tuning:
         """The error on the windows that are held out, of all processes."""
         weights = {name: found.dequantize() for name, found in codes.items()}
         errors = self.in_parts(lambda part: self.error(part, weights) * len(part), self.held_out)
-        return parallel.mean(torch.stack(errors).sum() / len(self.held_out))
+        return parallel.add(sum(errors, torch.zeros((), device=self.device))) / len(self.held_out)
