@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common import cli
 from common.base.errors import UserError
-from common.base.progress import say
+from common.base.progress import say, track
 from common.model.source import MODELS_FOLDER
 from common.reporting.comparison import compare_all
 from common.reporting.page import ModelPart, page
@@ -122,7 +122,7 @@ def main() -> None:
             f"run_all_quantization.sh first"
         )
     drawn = []
-    for results in models:
+    for results in track(models, "comparisons and figures", "models"):
         if not results.documented:
             say_what_is_stale(results, options.results_dir)
         comparisons = compare_all(folders[results.documented], results)

@@ -30,7 +30,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--demo",
         action="store_true",
-        help="the demo model with the demo's data: 15 to 30 minutes on 2 "
+        help="the demo model with the demo's data: 25 to 50 minutes on 2 "
         "cores (calibration 16 x 512 tokens)",
     )
     parser.add_argument(

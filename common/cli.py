@@ -22,11 +22,10 @@ from common.base.arguments import (
     share,
     two_or_more,
 )
-from common.base.device import DTYPES
+from common.base.device import DTYPES, resolve_device
 from common.base.errors import UserError
 from common.solvers.rounding import CATCH_UP
 from common.text import windows
-from common.walk.tuning import FEW_BITS, STEPS
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -251,6 +250,10 @@ def add_catch_up(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# Steps of --tune-scales with FEW_BITS or fewer, where scales have most to gain.
+TUNE_STEPS, FEW_BITS = 128, 3
+
+
 def add_tune_scales(parser: argparse.ArgumentParser, steps: int = 0) -> None:
     """--tune-scales, for the same methods; `steps` as of `resolve_tuning`."""
     with_four = f"{steps} with 4, " if steps else ""
@@ -259,8 +262,8 @@ def add_tune_scales(parser: argparse.ArgumentParser, steps: int = 0) -> None:
         type=not_negative,
         metavar="STEPS",
         help="gradient steps in which the scales of each layer are tuned on what the layer puts "
-        f"out; 0 leaves them (default: {STEPS} with 3 bits or fewer, {with_four}else 0; 0 with "
-        "demo text)",
+        f"out; 0 leaves them (default: {TUNE_STEPS} with {FEW_BITS} bits or fewer, {with_four}else "
+        "0; 0 on a CPU and with demo text)",
     )
 
 
@@ -284,8 +287,9 @@ def resolve_tuning(
             )
         options.tune_scales = 0
     if options.tune_scales is None:
-        few = STEPS if options.bits <= FEW_BITS else steps if options.bits == 4 else 0
-        options.tune_scales = 0 if options.calib_data == "demo" else few
+        few = TUNE_STEPS if options.bits <= FEW_BITS else steps if options.bits == 4 else 0
+        slow = options.calib_data == "demo" or resolve_device(options.device).type == "cpu"
+        options.tune_scales = 0 if slow else few
 
 
 def resolve_sizes(options: argparse.Namespace) -> None:

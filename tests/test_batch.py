@@ -4,9 +4,10 @@ import json
 
 import pytest
 from batch_stand_ins import STAND_INS
-from conftest import ROOT, run_script
+from conftest import ROOT, interrupt_after, run_script
 
 from common.results.documents import load_all
+from common.run_all.steps import Batch
 
 
 def test_a_failure_does_not_stop_the_rest(batch, capfd):
@@ -53,6 +54,39 @@ def test_what_is_there_is_not_made_again_until_overwrite(batch):
             calls["common/evaluation.py"][calls["common/evaluation.py"].index("--baseline") + 1]
             == "owner/tiny"
         )
+
+
+@pytest.mark.parametrize("options", [[], ["--group-size", "16"]])
+def test_what_an_interrupted_batch_began(real_batch, tiny, monkeypatch, capfd, options):
+    """With the same options it is gone on with, with others started again."""
+    output = f"models/{tiny.name}/hqq-4bit"
+    words = ["--model", tiny, "--bits", "4", "--output", output, *options]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        run_script(ROOT / "quantize_hqq.py", *words, cwd=real_batch.folder)
+    assert (real_batch.folder / f"{output}.unfinished").is_dir()
+    code, status = real_batch("--limit", "3")
+    assert code == 0 and status["hqq-4bit"]["state"] == "done"
+    assert ("resuming" in real_batch.output) is not bool(options)
+    assert ("started again" in capfd.readouterr().out) is bool(options)
+    assert not (real_batch.folder / f"{output}.unfinished").exists()
+
+
+def test_another_batch_s_states_are_kept(tmp_path):
+    """Two batches on one results folder, of other configurations, each with what it read first."""
+    one, other = (
+        Batch("owner/tiny", "tiny", tmp_path, False, [], "auto", [], {}) for _ in range(2)
+    )
+    one.note("gptq-4bit", "done", verified="x")
+    other.note("awq-4bit", "running")
+    one.note("gptq-8bit", "running")
+    status = json.loads((tmp_path / "tiny" / "status.json").read_text())
+    assert {name: entry["state"] for name, entry in status.items()} == {
+        "gptq-4bit": "done",
+        "awq-4bit": "running",
+        "gptq-8bit": "running",
+    }
+    assert status["gptq-4bit"]["verified"] == "x"
 
 
 def test_a_batch_run_again(real_batch):

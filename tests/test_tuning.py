@@ -181,6 +181,13 @@ def test_without_error_there_is_nothing_to_tune():
     assert 0 <= layer.notes["tuned"] <= 1
 
 
+def test_one_window_cannot_be_held_out(capsys):
+    layer, codes, _ = problem()
+    layer.inputs, layer.targets = layer.inputs[0][:1].split(1), layer.targets[0][:1].split(1)
+    assert tune_scales(layer, codes, 5) is codes and not layer.notes
+    assert "two calibration windows" in capsys.readouterr().out
+
+
 def out_of_memory_above(monkeypatch, windows):
     original = tuning._Tuning.error
 
@@ -230,10 +237,20 @@ def test_no_room_for_one_window(monkeypatch, capsys):
         (quantize_adaround, quantize_adaround.TUNE_STEPS, ["--tune-scales", "0"], 0),
     ],
 )
-def test_default_steps(script, steps, words, expected):
+def test_default_steps(monkeypatch, script, steps, words, expected):
+    monkeypatch.setattr(cli, "resolve_device", lambda _: torch.device("cuda"))
     options = script.argument_parser().parse_args(words)
     cli.resolve_tuning(options, steps)
     assert options.tune_scales == expected
+
+
+def test_on_a_cpu_it_has_to_be_asked_for():
+    for words, expected in (([], 0), (["--tune-scales", "9"], 9)):
+        options = quantize_gptq.argument_parser().parse_args(
+            ["--bits", "3", "--device", "cpu", *words]
+        )
+        cli.resolve_tuning(options)
+        assert options.tune_scales == expected
 
 
 def test_a_checkpoint(tmp_path, tiny, calibration_text):

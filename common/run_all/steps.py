@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.base.errors import UserError
-from common.base.files import write_json
+from common.base.files import json_or_none, write_json
 from common.base.progress import say
 from common.checkpoint.writer import METADATA_FILE
 from common.model.source import MODELS_FOLDER
@@ -62,6 +62,9 @@ class Batch:
         How its checkpoint was made is kept.
         """
         with self.lock:
+            file = self.results / self.name / STATUS_FILE
+            # Another batch, of other configurations, may have written there meanwhile.
+            self.status = {**self.status, **(json_or_none(file) or {})}
             before = self.status.get(configuration, {})
             kept = {"made": before["made"]} if "made" in before else {}
             self.status[configuration] = {
@@ -71,7 +74,7 @@ class Batch:
                 **kept,
                 **more,
             }
-            write_json(self.results / self.name / STATUS_FILE, self.status)
+            write_json(file, self.status)
 
     def quantization_options(self, method: str) -> list[str]:
         """What a method's script is told that decides a checkpoint's weights."""
@@ -210,25 +213,21 @@ def _run_steps(
         _check_made(batch, configuration, method, folder, found)
         say(f"{folder} is finished, with the same options; there is nothing to resume")
     else:
+        words = [f"quantize_{method}.py", "--model", batch.model, "--bits", str(bits)]
+        words += ["--output", str(folder), *batch.device, *batch.passed_on.get(method, [])]
         # What is there is not made again: --resume ends at once, or refuses it for its options.
-        extra = ["--overwrite"] if batch.overwrite else ["--resume"] if folder.is_dir() else []
-        wrecked = step(
-            "quantize",
-            [
-                f"quantize_{method}.py",
-                "--model",
-                batch.model,
-                "--bits",
-                str(bits),
-                "--output",
-                str(folder),
-                *batch.device,
-                *batch.passed_on.get(method, []),
-                *extra,
-            ],
-            log,
-            gpu,
-        )
+        begun = not folder.is_dir() and folder.with_name(f"{folder.name}.unfinished").is_dir()
+        extra = ["--overwrite"] if batch.overwrite else []
+        if not extra and (begun or folder.is_dir()):
+            extra = ["--resume"]
+        try:
+            wrecked = step("quantize", [*words, *extra], log, gpu)
+        except StepFailed as failure:
+            # What was begun, and not finished, with other options is worth less than these.
+            if not begun or "cannot resume" not in str(failure):
+                raise
+            say(f"{configuration}: started again, as {failure}")
+            wrecked = step("quantize", words, log, gpu)
         found = _hash(batch, folder)
         made: dict = {"checkpoint": found, "options": batch.quantization_options(method)}
         if found and not (folder / METADATA_FILE).is_file():

@@ -24,8 +24,6 @@ from common.base.progress import say
 from common.numerics.grid import QuantizedLinear, grouped, round_scale
 from common.walk.method import Layer
 
-# Steps with FEW_BITS or fewer, where scales have most to gain and quantizing may take longer.
-STEPS, FEW_BITS = 128, 3
 # Of Adam on the logarithms of the scales; falls to 0 along half a cosine. 2e-3 and 5e-3 are level
 # (docs/Quantization_Methods_Deep_Dive.md, "Tuned scales").
 RATE = 5e-3
@@ -51,8 +49,9 @@ def tune_scales(
 
     The target is the hidden state of the original model after the layer (`Layer.targets`) or, where
     that is not known, what the layer puts out with the weights it has. The scales come back
-    unchanged where that does not lower the error on the windows that were held out; the note
-    "tuned" is what is left of it.
+    unchanged where that does not lower the error on the windows that were held out, and where there
+    is one window alone, so that nothing can be held out; the note "tuned" is what is left of the
+    error.
 
     Args:
         codes: of every linear of the layer, all rows; the layer holds the weights from before
@@ -62,6 +61,10 @@ def tune_scales(
             is said, and the scales stay.
     """
     tuning = _Tuning(layer, codes)
+    if not tuning.windows:
+        if not layer.index:
+            say("scales are not tuned: that takes two calibration windows or more")
+        return codes
     try:
         before = tuning.held_out_error(codes).clamp(min=_TINY)
         tuning.run(steps, before)
@@ -125,7 +128,7 @@ class _Tuning:
         first_own, every = sum(counts[: parallel.rank()]), range(sum(counts))
         self.own = {first_own + i: place for i, place in enumerate(own)}
         self.held_out = [i for i in every if i % HELD_OUT == 0]
-        self.windows = [i for i in every if i % HELD_OUT] or self.held_out
+        self.windows = [i for i in every if i % HELD_OUT]
         # Windows of a step, and how many of them the GPU has room for at once.
         self.per_step = max(1, STEP_TOKENS // layer.inputs[0].shape[1])
         self.at_once = self.per_step
@@ -172,7 +175,11 @@ class _Tuning:
             def descend(part: list[_Place], share: float = share) -> None:
                 with torch.enable_grad():
                     error = self.error(part, self.weights())
-                    (error / unit * share * len(part)).backward()
+                    loss = error / unit * share * len(part)
+                    # All at once: what runs out of memory leaves nothing behind.
+                    found = torch.autograd.grad(loss, changes)
+                for change, gradient in zip(changes, found, strict=True):
+                    change.grad += gradient
 
             for change in changes:
                 change.grad = torch.zeros_like(change)
