@@ -19,7 +19,7 @@ from common import cli
 from common.base.errors import UserError
 from common.base.progress import say, track
 from common.model.source import MODELS_FOLDER
-from common.reporting.comparison import compare_all
+from common.reporting.compare_all import REMEMBERED, Remembered, compare_all
 from common.reporting.page import ModelPart, page
 from common.reporting.page_samples import flipped
 from common.reporting.plots import draw_all
@@ -121,16 +121,17 @@ def main() -> None:
             f"{options.results_dir} holds no results; run common/evaluation.py or "
             f"run_all_quantization.sh first"
         )
-    drawn = []
+    drawn, remembered = [], Remembered(options.results_dir / REMEMBERED)
     for results in track(models, "comparisons and figures", "models"):
         if not results.documented:
             say_what_is_stale(results, options.results_dir)
-        comparisons = compare_all(folders[results.documented], results)
+        comparisons = compare_all(folders[results.documented], results, remembered)
         place = Path("documented" if results.documented else "", results.name)
         drawn.append(
             (results, comparisons, draw_all(results, comparisons, options.figures_dir / place))
         )
         write_csv(results, comparisons, tables / place)
+    remembered.save()
     sections = [
         section(
             results,

@@ -22,9 +22,10 @@ from common.base.progress import say
 from common.evaluation import add_evaluation_arguments
 from common.model.source import resolve_folder
 from common.reporting.card import refresh_card
-from common.reporting.comparison import compare_samples, facts, print_comparison, samples_by_task
+from common.reporting.comparison import compare_samples, facts, print_comparison
 from common.reporting.drawing import save
 from common.reporting.plots import comparison_chart
+from common.results.documents import samples_by_task
 from common.results.identity import incomparable, other_data
 from common.results.naming import BASELINE, baseline_of, subject_of
 from common.results.reuse import check_original

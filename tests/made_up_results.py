@@ -126,7 +126,7 @@ def model_part(results_dir, names, answers=ANSWERS):
     """What the page shows of a made-up model, whose results are written to `results_dir`: a
     baseline and these configurations, of which the first four are compared on the demo's own tasks.
     """
-    from common.reporting.comparison import compare_all
+    from common.reporting.compare_all import compare_all
     from common.reporting.page import ModelPart
     from common.reporting.page_samples import flipped
 

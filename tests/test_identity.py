@@ -275,7 +275,7 @@ def test_a_changed_original_is_refused(tiny, tmp_path):
 
 
 def test_a_stale_baseline_is_not_compared_with(made, tiny, tmp_path, capsys):
-    from common.reporting.comparison import compare_all
+    from common.reporting.compare_all import compare_all
     from common.results.identity import incomparable, other_data
 
     shutil.copytree(made[1], tmp_path / "results")

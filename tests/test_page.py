@@ -16,7 +16,7 @@ from made_up_results import NASTY, README, document, made_up_records, model_part
 from plotly.offline import get_plotlyjs
 
 from common.base.errors import UserError
-from common.reporting.comparison import compare_all
+from common.reporting.compare_all import compare_all
 from common.reporting.page import ModelPart, inline, page, table_html
 from common.reporting.page_plots import plots
 from common.reporting.page_samples import flipped

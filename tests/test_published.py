@@ -9,7 +9,7 @@ from conftest import ROOT
 from made_up_results import document
 
 from common.base.errors import UserError
-from common.reporting.comparison import compare_all
+from common.reporting.compare_all import compare_all
 from common.reporting.published import (
     BASE,
     FIGURES,

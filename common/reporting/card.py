@@ -22,7 +22,8 @@ from common.checkpoint.public import command, without_path, without_paths
 from common.checkpoint.writer import METADATA_FILE
 from common.model.online import CONFIG_KEY
 from common.model.origin import README, origin_of
-from common.reporting.comparison import Comparison, compare_all
+from common.reporting.compare_all import compare_all
+from common.reporting.comparison import Comparison
 from common.reporting.engines import (
     LLAMA_CPP,
     SGLANG,

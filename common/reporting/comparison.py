@@ -7,14 +7,11 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from itertools import compress
-from pathlib import Path
 
 from common.base.errors import UserError
 from common.base.progress import say
 from common.reporting import significance
 from common.reporting.significance import GAIN, LOSS, NO_LOSS, Difference, Flips, Ratio
-from common.results.documents import ModelResults, has_samples, load_samples
-from common.results.identity import incomparable, other_data
 from common.tasks import perplexity, speed
 from common.tasks.metrics import LARGE, readable
 from common.tasks.task import MetricKind, all_metrics
@@ -82,6 +79,19 @@ class Comparison:
     def shown_ratio(self) -> str:
         """Of a logarithmic metric, how many times the baseline's it is."""
         return f"{self.kind.name.lower()} {math.exp(self.difference.value):.3f} x"
+
+    def kept(self) -> dict:
+        """All of it as JSON can hold it; of the metric its name."""
+        return {**asdict(self), "kind": [self.kind.task, self.kind.key]}
+
+    @classmethod
+    def of_kept(cls, found: dict) -> Comparison:
+        """What `kept` was made of. Raises KeyError, TypeError or ValueError for anything else."""
+        kinds = {(kind.task, kind.key): kind for kind in all_metrics()}
+        task, key = found["kind"]
+        parts = {"difference": Difference, "flips": Flips, "ratio": Ratio}
+        made = {name: found[name] and of(**found[name]) for name, of in parts.items()}
+        return cls(**{**found, **made, "kind": kinds[task, key]})
 
     def as_dict(self) -> dict:
         """For --json and CSV."""
@@ -198,53 +208,6 @@ def _compare_metric(kind: MetricKind, baseline: list[dict], quantized: list[dict
 def by_metric(comparisons: list[Comparison]) -> dict[tuple[str, str], Comparison]:
     """The comparisons of one configuration by task and metric."""
     return {(one.kind.task, one.kind.key): one for one in comparisons}
-
-
-def samples_by_task(results_dir: Path, model: str, configuration: str) -> dict[str, list[dict]]:
-    """The per-sample records of a configuration, by task."""
-    found: dict[str, list[dict]] = {}
-    for sample in load_samples(results_dir, model, configuration):
-        found.setdefault(sample["task"], []).append(sample)
-    return found
-
-
-def compare_all(results_dir: Path, results: ModelResults) -> dict[str, list[Comparison]]:
-    """Every evaluated configuration of a model against its baseline; without those that were
-    evaluated under other conditions, and without the tasks of a configuration that were evaluated
-    on other data.
-    """
-    if "baseline" not in results.documents or not has_samples(
-        results_dir, results.name, "baseline"
-    ):
-        return {}
-    baseline = samples_by_task(results_dir, results.name, "baseline")
-    found = {}
-    for name in results.configurations():
-        if (
-            name != "baseline"
-            and name in results.documents
-            and has_samples(results_dir, results.name, name)
-        ):
-            documents = results.documents["baseline"], results.documents[name]
-            try:
-                if reasons := incomparable(*documents):
-                    raise UserError(
-                        f"measured with {'; '.join(reasons)} than the baseline: evaluate both again"
-                    )
-                samples = samples_by_task(results_dir, results.name, name)
-            except UserError as error:
-                say(f"{results.name} {name}: no comparison ({error})")
-                continue
-            if stale := sorted({*other_data(*documents), *other_samples(baseline, samples)}):
-                say(
-                    f"{results.name} {name}: no comparison of {', '.join(stale)} (of other data "
-                    "than the baseline's: evaluate both again)"
-                )
-            if compared := compare_samples(
-                baseline, {task: rows for task, rows in samples.items() if task not in stale}
-            ):
-                found[name] = compared
-    return found
 
 
 def adjusted_p_values(

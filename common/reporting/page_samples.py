@@ -11,9 +11,8 @@ from pathlib import Path
 
 from common.base.errors import UserError
 from common.base.progress import say
-from common.reporting.comparison import samples_by_task
 from common.reporting.tables import Comparisons
-from common.results.documents import ModelResults
+from common.results.documents import ModelResults, samples_by_task
 from common.tasks.harness import HarnessTask, Shown
 from common.tasks.task import Record, all_tasks
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from common.base.errors import UserError
 from common.base.progress import say
-from common.reporting.comparison import samples_by_task
-from common.results.documents import ModelResults, has_samples
+from common.results.documents import ModelResults, has_samples, samples_by_task
 from common.tasks.task import all_tasks
 
 

@@ -5,6 +5,7 @@ batch is in.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -165,15 +166,33 @@ def load_samples(results_dir: Path, model: str, configuration: str) -> list[dict
         raise UserError(f"{path} is missing or damaged ({error}); evaluate again") from None
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=48)
 def _read_samples(path: Path, *_written: int) -> list[dict]:
     with gzip.open(path, "rt") as lines:
         return [json.loads(line) for line in lines]
 
 
+def samples_by_task(results_dir: Path, model: str, configuration: str) -> dict[str, list[dict]]:
+    """The per-sample records of a configuration, by task."""
+    found: dict[str, list[dict]] = {}
+    for sample in load_samples(results_dir, model, configuration):
+        found.setdefault(sample["task"], []).append(sample)
+    return found
+
+
 def has_samples(results_dir: Path, model: str, configuration: str) -> bool:
     """Whether the records of a configuration's samples are there."""
     return _samples_file(results_dir, model, configuration).is_file()
+
+
+def samples_digest(results_dir: Path, model: str, configuration: str) -> str:
+    """SHA-256 of the file with the records of a configuration's samples. Raises UserError if it
+    cannot be read."""
+    path = _samples_file(results_dir, model, configuration)
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); evaluate again") from None
 
 
 def write_samples(
