@@ -35,7 +35,7 @@ from common.solvers.rounding import damped
 from common.walk.inputs import InputStatistics, Needs
 from common.walk.method import Layer, Method
 from common.walk.scaling import equalize
-from common.walk.tuning import set_weight
+from common.walk.tuning import relative_error, set_weight
 
 ITERATIONS, DEMO_ITERATIONS = 150, 60
 # Of the scales, after the rounding is learned, with 4 bits.
@@ -116,9 +116,7 @@ def reconstruct(layer: Layer, learned: list[SoftRounding], iterations: int) -> N
             layer.forward(inputs[chosen].to(device)).float(),
             targets[chosen].to(device).float(),
         )
-        return (
-            (output - target).square().mean(-1) / target.square().mean(-1).clamp(min=1e-12)
-        ).mean()
+        return relative_error(output, target)
 
     with torch.no_grad():
         for group, rounding in zip(layer.family.groups, learned, strict=True):

@@ -28,7 +28,7 @@ import torch
 from common import cli
 from common.base.device import dtype_name, resolve_device
 from common.base.errors import UserError, first_line
-from common.base.files import replace_folder, write_json
+from common.base.files import replace_folder, unfinished_of, write_json
 from common.base.libraries import how_to_install
 from common.base.progress import say
 from common.base.stopwatch import Stopwatch
@@ -105,7 +105,7 @@ def main() -> None:
         text += windows.source
     library = " ".join(made["library"].values())
     say(f"{options.name}: {library}, {source.name} on {device}, {text}")
-    unfinished = output.with_name(f"{output.name}.unfinished")
+    unfinished = unfinished_of(output)
     shutil.rmtree(unfinished, ignore_errors=True)
     quantized = _by_library(options.name, peer, work, unfinished)
     source.tokenizer.save_pretrained(unfinished)

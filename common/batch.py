@@ -9,7 +9,7 @@ data, device and code.
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from common.base.arguments import DEFAULT_MODEL, DTYPE_NAMES, gibibytes, positive
@@ -87,13 +87,29 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 def main() -> int:
+    todo = _todo()
+    return todo() if todo else 0
+
+
+def _todo() -> Callable[[], int] | None:
+    """What there is to do; None where all is as an earlier batch left it, which is said. To find
+    out imports nothing large.
+    """
     options, passed_on = parse()
     unchanged, chosen = Unchanged(options, passed_on), _chosen(options)
-    if _nothing_to_do(options, unchanged, chosen):
-        return 0
-    from common.run_all.whole import run_all
+    if not options.check and unchanged.everything(chosen):
+        print(
+            f"Nothing is to be done: {', '.join(chosen)} and the tables are as an earlier batch "
+            "with these options left them (--overwrite makes them again)"
+        )
+        return None
 
-    return run_all(options, passed_on, chosen, unchanged)
+    def run() -> int:
+        from common.run_all.whole import run_all
+
+        return run_all(options, passed_on, chosen, unchanged)
+
+    return run
 
 
 def _chosen(options: argparse.Namespace) -> list[str]:
@@ -106,24 +122,9 @@ def _chosen(options: argparse.Namespace) -> list[str]:
     ]
 
 
-def _nothing_to_do(
-    options: argparse.Namespace, unchanged: Unchanged, configurations: list[str]
-) -> bool:
-    """Whether all is as an earlier batch left it, which is said."""
-    if options.check or not unchanged.everything(configurations):
-        return False
-    print(
-        f"Nothing is to be done: {', '.join(configurations)} and the tables are as an earlier "
-        "batch with these options left them (--overwrite makes them again)"
-    )
-    return True
-
-
 if __name__ == "__main__":
-    asked, others = parse()
-    if _nothing_to_do(asked, Unchanged(asked, others), _chosen(asked)):
-        sys.exit(0)
-    # Only now, as it takes seconds: torch and transformers.
-    from common import cli
+    if todo := _todo():
+        # Only now, as it takes seconds: torch and transformers.
+        from common import cli
 
-    cli.run(main)
+        cli.run(todo)

@@ -117,6 +117,13 @@ OWN_FIELDS = {
 }
 
 
+def save_tiny(folder: Path, *model, **fields) -> Path:
+    """A model and arguments as of `build_tiny`, with its tokenizer, in a folder; returns that."""
+    build_tiny(*model, **fields).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def build_tiny(architecture: str, tied: bool, seed: int = 0, layers: int = 2, **fields):
     """A random model with grouped-query attention: hidden 64, bfloat16; biases for qwen2.
 
@@ -178,8 +185,7 @@ def tiny_models(tmp_path_factory) -> dict[tuple[str, bool], Path]:
         folder = (
             tmp_path_factory.mktemp("tiny") / f"tiny-{architecture}-{'tied' if tied else 'untied'}"
         )
-        build_tiny(architecture, tied).save_pretrained(folder)
-        tiny_tokenizer().save_pretrained(folder)
+        save_tiny(folder, architecture, tied)
         folders[architecture, tied] = folder
     return folders
 
@@ -337,7 +343,4 @@ def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
 @pytest.fixture(scope="session")
 def deep(tmp_path_factory):
     """A tiny model of eight layers."""
-    folder = tmp_path_factory.mktemp("deep") / "deep"
-    build_tiny("llama", True, layers=8).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("deep") / "deep", "llama", True, layers=8)

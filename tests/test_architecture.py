@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, ROOT, build_tiny, run_script, sampled, tiny_tokenizer
+from conftest import ARCHITECTURES, ROOT, run_script, sampled, save_tiny
 from test_rotation_and_scaling import all_logits, hidden_rotation
 from transformers import AutoModelForCausalLM
 
@@ -91,8 +91,7 @@ def odd_models(tmp_path_factory):
     folders = {}
     for architecture in FAMILIES:
         folder = folders[architecture] = tmp_path_factory.mktemp("odd") / architecture
-        build_tiny(architecture, True, **ODD).save_pretrained(folder)
-        tiny_tokenizer().save_pretrained(folder)
+        save_tiny(folder, architecture, True, **ODD)
     return folders
 
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import yaml
-from conftest import ROOT, build_tiny, run_script, tiny_tokenizer
+from conftest import ROOT, run_script, save_tiny
 
 from common.checkpoint.format import open_checkpoint
 from common.checkpoint.writer import METADATA_FILE, folder_bytes
@@ -263,10 +263,7 @@ def test_which_engines_run_it(
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_shape_that_sglang_takes(tmp_path, bits):
     sizes = dict(hidden_size=128, intermediate_size=256, num_attention_heads=4)
-    build_tiny("llama", True, num_key_value_heads=4, head_dim=32, **sizes).save_pretrained(
-        tmp_path / "model"
-    )
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model", "llama", True, num_key_value_heads=4, head_dim=32, **sizes)
     quantize("hqq", tmp_path / "model", tmp_path / "out", "--bits", bits)
     assert support(*open_checkpoint(tmp_path / "out"))[SGLANG].runs
 

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_tokenizer
+from conftest import ROOT, assert_user_error, build_tiny, run_script, save_tiny, tiny_tokenizer
 from gguf import GGUFReader, quants
 from safetensors.torch import load_file
 from test_layout import FILES, imports
@@ -140,8 +140,7 @@ def test_the_file_holds_the_checkpoint_s_weights(tiny_models, tmp_path, model, o
 
 def rope_of(tmp_path, architecture, rope, **fields):
     """What a file says of a rotary embedding: its settings, and its frequencies' factors."""
-    build_tiny(architecture, True, rope_parameters=rope, **fields).save_pretrained(tmp_path / "m")
-    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    save_tiny(tmp_path / "m", architecture, True, rope_parameters=rope, **fields)
     quantized(tmp_path / "m", tmp_path / "q", "--gguf")
     reader = GGUFReader(tmp_path / "q.gguf")
     factors = [tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
@@ -220,8 +219,7 @@ def test_scaled_rotary_embeddings_are_told(tmp_path, architecture, kind):
 )
 def test_models_that_cannot_be_told(tmp_path, architecture, fields, words):
     """Before anything is quantized."""
-    build_tiny(architecture, True, **fields).save_pretrained(tmp_path / "m")
-    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    save_tiny(tmp_path / "m", architecture, True, **fields)
     options = "--output", tmp_path / "q", "--group-size", "channel", "--gguf"
     assert_user_error(run_script(HQQ, "--model", tmp_path / "m", *options), *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
@@ -257,8 +255,7 @@ def test_forms_that_cannot_be_told(tiny, calibration_text, tmp_path, script, opt
 
 
 def test_a_mistral_s_sliding_window_ends_the_context(tmp_path):
-    build_tiny("mistral", False, sliding_window=100).save_pretrained(tmp_path / "m")
-    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    save_tiny(tmp_path / "m", "mistral", False, sliding_window=100)
     assert "ends after 100 tokens" in quantized(tmp_path / "m", tmp_path / "q", "--gguf").stdout
     assert settings(GGUFReader(tmp_path / "q.gguf"))["llama.context_length"] == 100
 

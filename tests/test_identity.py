@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_tokenizer
+from conftest import ROOT, assert_user_error, build_tiny, run_script, save_tiny
 
 from common.checkpoint.writer import METADATA_FILE
 from common.results import identity
@@ -312,8 +312,7 @@ def test_tasks_that_were_not_asked_for_do_not_stop_a_comparison(place, tiny):
 @pytest.fixture(scope="module")
 def own_tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("other") / "tiny"
-    build_tiny("llama", True).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    save_tiny(folder, "llama", True)
     content = json.loads((folder / "tokenizer.json").read_text())
     content["model"]["merges"] = []
     (folder / "tokenizer.json").write_text(json.dumps(content))

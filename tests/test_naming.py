@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT, assert_user_error, build_tiny, run_script, tiny_tokenizer
+from conftest import ROOT, assert_user_error, run_script, save_tiny
 
 from common.checkpoint.writer import METADATA_FILE
 
@@ -252,8 +252,7 @@ def two_owners(tmp_path_factory):
     """A folder to work in with ours/Tiny and theirs/Tiny, which are different models."""
     place = tmp_path_factory.mktemp("owners")
     for seed, owner in enumerate(("ours", "theirs")):
-        build_tiny("llama", True, seed=seed).save_pretrained(place / owner / "Tiny")
-        tiny_tokenizer().save_pretrained(place / owner / "Tiny")
+        save_tiny(place / owner / "Tiny", "llama", True, seed=seed)
     return place
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import build_tiny, run_quantize, tiny_tokenizer
+from conftest import run_quantize, save_tiny
 from kernel_checks import close
 
 from common.kernels import forms, inference, processor
@@ -142,8 +142,7 @@ WORDS = {"gptq": "packed W4A16", "hqq": "packed W8A16", "smoothquant": "packed W
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     # All output channels come in blocks of 64, which is what a CPU with AVX-512 wants.
-    build_tiny("llama", True, head_dim=32).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    save_tiny(folder / "model", "llama", True, head_dim=32)
     for method, options in FORMS.items():
         result = run_quantize(
             method, folder / "model", folder / method, *options, text="demo", samples=2

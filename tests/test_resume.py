@@ -16,11 +16,10 @@ import torch
 from conftest import (
     ROOT,
     assert_user_error,
-    build_tiny,
     interrupt_after,
     run_script,
     sampled,
-    tiny_tokenizer,
+    save_tiny,
 )
 from methods import method_options
 
@@ -64,10 +63,7 @@ def content(folder):
 @pytest.fixture(scope="module")
 def five(tmp_path_factory):
     """A tiny model of five layers."""
-    folder = tmp_path_factory.mktemp("five") / "five"
-    build_tiny("llama", True, layers=5).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("five") / "five", "llama", True, layers=5)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import ROOT, build_tiny, run_script, tiny_tokenizer
+from conftest import ROOT, build_tiny, run_script, save_tiny, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 LLAMA3 = {
@@ -152,8 +152,7 @@ LOCAL = {"rope_type": "default", "rope_theta": 1e4}
 )
 def test_forms_of_their_own(tmp_path, architecture, rope, old):
     """Gemma's, for each kind of layer; Phi-3's, for a part of a head, scaled by three fields."""
-    build_tiny(architecture, False, rope_parameters=rope).save_pretrained(tmp_path / "source")
-    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    save_tiny(tmp_path / "source", architecture, False, rope_parameters=rope)
     output = quantized(tmp_path / "source", tmp_path / "out", "hqq")
     content = json.loads((output / "config.json").read_text())
     assert {name: content[name] for name in old} == old

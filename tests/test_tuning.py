@@ -25,6 +25,8 @@ from common.walk.streams import run_layer
 from common.walk.tuning import tune_scales
 
 LENGTH = 16
+# Of the twelve windows.
+HELD_OUT = torch.arange(12) % tuning.HELD_OUT == 0
 
 
 def rounded(weight, grid, generator):
@@ -74,9 +76,8 @@ def by_hand(layer, codes, arguments, steps):
     """Logarithms of the multipliers of all scales, by Adam written out; every step takes all
     windows that are not held out.
     """
-    held_out = torch.arange(12) % tuning.HELD_OUT == 0
-    inputs = torch.cat(layer.inputs)[~held_out]
-    wanted = torch.cat(layer.targets)[~held_out]
+    inputs = torch.cat(layer.inputs)[~HELD_OUT]
+    wanted = torch.cat(layer.targets)[~HELD_OUT]
     count = sum(found.scale.numel() for found in codes.values())
     plain = {
         name: grouped(found.dequantize().double(), found.grid) for name, found in codes.items()
@@ -84,7 +85,7 @@ def by_hand(layer, codes, arguments, steps):
     logs = {name: torch.zeros(found.scale.shape).double() for name, found in codes.items()}
     first = {name: torch.zeros_like(log) for name, log in logs.items()}
     second = {name: torch.zeros_like(log) for name, log in logs.items()}
-    held = [torch.cat(chunks)[held_out] for chunks in (layer.inputs, layer.targets)]
+    held = [torch.cat(chunks)[HELD_OUT] for chunks in (layer.inputs, layer.targets)]
     unit = error(layer, codes, arguments, *[[one] for one in held]).item()
     module = layer.module.double()
     embeddings = tuple(part.double() for part in arguments["position_embeddings"])
@@ -145,8 +146,7 @@ def test_the_output_comes_nearer(architecture, targets):
         assert torch.equal(found.zero_point, codes[name].zero_point)
         assert torch.equal(found.scale, found.scale.bfloat16().to(found.scale.dtype))
         assert (found.scale > 0).all() and not found.scale.requires_grad
-    held_out = torch.arange(12) % tuning.HELD_OUT == 0
-    chunks, wanted = torch.cat(layer.inputs)[held_out], torch.cat(wanted)[held_out]
+    chunks, wanted = torch.cat(layer.inputs)[HELD_OUT], torch.cat(wanted)[HELD_OUT]
     with torch.no_grad():
         left = error(layer, tuned, arguments, [chunks], [wanted])
         left /= error(layer, codes, arguments, [chunks], [wanted])

@@ -50,6 +50,11 @@ def write_json(path: Path, content: dict) -> None:
         unfinished.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def unfinished_of(path: Path) -> Path:
+    """The folder beside `path` in which what is to become it is made."""
+    return path.with_name(f"{path.name}.unfinished")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to, in a folder that is made; at the end of the block the file

@@ -15,10 +15,12 @@ import shutil
 from pathlib import Path
 
 from common.base.errors import UserError
-from common.base.files import read_json, replacing
+from common.base.files import read_json, replacing, unfinished_of
 from common.base.progress import say
 
 PROGRESS_FILE, LOCK_FILE = "progress.json", "lock"
+# What a refusal to go on with other work begins with; the batch looks for it.
+CANNOT_RESUME = "cannot resume"
 
 
 class UnfinishedFolder:
@@ -31,7 +33,7 @@ class UnfinishedFolder:
     """
 
     def __init__(self, output: Path, fingerprint: dict, resume: bool):
-        self.path = output.with_name(output.name + ".unfinished")
+        self.path = unfinished_of(output)
         # As it will be read back: without tuples and such.
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.resume = resume
@@ -80,7 +82,7 @@ class UnfinishedFolder:
         ]
         if changes:
             raise UserError(
-                f"cannot resume {self.path}: {'; '.join(changes)}; run it as it was begun, or "
+                f"{CANNOT_RESUME} {self.path}: {'; '.join(changes)}; run it as it was begun, or "
                 "without --resume to start again"
             )
         self.records = progress["layers"]

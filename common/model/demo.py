@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from common.base.errors import UserError
-from common.base.files import json_or_none, replace_folder
+from common.base.files import json_or_none, replace_folder, unfinished_of
 from common.base.progress import say
 from common.model.architecture import FAMILIES
 
@@ -53,7 +53,7 @@ def prepare_demo_model(folder: Path) -> Path:
     say(f"Preparing the demo model in {folder} (one download of 93 MB)")
     with tempfile.TemporaryDirectory(prefix="demo-model-") as scratch:
         gguf_folder = _fetch_gguf(Path(scratch))
-        unfinished = folder.with_name(folder.name + ".unfinished")
+        unfinished = unfinished_of(folder)
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         _convert(gguf_folder, unfinished)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.base.errors import UserError
-from common.base.files import json_or_none, write_json
+from common.base.files import json_or_none, unfinished_of, write_json
 from common.base.progress import say
+from common.checkpoint.unfinished import CANNOT_RESUME
 from common.checkpoint.writer import METADATA_FILE
 from common.model.source import MODELS_FOLDER
 from common.results.documents import CONFIGURATIONS, STATUS_FILE
@@ -216,7 +217,7 @@ def _run_steps(
         words = [f"quantize_{method}.py", "--model", batch.model, "--bits", str(bits)]
         words += ["--output", str(folder), *batch.device, *batch.passed_on.get(method, [])]
         # What is there is not made again: --resume ends at once, or refuses it for its options.
-        begun = not folder.is_dir() and folder.with_name(f"{folder.name}.unfinished").is_dir()
+        begun = not folder.is_dir() and unfinished_of(folder).is_dir()
         extra = ["--overwrite"] if batch.overwrite else []
         if not extra and (begun or folder.is_dir()):
             extra = ["--resume"]
@@ -224,7 +225,7 @@ def _run_steps(
             wrecked = step("quantize", [*words, *extra], log, gpu)
         except StepFailed as failure:
             # What was begun, and not finished, with other options is worth less than these.
-            if not begun or "cannot resume" not in str(failure):
+            if not begun or CANNOT_RESUME not in str(failure):
                 raise
             say(f"{configuration}: started again, as {failure}")
             wrecked = step("quantize", words, log, gpu)

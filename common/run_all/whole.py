@@ -25,6 +25,7 @@ from common.run_all.passed_on import HANDED_ON, method_script, of_evaluation, sh
 from common.run_all.peers import run_peer, set_up_environment
 from common.run_all.steps import Batch, run_configuration
 from common.run_all.unchanged import Unchanged
+from common.tasks.evaluate import on_demo_data
 from common.text.windows import text_sample
 
 
@@ -44,21 +45,19 @@ def _samples(
         shared: by method, the options that its script is told.
         told: what the evaluation is told.
     """
-    demo = source_of(options.model) == "demo" and not options.data_root
+    data_root = Path(options.data_root) if options.data_root else None
     found = (
         []
-        if told.data == "demo" or (demo and told.data == "auto")
-        else check.evaluation_samples(
-            options.limit, Path(options.data_root) if options.data_root else None, told
-        )
+        if on_demo_data(told.data, source_of(options.model), data_root)
+        else check.evaluation_samples(options.limit, data_root, told)
     )
     for name in sorted(_methods(configurations)):
         script = method_script(name)
         words = ["--model", options.model, *shared.get(name, [])]
-        told = script.argument_parser().parse_args(words)
-        cli.resolve_sizes(told)
-        if script.method(told).needs_calibration and told.calib_data != "demo":
-            found.append((told.calib_data, *text_sample(told.calib_samples, told.seed)))
+        own = script.argument_parser().parse_args(words)
+        cli.resolve_sizes(own)
+        if script.method(own).needs_calibration and own.calib_data != "demo":
+            found.append((own.calib_data, *text_sample(own.calib_samples, own.seed)))
     return list(dict.fromkeys(found))
 
 

@@ -53,9 +53,7 @@ def evaluate_model(
     check_folder(results_dir)
     device, dtype = device_and_dtype(options)
     configure_torch(0)
-    demo = options.data == "demo" or (
-        options.data == "auto" and subject.source == "demo" and options.data_root is None
-    )
+    demo = on_demo_data(options.data, subject.source, options.data_root)
     # Early: what cannot be loaded, or has damaged metadata, should not cost an evaluation.
     check_readable(folder)
     described = described_by(folder, subject.original)
@@ -132,6 +130,12 @@ def evaluate_model(
     document["seconds"] = round(time.perf_counter() - started, 2)
     say(in_words(document))
     return write_results(results_dir, document, samples)
+
+
+def on_demo_data(data: str, source: str, data_root: Path | None) -> bool:
+    """Whether the demo's own data are evaluated on: `data` is what --data says, `source` the 16-bit
+    model."""
+    return data == "demo" or (data == "auto" and source == "demo" and not data_root)
 
 
 def _original_tensors(subject: Subject) -> TensorReader | None:

@@ -76,10 +76,16 @@ def tune_scales(
         say(f"{NO_ROOM}; they stay as they are (--tune-scales 0 spares the attempt)")
         tuned, left = codes, 1.0
     finally:
-        tuning.put_back()
+        tuning.put(tuning.originals)
     better = left < 1  # not if it is NaN
     layer.notes["tuned"] = left if better else 1.0
     return tuned if better else codes
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """The mean over tokens of ‖output - target‖² / ‖target‖²; both [..., hidden], float32."""
+    size = target.square().mean(-1).clamp(min=1e-12)
+    return ((output - target).square().mean(-1) / size).mean()
 
 
 def set_weight(linear: nn.Linear, weight: Tensor) -> None:
@@ -133,9 +139,10 @@ class _Tuning:
         self.per_step = max(1, STEP_TOKENS // layer.inputs[0].shape[1])
         self.at_once = self.per_step
 
-    def put_back(self) -> None:
+    def put(self, weights: dict[str, Tensor]) -> None:
+        """Let the layer have these weights [out, in]."""
         for name, linear in self.linears.items():
-            set_weight(linear, self.originals[name])
+            set_weight(linear, weights[name])
 
     def weights(self) -> dict[str, Tensor]:
         """[out, in] by linear, with the scales as they are now."""
@@ -212,7 +219,7 @@ class _Tuning:
         """[windows, length, hidden] float32."""
         if self.layer.targets:
             return self.gather(self.layer.targets, places).float()
-        self.put_back()
+        self.put(self.originals)
         with torch.no_grad():
             return self.layer.forward(self.gather(self.layer.inputs, places)).float()
 
@@ -222,15 +229,13 @@ class _Tuning:
     def error(self, places: list[_Place], weights: dict[str, Tensor]) -> Tensor:
         """Mean over the tokens of some windows, with `weights` [out, in] in the layer."""
         target = self.target(places)
-        for name, linear in self.linears.items():
-            set_weight(linear, weights[name].to(self.dtype))
+        self.put(weights)
         output = self.layer.forward(self.gather(self.layer.inputs, places)).float()
-        size = target.square().mean(-1).clamp(min=1e-12)
-        return ((output - target).square().mean(-1) / size).mean()
+        return relative_error(output, target)
 
     @torch.no_grad()
     def held_out_error(self, codes: dict[str, QuantizedLinear]) -> Tensor:
         """The error on the windows that are held out, of all processes."""
-        weights = {name: found.dequantize() for name, found in codes.items()}
+        weights = {name: found.dequantize(self.dtype) for name, found in codes.items()}
         errors = self.in_parts(lambda part: self.error(part, weights) * len(part), self.held_out)
         return parallel.add(sum(errors, torch.zeros((), device=self.device))) / len(self.held_out)

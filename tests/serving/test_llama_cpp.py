@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import FUSED, ROOT, build_tiny, run_script, tiny_tokenizer
+from conftest import FUSED, ROOT, run_script, save_tiny
 from gguf_fidelity import compare, logits_of, with_weights_of
 from llama_cpp import PACKAGE, Model, in_float32, library
 
@@ -84,8 +84,7 @@ def test_tiny_models_give_transformers_logits(lib, generator, tmp_path, family, 
     """Names, rows of q and k, biases, norms, rotary embedding, tied heads."""
     if rope == "llama3" and family[0] in ("qwen2", "qwen3"):
         pytest.skip("refused: llama.cpp reads no frequencies of its own there")
-    build_tiny(*family, rope_parameters=ROPES[rope]).save_pretrained(tmp_path / "tiny")
-    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    save_tiny(tmp_path / "tiny", *family, rope_parameters=ROPES[rope])
     folder, file = made("hqq", tmp_path / "tiny", tmp_path / "q", "--group-size", 32)
     tokens = torch.randint(2, 320, (200,), generator=generator).tolist()
     expected = logits_of(plain(folder))(tokens)

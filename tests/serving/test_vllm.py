@@ -20,7 +20,7 @@ from compressed_tensors.quantization import disable_quantization
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import ARCHITECTURES, ROOT, build_tiny, run_quantize, tiny_tokenizer
+from conftest import ARCHITECTURES, ROOT, run_quantize, save_tiny
 
 from common.text.windows import evaluation_windows
 
@@ -157,8 +157,7 @@ def agreement(folder, prompts, found: dict, dtype="float32", stand_in=True) -> A
 def made(tmp_path_factory, calibration_text):
     """Checkpoints of an untied tiny Llama by name of a configuration; each is made once."""
     base = tmp_path_factory.mktemp("llama")
-    build_tiny("llama", False, **SIZES).save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
+    save_tiny(base / "model", "llama", False, **SIZES)
 
     def make(name: str) -> Path:
         method, options, _ = {**CONFIGURATIONS, **REFUSED}[name]
@@ -189,8 +188,7 @@ def test_reads_what_transformers_reads(vllm, made, prompts, name):
 @pytest.mark.parametrize("family", ARCHITECTURES, ids=str)
 def test_families(vllm, prompts, tmp_path, family):
     """Every family's linears, two of which vLLM stacks, and what each has beside Llama's."""
-    build_tiny(*family, **SIZES).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model", *family, **SIZES)
     result = run_quantize("hqq", tmp_path / "model", tmp_path / "q", "--group-size", 32)
     assert result.returncode == 0, result.stderr
     result = agreement(tmp_path / "q", prompts, vllm(tmp_path / "q", prompts))
