@@ -32,14 +32,12 @@ from common.quantization import quantize
 from common.solvers.adaround import SoftRounding, beta_at, learn_rounding
 from common.solvers.ranges import choose_ranges, restore_gain
 from common.solvers.rounding import damped
+from common.walk.finished import set_weight
 from common.walk.inputs import InputStatistics, Needs
 from common.walk.method import Layer, Method
 from common.walk.scaling import equalize
-from common.walk.tuning import relative_error, set_weight
 
 ITERATIONS, DEMO_ITERATIONS = 150, 60
-# Of the scales, after the rounding is learned, with 4 bits.
-TUNE_STEPS = 32
 # Added to the Gram matrix's diagonal, as a share of its mean: a learned rounding fits the
 # calibration text all too well.
 DAMPING = 1.0
@@ -116,7 +114,8 @@ def reconstruct(layer: Layer, learned: list[SoftRounding], iterations: int) -> N
             layer.forward(inputs[chosen].to(device)).float(),
             targets[chosen].to(device).float(),
         )
-        return relative_error(output, target)
+        size = target.square().mean(-1).clamp(min=1e-12)
+        return ((output - target).square().mean(-1) / size).mean()
 
     with torch.no_grad():
         for group, rounding in zip(layer.family.groups, learned, strict=True):
@@ -174,7 +173,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="even out input channels before learning (default: %(default)s)",
     )
     cli.add_catch_up(parser)
-    cli.add_tune_scales(parser, TUNE_STEPS)
+    cli.add_tune_scales(parser)
     return parser
 
 
@@ -193,7 +192,7 @@ def method(options: argparse.Namespace) -> Method:
 
 def main() -> None:
     options = argument_parser().parse_args()
-    cli.resolve_tuning(options, TUNE_STEPS)
+    cli.resolve_tuning(options)
     options.iterations = options.iterations or (
         DEMO_ITERATIONS if options.calib_data == "demo" else ITERATIONS
     )

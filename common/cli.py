@@ -250,30 +250,27 @@ def add_catch_up(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# Steps of --tune-scales with FEW_BITS or fewer, where scales have most to gain.
-TUNE_STEPS, FEW_BITS = 128, 3
+# Steps of --tune-scales by bits, 0 for others: the fewer bits, the more scales have to gain.
+TUNE_STEPS = {2: 64, 3: 64, 4: 32}
 
 
-def add_tune_scales(parser: argparse.ArgumentParser, steps: int = 0) -> None:
-    """--tune-scales, for the same methods; `steps` as of `resolve_tuning`."""
-    with_four = f"{steps} with 4, " if steps else ""
+def add_tune_scales(parser: argparse.ArgumentParser) -> None:
+    """--tune-scales, for the same methods."""
+    defaults = ", ".join(f"{steps} with {bits} bits" for bits, steps in TUNE_STEPS.items())
     parser.add_argument(
         "--tune-scales",
         type=not_negative,
         metavar="STEPS",
-        help="gradient steps in which the scales of each layer are tuned on what the layer puts "
-        f"out; 0 leaves them (default: {TUNE_STEPS} with {FEW_BITS} bits or fewer, {with_four}else "
-        "0; 0 on a CPU and with demo text)",
+        help="gradient steps in which the scales of the whole model are tuned, at the end, on the "
+        "divergence of what it says from what the original model says; 0 leaves them (default: "
+        f"{defaults}, else 0; 0 on a CPU and with demo text)",
     )
 
 
-def resolve_tuning(
-    options: argparse.Namespace, steps: int = 0, rounds_online: bool = False
-) -> None:
+def resolve_tuning(options: argparse.Namespace, rounds_online: bool = False) -> None:
     """Fill in --tune-scales and, as it depends on them, the calibration options that were left out.
 
     Args:
-        steps: the default with 4 bits.
         rounds_online: activations or the cache are rounded as the model runs.
     Raises:
         UserError: --tune-scales is given although there is such rounding.
@@ -287,9 +284,8 @@ def resolve_tuning(
             )
         options.tune_scales = 0
     if options.tune_scales is None:
-        few = TUNE_STEPS if options.bits <= FEW_BITS else steps if options.bits == 4 else 0
         slow = options.calib_data == "demo" or resolve_device(options.device).type == "cpu"
-        options.tune_scales = 0 if slow else few
+        options.tune_scales = 0 if slow else TUNE_STEPS.get(options.bits, 0)
 
 
 def resolve_sizes(options: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ from common.numerics.divergence import (
     perplexity_of_logits,
     sample_logits,
 )
-from common.numerics.grid import SUPPORTED_BITS, Grid, resolve_group_size
+from common.numerics.grid import SUPPORTED_BITS, Grid, QuantizedLinear, resolve_group_size
 from common.reporting.card import write_card
 from common.reporting.engines import INT8_EMBEDDING, support
 from common.results import reuse
@@ -241,7 +241,8 @@ class _Run:
             writer.write_layer if writer else lambda *_: None,
             self.watch,
             rounding,
-            _resumption(writer),
+            _resumption(writer, self.source, self.grid),
+            writer.rescale_layers if writer else lambda _: None,
         )
 
     def document(self, result: WalkResult, vocabulary: dict[str, dict], folder: Path) -> dict:
@@ -284,6 +285,7 @@ class _Run:
             "probe": self._probe(result),
             "linears": result.linears,
             **({"layers": result.layer_notes} if any(result.layer_notes) else {}),
+            **({"tuned": result.tuned.describe()} if result.tuned else {}),
             "made_from": self.made_from,
             **({"ends": vocabulary} if vocabulary else {}),
             "engines": {name: asdict(found) for name, found in engines.items()},
@@ -313,15 +315,19 @@ def _first_only(writer: CheckpointWriter) -> AbstractContextManager[CheckpointWr
     return writer if parallel.first() else nullcontext()
 
 
-def _resumption(writer: CheckpointWriter | None) -> Resumption:
+def _resumption(writer: CheckpointWriter | None, source: SourceModel, grid: Grid) -> Resumption:
     """The layers that an earlier run finished, which the first process reads."""
     records = parallel.gather(writer.records if writer else None)[0]
 
-    def restore(index: int, module: nn.Module) -> None:
+    def restore(index: int, module: nn.Module) -> dict[str, QuantizedLinear]:
         if writer:
-            writer.restore_layer(index, module)
+            codes = writer.restore_layer(index, module)
+        else:
+            weights = {name: module.get_submodule(name).weight for name in source.family.linears}
+            codes = {name: QuantizedLinear.zeros_like(one, grid) for name, one in weights.items()}
         for parameter in module.parameters():
             parameter.data = parallel.from_first(parameter.data)
+        return {name: found.map(parallel.from_first) for name, found in codes.items()}
 
     return Resumption(records, restore)
 

@@ -27,6 +27,7 @@ from common.checkpoint.writer import METADATA_FILE
 
 METHODS = method_options(
     iterations=15,
+    gptq=["--tune-scales", "6"],
     awq=["--embedding-bits", "8"],
     quarot=["--act-bits", "4", "--kv-bits", "4", "--head-bits", "8"],
 )

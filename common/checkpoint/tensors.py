@@ -12,7 +12,7 @@ from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from torch import Tensor
 
 from common.checkpoint.format import INTEGER, PACKED, PARTS, scheme_of
-from common.numerics.grid import Grid, QuantizedLinear
+from common.numerics.grid import Grid, QuantizedLinear, type_that_holds
 
 REQUIRED_PARTS = {
     PACKED: ("weight_packed", "weight_scale", "weight_shape"),
@@ -34,9 +34,7 @@ def compress(
     Scales are stored in `scale_dtype`, or in bfloat16 where that does not hold them as they are
     (`grid.scale_type`).
     """
-    scale = quantized.scale.to(scale_dtype)
-    if not torch.equal(scale.float(), quantized.scale.float()):
-        scale = quantized.scale.to(torch.bfloat16)
+    scale = quantized.scale.to(type_that_holds(quantized.scale, scale_dtype))
     state = {"weight": quantized.dequantize(), "weight_scale": scale}
     if not quantized.grid.symmetric:
         state["weight_zero_point"] = quantized.zero_point.to(torch.int8)
@@ -80,6 +78,14 @@ def stored_parts(
 ) -> dict[str, Tensor]:
     """The tensors of one linear (by full name) among `names`, keyed as `compress` made them."""
     return {part: read(f"{linear}.{part}") for part in PARTS if f"{linear}.{part}" in names}
+
+
+def stored_linear(state: dict[str, Tensor], grid: Grid) -> QuantizedLinear:
+    """A linear as it was before it was compressed, of its stored tensors."""
+    codes, zero_point = stored_codes(state, grid)
+    scale = state["weight_scale"].float()
+    zero_point = torch.zeros_like(scale) if zero_point is None else zero_point.float()
+    return QuantizedLinear(codes, scale, zero_point, grid)
 
 
 def stored_codes(state: dict[str, Tensor], grid: Grid) -> tuple[Tensor, Tensor | None]:

@@ -28,7 +28,13 @@ from common.checkpoint.format import (
     form_of_vocabulary,
     quantization_config,
 )
-from common.checkpoint.tensors import compress, compress_rows, decompress, stored_parts
+from common.checkpoint.tensors import (
+    compress,
+    compress_rows,
+    decompress,
+    stored_linear,
+    stored_parts,
+)
 from common.checkpoint.unfinished import UnfinishedFolder
 from common.model.online import OnlineTransforms, mark_config, write_keys
 from common.model.source import MODEL_FILES, SourceModel, read_config
@@ -117,22 +123,24 @@ class CheckpointWriter:
         """Of the layers that are finished, by index: at first those of an earlier run."""
         return self.unfinished.records
 
-    def restore_layer(self, index: int, module: nn.Module) -> None:
+    def restore_layer(self, index: int, module: nn.Module) -> dict[str, QuantizedLinear]:
         """Put the weights of a finished layer into a module, exactly as they were in memory when it
-        was written.
+        was written. Returns the codes of its linears.
         """
+        codes = {}
         prefix = f"model.layers.{index}."
         tensors = TensorReader(self.folder, self._shard(index))
         for name, parameter in module.named_parameters():
             linear = name.removesuffix(".weight")
             if linear in self.source.family.linears:
                 state = stored_parts(tensors.read, tensors, prefix + linear)
-                value = decompress(
-                    {part: tensor.to(parameter.device) for part, tensor in state.items()}, self.grid
-                )
+                state = {part: tensor.to(parameter.device) for part, tensor in state.items()}
+                codes[linear] = stored_linear(state, self.grid)
+                value = codes[linear].dequantize()
             else:
                 value = tensors.read(prefix + name)
             parameter.data = value.to(parameter.device, parameter.dtype)
+        return codes
 
     def write_layer(
         self, index: int, module: nn.Module, codes: dict[str, QuantizedLinear], record: dict
@@ -154,6 +162,7 @@ class CheckpointWriter:
             for part, tensor in compress(linear, self.source.storage_dtype, self.form).items():
                 tensors[f"{prefix}{name}.{part}"] = tensor
         file = self._save(tensors, self._shard(index))
+        self._enter(file, TensorReader(self.folder, file))
         written = load_file(self.folder / file)
         for name, linear in codes.items():
             state = stored_parts(written.__getitem__, written, prefix + name)
@@ -164,6 +173,21 @@ class CheckpointWriter:
                     "compressed-tensors is at fault, nothing was saved"
                 )
         self.unfinished.finish_layer(record)
+
+    def rescale_layers(self, layers: list[dict[str, QuantizedLinear]]) -> None:
+        """Give the linears of all layers, by index, other scales: those of codes that are otherwise
+        the ones written.
+        """
+        # Some layers with new scales and some with old are nothing to go on with.
+        self.unfinished.drop_after(0)
+        for index, codes in enumerate(layers):
+            tensors = load_file(self.folder / self._shard(index))
+            for name, linear in codes.items():
+                scale = f"model.layers.{index}.{name}.weight_scale"
+                tensors[scale] = linear.scale.to("cpu", tensors[scale].dtype).view_as(
+                    tensors[scale]
+                )
+            self._save(tensors, self._shard(index))
 
     def _shard(self, index: int) -> str:
         # One for each layer, and the last for the embedding, the final norm and an untied head.
@@ -191,7 +215,6 @@ class CheckpointWriter:
                 f"--output"
             ) from None
         (self.folder / file).chmod(0o644)  # safetensors makes private files
-        self._enter(file, TensorReader(self.folder, file))
         return file
 
     def write_rest(self, vocabulary: dict[str, QuantizedLinear]) -> None:
@@ -215,7 +238,8 @@ class CheckpointWriter:
         if source.tied and vocabulary:
             # The codes are shared on loading, as weights are; the scales are not.
             rest["lm_head.weight_scale"] = rest["model.embed_tokens.weight_scale"].clone()
-        self._save(rest, self._shard(source.num_layers))
+        file = self._save(rest, self._shard(source.num_layers))
+        self._enter(file, TensorReader(self.folder, file))
         index = {
             "metadata": {"total_size": self._bytes},
             "weight_map": dict(sorted(self._weight_map.items())),

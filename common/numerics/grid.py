@@ -8,7 +8,7 @@ the conventions of the compressed-tensors format.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,19 @@ class QuantizedLinear:
     ) -> QuantizedLinear:
         """Weights [out, in] rounded to the nearest codes; scale, zero_point [out, groups]."""
         return cls(quantize(weight, scale, zero_point, grid), scale, zero_point, grid)
+
+    @classmethod
+    def zeros_like(cls, weight: Tensor, grid: Grid) -> QuantizedLinear:
+        """All zeros, in the form that the codes of weights [out, in] have."""
+        scale = torch.zeros_like(grouped(weight, grid)[..., 0], dtype=torch.float32)
+        codes = torch.zeros_like(weight, dtype=torch.int8)
+        return cls(codes, scale, torch.zeros_like(scale), grid)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedLinear:
+        """The same with what a function makes of each tensor."""
+        return QuantizedLinear(
+            function(self.codes), function(self.scale), function(self.zero_point), self.grid
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights [out, in] that these codes stand for, exactly as a plain load in `dtype`
@@ -204,6 +217,14 @@ def scale_type(weights: Iterable[Tensor], grid: Grid, storage_dtype: torch.dtype
         for weight in weights
     )
     return torch.float16 if held else torch.bfloat16
+
+
+def type_that_holds(scale: Tensor, storage_dtype: torch.dtype) -> torch.dtype:
+    """The type that a linear's scales, which have been rounded, are stored in: that of the model,
+    or bfloat16 where it does not hold them as they are.
+    """
+    held = torch.equal(scale.to(storage_dtype).float(), scale.float())
+    return storage_dtype if held else torch.bfloat16
 
 
 def reciprocal_size(groups: Tensor) -> Tensor:

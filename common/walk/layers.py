@@ -23,6 +23,7 @@ from common.model.source import SourceModel
 from common.numerics.grid import Grid, QuantizedLinear
 from common.text.probe import check_finite, overflow
 from common.walk.collecting import catch_up_layer, collect_statistics
+from common.walk.finished import FinishedLayer
 from common.walk.inputs import group_inputs
 from common.walk.method import Layer, Method
 from common.walk.resume import Resumption, replay
@@ -35,10 +36,12 @@ from common.walk.streams import (
     run_layer,
     token_chunks,
 )
-from common.walk.tuning import tune_scales
+from common.walk.tuning import Tuned, tune_scales
 
 # Is handed index, module, codes by linear, and record of each finished layer.
 LayerReceiver = Callable[[int, nn.Module, dict[str, QuantizedLinear], dict], None]
+# Is handed the codes of all layers by index, whose scales alone are others than before.
+ScaleReceiver = Callable[[list[dict[str, QuantizedLinear]]], None]
 
 
 @dataclass
@@ -46,16 +49,18 @@ class WalkResult:
     """What the walk leaves behind, beside the layers it handed on.
 
     linears: by full name, bits, group_size and relative_output_error, which is ‖x(Q - W)ᵀ‖ / ‖xWᵀ‖
-    over the probe text.
+    over the probe text, before scales are tuned.
     probe_logits, baseline_probe_logits: [length, vocabulary] of the quantized and of the original
     model.
     layer_notes: by layer index, what the method recorded.
+    tuned: what tuning the scales found; None where they were not.
     """
 
     linears: dict[str, dict]
     layer_notes: list[dict[str, float]]
     probe_logits: Tensor
     baseline_probe_logits: Tensor
+    tuned: Tuned | None = None
 
 
 @torch.no_grad()
@@ -69,6 +74,7 @@ def quantize_model(
     watch: Stopwatch,
     round_embedding_and_head: Callable[[], None] = lambda: None,
     resumption: Resumption | None = None,
+    rescaled: ScaleReceiver = lambda _: None,
 ) -> WalkResult:
     """Quantize every decoder layer in turn; each sees the output of the quantized layers before it.
 
@@ -81,14 +87,17 @@ def quantize_model(
         round_embedding_and_head: called before the first layer, to round embedding and head.
         resumption: layers that need not be quantized again; the streams are led through them as
             they were then.
+        rescaled: called after the last layer where tuned scales are better than those handed on.
     Raises:
         UserError: a layer whose codes or scales are not finite, or activations that overflow; names
             the layer or the head.
     """
     records = list(resumption.records) if resumption else []
     resumed = len(records)
+    tuned, done = None, []
     with watch("load"):
         streams = _start(source, method, windows, probe, round_embedding_and_head)
+        home = home_of(_codes_bytes(source), source.device)
         source.move_vocabulary(torch.device("cpu"))
     for index in track(
         range(source.num_layers), f"{method.name} {grid.bits}-bit layers", unit="layers"
@@ -107,7 +116,7 @@ def quantize_model(
                 round_to_storage(module, source.family, source.storage_dtype)
         if index < resumed:
             with watch("resume"):
-                replay(layer, method, streams, source.device, resumption.restore)
+                codes = replay(layer, method, streams, source.device, resumption.restore)
         else:
             codes, record = _quantize_layer(layer, method, streams, source, watch)
             records.append(record)
@@ -117,17 +126,59 @@ def quantize_model(
             streams.probed = run_layer(module, streams.probed, streams.probe_arguments[index])
             if windows is not None and not method.original_inputs and index + 1 < source.num_layers:
                 advance(layer.forward, streams.hidden, source.device)
-        source.release_layer(index)
+        if method.tune_steps:
+            done.append(FinishedLayer.keep(module, codes, streams.arguments[index], home))
+        else:
+            source.release_layer(index)
         del layer
     # Embedding and head come back to the GPU, which may not have room for both.
-    streams.hidden = streams.originals = None
+    streams.hidden = None
+    if done:
+        tuned = _tune(source, method, streams, windows, done, probe, watch)
+        if tuned and tuned.better:
+            with watch("write"):
+                rescaled(tuned.codes)
+        for index in range(source.num_layers):
+            source.release_layer(index)
+    streams.originals = None
     linears = {name: linear for record in records for name, linear in record["linears"].items()}
     with watch("record"):
         source.move_vocabulary(source.device)
         logits = source.logits(streams.probed)[0], source.original_logits(streams.reference)[0]
         for found in logits:
             check_finite(found, f"{source.name}, the last layer or the head", source.dtype)
-        return WalkResult(linears, [record["notes"] for record in records], *logits)
+        return WalkResult(linears, [record["notes"] for record in records], *logits, tuned)
+
+
+def _tune(
+    source: SourceModel,
+    method: Method,
+    streams: Streams,
+    windows: Tensor,
+    layers: list[FinishedLayer],
+    probe: Tensor,
+    watch: Stopwatch,
+) -> Tuned | None:
+    """Tune the scales of all layers; where that is better, lead the probe text through them."""
+    with watch("tune"):
+        source.move_vocabulary(source.device)
+        tuned = tune_scales(source, layers, windows, streams.originals, method.tune_steps)
+    if tuned and tuned.better:
+        with watch("record"):
+            streams.probed = source.embed(probe)
+            for index, layer in enumerate(layers):
+                layer.put(source.dtype, source.device)
+                arguments = streams.probe_arguments[index]
+                streams.probed = run_layer(layer.module, streams.probed, arguments)
+                layer.clear()
+    return tuned
+
+
+def _codes_bytes(source: SourceModel) -> int:
+    """Bytes of the codes of all layers, one for each weight."""
+    layer = source.model.model.layers[0]
+    linears = [layer.get_submodule(name) for name in source.family.linears]
+    return source.num_layers * sum(one.in_features * one.out_features for one in linears)
 
 
 def _start(
@@ -143,11 +194,11 @@ def _start(
         method.rewrite_model(source)
         round_to_storage(source.model, source.family, source.storage_dtype)
     chunks, home, originals = (), source.device, None
-    catches_up = _catches_up(method, source.family)
+    beside = _catches_up(method, source.family) or method.tune_steps > 0
     if windows is not None:
         chunks = token_chunks(source, windows)
-        home = home_of((2 if catches_up else 1) * hidden_bytes(source, windows), source.device)
-    if catches_up and windows is not None:
+        home = home_of((2 if beside else 1) * hidden_bytes(source, windows), source.device)
+    if beside and windows is not None:
         originals = embed_chunks(source, chunks, home)
     round_embedding_and_head()
     hidden, arguments = None, None
@@ -207,9 +258,6 @@ def _quantize_layer(
             run_layer(module, streams.probed, streams.probe_arguments[layer.index])
     with watch("solve"):
         codes = _exchange(layer, method.quantize_layer(layer))
-    if method.tune_steps:
-        with watch("tune"):
-            codes = tune_scales(layer, codes, method.tune_steps)
     with watch("record"):
         found = [
             _install(layer, name, codes[name], inputs[group], method)

@@ -29,8 +29,8 @@ class Layer:
     statistics: of each linear group; None for a method that needs no calibration.
     inputs: calibration hidden states before the layer, in chunks [batch, length, hidden].
     forward: runs the layer on one of them.
-    targets: the original model's hidden states after the layer, in the same chunks; None without
-        `Method.catch_up`.
+    targets: the original model's hidden states after the layer, in the same chunks; None where that
+        does not run beside.
     notes: what a method wants to have recorded about the layer, such as the settled share of a
         learned rounding.
     """
@@ -127,8 +127,8 @@ class Method:
     catch_up: share of the residual stream's lag behind the original model that o_proj and down_proj
         are made to recover before they are rounded (`rounding.catch_up`); needs GRAM, and a second
         pass through the original layers.
-    tune_steps: steps in which the scales are tuned at the end (`tuning.tune_scales`); 0 leaves
-        them.
+    tune_steps: steps in which the scales of the whole model are tuned at the end
+        (`tuning.tune_scales`); 0 leaves them. Otherwise a second pass through the original layers.
     activation_bits: what the inputs of the linears are rounded to, per token as they come, by the
         walk and by a plain load; None leaves them as they are.
     online: what is done as the model runs and no plain load does; rewrite_layer attaches it.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from common.numerics.grid import QuantizedLinear
 from common.walk.method import Layer, Method
 from common.walk.streams import Streams, advance
 
@@ -17,11 +18,11 @@ class Resumption:
     """Layers that an earlier run finished.
 
     records: of each, by index.
-    restore: puts layer `index`'s weights into a module.
+    restore: puts layer `index`'s weights into a module, and returns the codes of its linears.
     """
 
     records: list[dict]
-    restore: Callable[[int, nn.Module], None]
+    restore: Callable[[int, nn.Module], dict[str, QuantizedLinear]]
 
 
 def replay(
@@ -29,16 +30,17 @@ def replay(
     method: Method,
     streams: Streams,
     device: torch.device,
-    restore: Callable[[int, nn.Module], None],
-) -> None:
+    restore: Callable[[int, nn.Module], dict[str, QuantizedLinear]],
+) -> dict[str, QuantizedLinear]:
     """Do to the streams what quantizing the layer did, and put its finished weights into the
-    module.
+    module. Returns their codes.
     """
     if streams.originals is not None:
         with method.as_original():
             advance(layer.forward, streams.originals, device)
     if method.original_inputs:
         advance(layer.forward, streams.hidden, device)
-    restore(layer.index, layer.module)
+    codes = restore(layer.index, layer.module)
     for name in layer.family.linears:
         method.install_rounding(layer.module.get_submodule(name))
+    return codes

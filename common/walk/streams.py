@@ -27,7 +27,8 @@ class Streams:
     reference, probed: the probe text [1, length, hidden] in the original and the quantized model.
     hidden: calibration hidden states, in chunks [batch, length, hidden], of the quantized model, or
         of the original with `Method.original_inputs`; None without calibration.
-    originals: the same of the original model, to catch up with; None without `Method.catch_up`.
+    originals: the same of the original model, to catch up with and to tune towards; None without
+        `Method.catch_up` and `Method.tune_steps`.
     probe_arguments, arguments: for each layer, how it is called on the probe and on a window.
     """
 

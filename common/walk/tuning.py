@@ -1,97 +1,123 @@
-"""The last check of a quantized layer: with its codes fixed, their scales are tuned on the hidden
-states that the layer puts out.
+"""The last step: with all codes fixed, the scales of the whole model are tuned together on what it
+says of the next token.
 
-Everything before looks at one linear at a time. What the layer as a whole makes of its errors, and
-what is left of the lag behind the original model, shows in its output alone. Codes stay, and there
-is one scale to tune for a group of weights, so a calibration text is not learned by heart; and what
-does not help windows that were held out is not kept. (Training scales alone, after the codes: Chen
-et al. 2024, "EfficientQAT", https://arxiv.org/abs/2407.11062, there for the whole model at once.)
+Everything before looks at one linear or one layer. What the model as a whole makes of all errors
+shows in its output alone. Codes stay, and there is one scale to tune for a group of weights, so a
+calibration text is not learned by heart; and what does not help windows that were held out is not
+kept. (Training all scales, after the codes: Chen et al. 2024, "EfficientQAT",
+https://arxiv.org/abs/2407.11062, there on the next token; here towards the original model's
+distribution of it, which needs no labels: Hinton et al. 2015, https://arxiv.org/abs/1503.02531.)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from common.base import parallel
 from common.base.errors import UserError
-from common.base.progress import say
-from common.numerics.grid import QuantizedLinear, grouped, round_scale
-from common.walk.method import Layer
+from common.base.progress import say, track
+from common.model.memory import logits_at_once
+from common.model.source import SourceModel
+from common.numerics.divergence import divergence_terms
+from common.numerics.grid import QuantizedLinear, grouped, round_scale, type_that_holds
+from common.walk.finished import FinishedLayer, moved, set_weight
+from common.walk.streams import run_layer
 
-# Of Adam on the logarithms of the scales; falls to 0 along half a cosine. 2e-3 and 5e-3 are level
-# (docs/Quantization_Methods_Deep_Dive.md, "Tuned scales").
-RATE = 5e-3
+# Of Adam on the logarithms of the scales, for each root of a nat that the model is away from the
+# original: divergence is quadratic in what is wrong with the weights, so its root says how large
+# a step is worth taking. Rises over the first part of the steps, then falls to 0 along half a
+# cosine. Chosen on two models (docs/Quantization_Methods_Deep_Dive.md, "Tuned scales").
+RATE, RISE = 4e-3, 0.25
 _DECAY = (0.9, 0.95)
-# Against gradients of about one: the loss is in units of what it starts from, for each scale.
-_EPSILON = 0.1
-_TINY = 1e-20
 # Tokens of a step, of as many windows as that makes.
 STEP_TOKENS = 8192
 # One window of so many is held out.
 HELD_OUT = 8
+# Positions whose logits are made at once.
+_POSITIONS = 2048
 
-NO_ROOM = "the GPU has no room to tune a layer's scales on one calibration window"
-# Of a window: its chunk, and its place there.
-_Place = tuple[int, int]
+NO_ROOM = "the GPU has no room to tune the model's scales on one calibration window"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What the tuning found: codes by layer, and the divergence in nats from the original model, on
+    the windows that were held out, before and after. `codes` are those given where that did not
+    fall.
+    """
+
+    codes: list[dict[str, QuantizedLinear]]
+    before: float
+    after: float
+
+    @property
+    def better(self) -> bool:
+        """Whether there are new scales."""
+        return self.after < self.before  # not if it is NaN
+
+    def describe(self) -> dict:
+        """For the metadata."""
+        return {
+            "held_out_divergence": {"before": self.before, "after": self.after},
+            "kept": self.better,
+        }
 
 
 def tune_scales(
-    layer: Layer, codes: dict[str, QuantizedLinear], steps: int
-) -> dict[str, QuantizedLinear]:
-    """The same codes with scales for which the layer's output is nearer to the original model's:
-    the mean over tokens of ‖output - target‖² / ‖target‖².
+    source: SourceModel,
+    layers: list[FinishedLayer],
+    windows: Tensor,
+    targets: list[Tensor],
+    steps: int,
+) -> Tuned | None:
+    """The same codes with scales for which the model is nearer to the original one, by the mean
+    over tokens of the divergence of the next token's distribution.
 
-    The target is the hidden state of the original model after the layer (`Layer.targets`) or, where
-    that is not known, what the layer puts out with the weights it has. The scales come back
-    unchanged where that does not lower the error on the windows that were held out, and where there
-    is one window alone, so that nothing can be held out; the note "tuned" is what is left of the
-    error.
+    None where nothing is tuned, and why is said: with one calibration window, as nothing can be
+    held out, and where a GPU alone has no room. The layers' linears are without weights afterwards.
 
     Args:
-        codes: of every linear of the layer, all rows; the layer holds the weights from before
-            rounding, and does so afterwards.
+        source: embedding, last norm and head, on the device.
+        windows: this process's tokens [samples, length].
+        targets: the original model's hidden states after the last layer, in chunks [batch, length,
+            hidden], of the same windows in the same order. They go through the same norm and head
+            as the quantized model's.
     Raises:
-        UserError: the GPU of one of several processes has no room for a single window. Alone, it
-            is said, and the scales stay.
+        UserError: the GPU of one of several processes has no room for a single window.
     """
-    tuning = _Tuning(layer, codes)
-    if not tuning.windows:
-        if not layer.index:
-            say("scales are not tuned: that takes two calibration windows or more")
-        return codes
+    tuning = _Tuning(source, layers, windows, targets)
+    if not tuning.train:
+        say("scales are not tuned: that takes two calibration windows or more")
+        return None
+    codes = [layer.codes for layer in layers]
     try:
-        before = tuning.held_out_error(codes).clamp(min=_TINY)
-        tuning.run(steps, before)
-        tuned = tuning.result()
-        left = (tuning.held_out_error(tuned) / before).item()
+        before = tuning.held_out_divergence()
+        tuning.run(steps, RATE * math.sqrt(max(before, 0)))
+        for layer, changes in zip(layers, tuning.changes, strict=True):
+            layer.codes = _rescaled(layer.codes, changes, source.storage_dtype)
+        tuning.forget_changes()
+        found = Tuned([layer.codes for layer in layers], before, tuning.held_out_divergence())
     except _NoRoomError:
         if parallel.size() > 1:
             raise UserError(f"{NO_ROOM}; use --tune-scales 0, or lower --calib-length") from None
         say(f"{NO_ROOM}; they stay as they are (--tune-scales 0 spares the attempt)")
-        tuned, left = codes, 1.0
+        found = None
     finally:
-        tuning.put(tuning.originals)
-    better = left < 1  # not if it is NaN
-    layer.notes["tuned"] = left if better else 1.0
-    return tuned if better else codes
-
-
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """The mean over tokens of ‖output - target‖² / ‖target‖²; both [..., hidden], float32."""
-    size = target.square().mean(-1).clamp(min=1e-12)
-    return ((output - target).square().mean(-1) / size).mean()
-
-
-def set_weight(linear: nn.Linear, weight: Tensor) -> None:
-    """Put a tensor [out, in], which may carry a gradient, in the place of a linear's weights."""
-    del linear.weight
-    linear.weight = weight
+        for layer in layers:
+            layer.clear()
+    if found is None or not found.better:
+        for layer, old in zip(layers, codes, strict=True):
+            layer.codes = old
+        return found and replace(found, codes=codes)
+    return found
 
 
 class _NoRoomError(Exception):
@@ -118,124 +144,165 @@ class _Scaled(torch.autograd.Function):
 
 
 class _Tuning:
-    def __init__(self, layer: Layer, codes: dict[str, QuantizedLinear]):
-        self.layer, self.codes = layer, codes
-        self.linears = {name: layer.module.get_submodule(name) for name in codes}
-        self.originals = {name: linear.weight for name, linear in self.linears.items()}
-        first = next(iter(self.originals.values()))
-        self.device, self.dtype = first.device, first.dtype
-        self.changes = {
-            name: torch.zeros_like(found.scale, dtype=torch.float32).requires_grad_(True)
-            for name, found in codes.items()
-        }
+    def __init__(
+        self,
+        source: SourceModel,
+        layers: list[FinishedLayer],
+        windows: Tensor,
+        targets: list[Tensor],
+    ):
+        self.source, self.layers, self.windows, self.targets = source, layers, windows, targets
+        self.device, self.dtype = source.device, source.dtype
+        self.changes = [
+            {
+                name: torch.zeros_like(found.scale, dtype=torch.float32, device=self.device)
+                for name, found in layer.codes.items()
+            }
+            for layer in layers
+        ]
+        self.forget_changes()
+        # Where a window's target lies: its chunk, and its place there.
+        self.places = [(i, row) for i, chunk in enumerate(targets) for row in range(len(chunk))]
         # Windows are counted through those of all processes, so that several do what one does.
-        own = [(i, row) for i, chunk in enumerate(layer.inputs) for row in range(len(chunk))]
-        counts = parallel.gather(len(own))
+        counts = parallel.gather(len(windows))
         first_own, every = sum(counts[: parallel.rank()]), range(sum(counts))
-        self.own = {first_own + i: place for i, place in enumerate(own)}
+        self.own = {first_own + i: i for i in range(len(windows))}
         self.held_out = [i for i in every if i % HELD_OUT == 0]
-        self.windows = [i for i in every if i % HELD_OUT]
+        self.train = [i for i in every if i % HELD_OUT]
         # Windows of a step, and how many of them the GPU has room for at once.
-        self.per_step = max(1, STEP_TOKENS // layer.inputs[0].shape[1])
+        self.per_step = max(1, STEP_TOKENS // windows.shape[1])
         self.at_once = self.per_step
 
-    def put(self, weights: dict[str, Tensor]) -> None:
-        """Let the layer have these weights [out, in]."""
-        for name, linear in self.linears.items():
-            set_weight(linear, weights[name])
+    def forget_changes(self) -> None:
+        """Begin at the scales that the layers have."""
+        for changes in self.changes:
+            for change in changes.values():
+                change.requires_grad_(False).zero_().requires_grad_(True)
 
-    def weights(self) -> dict[str, Tensor]:
-        """[out, in] by linear, with the scales as they are now."""
-        return {
-            name: cast(Tensor, _Scaled.apply(self.changes[name], found, self.dtype))
-            for name, found in self.codes.items()
-        }
-
-    def result(self) -> dict[str, QuantizedLinear]:
-        dtype = self.layer.scale_dtype
-        return {
-            name: replace(
-                found, scale=round_scale(found.scale * self.changes[name].detach().exp(), dtype)
-            )
-            for name, found in self.codes.items()
-        }
-
-    def run(self, steps: int, unit: Tensor) -> None:
-        """Adam on the logarithms of the scales, over the windows in a drawn order; `unit` is what
-        the error is about at the start. Of each step's windows a process takes those it has.
+    def run(self, steps: int, rate: float) -> None:
+        """Adam on the logarithms of the scales, over the windows in a drawn order. Of each step's
+        windows a process takes those it has.
         """
-        changes = list(self.changes.values())
-        optimiser = torch.optim.Adam(changes, lr=RATE, betas=_DECAY, eps=_EPSILON)
+        changes = [change for layer in self.changes for change in layer.values()]
+        optimiser = torch.optim.Adam(changes, lr=rate, betas=_DECAY)
+        rise = max(1, round(RISE * steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimiser,
+            lambda step: min(1, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / steps)),
         )
-        generator = torch.Generator().manual_seed(self.layer.index)
-        scales = sum(change.numel() for change in changes)
+        generator = torch.Generator().manual_seed(0)
         waiting: list[int] = []
-        for _ in range(steps):
+        for _ in track(range(steps), "tuned scales", unit="steps"):
             if len(waiting) < self.per_step:
-                order = torch.randperm(len(self.windows), generator=generator).tolist()
-                waiting += [self.windows[i] for i in order]
+                order = torch.randperm(len(self.train), generator=generator).tolist()
+                waiting += [self.train[i] for i in order]
             batch, waiting = waiting[: self.per_step], waiting[self.per_step :]
-            share = scales / len(batch)
 
-            def descend(part: list[_Place], share: float = share) -> None:
-                with torch.enable_grad():
-                    error = self.error(part, self.weights())
-                    loss = error / unit * share * len(part)
-                    # All at once: what runs out of memory leaves nothing behind.
-                    found = torch.autograd.grad(loss, changes)
-                for change, gradient in zip(changes, found, strict=True):
-                    change.grad += gradient
+            def descend(batch: list[int] = batch) -> None:
+                for change in changes:
+                    change.grad = torch.zeros_like(change)
+                for part in self.parts(batch):
+                    self.descend(part)
 
+            self.with_room(descend)
             for change in changes:
-                change.grad = torch.zeros_like(change)
-            self.in_parts(descend, batch)
-            for change in changes:
-                parallel.add(change.grad)
+                parallel.add(cast(Tensor, change.grad))
             optimiser.step()
             schedule.step()
 
-    def in_parts(self, function: Callable, windows: list[int]) -> list:
-        """What `function` makes of those of some windows that this process has; in smaller parts,
-        which from then on are the rule, if the GPU has no room.
+    def with_room(self, function: Callable[[], T]) -> T:
+        """What a function returns, called again with fewer windows at once, which from then on are
+        the rule, where the GPU has no room.
         """
-        found, rest = [], [self.own[i] for i in windows if i in self.own]
-        while rest:
+        while True:
             try:
-                found.append(function(rest[: self.at_once]))
-                rest = rest[self.at_once :]
-                continue
+                return function()
             except torch.cuda.OutOfMemoryError:
+                # Nothing is done here, where the exception still holds what was allocated.
                 pass
             torch.cuda.empty_cache()
-            tried = min(self.at_once, len(rest))
-            if tried == 1:
+            if self.at_once == 1:
                 raise _NoRoomError
-            self.at_once = tried // 2
-        return found
+            self.at_once //= 2
 
-    def target(self, places: list[_Place]) -> Tensor:
-        """[windows, length, hidden] float32."""
-        if self.layer.targets:
-            return self.gather(self.layer.targets, places).float()
-        self.put(self.originals)
-        with torch.no_grad():
-            return self.layer.forward(self.gather(self.layer.inputs, places)).float()
+    def parts(self, windows: list[int]) -> list[list[int]]:
+        """Those of some windows that this process has, by its own count, as many as fit at once."""
+        own = [self.own[i] for i in windows if i in self.own]
+        return [own[i : i + self.at_once] for i in range(0, len(own), self.at_once)]
 
-    def gather(self, chunks: list[Tensor], places: list[_Place]) -> Tensor:
-        return torch.stack([chunks[i][row] for i, row in places]).to(self.device)
+    @torch.enable_grad()
+    def descend(self, part: list[int]) -> None:
+        """Add to the gradients those of the divergence's sum over the tokens of some windows."""
+        hidden = self.last_hidden(part)
+        _, gradient = self.divergence(hidden, part, with_gradient=True)
+        hidden.backward(gradient)
 
-    def error(self, places: list[_Place], weights: dict[str, Tensor]) -> Tensor:
-        """Mean over the tokens of some windows, with `weights` [out, in] in the layer."""
-        target = self.target(places)
-        self.put(weights)
-        output = self.layer.forward(self.gather(self.layer.inputs, places)).float()
-        return relative_error(output, target)
+    def last_hidden(self, part: list[int]) -> Tensor:
+        """[windows, length, hidden] after the last layer. Of each layer its input alone is kept for
+        the way back.
+        """
+        hidden = self.source.embed(self.windows[part])
+        for layer, changes in zip(self.layers, self.changes, strict=True):
+
+            def run(hidden: Tensor, *factors: Tensor, layer: FinishedLayer = layer) -> Tensor:
+                for (name, found), factor in zip(layer.codes.items(), factors, strict=True):
+                    weight = _Scaled.apply(factor, moved(found, self.device), self.dtype)
+                    set_weight(layer.module.get_submodule(name), cast(Tensor, weight))
+                return run_layer(layer.module, hidden, layer.arguments)
+
+            # The form that runs forward without autograd, and so with the fused kernels.
+            hidden = checkpoint(
+                run, hidden, *changes.values(), use_reentrant=True, preserve_rng_state=False
+            )
+        return hidden
+
+    def divergence(
+        self, hidden: Tensor, part: list[int], with_gradient: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The sum over tokens of the divergence from the original model, for last hidden states
+        [windows, length, hidden] of some windows, and its gradient by them.
+        """
+        places = [self.places[i] for i in part]
+        target = torch.stack([self.targets[i][row] for i, row in places]).to(self.device)
+        rows, wanted = hidden.detach().flatten(0, -2), target.flatten(0, -2)
+        size = logits_at_once(_POSITIONS, self.source.config.vocab_size, self.device)
+        total = torch.zeros((), device=self.device)
+        gradients = []
+        for own, other in zip(rows.split(size), wanted.split(size), strict=True):
+            expected = torch.log_softmax(self.source.logits(other), -1)
+            with torch.set_grad_enabled(with_gradient):
+                own.requires_grad_(with_gradient)
+                found = torch.log_softmax(self.source.head(own), -1)
+                sum_of_slice = divergence_terms(expected, found).sum()
+            if with_gradient:
+                gradients += torch.autograd.grad(sum_of_slice, own)
+            total += sum_of_slice.detach()
+        return total, torch.cat(gradients).view_as(hidden) if with_gradient else None
 
     @torch.no_grad()
-    def held_out_error(self, codes: dict[str, QuantizedLinear]) -> Tensor:
-        """The error on the windows that are held out, of all processes."""
-        weights = {name: found.dequantize(self.dtype) for name, found in codes.items()}
-        errors = self.in_parts(lambda part: self.error(part, weights) * len(part), self.held_out)
-        return parallel.add(sum(errors, torch.zeros((), device=self.device))) / len(self.held_out)
+    def held_out_divergence(self) -> float:
+        """Nats per token on the windows that are held out, of all processes."""
+
+        def measure() -> Tensor:
+            found = [
+                self.divergence(self.last_hidden(part), part)[0]
+                for part in self.parts(self.held_out)
+            ]
+            return sum(found, torch.zeros((), device=self.device))
+
+        total = parallel.add(self.with_room(measure))
+        return total.item() / (len(self.held_out) * self.windows.shape[1])
+
+
+def _rescaled(
+    codes: dict[str, QuantizedLinear], changes: dict[str, Tensor], storage_dtype: torch.dtype
+) -> dict[str, QuantizedLinear]:
+    """The codes of a layer with scales multiplied by the exponential of their changes, rounded to
+    the type that they are stored in.
+    """
+    found = {}
+    for name, old in codes.items():
+        scale = old.scale * changes[name].detach().exp().to(old.scale.device)
+        dtype = type_that_holds(old.scale, storage_dtype)
+        found[name] = replace(old, scale=round_scale(scale, dtype))
+    return found
