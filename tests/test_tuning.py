@@ -14,7 +14,7 @@ import quantize_awq
 import quantize_gptq
 import quantize_quarot
 from common import cli
-from common.base import parallel
+from common.base import host_memory, parallel
 from common.base.errors import UserError
 from common.checkpoint.writer import METADATA_FILE
 from common.model.source import SourceModel
@@ -290,6 +290,15 @@ def test_a_checkpoint(tmp_path, tiny, calibration_text, script, bits, catch_up):
         old, new = (model.get_submodule(name).weight for model in models.values())
     assert not torch.equal(old, new)
     assert torch.equal(old == 0, new == 0)  # the codes are the same
+
+
+def test_no_room_for_all_codes(tmp_path, tiny, calibration_text, monkeypatch):
+    monkeypatch.setattr(host_memory, "available", lambda: 100_000)
+    options = ("--bits", 3, "--tune-scales", 4)
+    result = run_quantize("gptq", tiny, tmp_path / "out", *options, text=calibration_text)
+    assert result.returncode == 0, result.stderr
+    assert "scales are not tuned" in result.stdout
+    assert "tuned" not in json.loads((tmp_path / "out" / METADATA_FILE).read_text())
 
 
 def test_inputs_rounded_as_the_model_runs_have_no_gradient(tmp_path, tiny):

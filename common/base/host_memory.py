@@ -1,4 +1,4 @@
-"""The process's resident memory on the host, as Linux tells it."""
+"""Memory on the host: the process's, as Linux tells it, and what is left."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import re
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -21,6 +23,11 @@ def resident(peak: bool = False) -> int:
     if not found:
         raise OSError(f"{_STATUS} does not tell")
     return int(found[1]) * 1024
+
+
+def available() -> int:
+    """Bytes that processes can still take before others have to give some back."""
+    return psutil.virtual_memory().available
 
 
 def growth(work: Callable[[], object]) -> int | None:

@@ -1,4 +1,4 @@
-"""A layer that the walk is done with, as it is kept for what is done to the whole model at the end."""
+"""A layer that the walk is done with, kept for what is done to the whole model at the end."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from common.base import parallel
+from common.base import host_memory, parallel
 from common.base.errors import UserError
 from common.base.progress import say, track
 from common.base.stopwatch import Stopwatch
@@ -40,6 +40,8 @@ from common.walk.tuning import Tuned, tune_scales
 
 # Is handed index, module, codes by linear, and record of each finished layer.
 LayerReceiver = Callable[[int, nn.Module, dict[str, QuantizedLinear], dict], None]
+# Of the host's memory that is left, what the codes of all layers may take.
+_HOST_SHARE = 1 / 2
 # Is handed the codes of all layers by index, whose scales alone are others than before.
 ScaleReceiver = Callable[[list[dict[str, QuantizedLinear]]], None]
 
@@ -96,8 +98,9 @@ def quantize_model(
     resumed = len(records)
     tuned, done = None, []
     with watch("load"):
-        streams = _start(source, method, windows, probe, round_embedding_and_head)
-        home = home_of(_codes_bytes(source), source.device)
+        home = _home_of_codes(source) if method.tune_steps else None
+        beside = _catches_up(method, source.family) or home is not None
+        streams = _start(source, method, windows, probe, round_embedding_and_head, beside)
         source.move_vocabulary(torch.device("cpu"))
     for index in track(
         range(source.num_layers), f"{method.name} {grid.bits}-bit layers", unit="layers"
@@ -126,10 +129,10 @@ def quantize_model(
             streams.probed = run_layer(module, streams.probed, streams.probe_arguments[index])
             if windows is not None and not method.original_inputs and index + 1 < source.num_layers:
                 advance(layer.forward, streams.hidden, source.device)
-        if method.tune_steps:
-            done.append(FinishedLayer.keep(module, codes, streams.arguments[index], home))
-        else:
+        if home is None:
             source.release_layer(index)
+        else:
+            done.append(FinishedLayer.keep(module, codes, streams.arguments[index], home))
         del layer
     # Embedding and head come back to the GPU, which may not have room for both.
     streams.hidden = None
@@ -174,11 +177,22 @@ def _tune(
     return tuned
 
 
-def _codes_bytes(source: SourceModel) -> int:
-    """Bytes of the codes of all layers, one for each weight."""
+def _home_of_codes(source: SourceModel) -> torch.device | None:
+    """Where the codes of all layers, a byte for each weight, are kept until their scales are tuned.
+    None, and said, where neither the GPU nor the host has room.
+    """
     layer = source.model.model.layers[0]
     linears = [layer.get_submodule(name) for name in source.family.linears]
-    return source.num_layers * sum(one.in_features * one.out_features for one in linears)
+    size = source.num_layers * sum(one.in_features * one.out_features for one in linears)
+    home = home_of(size, source.device)
+    fits = home.type != "cpu" or size <= _HOST_SHARE * host_memory.available()
+    if all(parallel.gather(fits)):
+        return home
+    say(
+        f"scales are not tuned: the codes of all layers, {size / 2**30:.1f} GiB, would take more "
+        "than half of what is left of the host's memory"
+    )
+    return None
 
 
 def _start(
@@ -187,14 +201,18 @@ def _start(
     windows: Tensor | None,
     probe: Tensor,
     round_embedding_and_head: Callable[[], None],
+    beside: bool,
 ) -> Streams:
-    """The streams before the first layer, the model's small parts rewritten and rounded."""
+    """The streams before the first layer, the model's small parts rewritten and rounded.
+
+    Args:
+        beside: whether the original model's hidden states go along.
+    """
     reference = source.embed(probe)
     if method.rewrite_model:
         method.rewrite_model(source)
         round_to_storage(source.model, source.family, source.storage_dtype)
     chunks, home, originals = (), source.device, None
-    beside = _catches_up(method, source.family) or method.tune_steps > 0
     if windows is not None:
         chunks = token_chunks(source, windows)
         home = home_of((2 if beside else 1) * hidden_bytes(source, windows), source.device)

@@ -34,14 +34,14 @@ from common.walk.streams import run_layer
 # original: divergence is quadratic in what is wrong with the weights, so its root says how large
 # a step is worth taking. Rises over the first part of the steps, then falls to 0 along half a
 # cosine. Chosen on two models (docs/Quantization_Methods_Deep_Dive.md, "Tuned scales").
-RATE, RISE = 4e-3, 0.25
+RATE, RISE = 6e-3, 0.25
 _DECAY = (0.9, 0.95)
 # Tokens of a step, of as many windows as that makes.
 STEP_TOKENS = 8192
 # One window of so many is held out.
 HELD_OUT = 8
 # Positions whose logits are made at once.
-_POSITIONS = 2048
+_POSITIONS = 512
 
 NO_ROOM = "the GPU has no room to tune the model's scales on one calibration window"
 T = TypeVar("T")
@@ -93,19 +93,19 @@ def tune_scales(
     Raises:
         UserError: the GPU of one of several processes has no room for a single window.
     """
-    tuning = _Tuning(source, layers, windows, targets)
-    if not tuning.train:
-        say("scales are not tuned: that takes two calibration windows or more")
-        return None
     codes = [layer.codes for layer in layers]
     try:
+        tuning = _Tuning(source, layers, windows, targets)
+        if not tuning.train:
+            say("scales are not tuned: that takes two calibration windows or more")
+            return None
         before = tuning.held_out_divergence()
         tuning.run(steps, RATE * math.sqrt(max(before, 0)))
         for layer, changes in zip(layers, tuning.changes, strict=True):
             layer.codes = _rescaled(layer.codes, changes, source.storage_dtype)
         tuning.forget_changes()
         found = Tuned([layer.codes for layer in layers], before, tuning.held_out_divergence())
-    except _NoRoomError:
+    except torch.cuda.OutOfMemoryError:
         if parallel.size() > 1:
             raise UserError(f"{NO_ROOM}; use --tune-scales 0, or lower --calib-length") from None
         say(f"{NO_ROOM}; they stay as they are (--tune-scales 0 spares the attempt)")
@@ -118,10 +118,6 @@ def tune_scales(
             layer.codes = old
         return found and replace(found, codes=codes)
     return found
-
-
-class _NoRoomError(Exception):
-    """The GPU has no room for a single window."""
 
 
 class _Scaled(torch.autograd.Function):
@@ -222,7 +218,7 @@ class _Tuning:
                 pass
             torch.cuda.empty_cache()
             if self.at_once == 1:
-                raise _NoRoomError
+                raise torch.cuda.OutOfMemoryError(NO_ROOM)
             self.at_once //= 2
 
     def parts(self, windows: list[int]) -> list[list[int]]:
