@@ -12,12 +12,14 @@ import torch
 from conftest import run_quantize
 from kernel_checks import relative
 from methods import method_options
+from tuning_problem import Problem
 
 from common.model.fused import fuse_layers
 from common.running import runtime
 from common.running.decoding import Decoder
 from common.running.runtime import load_for_running, load_model
 from common.running.speed import measure_memory, weight_bytes
+from common.walk import tuning
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")
@@ -47,6 +49,23 @@ def test_fused_layers(tiny_models, architecture):
         model(tokens).logits.square().mean().backward()
         gradients.append(weight.grad)
     assert relative(gradients[1], gradients[0]) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("home", ["cpu", "cuda"])
+def test_scales_are_tuned_as_on_a_cpu(tmp_path, monkeypatch, dtype, home):
+    monkeypatch.setattr(tuning, "RATE", 0.05)
+    wanted = Problem(tmp_path / "cpu").tune(16)
+    problem = Problem(tmp_path / "cuda", dtype=dtype, device=CUDA, home=torch.device(home))
+    found = problem.tune(16)
+    assert found.before == pytest.approx(wanted.before, rel=0.05)
+    assert found.better and found.after == pytest.approx(wanted.after, rel=0.05)
+    for own, other in zip(found.codes, wanted.codes, strict=True):
+        for name, linear in own.items():
+            assert linear.scale.device.type == home
+            if dtype == torch.float32:
+                change = (linear.scale.cpu() / other[name].scale).log().abs()
+                assert change.mean() < 2**-8
 
 
 FORMS = method_options(
