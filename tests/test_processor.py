@@ -199,12 +199,13 @@ def test_weights_held_dense_for_prompts(checkpoints):
         assert torch.equal(model(tokens[:1, :9]).logits, before[1])
 
 
-def test_what_does_not_fit_or_is_not_worth_it_runs_dense(checkpoints, monkeypatch):
+def test_what_does_not_fit_or_is_not_worth_it_runs_dense(checkpoints, monkeypatch, capsys):
     folder = checkpoints / "gptq"
     with monkeypatch.context() as patch:
         patch.setattr(processor, "block_rows", lambda: None)
         model, _ = load_for_running(folder, CPU, torch.float32)
         assert kernels_of(model) == "dense"
+        assert f"{folder} runs on dense weights" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(processor, "is_worth_it", lambda dtype: False)
         model, _ = load_for_running(folder, CPU, torch.bfloat16)

@@ -19,6 +19,7 @@ from common.base.device_memory import available
 from common.base.errors import UserError, first_line
 from common.base.progress import say
 from common.checkpoint.foreign import runs_as_is
+from common.checkpoint.format import unknown_form
 from common.kernels import processor
 from common.kernels.dispatch import triton_works
 from common.model.architecture import FAMILIES, FILLED_BY_CODE, let_head_finish_logits
@@ -91,12 +92,17 @@ def _load_for_processor(
     folder: Path, device: torch.device, dtype: torch.dtype, described: Path | None
 ):
     content = read_config(folder)
-    quantized = "quantization_config" in content
-    if quantized and processor.is_worth_it(dtype) and can_be_packed(content, TensorReader(folder)):
-        model = load_packed(folder, device, dtype)
-        if prepare_for_processor(model):
-            let_head_finish_logits(model)
-            return model, load_tokenizer(described or folder)
+    worth_it = "quantization_config" in content and processor.is_worth_it(dtype)
+    if worth_it and not unknown_form(content, names := TensorReader(folder)):
+        if can_be_packed(content, names):
+            model = load_packed(folder, device, dtype)
+            if prepare_for_processor(model):
+                let_head_finish_logits(model)
+                return model, load_tokenizer(described or folder)
+        say(
+            f"{folder} runs on dense weights, no smaller and no faster than the 16-bit model: on "
+            "this CPU torch has no product of its form (it has 4 and 8 bits, groups of 32 and more)"
+        )
     return load_model(folder, device, dtype, described)
 
 
