@@ -121,11 +121,13 @@ def ended(*asked) -> int:
 
 def serve() -> None:
     sys.path.pop(0)  # this folder, which no script finds there
+    gc.disable()
     for name in LIBRARIES:
         importlib.import_module(name)
     early = NOT_THOSE & {name.split(".")[0] for name in sys.modules}
     assert not early, f"imported before there is an environment for them: {early}"
     gc.freeze()  # or each fork would go over what all of them have
+    gc.enable()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

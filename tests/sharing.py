@@ -3,6 +3,7 @@ that are encoded once.
 """
 
 import copy
+import gc
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,23 @@ PLACES = {f"test_{name}.py": place for place, names in enumerate(LONG) for name 
 def pytest_collection_modifyitems(items):
     """They come first, so that no worker is left with one of them at the end."""
     items.sort(key=lambda item: PLACES.get(item.path.name, len(LONG)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported with the tests stays: that it is looked through for garbage again and again
+    takes a tenth of their time.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or some libraries say at the end that something of theirs is left
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -72,8 +90,7 @@ def long_texts_encoded_once():
         yield
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
+def leave_plots_empty(patch: pytest.MonkeyPatch) -> None:
     """analyze_results.py lays its plots out and leaves their files empty, as drawing takes most of
     its time.
     """
@@ -84,4 +101,18 @@ def undrawn(monkeypatch):
         file.touch()
         plots.plt.close(figure)
 
-    monkeypatch.setattr(plots, "save", save)
+    patch.setattr(plots, "save", save)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Plots are not drawn in this test."""
+    leave_plots_empty(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def undrawn_module():
+    """Plots are not drawn in this file, fixtures of the module included."""
+    with pytest.MonkeyPatch.context() as patch:
+        leave_plots_empty(patch)
+        yield
