@@ -2,6 +2,8 @@
 neither outlasts a fork.
 """
 
+import gc
+
 import lm_eval.evaluator  # noqa: F401
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipelines  # noqa: F401
 
@@ -11,3 +13,6 @@ from common.tasks import language_model  # noqa: F401
 
 # It looks for modules of the libraries, and imports them.
 cli.quiet_libraries()
+
+# All of it stays: no fork looks through it for garbage, which would also copy its memory.
+gc.freeze()
