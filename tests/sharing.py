@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 # The files that take longest. Those in a line share a process that takes long to start: `forks`,
-# `PlainLoader`, the batch's own.
+# the batch's own.
 LONG = (
     ("kernels",),
-    ("bad_input", "hub", "hub_data", "check", "others_checkpoints", "parallel"),
-    ("checkpoint", "decoding"),
+    ("bad_input", "hub", "hub_data", "check", "others_checkpoints", "parallel", "checkpoint"),
     ("batch", "peers", "processes", "unchanged"),
     ("demo",),
     ("resume",),
