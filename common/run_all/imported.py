@@ -2,6 +2,7 @@
 neither outlasts a fork.
 """
 
+import atexit
 import gc
 
 import lm_eval.evaluator  # noqa: F401
@@ -16,3 +17,4 @@ cli.quiet_libraries()
 
 # All of it stays: no fork looks through it for garbage, which would also copy its memory.
 gc.freeze()
+atexit.register(gc.unfreeze)  # or Triton would say at the end that it is not taken down
