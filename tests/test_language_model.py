@@ -11,7 +11,6 @@ from common.running.decoding import STEPS_AT_ONCE, Decoder
 from common.running.runtime import load_model
 from common.tasks.language_model import HarnessModel
 
-
 FAMILIES = ["llama", "qwen3", "gemma3_text", "granite", "phi3", "smollm3"]
 
 
