@@ -11,15 +11,13 @@ import pytest
 # The files that take longest. Those in a line share a process that takes long to start: `forks`,
 # the batch's own.
 LONG = (
-    ("kernels",),
     ("bad_input", "hub", "hub_data", "check", "others_checkpoints", "parallel", "checkpoint"),
+    ("kernels",),
     ("batch", "peers", "processes", "unchanged"),
-    ("demo",),
     ("resume",),
-    ("tables",),
-    ("identity",),
-    ("rounding_kernels",),
-    ("reuse",),
+    ("demo",),
+    *((name,) for name in ("browser", "windows", "tables", "online", "decoding", "first_screen")),
+    *((name,) for name in ("gguf_export", "numerics", "architecture", "identity", "tuning")),
 )
 PLACES = {f"test_{name}.py": place for place, names in enumerate(LONG) for name in names}
 

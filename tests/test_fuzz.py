@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT, assert_user_error, run_quantize, run_script, sampled
+from made_up_results import README, model_part
 
 from common.base.errors import UserError
 from common.verification import verify
@@ -154,17 +155,15 @@ def test_compare_with_a_damaged_checkpoint(checkpoint, tmp_path, name):
     assert_user_error(result, name)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "name", ["baseline.json", "gptq-4bit.json", "samples/gptq-4bit.jsonl.gz", "status.json"]
 )
 def test_analyze_with_truncated_results(tmp_path, name):
-    source = ROOT / "results" / "SmolLM2-135M-Instruct"
-    if not source.is_dir():
-        pytest.skip("the documented run's results are not here")
-    shutil.copytree(source, tmp_path / "results" / "SmolLM2-135M-Instruct")
-    file = tmp_path / "results" / "SmolLM2-135M-Instruct" / name
+    model_part(tmp_path / "results", ["gptq-4bit"])
+    file = tmp_path / "results" / "tiny" / name
     file.write_bytes(file.read_bytes()[: len(file.read_bytes()) // 2])
-    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    (tmp_path / "README.md").write_text(README)
     result = run_script(
         ROOT / "analyze_results.py",
         "--results-dir",
