@@ -2,6 +2,7 @@
 that are encoded once.
 """
 
+import atexit
 import copy
 import gc
 from pathlib import Path
@@ -38,10 +39,8 @@ def pytest_collection():
     finally:
         gc.enable()
         gc.freeze()
-
-
-def pytest_unconfigure():
-    gc.unfreeze()  # or some libraries say at the end that something of theirs is left
+        atexit.register(gc.unfreeze)  # or Triton would say that it is not taken down
+        gc.set_threshold(5_000, 10, 20)  # what is left to look through is little
 
 
 @pytest.hookimpl(optionalhook=True)
