@@ -58,11 +58,17 @@ class Forks:
         """
         with tempfile.TemporaryDirectory() as folder:
             files = [str(Path(folder, name)) for name in ("out", "err")]
-            asked = [words, str(cwd), environment, files]
-            print(json.dumps(asked), file=self._process.stdin, flush=True)
-            code = json.loads(self._process.stdout.readline())
+            code = self._answer(words, str(cwd), environment, files, SECONDS)
             out, err = (Path(file).read_text() for file in files)
         return subprocess.CompletedProcess(words, code, out, err)
+
+    def start(self, words: list[str], cwd: Path, environment: dict[str, str]) -> None:
+        """As `run`, of a script that is not waited for; what it prints is lost."""
+        self._answer(words, str(cwd), environment, [os.devnull] * 2, 0)
+
+    def _answer(self, *asked) -> int:
+        print(json.dumps(asked), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
         self._process.communicate()
@@ -76,12 +82,16 @@ def forks() -> Forks:
     return found
 
 
-def become(words: list[str], cwd: str, environment: dict[str, str], files: list[str]) -> None:
-    """In the fork: run a script, as Python does."""
+def become(
+    words: list[str], cwd: str, environment: dict[str, str], files: list[str], seconds: int
+) -> None:
+    """In the fork: run a script, as Python does, for at most so many seconds; 0 for as long as it
+    takes.
+    """
     opened = [os.open(file, os.O_WRONLY | os.O_CREAT) for file in files]
     for descriptor, file in enumerate([os.open(os.devnull, os.O_RDONLY), *opened]):
         os.dup2(file, descriptor)
-    signal.alarm(SECONDS)
+    signal.alarm(seconds)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
@@ -121,16 +131,20 @@ def ended(*asked) -> int:
 
 def serve() -> None:
     sys.path.pop(0)  # this folder, which no script finds there
+    gc.disable()
     for name in LIBRARIES:
         importlib.import_module(name)
     early = NOT_THOSE & {name.split(".")[0] for name in sys.modules}
     assert not early, f"imported before there is an environment for them: {early}"
     gc.freeze()  # or each fork would go over what all of them have
+    gc.enable()
     for line in sys.stdin:
+        *asked, seconds = json.loads(line)
         child = os.fork()
         if child == 0:
-            os._exit(ended(*json.loads(line)))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+            os._exit(ended(*asked, seconds))
+        waited_for = os.waitpid(child, 0)[1] if seconds else 0
+        print(os.waitstatus_to_exitcode(waited_for), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """Checkpoints loaded by transformers alone, in processes that know nothing of this project: forks
 of one that has imported transformers, so that each load does not import it anew.
 
-As a script it is that process: it reads a line of JSON for each load and answers with the exit
-code.
+As a script it is that process: it reads a line of JSON for each load from one file and writes the
+exit code to another.
 """
 
 import gc
 import json
 import os
-import subprocess
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -20,9 +20,14 @@ class PlainLoader:
     """The process, for a session of tests."""
 
     def __init__(self):
-        words = [sys.executable, str(Path(__file__).resolve())]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._process = subprocess.Popen(words, text=True, cwd="/", **pipes)
+        from forks import forks
+
+        with tempfile.TemporaryDirectory() as folder:
+            pipes = [str(Path(folder, name)) for name in ("asked", "answers")]
+            for pipe in pipes:
+                os.mkfifo(pipe)
+            forks().start([str(Path(__file__).resolve()), *pipes], Path("/"), dict(os.environ))
+            self._asked, self._answers = open(pipes[0], "w"), open(pipes[1])
 
     def __call__(self, folder: Path, tokens: torch.Tensor, scratch: Path, dtype="float32") -> dict:
         """What plain transformers makes of a checkpoint: logits of `tokens`, the linears' weights,
@@ -30,12 +35,13 @@ class PlainLoader:
         """
         torch.save(tokens, scratch / "tokens.pt")
         words = [str(folder), dtype, str(scratch)]
-        print(json.dumps(words), file=self._process.stdin, flush=True)
-        assert self._process.stdout.readline() == "0\n", (scratch / "error").read_text()
+        print(json.dumps(words), file=self._asked, flush=True)
+        assert self._answers.readline() == "0\n", (scratch / "error").read_text()
         return torch.load(scratch / "loaded.pt")
 
     def close(self) -> None:
-        self._process.communicate()
+        self._asked.close()
+        self._answers.close()
 
 
 def load(folder: str, dtype: str, scratch: Path) -> None:
@@ -61,7 +67,7 @@ def load(folder: str, dtype: str, scratch: Path) -> None:
     torch.save(found, "loaded.pt")
 
 
-def serve() -> None:
+def serve(asked: str, answers: str) -> None:
     # All that a load imports, or each fork would import it anew.
     from compressed_tensors.compressors.model_compressors import model_compressor  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
@@ -70,7 +76,8 @@ def serve() -> None:
 
     sys.path.pop(0)
     gc.freeze()  # or each fork would go over what all of them have
-    for line in sys.stdin:
+    lines, out = open(asked), open(answers, "w")
+    for line in lines:
         folder, dtype, scratch = json.loads(line)
         child = os.fork()
         if child == 0:
@@ -82,8 +89,8 @@ def serve() -> None:
                 Path(scratch, "error").write_text(traceback.format_exc())
             finally:
                 os._exit(code)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=out, flush=True)
 
 
 if __name__ == "__main__":
-    serve()
+    serve(*sys.argv[1:])

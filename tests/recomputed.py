@@ -89,7 +89,8 @@ def mean_over_tasks(pairs, ratios: bool) -> tuple[float, float, float]:
     values, variances, all_degrees, floors = [], [], [], []
     for before, after, groups, metric in pairs:
         first, second = metric(before), metric(after)
-        members = [groups == name for name in np.unique(groups)]
+        names, place = np.unique(groups, return_inverse=True)
+        members = [place == name for name in range(len(names))]
         key = before.tobytes(), groups.tobytes(), metric
         if key not in baselines:
             baselines[key] = [metric(before[~one]) for one in members]

@@ -2,24 +2,23 @@
 that are encoded once.
 """
 
+import atexit
 import copy
+import gc
 from pathlib import Path
 
 import pytest
 
 # The files that take longest. Those in a line share a process that takes long to start: `forks`,
-# `PlainLoader`, the batch's own.
+# the batch's own.
 LONG = (
+    ("bad_input", "hub", "hub_data", "check", "others_checkpoints", "parallel", "checkpoint"),
     ("kernels",),
-    ("bad_input", "hub", "hub_data", "check", "others_checkpoints", "parallel"),
-    ("checkpoint", "decoding"),
     ("batch", "peers", "processes", "unchanged"),
-    ("demo",),
     ("resume",),
-    ("tables",),
-    ("identity",),
-    ("rounding_kernels",),
-    ("reuse",),
+    ("demo",),
+    *((name,) for name in ("browser", "windows", "tables", "online", "decoding", "first_screen")),
+    *((name,) for name in ("gguf_export", "numerics", "architecture", "identity", "tuning")),
 )
 PLACES = {f"test_{name}.py": place for place, names in enumerate(LONG) for name in names}
 
@@ -27,6 +26,21 @@ PLACES = {f"test_{name}.py": place for place, names in enumerate(LONG) for name 
 def pytest_collection_modifyitems(items):
     """They come first, so that no worker is left with one of them at the end."""
     items.sort(key=lambda item: PLACES.get(item.path.name, len(LONG)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported with the tests stays: that it is looked through for garbage again and again
+    takes a tenth of their time.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # or Triton would say that it is not taken down
+        gc.set_threshold(5_000, 10, 20)  # what is left to look through is little
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -72,8 +86,7 @@ def long_texts_encoded_once():
         yield
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
+def leave_plots_empty(patch: pytest.MonkeyPatch) -> None:
     """analyze_results.py lays its plots out and leaves their files empty, as drawing takes most of
     its time.
     """
@@ -84,4 +97,18 @@ def undrawn(monkeypatch):
         file.touch()
         plots.plt.close(figure)
 
-    monkeypatch.setattr(plots, "save", save)
+    patch.setattr(plots, "save", save)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Plots are not drawn in this test."""
+    leave_plots_empty(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def undrawn_module():
+    """Plots are not drawn in this file, fixtures of the module included."""
+    with pytest.MonkeyPatch.context() as patch:
+        leave_plots_empty(patch)
+        yield

@@ -1,7 +1,10 @@
 """What a user can get wrong: one clear line, exit code 2, nothing half-written."""
 
+import contextlib
 import json
+import resource
 import shutil
+import signal
 
 import pytest
 from conftest import ROOT, assert_user_error, run_script
@@ -152,19 +155,28 @@ def test_results_that_cannot_be_written(tiny, tmp_path, place):
     assert "samples" not in result.stdout
 
 
+@contextlib.contextmanager
+def files_up_to(size):
+    """No file of this process grows beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
 @pytest.mark.parametrize("limit, left", [(30000, True), (9000, False)])
 def test_disk_full(tiny, tmp_path, limit, left):
     """A writer that cannot write half-way: the size limit of a file stands in for the full disk.
     Finished layers are kept.
     """
-    code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.argv = sys.argv[1:]; "
-        f"sys.path.insert(0, {str(ROOT)!r}); import runpy; runpy.run_path(sys.argv[0], "
-        f"run_name='__main__')"
-    )
     arguments = [HQQ, "--model", tiny, "--output", tmp_path / "out"]
-    assert_user_error(run_script("-c", code, *arguments, inline=False), "cannot write")
+    with files_up_to(limit):
+        stopped = run_script(*arguments)
+    assert_user_error(stopped, "cannot write")
     assert [file.name for file in tmp_path.iterdir()] == (["out.unfinished"] if left else [])
     freed = run_script(*arguments, "--resume")
     assert freed.returncode == 0 and ("after 2 layers" in freed.stdout) is left

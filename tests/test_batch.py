@@ -89,6 +89,7 @@ def test_another_batch_s_states_are_kept(tmp_path):
     assert status["gptq-4bit"]["verified"] == "x"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_batch_run_again(real_batch):
     """With the same options all is kept; other limits redo the evaluation; other options of the
     method are refused, by name.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import build_tiny, run_quantize, sampled, tiny_tokenizer
 from methods import method_options
+from transformers import DynamicCache
 
 from common.running.runtime import load_model
 from common.tasks.perplexity import perplexity
@@ -61,8 +62,10 @@ def sample(model, windows, length, generator):
     quantizing shows.
     """
     tokens = torch.randint(2, 320, (windows, 1), generator=generator)
+    cache = DynamicCache()
     for _ in range(length - 1):
-        chances = torch.softmax(model(tokens).logits[:, -1].float(), -1)
+        logits = model(tokens[:, -1:], past_key_values=cache, use_cache=True).logits
+        chances = torch.softmax(logits[:, -1].float(), -1)
         tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)], dim=1)
     return tokens
 

@@ -169,20 +169,25 @@ def test_calibration_of_one_word(tiny, tmp_path, method):
     assert all(0 <= record["relative_output_error"] < 3 for record in document["linears"].values())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_overflow_names_the_layer(tmp_path, calibration_text, method):
-    """In float16 the gate's product with up_proj leaves the range."""
-    folder = tmp_path / "model"
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory):
+    """A tiny model in which the gate's product with up_proj leaves float16's range."""
+    folder = tmp_path_factory.mktemp("overflowing") / "model"
     model = build_tiny("llama", tied=True)
     for name in ("up_proj", "gate_proj"):
         model.model.layers[1].mlp.get_submodule(name).weight.data *= 3000
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_overflow_names_the_layer(overflowing, tmp_path, calibration_text, method):
     output = tmp_path / "out"
     result = run_script(
         ROOT / f"quantize_{method}.py",
         "--model",
-        folder,
+        overflowing,
         "--calib-data",
         calibration_text,
         "--calib-samples",

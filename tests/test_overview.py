@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import sampled
 from made_up_results import README, analyze, document
 from made_up_results import arc_records as arc
 from recomputed import tables
@@ -101,12 +102,17 @@ def test_a_baseline_that_answers_nothing_has_no_ratio():
     )
 
 
-def test_the_interval_of_a_mean_over_tasks_holds_its_rate():
-    """Of 1000 pairs of models with the same true scores 95% hold 100%, or more, as the floor under
-    the interval errs on the cautious side.
+@pytest.mark.parametrize(
+    ("pairs", "low", "high"),
+    # Of runs with a rate of 95% one in 40 is below; the other end is 98.5%.
+    sampled([(300, 278, 295), (1000, 936, 985)], lambda pairs, *_: pairs == 300),
+)
+def test_the_interval_of_a_mean_over_tasks_holds_its_rate(pairs, low, high):
+    """Of pairs of models with the same true scores 95% hold 100%, or more, as the floor under the
+    interval errs on the cautious side.
     """
     inside = 0
-    for seed in range(1000):
+    for seed in range(pairs):
         rng = np.random.default_rng(seed)
         ratios = []
         for count, accuracy in ((150, 0.45), (200, 0.7), (400, 0.6)):
@@ -116,7 +122,7 @@ def test_the_interval_of_a_mean_over_tasks_holds_its_rate():
             ratios.append(ratio(paired, difference(paired, share=True).unseen))
         found = mean_of_tasks(ratios)
         inside += found.low <= 1 <= found.high
-    assert 936 <= inside <= 985  # 95% are 950, of which one run in 40 is below 936
+    assert low <= inside <= high
 
 
 def verdict(before, after, kl=None):

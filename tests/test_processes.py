@@ -64,14 +64,17 @@ def test_what_is_printed_comes_at_once(tmp_path, monkeypatch):
 
 
 def test_nothing_is_imported_again(tmp_path, monkeypatch):
-    """Nor has what is forked used a GPU, or threads of torch's, which a fork would be without."""
+    """Nor has what is forked used a GPU, or threads of torch's, which a fork would be without; and
+    what is there is not looked through for garbage.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "script.py").write_text(
-        "import sys; before = set(sys.modules); import threading; import lm_eval.evaluator; "
+        "import sys; before = set(sys.modules); import gc, threading; import lm_eval.evaluator; "
         "import common.evaluation, common.quantization, common.verification; "
         "from transformers import LlamaForCausalLM; import torch; "
         "print(len(set(sys.modules) - before), torch.cuda.is_initialized(), "
-        "threading.active_count(), torch.ones(300, 300).matmul(torch.ones(300, 300)).sum().item())"
+        "threading.active_count(), torch.ones(300, 300).matmul(torch.ones(300, 300)).sum().item(), "
+        "gc.get_freeze_count() > 100_000)"
     )
     with processes.running(["script.py"], {}) as (output, process):
-        assert output.read() == f"0 False 1 {300.0**3}\n" and process.wait() == 0
+        assert output.read() == f"0 False 1 {300.0**3} True\n" and process.wait() == 0

@@ -89,6 +89,8 @@ def test_resumed_is_bit_identical(five, calibration_text, tmp_path, monkeypatch,
     assert f"after {stops[-1]} layers" in result.stdout
     assert content(parts) == content(whole)
     assert not (tmp_path / "parts.unfinished").exists()
+    if len(stops) == 1:  # of a method in the quick run
+        return
     assert run_script(ROOT / "verify_model.py", "--model-path", parts).returncode == 0
     again = run_script(*command(method, five, parts, calibration_text, "--resume"))
     assert again.returncode == 0 and "nothing to resume" in again.stdout

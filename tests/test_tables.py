@@ -31,11 +31,11 @@ from common.running.speed import measure_speed
 from common.tasks.speed import method_in_words
 
 CONFIGURATIONS = ("baseline", "gptq-2bit", "hqq-2bit")
-DATA = ["--data", "demo", "--limit", 60, "--windows", 4, "--window-length", 96]
+DATA = ["--data", "demo", "--limit", 40, "--windows", 4, "--window-length", 96]
 
 
 @pytest.fixture(scope="module")
-def evaluated(tiny_models, tmp_path_factory):
+def evaluated(tiny_models, tmp_path_factory, undrawn_module):
     """A folder with results of a tiny model and two quantized ones, and the README made from
     them."""
     folder = tmp_path_factory.mktemp("evaluated")
