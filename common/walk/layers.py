@@ -99,8 +99,8 @@ def quantize_model(
     tuned, done = None, []
     with watch("load"):
         home = _home_of_codes(source) if method.tune_steps else None
-        beside = _catches_up(method, source.family) or home is not None
-        streams = _start(source, method, windows, probe, round_embedding_and_head, beside)
+        tunes = home is not None
+        streams = _start(source, method, windows, probe, round_embedding_and_head, tunes)
         source.move_vocabulary(torch.device("cpu"))
     for index in track(
         range(source.num_layers), f"{method.name} {grid.bits}-bit layers", unit="layers"
@@ -201,18 +201,19 @@ def _start(
     windows: Tensor | None,
     probe: Tensor,
     round_embedding_and_head: Callable[[], None],
-    beside: bool,
+    tunes: bool = False,
 ) -> Streams:
     """The streams before the first layer, the model's small parts rewritten and rounded.
 
     Args:
-        beside: whether the original model's hidden states go along.
+        tunes: whether scales will be tuned towards the original model.
     """
     reference = source.embed(probe)
     if method.rewrite_model:
         method.rewrite_model(source)
         round_to_storage(source.model, source.family, source.storage_dtype)
     chunks, home, originals = (), source.device, None
+    beside = _catches_up(method, source.family) or tunes
     if windows is not None:
         chunks = token_chunks(source, windows)
         home = home_of((2 if beside else 1) * hidden_bytes(source, windows), source.device)
