@@ -123,17 +123,24 @@ def test_the_model_rests_on_it(planting, plant):
     assert perplexity(model, windows)[0]["perplexity"] > 1.3 * baseline
 
 
+# Whose scales are tuned on a GPU, where that is the default.
+TUNED = ("gptq", "awq", "adaround", "quarot")
+
+
 @pytest.mark.parametrize(
-    "plant, method",
+    "plant, method, steps",
     sampled(
-        itertools.product(PLANTS, METHODS),
-        # Every method with one of both.
-        lambda plant, method: (PLANTS.index(plant) + list(METHODS).index(method)) % 2 == 0,
+        [*itertools.product(PLANTS, METHODS, [0]), *itertools.product(PLANTS, TUNED, [32])],
+        # Every method with one of both, and one with tuned scales.
+        lambda plant, method, steps: (
+            (PLANTS.index(plant) + list(METHODS).index(method)) % 2 == 0
+            and (not steps or method == "adaround")
+        ),
     ),
 )
-def test_perplexity_stays(planting, plant, method, tmp_path):
+def test_perplexity_stays(planting, plant, method, steps, tmp_path):
     folder, text, windows, baseline, _ = planting(plant)
-    options = METHODS[method]
+    options = [*METHODS[method], *(["--tune-scales", steps] if steps else [])]
     result = run_quantize(method, folder, tmp_path / "out", *options, text=text, samples=12)
     assert result.returncode == 0, result.stderr
     assert "wrecked" not in result.stdout
