@@ -33,7 +33,7 @@ from common.walk.streams import run_layer
 # Of Adam on the logarithms of the scales, for each root of a nat that the model is away from the
 # original: divergence is quadratic in what is wrong with the weights, so its root says how large
 # a step is worth taking. Rises over the first part of the steps, then falls to 0 along half a
-# cosine. Chosen on two models (docs/Quantization_Methods_Deep_Dive.md, "Tuned scales").
+# cosine. Chosen on the demo, looked at on a second model (docs/Quantization_Methods_Deep_Dive.md).
 RATE, RISE = 6e-3, 0.25
 _DECAY = (0.9, 0.95)
 # Tokens of a step, of as many windows as that makes.
