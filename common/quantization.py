@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from common.base.progress import say
 from common.base.stopwatch import Stopwatch
 from common.checkpoint.format import WeightFormat, form_of_linears, open_checkpoint
 from common.checkpoint.sizes import sizes
+from common.checkpoint.unfinished import CANNOT_RESUME
 from common.checkpoint.writer import METADATA_FILE, CheckpointWriter, check_output
 from common.cli import configure_torch, resolve_sizes
 from common.exporting.gguf_file import check_file, check_source, export_beside, file_beside
@@ -88,7 +89,8 @@ def quantize(
     say(whole.headline())
     if options.embedding_bits:
         say(f"note: {INT8_EMBEDDING}")
-    with _first_only(whole.writer()) as writer:
+    # The first of several processes writes.
+    with whole.writer() if parallel.first() else nullcontext() as writer:
         rounding = VocabularyRounding(whole.source, options.embedding_bits, options.head_bits)
         result = whole.walk(writer, rounding)
         parallel.stop()
@@ -220,8 +222,8 @@ class _Run:
             **{
                 f"--{name.replace('_', '-')}": value
                 for name, value in options
-                # The text's fingerprint stands for where it comes from.
-                if name not in (*reuse.WITHOUT_EFFECT, "calib_data")
+                # The text's fingerprint stands for where it comes from; scales are tuned after.
+                if name not in (*reuse.WITHOUT_EFFECT, "calib_data", "tune_scales")
             },
             "device": metadata.describe_device(self.device)["name"],
             "processes": parallel.size(),
@@ -241,8 +243,8 @@ class _Run:
             writer.write_layer if writer else lambda *_: None,
             self.watch,
             rounding,
-            _resumption(writer, self.source, self.grid),
-            writer.rescale_layers if writer else lambda _: None,
+            _resumption(writer, self.source, self.grid, self.method.tune_steps),
+            writer.rescale_layers if writer else lambda *_: None,
         )
 
     def document(self, result: WalkResult, vocabulary: dict[str, dict], folder: Path) -> dict:
@@ -285,7 +287,7 @@ class _Run:
             "probe": self._probe(result),
             "linears": result.linears,
             **({"layers": result.layer_notes} if any(result.layer_notes) else {}),
-            **({"tuned": result.tuned.describe()} if result.tuned else {}),
+            **({"tuned": result.tuned} if result.tuned else {}),
             "made_from": self.made_from,
             **({"ends": vocabulary} if vocabulary else {}),
             "engines": {name: asdict(found) for name, found in engines.items()},
@@ -310,14 +312,17 @@ class _Run:
         }
 
 
-def _first_only(writer: CheckpointWriter) -> AbstractContextManager[CheckpointWriter | None]:
-    """The writer, in the first of several processes; None in the others."""
-    return writer if parallel.first() else nullcontext()
-
-
-def _resumption(writer: CheckpointWriter | None, source: SourceModel, grid: Grid) -> Resumption:
+def _resumption(
+    writer: CheckpointWriter | None, source: SourceModel, grid: Grid, steps: int
+) -> Resumption:
     """The layers that an earlier run finished, which the first process reads."""
-    records = parallel.gather(writer.records if writer else None)[0]
+    done = (writer.records, writer.unfinished.tuned) if writer else None
+    records, tuned = parallel.gather(done)[0]
+    if tuned and tuned["steps"] != steps:
+        raise UserError(
+            f"{CANNOT_RESUME} {source.name}: its scales are tuned already, with --tune-scales "
+            f"{tuned['steps']}; run it with that, or without --resume to start again"
+        )
 
     def restore(index: int, module: nn.Module) -> dict[str, QuantizedLinear]:
         if writer:
@@ -329,7 +334,7 @@ def _resumption(writer: CheckpointWriter | None, source: SourceModel, grid: Grid
             parameter.data = parallel.from_first(parameter.data)
         return {name: found.map(parallel.from_first) for name, found in codes.items()}
 
-    return Resumption(records, restore)
+    return Resumption(records, restore, tuned)
 
 
 def _summary(output: Path, document: dict) -> str:

@@ -23,7 +23,10 @@ from conftest import (
 )
 from methods import method_options
 
-from common.checkpoint.writer import METADATA_FILE
+from common.base.errors import UserError
+from common.checkpoint.writer import METADATA_FILE, CheckpointWriter
+from common.walk import layers as walk
+from common.walk import tuning
 
 METHODS = method_options(
     iterations=15,
@@ -164,6 +167,55 @@ def test_killed_at_random_moments(deep, calibration_text, tmp_path, one_thread):
 @pytest.mark.parametrize("method", ["gptq", "quarot", "smoothquant"])
 def test_killed_twenty_times(deep, calibration_text, tmp_path, one_thread, method):
     killed_often(method, deep, calibration_text, tmp_path, kills=20)
+
+
+def stopped(*_):
+    raise KeyboardInterrupt
+
+
+def stopped_at_the_second(original):
+    """`CheckpointWriter._save` that does not write the second layer's tuned scales."""
+
+    def save(writer, tensors, file):
+        if file.startswith("model-00002") and file.endswith(".tuned"):
+            raise UserError("no room")
+        return original(writer, tensors, file)
+
+    return save
+
+
+@pytest.mark.parametrize("where", ["in the tuning", "between new scales", "after them"])
+def test_stopped_when_all_layers_are_done(five, calibration_text, tmp_path, monkeypatch, where):
+    """What is gone on with is what was not interrupted, with other scales as long as there are
+    none.
+    """
+    # On a model of random weights and so little text it need not be.
+    monkeypatch.setattr(tuning.Tuned, "better", True)
+    output, tuned = tmp_path / "out", ["--bits", 3, "--tune-scales", 6]
+    begun = command("gptq", five, output, calibration_text, *tuned)
+    with monkeypatch.context() as patch:
+        if where == "in the tuning":
+            patch.setattr(walk, "tune_scales", stopped)
+        elif where == "after them":
+            patch.setattr(CheckpointWriter, "write_rest", stopped)
+        else:
+            patch.setattr(CheckpointWriter, "_save", stopped_at_the_second(CheckpointWriter._save))
+        assert run_script(*begun).returncode
+    others = ["--resume", "--tune-scales", 0]
+    if where == "after them":
+        assert_user_error(run_script(*begun, *others), "cannot resume", "--tune-scales 6")
+        others = ["--resume"]
+    elif where == "between new scales":
+        others = ["--resume"]
+    result = run_script(*begun, *others)
+    assert result.returncode == 0, result.stderr
+    assert "after 5 layers" in result.stdout
+    whole = tmp_path / "whole"
+    alone = command("gptq", five, whole, calibration_text, *tuned, *others[1:])
+    assert run_script(*alone).returncode == 0
+    assert content(output) == content(whole)
+    assert "tuned" not in content(whole)[1] or content(whole)[1]["tuned"]["kept"]
+    assert not list(output.glob("*.tuned"))
 
 
 def test_only_the_same_run_is_gone_on_with(five, tiny, calibration_text, tmp_path, monkeypatch):

@@ -133,6 +133,28 @@ def test_without_error_there_is_nothing_to_tune(tmp_path):
         assert torch.allclose(found.scale, problem.by_name(problem.codes)[name].scale, rtol=2**-7)
 
 
+def test_a_divergence_that_is_not_finite_is_left_to_the_walk(tmp_path):
+    problem = Problem(tmp_path)
+    problem.source.model.model.norm.weight[3] = math.nan
+    assert problem.tune(5) is None
+    assert [layer.codes for layer in problem.layers] == problem.codes
+
+
+def test_weights_of_one_layer_at_a_time(tmp_path, monkeypatch):
+    problem = Problem(tmp_path)
+    held = []
+    original = tuning.run_layer
+
+    def watched(module, *arguments):
+        linears = [layer.module.mlp.down_proj.weight for layer in problem.layers]
+        held.append(sum(not weight.is_meta for weight in linears))
+        return original(module, *arguments)
+
+    monkeypatch.setattr(tuning, "run_layer", watched)
+    problem.tune(2)
+    assert set(held) == {1}
+
+
 def test_one_window_cannot_be_held_out(tmp_path, capsys):
     problem = Problem(tmp_path)
     problem.windows, problem.targets = problem.windows[:1], [problem.targets[0][:1]]
@@ -155,7 +177,7 @@ def out_of_memory_above(monkeypatch, windows):
 @pytest.mark.parametrize("windows", sampled([(1,), (2,), (5,)], lambda windows: windows == 2))
 def test_windows_that_do_not_fit_go_in_parts(tmp_path, monkeypatch, windows):
     problem = Problem(tmp_path)
-    monkeypatch.setattr(tuning, "STEP_TOKENS", 7 * LENGTH)  # ten windows: seven, then three
+    monkeypatch.setattr(tuning, "STEP_TOKENS", 7 * LENGTH)  # of ten windows seven at a time
     whole = problem.by_name(problem.tune(10).codes)
     for layer, codes in zip(problem.layers, problem.codes, strict=True):
         layer.codes = codes

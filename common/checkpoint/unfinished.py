@@ -24,7 +24,8 @@ CANNOT_RESUME = "cannot resume"
 
 
 class UnfinishedFolder:
-    """The folder of one run. records: of the layers that are finished, by index.
+    """The folder of one run. records: of the layers that are finished, by index; tuned: what tuning
+    the scales of all layers found, where the shards have the new ones.
 
     Args:
         output: where the finished checkpoint will be.
@@ -38,6 +39,7 @@ class UnfinishedFolder:
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.resume = resume
         self.records: list[dict] = []
+        self.tuned: dict | None = None
         self._lock: int | None = None
 
     def open(self) -> None:
@@ -85,7 +87,7 @@ class UnfinishedFolder:
                 f"{CANNOT_RESUME} {self.path}: {'; '.join(changes)}; run it as it was begun, or "
                 "without --resume to start again"
             )
-        self.records = progress["layers"]
+        self.records, self.tuned = progress["layers"], progress.get("tuned")
         if self.records:
             say(f"resuming {self.path} after {len(self.records)} layers")
 
@@ -97,14 +99,34 @@ class UnfinishedFolder:
         self._write_progress()
 
     def drop_after(self, layers: int) -> None:
-        """Forget the layers from index `layers` on: their files are not as they should be."""
-        del self.records[layers:]
+        """Forget the layers from index `layers` on: their files are not as they should be. With
+        tuned scales no layer is of use without the others.
+        """
+        del self.records[0 if self.tuned else layers :]
+        self.tuned = None
+        self._write_progress()
+
+    def exchange(self, files: list[tuple[Path, Path]], tuned: dict) -> None:
+        """Let files take the places of others, with all that was tuned. Killed in between, which
+        takes no time, there is nothing to go on with.
+        """
+        records = list(self.records)
+        self.drop_after(0)
+        for new, old in files:
+            new.replace(old)
+        self.records, self.tuned = records, tuned
         self._write_progress()
 
     def _write_progress(self) -> None:
         with replacing(self.path / PROGRESS_FILE) as unfinished:
             unfinished.write_text(
-                json.dumps({"fingerprint": self.fingerprint, "layers": self.records})
+                json.dumps(
+                    {
+                        "fingerprint": self.fingerprint,
+                        "layers": self.records,
+                        **({"tuned": self.tuned} if self.tuned else {}),
+                    }
+                )
             )
 
     @staticmethod

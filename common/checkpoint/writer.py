@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from common.base.device import dtype_name
 from common.base.errors import UserError
-from common.base.files import json_or_none, load_json, replace_folder, why_not_writable
+from common.base.files import json_or_none, replace_folder, why_not_writable
 from common.checkpoint.format import (
     VOCABULARY,
     form_of_linears,
     form_of_vocabulary,
     quantization_config,
 )
+from common.checkpoint.older import name_tokenizer_as_before, old_rope
 from common.checkpoint.tensors import (
     compress,
     compress_rows,
@@ -163,23 +164,19 @@ class CheckpointWriter:
                 tensors[f"{prefix}{name}.{part}"] = tensor
         file = self._save(tensors, self._shard(index))
         self._enter(file, TensorReader(self.folder, file))
-        written = load_file(self.folder / file)
-        for name, linear in codes.items():
-            state = stored_parts(written.__getitem__, written, prefix + name)
-            state = {part: tensor.to(linear.codes.device) for part, tensor in state.items()}
-            if not torch.equal(decompress(state, self.grid), linear.dequantize()):
-                raise UserError(
-                    f"{prefix}{name}: what was written does not read back the same; the disk or "
-                    "compressed-tensors is at fault, nothing was saved"
-                )
+        self._check(file, index, codes)
         self.unfinished.finish_layer(record)
 
-    def rescale_layers(self, layers: list[dict[str, QuantizedLinear]]) -> None:
+    def rescale_layers(self, layers: list[dict[str, QuantizedLinear]], tuned: dict) -> None:
         """Give the linears of all layers, by index, other scales: those of codes that are otherwise
-        the ones written.
+        the ones written. All are written before the first takes its place.
+
+        Args:
+            tuned: what the tuning found.
+        Raises:
+            UserError: what was read back is not what was tuned.
         """
-        # Some layers with new scales and some with old are nothing to go on with.
-        self.unfinished.drop_after(0)
+        exchanged = []
         for index, codes in enumerate(layers):
             tensors = load_file(self.folder / self._shard(index))
             for name, linear in codes.items():
@@ -187,7 +184,23 @@ class CheckpointWriter:
                 tensors[scale] = linear.scale.to("cpu", tensors[scale].dtype).view_as(
                     tensors[scale]
                 )
-            self._save(tensors, self._shard(index))
+            file = self._save(tensors, f"{self._shard(index)}.tuned")
+            self._check(file, index, codes)
+            exchanged.append((self.folder / file, self.folder / self._shard(index)))
+        self.unfinished.exchange(exchanged, tuned)
+
+    def _check(self, file: str, index: int, codes: dict[str, QuantizedLinear]) -> None:
+        """Read the linears of a layer back and compare."""
+        written = load_file(self.folder / file)
+        for name, linear in codes.items():
+            whole = f"model.layers.{index}.{name}"
+            state = stored_parts(written.__getitem__, written, whole)
+            state = {part: tensor.to(linear.codes.device) for part, tensor in state.items()}
+            if not torch.equal(decompress(state, self.grid), linear.dequantize()):
+                raise UserError(
+                    f"{whole}: what was written does not read back the same; the disk or "
+                    "compressed-tensors is at fault, nothing was saved"
+                )
 
     def _shard(self, index: int) -> str:
         # One for each layer, and the last for the embedding, the final norm and an untied head.
@@ -252,14 +265,14 @@ class CheckpointWriter:
             architectures=[type(source.model).__name__],
             dtype=dtype_name(self.load_dtype),
             quantization_config=quantization,
-            **_old_rope(config),
+            **old_rope(config),
         )
         if self.online:
             mark_config(config, self.online)
             write_keys(self.folder, self.online.keys)
         (self.folder / "config.json").write_text(json.dumps(config, indent=2))
         source.tokenizer.save_pretrained(self.folder)
-        _name_tokenizer_as_before(self.folder / "tokenizer_config.json")
+        name_tokenizer_as_before(self.folder / "tokenizer_config.json")
         generation = source.folder / "generation_config.json"
         if generation.is_file():
             shutil.copy(generation, self.folder)
@@ -276,37 +289,6 @@ class CheckpointWriter:
                 os.fsync(handle.fileno())
         replace_folder(self.folder, self.output)
         self.unfinished.clean(self.output)
-
-
-def _old_rope(config: dict) -> dict:
-    """The rotary embedding of a config.json in the form that transformers 4 reads; without it 4.57
-    takes its defaults and says nothing. transformers 5 reads both forms.
-    """
-    scaling = dict(config["rope_parameters"])
-    old = {}
-    if "full_attention" in scaling:  # one form for each type of layer
-        old["rope_local_base_freq"] = scaling["sliding_attention"]["rope_theta"]
-        scaling = dict(scaling["full_attention"])
-    theta, kind = scaling.pop("rope_theta"), scaling["rope_type"]
-    # Where a part of each head is turned, a field of its own says so, and a scaling's are counted.
-    if "partial_rotary_factor" in scaling:
-        old["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
-        if kind == "longrope":
-            factors = {name: scaling[name] for name in ("short_factor", "long_factor")}
-            scaling = {"type": kind, **factors}
-    return {**old, "rope_theta": theta, "rope_scaling": None if kind == "default" else scaling}
-
-
-def _name_tokenizer_as_before(file: Path) -> None:
-    """Give the class and the special tokens in a tokenizer_config.json the names that transformers
-    4 and 5 both know.
-    """
-    config = load_json(file)
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    file.write_text(json.dumps(config, indent=2, ensure_ascii=False))
 
 
 def is_quantized(folder: Path) -> bool:

@@ -68,6 +68,12 @@ class QuantizedLinear:
         codes = torch.zeros_like(weight, dtype=torch.int8)
         return cls(codes, scale, torch.zeros_like(scale), grid)
 
+    @staticmethod
+    def bytes_of(rows: int, columns: int, grid: Grid) -> int:
+        """Of the codes of weights [rows, columns], with scales and zero-points in float32."""
+        groups = columns // (grid.group_size or columns)
+        return rows * (columns + 8 * groups)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedLinear:
         """The same with what a function makes of each tensor."""
         return QuantizedLinear(

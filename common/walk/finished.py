@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common.numerics.grid import QuantizedLinear
+from common.base import host_memory, parallel
+from common.base.progress import say
+from common.model.source import SourceModel
+from common.numerics.grid import Grid, QuantizedLinear
+from common.walk.streams import home_of
+
+# Of the host's memory that is left, what the codes of all layers may take.
+_HOST_SHARE = 1 / 2
 
 
 @dataclass
@@ -57,3 +64,26 @@ def set_weight(linear: nn.Module, weight: Tensor) -> None:
 def moved(quantized: QuantizedLinear, device: torch.device) -> QuantizedLinear:
     """The same codes on a device."""
     return quantized.map(lambda tensor: tensor.to(device))
+
+
+def home_of_codes(source: SourceModel, grid: Grid) -> torch.device | None:
+    """Where the codes of all layers, a byte for each weight, are kept until their scales are tuned.
+    None, and said, where neither the GPU nor the host has room.
+    """
+    layer = source.model.model.layers[0]
+    size = source.num_layers * sum(
+        QuantizedLinear.bytes_of(linear.out_features, linear.in_features, grid)
+        for linear in map(layer.get_submodule, source.family.linears)
+    )
+    # A ninth of the GPU at most: what solves the layers needs it more.
+    home = home_of(3 * size, source.device)
+    # The host has the codes of every process.
+    room = _HOST_SHARE * host_memory.available()
+    fits = home.type != "cpu" or size * parallel.size() <= room
+    if all(parallel.gather(fits)):
+        return home
+    say(
+        f"scales are not tuned: the codes of all layers, {size / 2**30:.1f} GiB, would take more "
+        "than half of what is left of the host's memory"
+    )
+    return None

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from common.base import host_memory, parallel
+from common.base import parallel
 from common.base.errors import UserError
 from common.base.progress import say, track
 from common.base.stopwatch import Stopwatch
@@ -23,7 +23,7 @@ from common.model.source import SourceModel
 from common.numerics.grid import Grid, QuantizedLinear
 from common.text.probe import check_finite, overflow
 from common.walk.collecting import catch_up_layer, collect_statistics
-from common.walk.finished import FinishedLayer
+from common.walk.finished import FinishedLayer, home_of_codes
 from common.walk.inputs import group_inputs
 from common.walk.method import Layer, Method
 from common.walk.resume import Resumption, replay
@@ -40,10 +40,9 @@ from common.walk.tuning import Tuned, tune_scales
 
 # Is handed index, module, codes by linear, and record of each finished layer.
 LayerReceiver = Callable[[int, nn.Module, dict[str, QuantizedLinear], dict], None]
-# Of the host's memory that is left, what the codes of all layers may take.
-_HOST_SHARE = 1 / 2
-# Is handed the codes of all layers by index, whose scales alone are others than before.
-ScaleReceiver = Callable[[list[dict[str, QuantizedLinear]]], None]
+# Is handed the codes of all layers by index, whose scales alone are others than before, and what
+# the tuning found.
+ScaleReceiver = Callable[[list[dict[str, QuantizedLinear]], dict], None]
 
 
 @dataclass
@@ -55,14 +54,14 @@ class WalkResult:
     probe_logits, baseline_probe_logits: [length, vocabulary] of the quantized and of the original
     model.
     layer_notes: by layer index, what the method recorded.
-    tuned: what tuning the scales found; None where they were not.
+    tuned: what tuning the scales found (`Tuned.describe`); None where they were not.
     """
 
     linears: dict[str, dict]
     layer_notes: list[dict[str, float]]
     probe_logits: Tensor
     baseline_probe_logits: Tensor
-    tuned: Tuned | None = None
+    tuned: dict | None = None
 
 
 @torch.no_grad()
@@ -76,7 +75,7 @@ def quantize_model(
     watch: Stopwatch,
     round_embedding_and_head: Callable[[], None] = lambda: None,
     resumption: Resumption | None = None,
-    rescaled: ScaleReceiver = lambda _: None,
+    rescaled: ScaleReceiver = lambda *_: None,
 ) -> WalkResult:
     """Quantize every decoder layer in turn; each sees the output of the quantized layers before it.
 
@@ -96,9 +95,9 @@ def quantize_model(
     """
     records = list(resumption.records) if resumption else []
     resumed = len(records)
-    tuned, done = None, []
+    tuned, done = resumption.tuned if resumption else None, []
     with watch("load"):
-        home = _home_of_codes(source) if method.tune_steps else None
+        home = home_of_codes(source, grid) if method.tune_steps and not tuned else None
         tunes = home is not None
         streams = _start(source, method, windows, probe, round_embedding_and_head, tunes)
         source.move_vocabulary(torch.device("cpu"))
@@ -137,10 +136,11 @@ def quantize_model(
     # Embedding and head come back to the GPU, which may not have room for both.
     streams.hidden = None
     if done:
-        tuned = _tune(source, method, streams, windows, done, probe, watch)
-        if tuned and tuned.better:
+        found = _tune(source, method, streams, windows, done, probe, watch)
+        tuned = found.describe() if found else None
+        if found and found.better:
             with watch("write"):
-                rescaled(tuned.codes)
+                rescaled(found.codes, found.describe())
         for index in range(source.num_layers):
             source.release_layer(index)
     streams.originals = None
@@ -164,7 +164,6 @@ def _tune(
 ) -> Tuned | None:
     """Tune the scales of all layers; where that is better, lead the probe text through them."""
     with watch("tune"):
-        source.move_vocabulary(source.device)
         tuned = tune_scales(source, layers, windows, streams.originals, method.tune_steps)
     if tuned and tuned.better:
         with watch("record"):
@@ -175,24 +174,6 @@ def _tune(
                 streams.probed = run_layer(layer.module, streams.probed, arguments)
                 layer.clear()
     return tuned
-
-
-def _home_of_codes(source: SourceModel) -> torch.device | None:
-    """Where the codes of all layers, a byte for each weight, are kept until their scales are tuned.
-    None, and said, where neither the GPU nor the host has room.
-    """
-    layer = source.model.model.layers[0]
-    linears = [layer.get_submodule(name) for name in source.family.linears]
-    size = source.num_layers * sum(one.in_features * one.out_features for one in linears)
-    home = home_of(size, source.device)
-    fits = home.type != "cpu" or size <= _HOST_SHARE * host_memory.available()
-    if all(parallel.gather(fits)):
-        return home
-    say(
-        f"scales are not tuned: the codes of all layers, {size / 2**30:.1f} GiB, would take more "
-        "than half of what is left of the host's memory"
-    )
-    return None
 
 
 def _start(

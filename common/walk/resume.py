@@ -19,10 +19,12 @@ class Resumption:
 
     records: of each, by index.
     restore: puts layer `index`'s weights into a module, and returns the codes of its linears.
+    tuned: what tuning their scales found (`tuning.Tuned.describe`), if that was done.
     """
 
     records: list[dict]
     restore: Callable[[int, nn.Module], dict[str, QuantizedLinear]]
+    tuned: dict | None = None
 
 
 def replay(

@@ -38,7 +38,8 @@ RATE, RISE = 6e-3, 0.25
 _DECAY = (0.9, 0.95)
 # Tokens of a step, of as many windows as that makes.
 STEP_TOKENS = 8192
-# One window of so many is held out.
+# One window of so many is held out of the tuning. The codes were fitted to it as to all others, so
+# what is measured on it is below what other text shows.
 HELD_OUT = 8
 # Positions whose logits are made at once.
 _POSITIONS = 512
@@ -55,6 +56,7 @@ class Tuned:
     """
 
     codes: list[dict[str, QuantizedLinear]]
+    steps: int
     before: float
     after: float
 
@@ -66,6 +68,7 @@ class Tuned:
     def describe(self) -> dict:
         """For the metadata."""
         return {
+            "steps": self.steps,
             "held_out_divergence": {"before": self.before, "after": self.after},
             "kept": self.better,
         }
@@ -82,10 +85,11 @@ def tune_scales(
     over tokens of the divergence of the next token's distribution.
 
     None where nothing is tuned, and why is said: with one calibration window, as nothing can be
-    held out, and where a GPU alone has no room. The layers' linears are without weights afterwards.
+    held out, and where a GPU alone has no room; and where the divergence is not finite. The layers'
+    linears are without weights afterwards.
 
     Args:
-        source: embedding, last norm and head, on the device.
+        source: embedding, last norm and head, which come to the device.
         windows: this process's tokens [samples, length].
         targets: the original model's hidden states after the last layer, in chunks [batch, length,
             hidden], of the same windows in the same order. They go through the same norm and head
@@ -95,16 +99,20 @@ def tune_scales(
     """
     codes = [layer.codes for layer in layers]
     try:
+        source.move_vocabulary(source.device)
         tuning = _Tuning(source, layers, windows, targets)
         if not tuning.train:
             say("scales are not tuned: that takes two calibration windows or more")
             return None
         before = tuning.held_out_divergence()
+        if not math.isfinite(before):
+            return None  # the walk says where that comes from
         tuning.run(steps, RATE * math.sqrt(max(before, 0)))
         for layer, changes in zip(layers, tuning.changes, strict=True):
             layer.codes = _rescaled(layer.codes, changes, source.storage_dtype)
         tuning.forget_changes()
-        found = Tuned([layer.codes for layer in layers], before, tuning.held_out_divergence())
+        after = tuning.held_out_divergence()
+        found = Tuned([layer.codes for layer in layers], steps, before, after)
     except torch.cuda.OutOfMemoryError:
         if parallel.size() > 1:
             raise UserError(f"{NO_ROOM}; use --tune-scales 0, or lower --calib-length") from None
@@ -113,11 +121,14 @@ def tune_scales(
     finally:
         for layer in layers:
             layer.clear()
-    if found is None or not found.better:
-        for layer, old in zip(layers, codes, strict=True):
-            layer.codes = old
-        return found and replace(found, codes=codes)
-    return found
+    if found and found.better:
+        say(f"tuned scales: divergence on held-out windows {before:.4g} -> {found.after:.4g} nats")
+        return found
+    for layer, old in zip(layers, codes, strict=True):
+        layer.codes = old
+    if found:
+        say(f"tuned scales are no better ({before:.4g} nats on held-out windows): they stay")
+    return found and replace(found, codes=codes)
 
 
 class _Scaled(torch.autograd.Function):
@@ -135,7 +146,7 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient: Tensor):
         # Each weight's derivative by its own change is the weight.
-        product = gradient.float().mul_(context.saved_tensors[0])
+        product = gradient.float() * context.saved_tensors[0]
         return grouped(product, context.grid).sum(-1), None, None
 
 
@@ -168,6 +179,8 @@ class _Tuning:
         # Windows of a step, and how many of them the GPU has room for at once.
         self.per_step = max(1, STEP_TOKENS // windows.shape[1])
         self.at_once = self.per_step
+        # Counted without a way back, which takes as much again.
+        self.positions = logits_at_once(_POSITIONS, 2 * source.config.vocab_size, self.device)
 
     def forget_changes(self) -> None:
         """Begin at the scales that the layers have."""
@@ -207,8 +220,8 @@ class _Tuning:
             schedule.step()
 
     def with_room(self, function: Callable[[], T]) -> T:
-        """What a function returns, called again with fewer windows at once, which from then on are
-        the rule, where the GPU has no room.
+        """What a function returns, called again with fewer windows and then fewer logits at once,
+        which from then on are the rule, where the GPU has no room.
         """
         while True:
             try:
@@ -217,9 +230,12 @@ class _Tuning:
                 # Nothing is done here, where the exception still holds what was allocated.
                 pass
             torch.cuda.empty_cache()
-            if self.at_once == 1:
+            if self.at_once > 1:
+                self.at_once //= 2
+            elif self.positions > 32:
+                self.positions //= 2
+            else:
                 raise torch.cuda.OutOfMemoryError(NO_ROOM)
-            self.at_once //= 2
 
     def parts(self, windows: list[int]) -> list[list[int]]:
         """Those of some windows that this process has, by its own count, as many as fit at once."""
@@ -244,7 +260,9 @@ class _Tuning:
                 for (name, found), factor in zip(layer.codes.items(), factors, strict=True):
                     weight = _Scaled.apply(factor, moved(found, self.device), self.dtype)
                     set_weight(layer.module.get_submodule(name), cast(Tensor, weight))
-                return run_layer(layer.module, hidden, layer.arguments)
+                output = run_layer(layer.module, hidden, layer.arguments)
+                layer.clear()  # autograd holds what it needs, of one layer at a time
+                return output
 
             # The form that runs forward without autograd, and so with the fused kernels.
             hidden = checkpoint(
@@ -261,10 +279,11 @@ class _Tuning:
         places = [self.places[i] for i in part]
         target = torch.stack([self.targets[i][row] for i, row in places]).to(self.device)
         rows, wanted = hidden.detach().flatten(0, -2), target.flatten(0, -2)
-        size = logits_at_once(_POSITIONS, self.source.config.vocab_size, self.device)
         total = torch.zeros((), device=self.device)
         gradients = []
-        for own, other in zip(rows.split(size), wanted.split(size), strict=True):
+        for own, other in zip(
+            rows.split(self.positions), wanted.split(self.positions), strict=True
+        ):
             expected = torch.log_softmax(self.source.logits(other), -1)
             with torch.set_grad_enabled(with_gradient):
                 own.requires_grad_(with_gradient)
