@@ -46,6 +46,15 @@ def test_every_rule():
     assert taken(ROWS[::-1]) == taken(ROWS) and budgets(ROWS[::-1]) == budgets(ROWS)
 
 
+def test_in_little_memory():
+    sizes = {"baseline": 5e9, "small": 1e9, "middle": 4e9, "large": 4.1e9}
+    rows = [replace(row, memory=int(sizes[row.name])) for row in ROWS if row.name in sizes]
+    assert taken(rows)["Best quality in 4 GB of memory"] == "middle"
+    assert taken([rows[0], rows[3]])["Best quality in 4 GB of memory"] is None
+    # Of others it is not known.
+    assert taken([*rows, ROWS[5]])["Best quality in 4 GB of memory"] == "middle"
+
+
 def test_ties():
     one = ROWS[4]
     rows = [

@@ -237,6 +237,10 @@ def test_a_readers_questions(shown, documents):
         for name, row in shown["At a glance"].items()
     }
     answers = shown["Which one?"]
+    wanted, answer = next(iter(answers.items()))
+    small = [name for name, one in documents.items() if one["speed"]["memory_bytes"] <= 4e9]
+    assert wanted == "Best quality in 4 GB of memory"
+    assert answer["Take"] == min(small, key=lambda name: rows[name]["kl"])
     steps = {
         numbers(wanted)[0]: row["Take"] for wanted, row in answers.items() if "budget" in wanted
     }

@@ -13,6 +13,8 @@ from common.results.naming import BASELINE
 # Speeds that differ by less count as equal: more than what repeated runs differ by.
 SAME_SPEED = 0.02
 NOBODY = "none"
+# GB, of a card or a phone that has little.
+MEMORY = 4
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def choices(rows: list[Row]) -> list[Choice]:
     measure = _quality(quantized)
     found = []
     if measure is not None:
-        found += _by_budget(rows, measure)
+        found += [*_in_memory(rows, measure), *_by_budget(rows, measure)]
     found += [*_smallest(quantized), _fastest(rows, measure)]
     if measure is not None:
         found.append(_without_data(quantized, measure))
@@ -83,6 +85,20 @@ def _best(rows: Iterable[Row], measure: _Measure) -> Row | None:
     if not known:
         return None
     return min(known, key=lambda one: (one[0], one[1].size, -(one[1].tokens_per_second or 0)))[1]
+
+
+def _in_memory(rows: list[Row], measure: _Measure) -> list[Choice]:
+    """The best of all that run in so much memory, where it is known what they take."""
+    if not any(row.memory for row in rows):
+        return []
+    best = _best((row for row in rows if row.memory and row.memory <= MEMORY * 1e9), measure)
+    return [
+        Choice(
+            f"Best quality in {MEMORY} GB of memory",
+            best,
+            f"{measure.words} of those that take no more to run",
+        )
+    ]
 
 
 def _by_budget(rows: list[Row], measure: _Measure) -> list[Choice]:
@@ -163,8 +179,8 @@ def choice_table(rows: list[Row]) -> Table | None:
         header,
         cells,
         numbers=False,
-        note="A size budget takes the last of its lines that it reaches: 4 GB are 4,000 MB. Sizes "
-        "are of the weights; what they take to run stands beside them. Quality goes by the one "
+        note="A size budget takes the last of its lines that it reaches. Sizes are of the weights, "
+        "in MB; what they take to run stands beside them. Quality goes by the one "
         "measure that the rule names; what else was lost is in the verdict.",
     )
 
