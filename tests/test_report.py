@@ -176,6 +176,8 @@ def test_documented_and_local_results_are_told_apart(results):
         "### tiny (local run)\n\nA local run of 2031-05-06." in local
         and "| baseline | 0.875 |" in local
     )
+    # It has few questions.
+    assert "questions a task at most: too few" in local
     assert (
         "with the project" in documented
         and "not of this machine" in documented

@@ -32,6 +32,9 @@ _FOLDED = (
 )
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
+# Of a task; with fewer, scores that differ by ten points may be equal.
+FEW_SAMPLES = 100
+
 
 def short_revision(source: str) -> str:
     """A source of data with the first 7 digits of its commit; the results have all 40."""
@@ -100,6 +103,17 @@ def warnings(results: ModelResults) -> list[str]:
             f"{name} ({', '.join(tasks)})" for name, tasks in results.left_out.items()
         )
         sentences.append(f"⚠️ Left out, as evaluated on more or fewer samples than these: {tasks}.")
+    counts = [
+        task["samples"]
+        for document in results.documents.values()
+        for task in document["tasks"].values()
+        if "samples" in task
+    ]
+    if counts and max(counts) < FEW_SAMPLES:
+        sentences.append(
+            f"⚠️ {max(counts)} questions a task at most: too few to tell small losses from chance, "
+            "and what is said to take below rests on little."
+        )
     return sentences
 
 
