@@ -184,15 +184,22 @@ def stopped_at_the_second(original):
     return save
 
 
-@pytest.mark.parametrize("where", ["in the tuning", "between new scales", "after them"])
-def test_stopped_when_all_layers_are_done(five, calibration_text, tmp_path, monkeypatch, where):
+@pytest.mark.parametrize(
+    "where, steps",
+    [("in the tuning", 0), ("between new scales", 0), ("between new scales", 6), ("after them", 6)],
+)
+def test_stopped_when_all_layers_are_done(
+    five, calibration_text, tmp_path, monkeypatch, where, steps
+):
     """What is gone on with is what was not interrupted, with other scales as long as there are
     none.
     """
     # On a model of random weights and so little text it need not be.
     monkeypatch.setattr(tuning.Tuned, "better", True)
-    output, tuned = tmp_path / "out", ["--bits", 3, "--tune-scales", 6]
-    begun = command("gptq", five, output, calibration_text, *tuned)
+    begun, whole = (
+        command("gptq", five, tmp_path / name, calibration_text, "--bits", 3, "--tune-scales")
+        for name in ("out", "whole")
+    )
     with monkeypatch.context() as patch:
         if where == "in the tuning":
             patch.setattr(walk, "tune_scales", stopped)
@@ -200,22 +207,17 @@ def test_stopped_when_all_layers_are_done(five, calibration_text, tmp_path, monk
             patch.setattr(CheckpointWriter, "write_rest", stopped)
         else:
             patch.setattr(CheckpointWriter, "_save", stopped_at_the_second(CheckpointWriter._save))
-        assert run_script(*begun).returncode
-    others = ["--resume", "--tune-scales", 0]
+        assert run_script(*begun, 6).returncode
     if where == "after them":
-        assert_user_error(run_script(*begun, *others), "cannot resume", "--tune-scales 6")
-        others = ["--resume"]
-    elif where == "between new scales":
-        others = ["--resume"]
-    result = run_script(*begun, *others)
+        refused = run_script(*begun, 0, "--resume")
+        assert_user_error(refused, "cannot resume", "--tune-scales 6")
+    result = run_script(*begun, steps, "--resume")
     assert result.returncode == 0, result.stderr
     assert "after 5 layers" in result.stdout
-    whole = tmp_path / "whole"
-    alone = command("gptq", five, whole, calibration_text, *tuned, *others[1:])
-    assert run_script(*alone).returncode == 0
-    assert content(output) == content(whole)
-    assert "tuned" not in content(whole)[1] or content(whole)[1]["tuned"]["kept"]
-    assert not list(output.glob("*.tuned"))
+    assert run_script(*whole, steps).returncode == 0
+    files, record = content(tmp_path / "whole")
+    assert content(tmp_path / "out") == (files, record)
+    assert ("tuned" in record) is (steps > 0)
 
 
 def test_only_the_same_run_is_gone_on_with(five, tiny, calibration_text, tmp_path, monkeypatch):

@@ -43,6 +43,8 @@ from common.model.tensors import INDEX_FILE, TensorReader
 from common.numerics.grid import Grid, QuantizedLinear
 
 METADATA_FILE = "quantization_metadata.json"
+# What the name of a shard with tuned scales ends in, until all have been written.
+TUNED = ".tuned"
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -108,6 +110,8 @@ class CheckpointWriter:
         self.unfinished.open()
         # Written last, so of no use to a run that goes on, and it would hide the single shards.
         (self.folder / INDEX_FILE).unlink(missing_ok=True)
+        for file in self.folder.glob(f"*{TUNED}"):
+            file.unlink()
         for index in range(len(self.unfinished.records)):
             try:
                 self._enter(self._shard(index), TensorReader(self.folder, self._shard(index)))
@@ -181,10 +185,9 @@ class CheckpointWriter:
             tensors = load_file(self.folder / self._shard(index))
             for name, linear in codes.items():
                 scale = f"model.layers.{index}.{name}.weight_scale"
-                tensors[scale] = linear.scale.to("cpu", tensors[scale].dtype).view_as(
-                    tensors[scale]
-                )
-            file = self._save(tensors, f"{self._shard(index)}.tuned")
+                old = tensors[scale]
+                tensors[scale] = linear.scale.to("cpu", old.dtype).view_as(old)
+            file = self._save(tensors, f"{self._shard(index)}{TUNED}")
             self._check(file, index, codes)
             exchanged.append((self.folder / file, self.folder / self._shard(index)))
         self.unfinished.exchange(exchanged, tuned)

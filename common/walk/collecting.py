@@ -58,7 +58,7 @@ def collect_statistics(
                     original = layer.forward(originals[i].to(device))
             output = layer.forward(chunk)
             lags = {}
-            if parted and method.catch_up and not family.normalises_output:
+            if parted and method.catches_up(family):
                 lags = {attention: after_attention[0] - after_attention[1], mlp: original - output}
             weights = {attention: token_weights(chunk), mlp: token_weights(output)}
             if family.normalises_output:

@@ -194,7 +194,8 @@ def _start(
         method.rewrite_model(source)
         round_to_storage(source.model, source.family, source.storage_dtype)
     chunks, home, originals = (), source.device, None
-    beside = _catches_up(method, source.family) or tunes
+    _say_if_nothing_catches_up(method, source.family)
+    beside = method.catches_up(source.family) or tunes
     if windows is not None:
         chunks = token_chunks(source, windows)
         home = home_of((2 if beside else 1) * hidden_bytes(source, windows), source.device)
@@ -224,14 +225,12 @@ def _start(
     )
 
 
-def _catches_up(method: Method, family: Family) -> bool:
-    """Whether linears are made to recover the stream's lag; says so where they cannot be."""
-    if method.catch_up and family.normalises_output:
+def _say_if_nothing_catches_up(method: Method, family: Family) -> None:
+    if method.catch_up and not method.catches_up(family):
         say(
             f"{family.model_type} normalises what attention and MLP add to the residual stream, so "
             "linears cannot catch up with its lag: --catch-up does nothing"
         )
-    return bool(method.catch_up) and not family.normalises_output
 
 
 def _quantize_layer(
@@ -244,7 +243,7 @@ def _quantize_layer(
     if streams.hidden is not None:
         with watch("statistics"):
             layer.statistics = collect_statistics(layer, source.device, method, streams.originals)
-            layer.targets = streams.originals
+            layer.targets = streams.originals if method.catches_up(layer.family) else None
             catch_up_layer(layer, method.catch_up)
     with watch("solve"):
         layer.choose_scale_type(source.storage_dtype)

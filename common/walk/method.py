@@ -29,8 +29,8 @@ class Layer:
     statistics: of each linear group; None for a method that needs no calibration.
     inputs: calibration hidden states before the layer, in chunks [batch, length, hidden].
     forward: runs the layer on one of them.
-    targets: the original model's hidden states after the layer, in the same chunks; None where that
-        does not run beside.
+    targets: the original model's hidden states after the layer, in the same chunks; None where
+        nothing catches up with them.
     notes: what a method wants to have recorded about the layer, such as the settled share of a
         learned rounding.
     """
@@ -152,6 +152,10 @@ class Method:
     def needs_calibration(self) -> bool:
         """Whether calibration text is read."""
         return self.needs != Needs.NOTHING
+
+    def catches_up(self, family: Family) -> bool:
+        """Whether linears recover the stream's lag: not where what they add is normalised first."""
+        return bool(self.catch_up) and not family.normalises_output
 
     @property
     def round_inputs(self) -> Callable[[Tensor], Tensor] | None:
