@@ -287,11 +287,14 @@ class _Tuning:
             expected = torch.log_softmax(self.source.logits(other), -1)
             with torch.set_grad_enabled(with_gradient):
                 own.requires_grad_(with_gradient)
-                found = torch.log_softmax(self.source.head(own), -1)
-                sum_of_slice = divergence_terms(expected, found).sum()
+                logits = self.source.head(own)
+            with torch.no_grad():
+                found = torch.log_softmax(logits, -1)
+                total += divergence_terms(expected, found).sum()
+                # The divergence's derivative by the logits.
+                slope = found.exp_().sub_(expected.exp_()) if with_gradient else None
             if with_gradient:
-                gradients += torch.autograd.grad(sum_of_slice, own)
-            total += sum_of_slice.detach()
+                gradients += torch.autograd.grad(logits, own, slope)
         return total, torch.cat(gradients).view_as(hidden) if with_gradient else None
 
     @torch.no_grad()
