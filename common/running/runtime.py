@@ -92,17 +92,19 @@ def _load_for_processor(
     folder: Path, device: torch.device, dtype: torch.dtype, described: Path | None
 ):
     content = read_config(folder)
-    worth_it = "quantization_config" in content and processor.is_worth_it(dtype)
-    if worth_it and not unknown_form(content, names := TensorReader(folder)):
+    if "quantization_config" in content and processor.is_worth_it(dtype):
+        names = TensorReader(folder)
         if can_be_packed(content, names):
             model = load_packed(folder, device, dtype)
             if prepare_for_processor(model):
                 let_head_finish_logits(model)
                 return model, load_tokenizer(described or folder)
-        say(
-            f"{folder} runs on dense weights, no smaller and no faster than the 16-bit model: on "
-            "this CPU torch has no product of its form (it has 4 and 8 bits, groups of 32 and more)"
-        )
+        if not unknown_form(content, names):
+            say(
+                f"{folder} runs on dense weights, no smaller and no faster than the 16-bit model: "
+                "on this CPU torch has no product of its form (it has 4 and 8 bits, groups of 32 "
+                "and more)"
+            )
     return load_model(folder, device, dtype, described)
 
 

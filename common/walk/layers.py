@@ -137,10 +137,11 @@ def quantize_model(
     streams.hidden = None
     if done:
         found = _tune(source, method, streams, windows, done, probe, watch)
-        tuned = found.describe() if found else None
-        if found and found.better:
-            with watch("write"):
-                rescaled(found.codes, found.describe())
+        if found:
+            tuned = found.describe()
+            if found.better:
+                with watch("write"):
+                    rescaled(found.codes, tuned)
         for index in range(source.num_layers):
             source.release_layer(index)
     streams.originals = None
