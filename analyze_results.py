@@ -38,7 +38,8 @@ from common.results.documents import (
     load_all,
     of_one_size,
 )
-from common.results.identity import checkpoint_hash
+from common.results.hashes import checkpoint_hash
+from common.results.identity import of_one_card
 
 README = Path("README.md")
 
@@ -113,7 +114,7 @@ def main() -> None:
             completed(folder, results)
             for documented, folder in folders.items()
             if folder
-            for results in map(of_one_size, load_all(folder, documented))
+            for results in map(of_one_card, map(of_one_size, load_all(folder, documented)))
         ]
     )
     if not models:

@@ -6,7 +6,7 @@ import random
 from conftest import ROOT, run_script
 
 from common.results.documents import load_model_results, write_samples
-from common.results.identity import rows_fingerprint
+from common.results.hashes import rows_fingerprint
 from common.text.data import demo_rows
 
 README = "# Title\n\nbefore\n<!-- results:begin -->\n<!-- results:end -->\nafter\n"

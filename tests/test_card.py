@@ -12,7 +12,7 @@ from common.checkpoint.format import open_checkpoint
 from common.checkpoint.writer import METADATA_FILE, folder_bytes
 from common.model.origin import Origin, origin_of
 from common.reporting.engines import LLAMA_CPP, SGLANG, TRANSFORMERS, VLLM, support
-from common.results.identity import checkpoint_hash
+from common.results.hashes import checkpoint_hash
 
 LICENCE = """---
 license: other

@@ -6,7 +6,7 @@ import shutil
 from conftest import ROOT, assert_user_error, run_script
 from test_identity import quantize
 
-from common.results import identity
+from common.results import hashes
 
 
 def test_the_hash_of_a_checkpoint(tiny, tmp_path, monkeypatch):
@@ -14,33 +14,33 @@ def test_the_hash_of_a_checkpoint(tiny, tmp_path, monkeypatch):
     shutil.copytree(tiny, folder)
     for file in folder.iterdir():
         os.utime(file, (1e9, 1e9))
-    monkeypatch.setattr(identity, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(hashes, "_SETTLED_SECONDS", -1.0)
     read = []
-    original = identity.hashlib.file_digest
+    original = hashes.hashlib.file_digest
     monkeypatch.setattr(
-        identity.hashlib,
+        hashes.hashlib,
         "file_digest",
         lambda file, name: read.append(file.name) or original(file, name),
     )
-    first = identity.checkpoint_hash(folder, tmp_path)
+    first = hashes.checkpoint_hash(folder, tmp_path)
     count = len(read)
-    assert count >= 3 and identity.checkpoint_hash(folder, tmp_path) == first and len(read) == count
+    assert count >= 3 and hashes.checkpoint_hash(folder, tmp_path) == first and len(read) == count
     # One bit of a weight, under the old size and time.
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     os.utime(weights, (1e9, 1e9))
-    assert identity.checkpoint_hash(folder, tmp_path) != first
+    assert hashes.checkpoint_hash(folder, tmp_path) != first
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert identity.checkpoint_hash(folder, tmp_path) == first
+    assert hashes.checkpoint_hash(folder, tmp_path) == first
     # What is young is not remembered: it may be written again within a tick of the clock.
-    monkeypatch.setattr(identity, "_SETTLED_SECONDS", 3600.0)
+    monkeypatch.setattr(hashes, "_SETTLED_SECONDS", 3600.0)
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
-    assert identity.checkpoint_hash(folder, tmp_path) != first
+    assert hashes.checkpoint_hash(folder, tmp_path) != first
     count = len(read)
-    identity.checkpoint_hash(folder, tmp_path)
+    hashes.checkpoint_hash(folder, tmp_path)
     assert len(read) == count + 1
 
 
@@ -62,8 +62,8 @@ def test_the_hash_of_the_code(tmp_path):
         for name, content in {**files, **changes}.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(content)
-        identity.code_hash.cache_clear()
-        return identity.code_hash(tmp_path)
+        hashes.code_hash.cache_clear()
+        return hashes.code_hash(tmp_path)
 
     first = hashed()
     for name, content in (
@@ -79,19 +79,19 @@ def test_the_hash_of_the_code(tmp_path):
         ("common/evaluation.py", files["common/evaluation.py"].replace("return 1", "return 2")),
     ):
         assert hashed(**{name: content}) != first, name
-    identity.code_hash.cache_clear()
+    hashes.code_hash.cache_clear()
 
 
 def test_the_code_includes_scoring_and_kernels():
     """Of the real project: a module that is imported inside a function counts too."""
     seen = set()
-    original = identity._module_file
-    identity.code_hash.cache_clear()
+    original = hashes._module_file
+    hashes.code_hash.cache_clear()
     try:
-        identity._module_file = lambda root, name: seen.add(name) or original(root, name)
-        identity.code_hash()
+        hashes._module_file = lambda root, name: seen.add(name) or original(root, name)
+        hashes.code_hash()
     finally:
-        identity._module_file = original
+        hashes._module_file = original
     assert {
         "common.tasks.scoring",
         "common.tasks.language_model",

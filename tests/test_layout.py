@@ -5,7 +5,7 @@ from graphlib import TopologicalSorter
 
 from conftest import ROOT
 
-from common.results import identity, reuse
+from common.results import hashes, reuse
 
 FILES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
@@ -130,4 +130,4 @@ def test_nothing_hides_from_the_tests_above():
                 continue
             assert not roots & scripts, name
             assert "triton" not in roots or name.endswith("_triton"), name
-    assert {*reuse._BESIDE_CODES, identity._ENTRY} <= set(FILES)
+    assert {*reuse._BESIDE_CODES, hashes._ENTRY} <= set(FILES)

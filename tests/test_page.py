@@ -23,7 +23,7 @@ from common.reporting.page_samples import flipped
 from common.reporting.report import first_tables, more_tables
 from common.reporting.tables import Table
 from common.results.documents import ModelResults, load_model_results, write_samples
-from common.results.identity import rows_fingerprint
+from common.results.hashes import rows_fingerprint
 from common.tasks.task import all_metrics, all_tasks
 from common.text.data import demo_rows, load_rows
 

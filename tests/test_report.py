@@ -9,9 +9,12 @@ from conftest import ROOT, assert_user_error, run_script
 from made_up_results import README, analyze, document
 from recomputed import tables
 
+from common.reporting.overview import rows_of
+from common.reporting.report import warnings
 from common.reporting.tracker import METHODS
-from common.results.documents import CONFIGURATIONS
-from common.results.identity import checkpoint_hash
+from common.results.documents import CONFIGURATIONS, ModelResults
+from common.results.hashes import checkpoint_hash
+from common.results.identity import incomparable, of_one_card, shared_changes
 
 
 @pytest.fixture
@@ -219,3 +222,33 @@ def test_nothing_committed_is_where_local_results_are_looked_for():
     if listed.returncode or not listed.stdout:
         pytest.skip("no git checkout")
     assert all(line.startswith("docs/results/") for line in listed.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    "card, alike", [("NVIDIA H100 80GB HBM3", True), ("NVIDIA H100 PCIe", False)]
+)
+def test_two_cards_of_one_chip_answer_alike(card, alike):
+    """What a model answers on the other is compared, but its times are not shown."""
+    cards = {"baseline": "NVIDIA H200", "hqq-4bit": card}
+    documents = {
+        name: document(
+            name,
+            0.5,
+            device={"type": "cuda", "name": one, "memory_bytes": len(one)},
+            speed={"tokens_per_second": 7.0, "memory_bytes": 5},
+        )
+        for name, one in cards.items()
+    }
+    assert (not incomparable(*documents.values())) == alike
+    results = of_one_card(ModelResults("tiny", documents))
+    assert results.other_cards == ({"hqq-4bit": card} if alike else {})
+    assert results.documents["baseline"] == documents["baseline"]
+    found = results.documents["hqq-4bit"]
+    assert found["speed"] == ({"memory_bytes": 5} if alike else documents["hqq-4bit"]["speed"])
+    assert ("seconds" in found["quantization"]) != alike
+    said = " ".join(warnings(results))
+    assert f"hqq-4bit ({card})" in said if alike else "not to be compared" in said
+    row = rows_of(results, {})[1]
+    assert row.apart != alike and (row.tokens_per_second is None) == (row.seconds is None) == alike
+    # What another card measured is not used again.
+    assert shared_changes(documents["baseline"], {"device": documents["hqq-4bit"]["device"]})

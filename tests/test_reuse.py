@@ -15,7 +15,7 @@ from test_identity import TASKS, compare, perplexities, quantize
 from common.base.errors import UserError
 from common.base.files import write_json
 from common.checkpoint.writer import METADATA_FILE
-from common.results import identity, reuse
+from common.results import hashes, identity, reuse
 from common.results.documents import write_samples
 from common.results.naming import Subject
 from common.run_all.passed_on import method_script
@@ -136,11 +136,11 @@ def test_the_code_that_decides_codes(method, monkeypatch):
     """What rounds and what reads the text, not what checks or names the result, nor the other
     methods.
     """
-    seen, original = set(), identity._module_file
+    seen, original = set(), hashes._module_file
     monkeypatch.setattr(
         identity, "_module_file", lambda root, name: seen.add(name) or original(root, name)
     )
-    identity.code_hash.cache_clear()
+    hashes.code_hash.cache_clear()
     found = reuse.quantization_code_hash(method)
     assert {
         f"quantize_{method}",
@@ -162,7 +162,7 @@ def test_the_code_that_decides_codes(method, monkeypatch):
         }
         & seen
     )
-    assert found != reuse.quantization_code_hash("awq") != identity.code_hash()
+    assert found != reuse.quantization_code_hash("awq") != hashes.code_hash()
 
 
 def test_a_method_has_the_name_of_its_script():
@@ -192,9 +192,9 @@ def test_unchanged_weights_are_read_once(model, tmp_path, monkeypatch):
     monkeypatch.setattr(identity, "_SETTLED_SECONDS", -1.0)
     output = quantize(model, tmp_path / "out")
     read = []
-    original = identity.hashlib.file_digest
+    original = hashes.hashlib.file_digest
     monkeypatch.setattr(
-        identity.hashlib,
+        hashes.hashlib,
         "file_digest",
         lambda file, name: read.append(file.name) or original(file, name),
     )

@@ -19,7 +19,8 @@ from common.results.documents import (
     samples_by_task,
     samples_digest,
 )
-from common.results.identity import code_hash, incomparable, other_data
+from common.results.hashes import code_hash
+from common.results.identity import incomparable, other_data
 
 REMEMBERED = "comparisons.json"
 _ENTRY = "common.reporting.comparison"

@@ -98,6 +98,12 @@ def warnings(results: ModelResults) -> list[str]:
             f"⚠️ Measured on another device, type, version or data than {evaluated[0][0]}, so not "
             f"to be compared with it: {', '.join(odd)}."
         )
+    if results.other_cards:
+        cards = ", ".join(f"{name} ({card})" for name, card in results.other_cards.items())
+        sentences.append(
+            f"⚠️ Without speeds and seconds, as those are of another card than {evaluated[0][0]}'s: "
+            f"{cards}."
+        )
     if results.left_out:
         tasks = ", ".join(
             f"{name} ({', '.join(tasks)})" for name, tasks in results.left_out.items()

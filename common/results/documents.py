@@ -39,7 +39,8 @@ CONFIGURATIONS: dict[str, tuple[str, int] | None] = {
 class ModelResults:
     """All results of one model. documents: by configuration; status: by configuration, {"state",
     "reason"}; documented: they are not of this machine but come with the project; left_out: by
-    configuration, tasks that `of_one_size` took out.
+    configuration, tasks that `of_one_size` took out; other_cards: by configuration, the GPU of
+    those of which `identity.of_one_card` took speeds and seconds out.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ModelResults:
     status: dict[str, dict] = field(default_factory=dict)
     documented: bool = False
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    other_cards: dict[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:

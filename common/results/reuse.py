@@ -14,7 +14,7 @@ from common.checkpoint import metadata
 from common.checkpoint.public import OF_CALIBRATION, OF_THIS_MACHINE
 from common.checkpoint.writer import METADATA_FILE
 from common.model.source import load_config, load_tokenizer, resolve_folder
-from common.results.identity import PROJECT, code_hash, source_hash
+from common.results.hashes import PROJECT, code_hash, source_hash
 from common.results.naming import Subject, source_of
 from common.text.windows import windows_of
 
@@ -35,6 +35,7 @@ _BESIDE_CODES = (
     "common.model.origin",
     "common.reporting.card",
     "common.results.identity",
+    "common.results.hashes",
     "common.base.machine",
     "common.checkpoint.metadata",
     "common.results.naming",

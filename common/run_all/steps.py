@@ -17,7 +17,7 @@ from common.checkpoint.unfinished import CANNOT_RESUME
 from common.checkpoint.writer import METADATA_FILE
 from common.model.source import MODELS_FOLDER
 from common.results.documents import CONFIGURATIONS, STATUS_FILE
-from common.results.identity import checkpoint_hash
+from common.results.hashes import checkpoint_hash
 from common.results.naming import source_of
 from common.results.reuse import WITHOUT_EFFECT, changed_sources, made_from
 from common.run_all.processes import running

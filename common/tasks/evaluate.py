@@ -16,7 +16,7 @@ from common.cli import configure_torch
 from common.model.located import described_by
 from common.model.source import load_tokenizer, read_config, resolve_folder
 from common.model.tensors import TensorReader
-from common.results import identity
+from common.results import hashes, identity
 from common.results.documents import (
     check_folder,
     has_samples,
@@ -68,8 +68,8 @@ def evaluate_model(
     _check_overlap(tasks, loaded, evaluation)
     shared = {
         "source": subject.source,
-        "checkpoint": identity.checkpoint_hash(folder, results_dir),
-        "code": identity.code_hash(),
+        "checkpoint": hashes.checkpoint_hash(folder, results_dir),
+        "code": hashes.code_hash(),
         "demo_data": demo,
         "versions": metadata.versions(),
         "device": metadata.describe_device(device),

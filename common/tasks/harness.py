@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from common.base.errors import UserError
-from common.results import identity
+from common.results import hashes
 from common.tasks.task import Evaluation, Record, Task
 from common.text.chat import template_date
 from common.text.data import Rows, check_columns, demo_rows, is_under, load_rows
@@ -134,7 +134,7 @@ class HarnessTask(Task):
             loaded = load_rows(address, data_root, *self.sample(samples))
             check_columns(loaded, self.needs, self.name)
             found = self.usable(loaded)[:samples]
-        if identity.rows_fingerprint(found) != summary.get("fingerprint"):
+        if hashes.rows_fingerprint(found) != summary.get("fingerprint"):
             raise UserError(f"{source} has other rows than those that were evaluated")
         return found
 
@@ -149,7 +149,7 @@ class HarnessTask(Task):
         return {
             "data": loaded.source,
             "samples": len(loaded.rows),
-            "fingerprint": identity.rows_fingerprint(loaded.rows),
+            "fingerprint": hashes.rows_fingerprint(loaded.rows),
         }
 
     def texts(self, loaded: Rows, evaluation: Evaluation) -> list[str]:

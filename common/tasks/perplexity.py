@@ -17,7 +17,7 @@ from common.base.progress import say, track
 from common.model.memory import logits_at_once
 from common.model.source import SourceModel, read_config
 from common.numerics.divergence import summarise_divergence, token_divergence
-from common.results import identity
+from common.results import hashes
 from common.results.reuse import check_original
 from common.tasks.original import hidden_states, place_head
 from common.tasks.task import Evaluation, MetricKind, Record, Task, of_field
@@ -106,7 +106,7 @@ class Perplexity(Task):
             "windows": samples,
             "length": length,
             "fingerprint": loaded.fingerprint,
-            "original": identity.original_hash(subject, results_dir),
+            "original": hashes.original_hash(subject, results_dir),
         }
 
     def texts(self, loaded: Windows, evaluation: Evaluation) -> list[str]:
