@@ -11,11 +11,14 @@ import lm_eval.evaluator  # noqa: F401
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipelines  # noqa: F401
 
 from common import cli, evaluation, quantization, verification  # noqa: F401
+from common.results import hashes
 from common.running import packed  # noqa: F401
 from common.tasks import language_model  # noqa: F401
 
 # It looks for modules of the libraries, and imports them.
 cli.quiet_libraries()
+# Remembered, with what each module comes to: the code is what was imported, and no fork reads it.
+hashes.code_hash()
 
 # All of it stays: no fork looks through it for garbage, which would also copy its memory.
 gc.freeze()
