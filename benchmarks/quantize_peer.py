@@ -39,7 +39,7 @@ from common.checkpoint.writer import METADATA_FILE, folder_bytes
 from common.model.source import MODELS_FOLDER, SourceModel
 from common.numerics.grid import resolve_group_size
 from common.results.documents import RESULTS_FOLDER
-from common.results.identity import code_hash, source_hash
+from common.results.hashes import code_hash, source_hash
 from common.results.naming import filed_as
 from common.results.peers import PEERS, Peer
 from common.text import overlap

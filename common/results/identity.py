@@ -36,8 +36,8 @@ SHARED = {
 # a result was measured.
 _OWN = ("source", "checkpoint")
 _MEASURED_WITH = ("compute_dtype", "device", "versions")
-# Cards of one chip with equally many multiprocessors: they answer alike (of 7,197 answers of three
-# checkpoints on both 2 differed, and perplexity in no digit), at other speeds.
+# Cards of one chip with equally many multiprocessors: they answer alike (of three checkpoints of the
+# demo all 6,753 answers and the losses of 444 windows were the same on both), at other speeds.
 _ANSWER_ALIKE = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
 
 
