@@ -51,6 +51,8 @@ def conditions(results: ModelResults) -> str:
         f"{first['compute_dtype']}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, Python {versions['python']}."
     ]
+    if results.other_cards:
+        sentences.append(f"On another card: {_other_cards(results)}.")
     parts = [
         f"{task} {size_in_words(summary)} ({short_revision(summary['data'])})"
         for task, summary in first["tasks"].items()
@@ -84,6 +86,10 @@ def conditions(results: ModelResults) -> str:
     return " ".join(sentences)
 
 
+def _other_cards(results: ModelResults) -> str:
+    return ", ".join(f"{name} ({card})" for name, card in results.other_cards.items())
+
+
 def warnings(results: ModelResults) -> list[str]:
     """What of a model's results is not of the same kind as the first configuration's."""
     sentences = []
@@ -99,10 +105,9 @@ def warnings(results: ModelResults) -> list[str]:
             f"to be compared with it: {', '.join(odd)}."
         )
     if results.other_cards:
-        cards = ", ".join(f"{name} ({card})" for name, card in results.other_cards.items())
         sentences.append(
-            f"⚠️ Without speeds and seconds, as those are of another card than {evaluated[0][0]}'s: "
-            f"{cards}."
+            "⚠️ Evaluated on another card than the baseline, which answers alike at another speed, "
+            f"so without speeds and seconds: {_other_cards(results)}."
         )
     if results.left_out:
         tasks = ", ".join(

@@ -36,8 +36,8 @@ SHARED = {
 # a result was measured.
 _OWN = ("source", "checkpoint")
 _MEASURED_WITH = ("compute_dtype", "device", "versions")
-# Cards of one chip with equally many multiprocessors: they answer alike (of three checkpoints of the
-# demo all 6,753 answers and the losses of 444 windows were the same on both), at other speeds.
+# Cards of one chip with equally many multiprocessors: they answer alike (all 6,753 answers of three
+# checkpoints of the demo and the losses of 444 windows were the same on both), at other speeds.
 _ANSWER_ALIKE = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
 
 
@@ -184,10 +184,16 @@ def of_one_card(results: ModelResults) -> ModelResults:
 
 
 def _without_times(document: dict) -> dict:
-    speed, facts = document.get("speed", {}), document["quantization"]
-    kept = {key: value for key, value in speed.items() if key in ("memory_bytes", "kernels")}
-    told = {key: value for key, value in facts.items() if key != "seconds"}
-    return {**document, "speed": kept, "quantization": told}
+    def timeless(found: dict, *more: str) -> dict:
+        return {key: value for key, value in found.items() if key not in ("seconds", *more)}
+
+    speed = document.get("speed", {})
+    return {
+        **timeless(document, "load_seconds"),
+        "speed": {key: speed[key] for key in ("memory_bytes", "kernels") if key in speed},
+        "quantization": timeless(document["quantization"]),
+        "tasks": {task: timeless(found) for task, found in document["tasks"].items()},
+    }
 
 
 def other_data(baseline: dict, quantized: dict) -> list[str]:
