@@ -40,7 +40,7 @@ class ModelResults:
     """All results of one model. documents: by configuration; status: by configuration, {"state",
     "reason"}; documented: they are not of this machine but come with the project; left_out: by
     configuration, tasks that `of_one_size` took out; other_cards: by configuration, the GPU of
-    those of which `identity.of_one_card` took speeds and seconds out.
+    those of which `identity.of_one_card` took times out.
     """
 
     name: str

@@ -166,8 +166,9 @@ def measured_apart(document: dict, other: dict) -> str | None:
 
 
 def of_one_card(results: ModelResults) -> ModelResults:
-    """Results without speeds and seconds of another card than the first configuration's, where the
-    card answers alike, so that all else may be shown beside it.
+    """Results without the speeds of another card than the first configuration's, where that card
+    answers alike, so that all else may be shown beside it; and without the seconds of what was
+    quantized on another card than the first that says on which.
     """
     shown = results.evaluated()
     cards = {
@@ -176,22 +177,32 @@ def of_one_card(results: ModelResults) -> ModelResults:
         if measured_apart(document, shown[0][1]) != ""
         and shared_changes(shown[0][1], {"device": document.get("device")})
     }
+    made_on = {
+        name: device["name"]
+        for name, document in shown
+        if (device := document["quantization"].get("device")) and device["type"] == "cuda"
+    }
+    first = next(iter(made_on.values()), None)
     documents = {
-        name: _without_times(document) if name in cards else document
+        name: _without_times(document, name in cards, made_on.get(name, first) != first)
         for name, document in results.documents.items()
     }
-    return replace(results, documents=documents, other_cards=cards)
+    others = {name: card for name, card in made_on.items() if card != first}
+    return replace(results, documents=documents, other_cards={**others, **cards})
 
 
-def _without_times(document: dict) -> dict:
+def _without_times(document: dict, evaluated_apart: bool, made_apart: bool) -> dict:
     def timeless(found: dict, *more: str) -> dict:
         return {key: value for key, value in found.items() if key not in ("seconds", *more)}
 
+    if made_apart:
+        document = {**document, "quantization": timeless(document["quantization"])}
+    if not evaluated_apart:
+        return document
     speed = document.get("speed", {})
     return {
         **timeless(document, "load_seconds"),
         "speed": {key: speed[key] for key in ("memory_bytes", "kernels") if key in speed},
-        "quantization": timeless(document["quantization"]),
         "tasks": {task: timeless(found) for task, found in document["tasks"].items()},
     }
 

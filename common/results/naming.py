@@ -210,6 +210,11 @@ def _recorded_source(folder: Path, record: dict, made_from: str | None) -> str:
     if Path(recorded).is_absolute() and not Path(recorded).is_dir():
         say(f"{folder} was made from {recorded}, which is not there; {made_from} is taken for it")
         return made_from
+    if Path(made_from).is_absolute() and not Path(made_from).is_dir():
+        raise UserError(
+            f"there is no folder {made_from}; leave --baseline out, as {folder} says that it was "
+            f"made from {recorded}"
+        )
     raise UserError(
         f"{folder} was made from {recorded}, not from {made_from}; leave --baseline out, or "
         f"quantize {made_from}"

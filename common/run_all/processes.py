@@ -58,7 +58,8 @@ def running(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={**os.environ, **environment},
+            # Other libraries draw a bar for every layer, which in a log is a line each.
+            env={"TQDM_DISABLE": "1", **os.environ, **environment},
         ) as process:
             assert process.stdout is not None
             yield process.stdout, process

@@ -57,30 +57,45 @@ function paretoFront(traces, better) {
  * for each {dx, dy}, from the point to the middle of its name, and whether that is `near`.
  */
 function placeNames(points, width, height) {
-  const taken = points.map(({ px, py }) => [px - 8, py - 8, px + 8, py + 8]);
+  // Beside a point only its own name may stand.
+  const beside = points.map(({ px, py }) => [px - 24, py - 8, px + 24, py + 8]);
+  const taken = [];
   const overlap = ([l, t, r, b], [left, top, right, bottom]) =>
     Math.max(0, Math.min(r, right) - Math.max(l, left)) *
     Math.max(0, Math.min(b, bottom) - Math.max(t, top));
-  const angles = [0, 180, 90, 270, 45, 315, 135, 225, 20, 340, 160, 200, 65, 295, 115, 245];
-  return points.map(({ name, px, py }) => {
+  return points.map(({ name, px, py }, own) => {
+    const full = [...taken, ...beside.filter((_, i) => i !== own)];
     const [w, h] = [name.length * 6.6 + 6, 15];
     let best = null;
-    for (const reach of [4, 14, 28, 44, 62, 82, 104, 130]) {
-      for (const angle of angles) {
-        const [x, y] = [Math.cos((angle * Math.PI) / 180), Math.sin((angle * Math.PI) / 180)];
-        const dx = x * (reach + 8 + w / 2);
-        const dy = y * (reach + 8 + h / 2);
-        const box = [px + dx - w / 2, py + dy - h / 2, px + dx + w / 2, py + dy + h / 2];
-        const outside = w * h - overlap(box, [0, 0, width, height]);
-        const cost = 20 * outside + taken.reduce((sum, other) => sum + overlap(box, other), 0);
-        if (!best || cost < best.cost - 1e-9) best = { dx, dy, cost, box, near: reach === 4 };
-      }
+    for (const { along, up, aside } of STEPS) {
+      const dx = aside * (8 + along + w / 2);
+      const dy = aside ? up : up + Math.sign(up) * (8 + h / 2);
+      const box = [px + dx - w / 2, py + dy - h / 2, px + dx + w / 2, py + dy + h / 2];
+      const outside = w * h - overlap(box, [0, 0, width, height]);
+      const cost = 20 * outside + full.reduce((sum, other) => sum + overlap(box, other), 0);
+      const near = along + Math.abs(up) === 4;
+      if (!best || cost < best.cost - 1e-9) best = { dx, dy, cost, box, near };
       if (best.cost < 1e-9) break;
     }
     taken.push(best.box);
     return best;
   });
 }
+
+/**
+ * Steps from a point to a name's place, the nearest first: to the right or left of it, or above or
+ * below. A name at another height is taken for another value, so a step up is as far as three aside.
+ */
+const STEPS = (() => {
+  const found = [-4, -14, 4, 14].map((up) => ({ along: 0, up, aside: 0 }));
+  for (const up of [0, 8, 16, 24, 34, 46, 60, 80, 104, 130].flatMap((one) => [one, -one])) {
+    for (const along of [4, 14, 28, 44, 62, 84, 110, 140, 180, 230, 290, 360]) {
+      for (const aside of [1, -1]) found.push({ along, up, aside });
+    }
+  }
+  const far = ({ along, up }) => along + 3 * Math.abs(up);
+  return found.sort((one, other) => far(one) - far(other));
+})();
 
 /** Names as annotations, with a line to the point where they stand farther off. */
 function nameAnnotations(holder, traces) {
