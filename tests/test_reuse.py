@@ -138,7 +138,7 @@ def test_the_code_that_decides_codes(method, monkeypatch):
     """
     seen, original = set(), hashes._module_file
     monkeypatch.setattr(
-        identity, "_module_file", lambda root, name: seen.add(name) or original(root, name)
+        hashes, "_module_file", lambda root, name: seen.add(name) or original(root, name)
     )
     hashes.code_hash.cache_clear()
     found = reuse.quantization_code_hash(method)
@@ -189,7 +189,7 @@ def test_a_method_without_a_script_of_its_name_is_refused(tiny, tmp_path):
 def test_unchanged_weights_are_read_once(model, tmp_path, monkeypatch):
     for file in model.iterdir():
         os.utime(file, (1e9, 1e9))
-    monkeypatch.setattr(identity, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(hashes, "_SETTLED_SECONDS", -1.0)
     output = quantize(model, tmp_path / "out")
     read = []
     original = hashes.hashlib.file_digest
