@@ -14,7 +14,7 @@ import pytest
 LONG = (
     ("bad_input", "hub", "hub_data", "check", "others_checkpoints", "parallel", "checkpoint"),
     ("kernels",),
-    ("batch", "peers", "processes", "unchanged"),
+    ("batch", "peers", "processes", "unchanged", "reuse"),
     ("resume",),
     ("demo", "windows"),
     *((name,) for name in ("browser", "tables", "online", "decoding", "first_screen")),

@@ -106,8 +106,8 @@ def warnings(results: ModelResults) -> list[str]:
         )
     if results.other_cards:
         sentences.append(
-            "⚠️ Evaluated or quantized on another card than the rest, which answers alike at "
-            f"another speed, so without the times that are of it: {_other_cards(results)}."
+            "⚠️ Evaluated or quantized on another card than the rest, so without the times that are "
+            f"of it: {_other_cards(results)}."
         )
     if results.left_out:
         tasks = ", ".join(
