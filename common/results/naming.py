@@ -207,10 +207,10 @@ def _recorded_source(folder: Path, record: dict, made_from: str | None) -> str:
         )
     if made_from is None or source_of(made_from) == source_of(recorded):
         return recorded
-    if Path(recorded).is_absolute() and not Path(recorded).is_dir():
+    if _is_gone(recorded):
         say(f"{folder} was made from {recorded}, which is not there; {made_from} is taken for it")
         return made_from
-    if Path(made_from).is_absolute() and not Path(made_from).is_dir():
+    if _is_gone(made_from):
         raise UserError(
             f"there is no folder {made_from}; leave --baseline out, as {folder} says that it was "
             f"made from {recorded}"
@@ -219,6 +219,11 @@ def _recorded_source(folder: Path, record: dict, made_from: str | None) -> str:
         f"{folder} was made from {recorded}, not from {made_from}; leave --baseline out, or "
         f"quantize {made_from}"
     )
+
+
+def _is_gone(model: str) -> bool:
+    """Whether this names a folder from the root on that is not there."""
+    return Path(model).is_absolute() and not Path(model).is_dir()
 
 
 def baseline_of(model: str, folder: Path, results_dir: Path = RESULTS_FOLDER) -> Subject:

@@ -59,7 +59,7 @@ def running(
             text=True,
             errors="replace",
             # Other libraries draw a bar for every layer, which in a log is a line each.
-            env={"TQDM_DISABLE": "1", **os.environ, **environment},
+            env={**({"TQDM_DISABLE": "1"} if interpreter else {}), **os.environ, **environment},
         ) as process:
             assert process.stdout is not None
             yield process.stdout, process
