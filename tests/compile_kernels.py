@@ -5,9 +5,8 @@
                                              for every GPU
     python tests/compile_kernels.py --all    all launches for every GPU, assembled too; much longer
 
-The launches are those that the code itself chooses for a GPU and the linears of Llama models of 1,
-3 and 8 billion weights, and no program may take more shared memory than the GPU has. Triton's
-interpreter, in which the other tests run, lets pass what the compiler refuses.
+The launches are those of `kernel_launches`, and no program may take more shared memory than the GPU
+has. Triton's interpreter, in which the other tests run, lets pass what the compiler refuses.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import triton
+from kernel_launches import SHAPES, other_steps, products, rounding_steps, tuning_steps
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
@@ -32,141 +32,13 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from common.base import gpu
-from common.kernels import dispatch, inference, rounding_triton
-from common.kernels.forms import PackedWeight, Rotary, Rounded
-from common.numerics.grid import Grid
+from common.kernels import dispatch
+from common.kernels.forms import PackedWeight
 
 # Compute capabilities of RTX 20, A100, RTX 30, RTX 40, H100, B200, RTX 50, and the KiB of shared
 # memory that a program may take there.
 CARDS = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
-# Hidden size, size of the MLP, heads, key-value heads and head size of Llama models.
-SHAPES = {
-    "1B": (2048, 8192, 32, 8, 64),
-    "3B": (3072, 8192, 24, 8, 128),
-    "8B": (4096, 14336, 32, 8, 128),
-}
-VOCABULARY = 128256
-# Bits, group size and zero-points of weights; the last form's inputs are rounded too.
-FORMS = ((4, 128, True), (4, 128, False), (4, 32, True), (8, 128, True), (8, None, False))
-GRIDS = (Grid(4, 128), Grid(4, 128, True), Grid(8, None), Grid(2, 64))
-
-
-def tensor(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor on a GPU; under `FakeTensorMode`, so that there is neither."""
-    return torch.empty(size, dtype=dtype, device="cuda")
-
-
-def packed(
-    out: int, channels: int, bits: int, group: int | None, asymmetric: bool, dtype: torch.dtype
-) -> PackedWeight:
-    groups = channels // (group or channels)
-    codes = tensor(out, channels * bits // 8, dtype=torch.uint8 if bits == 4 else torch.int8)
-    return PackedWeight(
-        codes,
-        tensor(out, groups, dtype=dtype),
-        tensor(out, groups, dtype=torch.int8) if asymmetric else None,
-        bits,
-    )
-
-
-def products(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable]:
-    """Every product of a decode step, and what unpacks weights."""
-    hidden, inner, heads, key_heads, size = shape
-    linears = {
-        "qkv": ((heads + 2 * key_heads) * size, hidden),
-        "o": (hidden, heads * size),
-        "gate_up": (2 * inner, hidden),
-        "down": (hidden, inner),
-        "head": (VOCABULARY, hidden),
-    }
-    for name, (out, channels) in linears.items():
-        for form in FORMS[-1:] if name == "head" else FORMS:
-            weight, row = packed(out, channels, *form, dtype), tensor(1, channels, dtype=dtype)
-            rounds = form == FORMS[-1] and name != "head"
-            yield partial(inference.unpack, weight, dtype)
-            for rows in (1, 2, 64):
-                yield partial(inference.packed_matmul, tensor(rows, channels, dtype=dtype), weight)
-                if rounds:
-                    rounded = Rounded(
-                        tensor(rows, channels, dtype=torch.int8), tensor(rows, 1, dtype=dtype)
-                    )
-                    yield partial(inference.integer_matmul, rounded, weight)
-            for bits in (None, 8) if rounds else (None,):
-                if name in ("o", "down"):
-                    added = tensor(1, out, dtype=dtype)
-                    yield partial(inference.row_matmul, row, weight, added_to=added, bits=bits)
-                else:
-                    norm = tensor(channels, dtype=dtype), 1e-5
-                    yield partial(
-                        inference.row_matmul, row, weight, norm, gated=name == "gate_up", bits=bits
-                    )
-
-
-def other_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable]:
-    """The rest of a decode step."""
-    hidden, inner, heads, key_heads, size = shape
-    tokens, gain = tensor(8, hidden, dtype=dtype), tensor(hidden, dtype=dtype)
-    for width in (hidden, inner):
-        yield partial(inference.round_rows, tensor(8, width, dtype=dtype), 8)
-    for bits in (None, 8):
-        for update in (None, tokens):
-            yield partial(inference.add_rms_norm, tokens, update, gain, 1e-5, bits)
-        yield partial(inference.silu_mul, *tensor(8, 2 * inner, dtype=dtype).chunk(2, -1), bits)
-    projected, positions = (
-        tensor(8, (heads + 2 * key_heads) * size, dtype=dtype),
-        tensor(8, dtype=torch.long),
-    )
-    for length in (512, 2048):
-        cache, table = (
-            tensor(8, key_heads, length, size, dtype=dtype),
-            tensor(length, size, dtype=dtype),
-        )
-        for norms in (None, (tensor(size, dtype=dtype), tensor(size, dtype=dtype), 1e-6)):
-            rotary = Rotary(table, table, norms)
-            yield partial(inference.attend, projected, rotary, positions, cache, cache, 0.1)
-    for count in (heads, key_heads):
-        table = tensor(1, 512, size, dtype=dtype)
-        yield partial(
-            inference.rotate_heads, tensor(1, 512, count, size, dtype=dtype), table, table
-        )
-    yield partial(inference.largest_index, tensor(8, VOCABULARY, dtype=dtype))
-
-
-def rounding_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable]:
-    """What quantization does on a GPU."""
-    hidden, inner = shape[:2]
-    weight, block = tensor(hidden, inner), tensor(128, hidden)
-    for grid in GRIDS:
-        yield partial(
-            rounding_triton.round_block,
-            block,
-            block,
-            tensor(128, 128),
-            block,
-            block,
-            grid,
-            tensor(128, hidden, dtype=torch.int8),
-            block,
-        )
-        for importance, norm in ((tensor(inner), 2.0), (None, 8.0)):
-            yield partial(
-                rounding_triton.search_range, weight, grid, importance, norm, dtype, [1.0, 0.9]
-            )
-        scale = tensor(hidden, grid.groups(inner))
-        for beta in (None, 2.0):
-            yield partial(
-                rounding_triton.learning_step,
-                *[weight] * 2,
-                scale,
-                scale,
-                *[weight] * 2,
-                tensor(),
-                *[weight] * 3,
-                grid,
-                0.1,
-                beta,
-                0.1,
-            )
+STEPS = (products, other_steps, rounding_steps, tuning_steps)
 
 
 class _Driver:
@@ -218,7 +90,7 @@ def launches(
     with FakeTensorMode():
         for shape in SHAPES.values():
             for dtype in dtypes:
-                for calls in (products, other_steps, rounding_steps):
+                for calls in STEPS:
                     for call in calls(shape, dtype):
                         call()
     JITFunction.run = _run

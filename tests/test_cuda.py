@@ -30,9 +30,7 @@ LOGITS_TOLERANCE = {"smoothquant": 0.06}
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
 def test_fused_layers(tiny_models, architecture):
-    """The same logits as from transformers' own layers, and the same gradients, which those have to
-    compute.
-    """
+    """The same logits as from transformers' own layers, and the same gradients."""
     folder = next(folder for (name, _), folder in tiny_models.items() if name == architecture)
     tokens = torch.randint(2, 320, (3, 50), generator=torch.Generator().manual_seed(1)).cuda()
     plain, fused = (load_model(folder, CUDA, torch.float32)[0] for _ in range(2))
@@ -45,10 +43,13 @@ def test_fused_layers(tiny_models, architecture):
         assert relative(fused(tokens).logits, plain(tokens).logits) < 1e-3
     gradients = []
     for model in (plain, fused):
-        weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
-        model(tokens).logits.square().mean().backward()
-        gradients.append(weight.grad)
-    assert relative(gradients[1], gradients[0]) < 1e-3
+        layer = model.model.layers[0]
+        parts = layer.self_attn.q_proj, layer.mlp.gate_proj, layer.post_attention_layernorm
+        weights = [part.weight.requires_grad_(True) for part in parts]
+        model(tokens, use_cache=False).logits.square().mean().backward()
+        gradients.append([weight.grad for weight in weights])
+    for own, other in zip(*gradients, strict=True):
+        assert relative(other, own) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

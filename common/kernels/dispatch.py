@@ -29,6 +29,7 @@ class TritonKernels(NamedTuple):
     attention: ModuleType
     products: ModuleType
     rounding: ModuleType
+    gradients: ModuleType
 
 
 def triton_kernels(tensor: Tensor) -> TritonKernels | None:
@@ -41,9 +42,17 @@ def triton_kernels(tensor: Tensor) -> TritonKernels | None:
 @cache
 def _import_kernels() -> TritonKernels:
     # Only where one is called: Triton is not on every machine, and can be broken.
-    from common.kernels import attention_triton, inference_triton, products_triton, rounding_triton
+    from common.kernels import (
+        attention_triton,
+        gradients_triton,
+        inference_triton,
+        products_triton,
+        rounding_triton,
+    )
 
-    return TritonKernels(inference_triton, attention_triton, products_triton, rounding_triton)
+    return TritonKernels(
+        inference_triton, attention_triton, products_triton, rounding_triton, gradients_triton
+    )
 
 
 def use_triton(tensor: Tensor) -> bool:

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.base.gpu import FLASH_ATTENTION, supports
+from common.kernels import gradients
 from common.kernels.inference import add_rms_norm, rotate_heads, silu_mul
 from common.model.architecture import is_fused
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Replace the forward passes of a causal LM's norms, attention and MLPs. The kernels have no
-    backward pass: under autograd the original ones run. Families whose layers compute something
-    else than Llama's are left as they are.
+    """Replace the forward passes of a causal LM's norms, attention and MLPs; gradients go through
+    them, too. Families whose layers compute something else than Llama's are left as they are.
     """
     if not is_fused(model.config):
         return
@@ -38,23 +38,23 @@ def fuse_layers(model: nn.Module) -> None:
             module.forward = partial(_attention, module, module.forward)
 
 
-def _has_kernels(hidden: Tensor) -> bool:
-    return hidden.is_cuda and not torch.is_grad_enabled()
-
-
 def _norm(norm: nn.Module, original: Callable, hidden: Tensor) -> Tensor:
-    if not _has_kernels(hidden):
+    if not hidden.is_cuda:
         return original(hidden)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    found = cast(Tensor, add_rms_norm(rows, None, norm.weight, norm.variance_epsilon))
+    if torch.is_grad_enabled():
+        found = gradients.rms_norm(rows, norm.weight, norm.variance_epsilon)
+    else:
+        found = cast(Tensor, add_rms_norm(rows, None, norm.weight, norm.variance_epsilon))
     return found.view(hidden.shape)
 
 
 def _mlp(mlp: nn.Module, original: Callable, hidden: Tensor) -> Tensor:
-    if not _has_kernels(hidden):
+    if not hidden.is_cuda:
         return original(hidden)
     gate, up = mlp.gate_proj(hidden), mlp.up_proj(hidden)
-    found = cast(Tensor, silu_mul(gate.flatten(0, -2), up.flatten(0, -2)))
+    product = gradients.silu_mul if torch.is_grad_enabled() else silu_mul
+    found = cast(Tensor, product(gate.flatten(0, -2), up.flatten(0, -2)))
     return mlp.down_proj(found.view(gate.shape))
 
 
@@ -76,7 +76,7 @@ def _attention(
         and attention.config._attn_implementation == "sdpa"
     )
     size = attention.head_dim
-    if not (plain and _has_kernels(hidden_states) and size & (size - 1) == 0):
+    if not (plain and hidden_states.is_cuda and size & (size - 1) == 0):
         return original(
             hidden_states,
             position_embeddings=position_embeddings,
@@ -91,8 +91,11 @@ def _attention(
     )
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
-    for part in (query, key):
-        rotate_heads(part, *position_embeddings)
+    if torch.is_grad_enabled():
+        query, key = (gradients.rotated_heads(part, *position_embeddings) for part in (query, key))
+    else:
+        for part in (query, key):
+            rotate_heads(part, *position_embeddings)
     # Flash attention alone lets several queries share a key; the other kernels would make way for
     # one that keeps all scores in memory.
     shared = supports(FLASH_ATTENTION) and query.element_size() == 2

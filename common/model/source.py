@@ -293,9 +293,9 @@ class SourceModel:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] float32 of the last layer's hidden states [..., hidden]."""
-        return self.head(hidden)
+        return self.head(hidden).float()
 
     def head(self, hidden: Tensor) -> Tensor:
-        """The same where a gradient is wanted."""
+        """The same in the model's own type, and where a gradient is wanted."""
         logits = self.model.lm_head(self.model.model.norm(hidden))
-        return self.family.finish_logits(logits, self.config).float()
+        return self.family.finish_logits(logits, self.config)

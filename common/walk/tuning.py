@@ -23,10 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from common.base import parallel
 from common.base.errors import UserError
 from common.base.progress import say, track
+from common.kernels.gradients import divergence_and_slope, scaled_weights
 from common.model.memory import logits_at_once
 from common.model.source import SourceModel
-from common.numerics.divergence import divergence_terms
-from common.numerics.grid import QuantizedLinear, grouped, round_scale, type_that_holds
+from common.numerics.grid import QuantizedLinear, round_scale, type_that_holds
 from common.walk.finished import FinishedLayer, moved, set_weight
 from common.walk.streams import run_layer
 
@@ -129,25 +129,6 @@ def tune_scales(
     if found:
         say(f"tuned scales are no better ({before:.4g} nats on held-out windows): they stay")
     return found and replace(found, codes=codes)
-
-
-class _Scaled(torch.autograd.Function):
-    """Weights [out, in] of codes whose scales are multiplied by exp(change), change [out, groups].
-    Nothing of the weights' size is kept beside them.
-    """
-
-    @staticmethod
-    def forward(context, change: Tensor, quantized: QuantizedLinear, dtype: torch.dtype) -> Tensor:
-        weight = replace(quantized, scale=quantized.scale * change.exp()).dequantize(dtype)
-        context.save_for_backward(weight)
-        context.grid = quantized.grid
-        return weight
-
-    @staticmethod
-    def backward(context, gradient: Tensor):
-        # Each weight's derivative by its own change is the weight.
-        product = gradient.float() * context.saved_tensors[0]
-        return grouped(product, context.grid).sum(-1), None, None
 
 
 class _Tuning:
@@ -258,8 +239,11 @@ class _Tuning:
 
             def run(hidden: Tensor, *factors: Tensor, layer: FinishedLayer = layer) -> Tensor:
                 for (name, found), factor in zip(layer.codes.items(), factors, strict=True):
-                    weight = _Scaled.apply(factor, moved(found, self.device), self.dtype)
-                    set_weight(layer.module.get_submodule(name), cast(Tensor, weight))
+                    here = moved(found, self.device)
+                    weight = scaled_weights(
+                        here.codes, here.scale, here.zero_point, factor, self.dtype
+                    )
+                    set_weight(layer.module.get_submodule(name), weight)
                 output = run_layer(layer.module, hidden, layer.arguments)
                 layer.clear()  # autograd holds what it needs, of one layer at a time
                 return output
@@ -284,15 +268,13 @@ class _Tuning:
         for own, other in zip(
             rows.split(self.positions), wanted.split(self.positions), strict=True
         ):
-            expected = torch.log_softmax(self.source.logits(other), -1)
+            with torch.no_grad():
+                expected = self.source.head(other)
             with torch.set_grad_enabled(with_gradient):
                 own.requires_grad_(with_gradient)
                 logits = self.source.head(own)
-            with torch.no_grad():
-                found = torch.log_softmax(logits, -1)
-                total += divergence_terms(expected, found).sum()
-                # The divergence's derivative by the logits.
-                slope = found.exp_().sub_(expected.exp_()) if with_gradient else None
+            found, slope = divergence_and_slope(expected, logits.detach(), with_gradient)
+            total += found.sum()
             if with_gradient:
                 gradients += torch.autograd.grad(logits, own, slope)
         return total, torch.cat(gradients).view_as(hidden) if with_gradient else None
