@@ -16,7 +16,7 @@ from common.running.runtime import load_model
 
 @pytest.mark.parametrize(("architecture", "tied"), FUSED)
 def test_fused_layers(tiny_models, monkeypatch, architecture, tied):
-    monkeypatch.setattr(fused, "_has_kernels", lambda hidden: not torch.is_grad_enabled())
+    monkeypatch.setattr(fused, "_has_kernels", lambda hidden: True)
     plain, _ = load_model(tiny_models[architecture, tied], torch.device("cpu"), torch.float32)
     model = copy.deepcopy(plain)
     fused.fuse_layers(model)
@@ -25,6 +25,13 @@ def test_fused_layers(tiny_models, monkeypatch, architecture, tied):
         fused,
         "rotate_heads",
         lambda *tensors, original=fused.rotate_heads: (seen.append(1), original(*tensors)),
+    )
+    monkeypatch.setattr(
+        fused.gradients,
+        "rotated_heads",
+        lambda *tensors, original=fused.gradients.rotated_heads: (
+            seen.append(1) or original(*tensors)
+        ),
     )
     tokens = torch.randint(2, 320, (3, 50), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -36,17 +43,23 @@ def test_fused_layers(tiny_models, monkeypatch, architecture, tied):
         assert len(seen) == 2 * len(
             model.model.layers
         )  # with a cache attention stays transformers' own
-    # Under autograd nothing is fused.
-    weights = [
-        one.model.layers[0].self_attn.q_proj.weight.requires_grad_(True) for one in (plain, model)
-    ]
+    # Gradients go through the same parts.
+    parts = "self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "input_layernorm"
+    gradients = []
     for one in (plain, model):
-        one(tokens, use_cache=False).logits.square().mean().backward()
-    assert torch.equal(weights[0].grad, weights[1].grad)
+        layers = one.model.layers
+        weights = [layer.get_submodule(name).weight for name in parts for layer in layers]
+        for weight in weights:
+            weight.requires_grad_(True)
+        logits = one(tokens, use_cache=False).logits
+        gradients.append(torch.autograd.grad(logits.square().mean(), weights))
+    for found, expected in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert len(seen) == 4 * len(model.model.layers)
 
 
 def test_sliding_windows_are_left_to_transformers(tiny_models, monkeypatch):
-    monkeypatch.setattr(fused, "_has_kernels", lambda hidden: not torch.is_grad_enabled())
+    monkeypatch.setattr(fused, "_has_kernels", lambda hidden: True)
     folder = next(folder for (name, _), folder in tiny_models.items() if name == "mistral")
     plain, _ = load_model(folder, torch.device("cpu"), torch.float32)
     plain.config.sliding_window = 8

@@ -38,8 +38,12 @@ def fuse_layers(model: nn.Module) -> None:
             module.forward = partial(_attention, module, module.forward)
 
 
+def _has_kernels(hidden: Tensor) -> bool:
+    return hidden.is_cuda
+
+
 def _norm(norm: nn.Module, original: Callable, hidden: Tensor) -> Tensor:
-    if not hidden.is_cuda:
+    if not _has_kernels(hidden):
         return original(hidden)
     rows = hidden.reshape(-1, hidden.shape[-1])
     if torch.is_grad_enabled():
@@ -50,7 +54,7 @@ def _norm(norm: nn.Module, original: Callable, hidden: Tensor) -> Tensor:
 
 
 def _mlp(mlp: nn.Module, original: Callable, hidden: Tensor) -> Tensor:
-    if not hidden.is_cuda:
+    if not _has_kernels(hidden):
         return original(hidden)
     gate, up = mlp.gate_proj(hidden), mlp.up_proj(hidden)
     product = gradients.silu_mul if torch.is_grad_enabled() else silu_mul
@@ -76,7 +80,7 @@ def _attention(
         and attention.config._attn_implementation == "sdpa"
     )
     size = attention.head_dim
-    if not (plain and hidden_states.is_cuda and size & (size - 1) == 0):
+    if not (plain and _has_kernels(hidden_states) and size & (size - 1) == 0):
         return original(
             hidden_states,
             position_embeddings=position_embeddings,
