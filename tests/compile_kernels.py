@@ -129,6 +129,10 @@ def other_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable
         yield partial(
             inference.rotate_heads, tensor(1, 512, count, size, dtype=dtype), table, table
         )
+    table, gain = tensor(1, 512, size, dtype=dtype), tensor(size, dtype=dtype)
+    for norms in (None, (gain, gain, 1e-6)):
+        both = tensor(2, 512, heads + key_heads, size, dtype=dtype)
+        yield partial(inference.rotate_heads, both, table, table, norms, heads)
     yield partial(inference.largest_index, tensor(8, VOCABULARY, dtype=dtype))
 
 

@@ -223,17 +223,30 @@ def test_attend(generator, length, normed):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_rotate_heads(generator, batch):
-    """Against complex numbers: channel c is the real part, c + size / 2 the imaginary one."""
-    heads = torch.randn(2, 5, 3, 16, generator=generator)
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotate_heads(generator, batch, normed):
+    """Against complex numbers: channel c is the real part, c + size / 2 the imaginary one. The
+    heads are the first of a wider tensor, whose others stay as they are.
+    """
+    whole = torch.randn(2, 5, 4, 16, generator=generator)
     angle = torch.randn(batch, 5, 8, generator=generator)
-    numbers = torch.complex(heads[..., :8].double(), heads[..., 8:].double()) * torch.exp(
-        1j * angle.double()
-    ).unsqueeze(2)
+    gains = torch.randn(2, 16, generator=generator)
+    expected = whole.double()
+    if normed:
+        gain = gains[torch.tensor([0, 0, 1])].double()
+        root = (expected[..., :3, :].square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        expected[..., :3, :] *= gain / root
+    numbers = torch.complex(expected[..., :3, :8], expected[..., :3, 8:])
+    numbers = numbers * torch.exp(1j * angle.double()).unsqueeze(2)
+    expected[..., :3, :] = torch.cat([numbers.real, numbers.imag], -1)
+    tables = angle.repeat(1, 1, 2).cos(), angle.repeat(1, 1, 2).sin()
+    norms = ((gains[0], gains[1], 1e-6), 2) if normed else ()
     for module in (inference, kernels):
-        turned = heads.clone()
-        module.rotate_heads(turned, angle.repeat(1, 1, 2).cos(), angle.repeat(1, 1, 2).sin())
-        close(turned, torch.cat([numbers.real, numbers.imag], -1), 1e-6)
+        heads, wide = whole[:, :, :3].contiguous(), whole.clone()
+        module.rotate_heads(heads, *tables, *norms)
+        close(heads, expected[:, :, :3], 1e-6)
+        module.rotate_heads(wide[:, :, :3], *tables, *norms)
+        close(wide, expected, 1e-6)
 
 
 def test_silu_mul(generator):

@@ -176,16 +176,35 @@ def attend(
     ).flatten(1)
 
 
-def rotate_heads(heads: Tensor, cosine: Tensor, sine: Tensor) -> None:
-    """Turn heads [batch, length, heads, size] in place by the rotary embedding; cosine and sine [1
-    or batch, length, size].
+def rotate_heads(
+    heads: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    norms: tuple[Tensor, Tensor, float] | None = None,
+    queries: int = 0,
+) -> None:
+    """Turn heads [batch, length, heads, size] in place by the rotary embedding. They may be a part
+    of a wider tensor, as long as those of a token lie side by side.
+
+    Args:
+        cosine, sine: [1 or batch, length, size].
+        norms: where heads go through an RMSNorm first, its gains [size] for the first `queries`
+            heads and for the rest, which are keys, and its epsilon.
     """
     if kernels := triton_kernels(heads):
-        return kernels.inference.rotate_heads(heads, cosine, sine)
-    turned = torch.cat(
-        [-heads[..., heads.shape[-1] // 2 :], heads[..., : heads.shape[-1] // 2]], -1
-    )
-    heads.copy_(heads * cosine.unsqueeze(2) + turned * sine.unsqueeze(2))
+        return kernels.inference.rotate_heads(heads, cosine, sine, norms, queries)
+    normed, size = heads, heads.shape[-1]
+    if norms is not None:
+        parts = heads.split([queries, heads.shape[2] - queries], dim=2)
+        normed = torch.cat(
+            [
+                add_rms_norm(part, None, gain, norms[2])
+                for part, gain in zip(parts, norms[:2], strict=True)
+            ],
+            dim=2,
+        )
+    turned = torch.cat([-normed[..., size // 2 :], normed[..., : size // 2]], -1)
+    heads.copy_(normed * cosine.unsqueeze(2) + turned * sine.unsqueeze(2))
 
 
 def silu_mul(gate: Tensor, up: Tensor, bits: int | None = None) -> Tensor | Rounded:
