@@ -124,15 +124,11 @@ def other_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable
         for norms in (None, (tensor(size, dtype=dtype), tensor(size, dtype=dtype), 1e-6)):
             rotary = Rotary(table, table, norms)
             yield partial(inference.attend, projected, rotary, positions, cache, cache, 0.1)
-    for count in (heads, key_heads):
-        table = tensor(1, 512, size, dtype=dtype)
-        yield partial(
-            inference.rotate_heads, tensor(1, 512, count, size, dtype=dtype), table, table
-        )
     table, gain = tensor(1, 512, size, dtype=dtype), tensor(size, dtype=dtype)
-    for norms in (None, (gain, gain, 1e-6)):
-        both = tensor(2, 512, heads + key_heads, size, dtype=dtype)
-        yield partial(inference.rotate_heads, both, table, table, norms, heads)
+    for count in (heads, key_heads, heads + key_heads):
+        for norms in (None, (gain, gain, 1e-6)):
+            turned = tensor(1, 512, count, size, dtype=dtype)
+            yield partial(inference.rotate_heads, turned, table, table, norms, heads)
     yield partial(inference.largest_index, tensor(8, VOCABULARY, dtype=dtype))
 
 

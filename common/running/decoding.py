@@ -1,8 +1,9 @@
 """Greedy decoding with a cache of fixed size, one captured CUDA graph per batch size, and packed or
 dense weights.
 
-A prompt goes through transformers' own forward pass; what it leaves in the cache is copied over,
-and from there each step is the short list of operations in `kernels.inference`. Prompts of
+On a GPU prompts are read by the same kernels (`running.prompts`). On a CPU, and after other tokens
+in a cache, they go through transformers' own forward pass; what that leaves in the cache is
+copied over. From there each step is the short list of operations in `kernels.inference`. Prompts of
 different lengths are padded at their end: every row has its own position, and what the padding left
 in the cache is overwritten before it is ever attended to.
 """
@@ -22,6 +23,7 @@ from common.model.architecture import is_fused
 from common.model.memory import TOKENS_SHARE, cache_bytes, token_bytes
 from common.running.joined import JoinedLayer
 from common.running.packed import PackedLinear, is_plain
+from common.running.prompts import PromptReader
 
 # Tokens of prompts that go through the model at once, and steps after which the host looks at what
 # was generated.
@@ -98,6 +100,9 @@ class Decoder:
             for table in model.model.rotary_emb(norm, positions.unsqueeze(0))
         ]
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # One for all graphs, which run one after the other.
+        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.reader = PromptReader(model, self.tables, self.cache, self.positions, self._pool)
 
     def step(self, rows: int, index: int = 0) -> None:
         """One token more for the first `rows` rows: reads tokens and positions, and replaces them;
@@ -153,8 +158,7 @@ class Decoder:
             self.step(rows)  # compiles what has to be
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=self._pool):
             self._steps(rows)
         self._graphs[rows] = graph
         self.tokens.copy_(kept[0])
@@ -166,16 +170,22 @@ class Decoder:
         reads.
         """
         before = prefix.get_seq_length() if prefix is not None else 0
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        at_once = self._prompts_at_once(int(lengths.max()), before)
+        rows, longest = len(prompts), max(map(len, prompts))
+        # Reading without transformers needs the lengths there.
+        self.positions[:rows] = torch.tensor([before + len(prompt) for prompt in prompts])
+        ready = self._reads_itself(prefix) and self.reader.has_graph(rows, longest)
+        at_once = rows if ready else self._prompts_at_once(longest, before)
         logits = []
-        for first in range(0, len(prompts), at_once):
-            part = slice(first, min(first + at_once, len(prompts)))
+        for first in range(0, rows, at_once):
+            part = slice(first, min(first + at_once, rows))
             logits.append(self._read(prompts[part], part, prefix, before))
-        logits = torch.cat(logits)
-        self.positions[: len(prompts)] = (lengths + before).to(self.device)
-        torch.argmax(logits, -1, out=self.tokens[: len(prompts)])
-        return logits
+        found = torch.cat(logits)
+        torch.argmax(found, -1, out=self.tokens[:rows])
+        return found
+
+    def _reads_itself(self, prefix: DynamicCache | None) -> bool:
+        """Whether prompts are read without transformers."""
+        return prefix is None and self.device.type == "cuda"
 
     def _prompts_at_once(self, length: int, before: int) -> int:
         """How many prompts of up to `length` tokens, after `before` of a prefix, are read at
@@ -192,6 +202,8 @@ class Decoder:
     def _read(
         self, prompts: list[list[int]], rows: slice, prefix: DynamicCache | None, before: int
     ) -> Tensor:
+        if self._reads_itself(prefix):
+            return self.reader.read(prompts, rows.start)
         length = max(map(len, prompts))
         tokens = torch.zeros(len(prompts), length, dtype=torch.long)
         for row, prompt in enumerate(prompts):
