@@ -51,7 +51,20 @@ def can_decode(model, length: int) -> bool:
         and not hasattr(attention, "online")
         and not getattr(model, "streamed", 0)
         and (window is None or length <= window)
+        and _turns_alike(model, length)
     )
+
+
+def _turns_alike(model, length: int) -> bool:
+    """Whether the frequencies of the rotary embedding are the same for all texts of up to `length`
+    tokens, so that one table holds what each of their tokens is turned by.
+    """
+    rotary = model.model.rotary_emb
+    if "dynamic" in rotary.rope_type:
+        return length < rotary.original_max_seq_len
+    if rotary.rope_type == "longrope":
+        return length <= model.config.rope_parameters["original_max_position_embeddings"]
+    return True
 
 
 def decodes_faster(model, length: int) -> bool:
