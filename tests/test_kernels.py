@@ -64,6 +64,22 @@ def test_packed_matmul(generator, bits, channels, groups, asymmetric):
         close(products_triton.packed_matmul(half, packed), half.double() @ weight.T, 1e-3)
 
 
+@pytest.mark.parametrize("most", [1, 128 * 64 + 63, 1 << 26])
+def test_weights_are_unpacked_in_tiles(generator, monkeypatch, most):
+    """Of 300 rows: 128 each, or all at once."""
+    monkeypatch.setattr(inference, "UNPACKED_ELEMENTS", most)
+    packed, weight = packed_weights(generator, 300, 64, 2, 4, True)
+    sizes, original = [], inference.unpack
+    monkeypatch.setattr(
+        inference,
+        "unpack",
+        lambda part, dtype: sizes.append(part.shape[0]) or original(part, dtype),
+    )
+    inputs = torch.randn(2, 70, 64, generator=generator)
+    close(inference.packed_matmul(inputs, packed), inputs.double() @ weight.T, 1e-6)
+    assert sizes == ([300] if most == 1 << 26 else [128, 128, 44])
+
+
 @pytest.mark.parametrize(
     ("bits", "channels", "groups", "members"),
     crossed([(4, 576, 9), (4, 1024, 1), (4, 192, 6), (8, 576, 1), (8, 512, 4)], (32, 4)),

@@ -15,9 +15,10 @@ from common.kernels.forms import PackedWeight, Rotary, Rounded
 from common.numerics.grid import codes_per_token
 
 # Rows of activations up to which weights are unpacked inside the product; for more they are
-# unpacked once, in a tile.
+# unpacked once, in tiles of so many weights. Of a tile the rows are a multiple of ALIGNED: cuBLAS
+# is slow on outputs that begin at odd addresses.
 FUSED_ROWS = 64
-UNPACKED_ELEMENTS = 1 << 26
+UNPACKED_ELEMENTS, ALIGNED = 1 << 26, 128
 
 
 def _fused(rows: int) -> bool:
@@ -34,14 +35,21 @@ def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     elif kernels and (len(rows) == 1 or _fused(len(rows))):
         result = kernels.products.packed_matmul(rows, weight)
     else:
-        out, channels = weight.shape
-        tile = max(1, UNPACKED_ELEMENTS // channels)
-        parts = [
-            functional.linear(rows, unpack(weight[i : i + tile], inputs.dtype))
-            for i in range(0, out, tile)
-        ]
-        result = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        result = _by_tiles(rows, weight)
     return result.view(*inputs.shape[:-1], -1)
+
+
+def _by_tiles(rows: Tensor, weight: PackedWeight) -> Tensor:
+    """rows [rows, in] times the transposed weight, unpacked: [rows, out]."""
+    out, channels = weight.shape
+    tile = max(ALIGNED, UNPACKED_ELEMENTS // channels // ALIGNED * ALIGNED)
+    if out <= tile:
+        return functional.linear(rows, unpack(weight, rows.dtype))
+    result = rows.new_empty(len(rows), out)
+    for start in range(0, out, tile):
+        part = slice(start, start + tile)
+        torch.mm(rows, unpack(weight[part], rows.dtype).T, out=result[:, part])
+    return result
 
 
 def row_matmul(
