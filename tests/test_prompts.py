@@ -5,32 +5,26 @@ forward pass over each prompt alone.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from conftest import FUSED, build_tiny
 from decode_speed import packed
-from kernel_checks import close
+from kernel_checks import close, skip_without_the_interpreter
+from prompt_models import pack_linears, random_prompts, tiny_model
 from transformers import DynamicCache
 
+from common.kernels import dispatch
 from common.kernels.inference import unpack
-from common.model.architecture import family_of
-from common.numerics.grid import Grid, round_per_token
+from common.numerics.grid import Grid
 from common.running import decoding, prompts
 from common.running.decoding import Decoder
 from common.running.packed import PackedEmbedding, PackedLinear
 from common.running.prompts import PromptReader
 
 LENGTHS = 5, 12, 1, 20
-
-
-def random_prompts(*lengths: int, seed: int = 3) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(2, 320, (length,), generator=generator).tolist() for length in lengths]
-
-
-def tiny_model(architecture: str, tied: bool):
-    return build_tiny(architecture, tied).float().eval().requires_grad_(False)
 
 
 @pytest.fixture(autouse=True)
@@ -40,22 +34,6 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(PromptReader, "_has_room", lambda self, tokens: False)
     with torch.inference_mode():
         yield
-
-
-def pack_linears(model, form: str):
-    """Pack the linears of a model's layers. Returns a dense model of the same weights."""
-    grid = Grid(4, 32) if form == "W4A16" else Grid(8, None, True)
-    bits = 8 if form == "W8A8" else None
-    dense = copy.deepcopy(model)
-    for layer, plain in zip(model.model.layers, dense.model.layers, strict=True):
-        for name in family_of(layer).linears:
-            linear, other = layer.get_submodule(name), plain.get_submodule(name)
-            weight = packed(linear.weight, grid)
-            layer.set_submodule(name, PackedLinear(weight, linear.bias, bits))
-            other.weight.copy_(unpack(weight, torch.float32))
-            if bits:
-                other.register_forward_pre_hook(lambda _, inputs: round_per_token(inputs[0], 8))
-    return dense
 
 
 def check(decoder: Decoder, plain, asked: list[list[int]], bound: float) -> None:
@@ -78,6 +56,16 @@ def test_logits_and_cache_are_those_of_transformers(architecture, tied, form):
     plain = copy.deepcopy(model) if form == "dense" else pack_linears(model, form)
     decoder = Decoder(model, 5, 64)
     check(decoder, plain, random_prompts(*LENGTHS), 1e-5)
+
+
+@pytest.mark.parametrize("form", ["dense", "W4A16"])
+def test_by_the_kernels_in_the_interpreter(monkeypatch, form):
+    skip_without_the_interpreter()
+    model = tiny_model("qwen3", False)
+    plain = copy.deepcopy(model) if form == "dense" else pack_linears(model, form)
+    decoder = Decoder(model, 3, 64)
+    monkeypatch.setattr(dispatch, "use_triton", lambda tensor: True)
+    check(decoder, plain, random_prompts(5, 9), 1e-5)
 
 
 def test_biases_of_all_linears():
@@ -138,6 +126,20 @@ def test_lengths_that_prompts_are_padded_to(monkeypatch):
         decoder.start(random_prompts(*one))
     # No longer than the cache, and as they are where there are too many for a graph.
     assert seen == [(1, 16), (1, 16), (2, 32), (2, 128), (1, 192), (2, 200), (40, 60)]
+
+
+def test_a_decoder_is_gone_without_a_search_for_garbage():
+    """Its graphs and its cache with it."""
+    decoder = Decoder(tiny_model("llama", True), 2, 64)
+    decoder.start(random_prompts(9, 4))
+    decoder.run(2)
+    left = weakref.ref(decoder), weakref.ref(decoder.reader)
+    gc.disable()
+    try:
+        del decoder
+        assert [one() for one in left] == [None, None]
+    finally:
+        gc.enable()
 
 
 class Recorded:
