@@ -108,6 +108,8 @@ def other_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable
     tokens, gain = tensor(8, hidden, dtype=dtype), tensor(hidden, dtype=dtype)
     for width in (hidden, inner):
         yield partial(inference.round_rows, tensor(8, width, dtype=dtype), 8)
+        scales = tensor(8, 1, dtype=dtype), tensor(width, 1, dtype=dtype)
+        yield partial(inference.scale_sums, tensor(8, width, dtype=torch.int32), *scales)
     for bits in (None, 8):
         for update in (None, tokens):
             yield partial(inference.add_rms_norm, tokens, update, gain, 1e-5, bits)

@@ -286,6 +286,18 @@ def test_largest_index(generator):
         assert function(values).tolist() == [values[0].float().argmax().item(), 0, 10]
 
 
+def test_scale_sums(generator):
+    """Sums as large as they get, and channels of which the last program has few."""
+    sums = torch.randint(-(1 << 27), 1 << 27, (3, 2100), generator=generator).int()
+    rows, channels = (torch.rand(count, 1, generator=generator) for count in sums.shape)
+    expected = sums.double() * rows.double() * channels.double().T
+    for module in (inference, kernels):
+        close(module.scale_sums(sums, rows, channels), expected, 1e-6)
+        half = module.scale_sums(sums, rows.bfloat16() / 128, channels)
+        assert half.dtype == torch.bfloat16
+        close(half, expected / 128, 0.01)
+
+
 def test_round_rows(generator):
     inputs = torch.randn(4, 100, generator=generator)
     inputs[1] = 0

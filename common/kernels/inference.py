@@ -99,12 +99,17 @@ def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
     whole = supports(TENSOR_CORES) and rows > FUSED_ROWS
     if inputs.codes.is_cuda and whole and len(weight.packed) % 8 == channels % 8 == 0:
         sums = torch._int_mm(inputs.codes, weight.packed.T)
-        return (
-            (sums * inputs.scale.float())
-            .mul_(weight.scale.view(1, -1).float())
-            .to(inputs.scale.dtype)
-        )
+        return scale_sums(sums, inputs.scale, weight.scale)
     return packed_matmul(inputs.values(), weight)
+
+
+def scale_sums(sums: Tensor, rows: Tensor, channels: Tensor) -> Tensor:
+    """Sums [rows, out] int32 times the scales of their rows [rows, 1] and channels [out, 1], in the
+    type of the rows' scales.
+    """
+    if kernels := triton_kernels(sums):
+        return kernels.inference.scale_sums(sums, rows, channels)
+    return (sums * rows.float()).mul_(channels.view(1, -1).float()).to(rows.dtype)
 
 
 def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
