@@ -193,8 +193,8 @@ def launches(
     """The launches for a GPU, by kernel, types and constants; called, one is compiled."""
     gpu.properties = lambda: gpu.Properties(capability, CARDS[capability] << 10)
     dispatch.triton_works = lambda: True
-    # A torch without CUDA cannot take slices of such tensors.
-    PackedWeight.__getitem__ = lambda weight, rows: weight
+    # In one tile: a torch without CUDA cannot take slices of such tensors.
+    inference.UNPACKED_ELEMENTS = 1 << 40
     triton.runtime.driver.set_active(_Driver(capability))
     found: dict[tuple, Callable[[], CompiledKernel]] = {}
 

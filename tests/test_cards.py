@@ -71,8 +71,6 @@ def launched(monkeypatch):
     monkeypatch.setattr(
         torch, "_int_mm", note("_int_mm", lambda left, right: left.float() @ right.float())
     )
-    # A torch without CUDA cannot take slices of tensors that claim to be there.
-    monkeypatch.setattr(PackedWeight, "__getitem__", lambda weight, rows: weight)
     monkeypatch.setattr(dispatch, "triton_works", lambda: True)
 
     def start(*capability: int) -> list[str]:

@@ -79,7 +79,9 @@ class PromptReader:
         pool: of memory, for the graphs.
     """
 
-    def __init__(self, model, tables: list[Tensor], cache: Tensor, positions: Tensor, pool):
+    def __init__(
+        self, model, tables: list[Tensor], cache: Tensor, positions: Tensor, pool: tuple | None
+    ):
         self.model, self.tables, self.cache, self.positions = model, tables, cache, positions
         self._pool = pool
         # What a graph reads.
