@@ -4,8 +4,9 @@
     python benchmarks/decode_speed.py --output decode.json
 
 Random weights, rounded to nearest. A prompt of 64 random tokens, 128 new ones; medians over several
-runs in one process. The roofline is the time that reading weights and cache once takes at the
-bandwidth of a large copy, measured in the same run.
+runs in one process, after two in which graphs of the steps and of the prompt are captured. The
+roofline is the time that reading weights and cache once takes at the bandwidth of a large copy,
+measured in the same run.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from common.running.decoding import STEPS_AT_ONCE, Decoder
 from common.running.packed import PackedEmbedding, PackedLinear
 from common.running.speed import weight_bytes
 
-PROMPT, NEW, CACHE, REPEATS = 64, 128, 2048, 5
+PROMPT, NEW, CACHE, WARM_UP, REPEATS = 64, 128, 2048, 2, 5
 
 
 @dataclass(frozen=True)
@@ -79,31 +80,31 @@ def build(form: Form, device: torch.device):
 
 
 @torch.inference_mode()
-def measure(model, batch: int) -> dict:
+def measure(model, batch: int, prompt: int = PROMPT) -> dict:
     """Medians of prefill and decode seconds."""
-    decoder = Decoder(model, batch, CACHE)
-    prompts = torch.randint(0, SHAPE["vocab_size"], (batch, PROMPT)).tolist()
+    decoder = Decoder(model, batch, max(CACHE, prompt + NEW))
+    prompts = torch.randint(0, SHAPE["vocab_size"], (batch, prompt)).tolist()
 
     def now() -> float:
         torch.cuda.synchronize()
         return time.perf_counter()
 
     times = []
-    for _ in range(REPEATS + 1):
+    for _ in range(WARM_UP + REPEATS):
         start = now()
         decoder.start(prompts)
         middle = now()
         for _ in range(NEW // STEPS_AT_ONCE):
             decoder.run(batch)
         times.append((middle - start, now() - middle))
-    prefill, decode = (statistics.median(column) for column in zip(*times[1:], strict=True))
-    cache = decoder.cache.numel() * decoder.cache.element_size() * (PROMPT + NEW / 2) / CACHE
+    prefill, decode = (statistics.median(column) for column in zip(*times[WARM_UP:], strict=True))
+    token = decoder.cache.numel() * decoder.cache.element_size() / decoder.length
     return {
-        "prefill_tokens_per_second": batch * PROMPT / prefill,
+        "prefill_tokens_per_second": batch * prompt / prefill,
         "decode_tokens_per_second": batch * NEW / decode,
         "latency_seconds": prefill + decode,
         "step_seconds": decode / NEW,
-        "cache_bytes_read": cache,
+        "cache_bytes_read": token * (prompt + NEW / 2),
         "memory_bytes": torch.cuda.memory_allocated(),
         "peak_bytes": torch.cuda.max_memory_allocated(),
     }
@@ -129,6 +130,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens of each prompt")
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--output", type=Path, help="JSON of everything")
     options = parser.parse_args()
@@ -151,7 +153,8 @@ def main() -> None:
         weights = weight_bytes(model)
         for batch in options.batches:
             torch.cuda.reset_peak_memory_stats()
-            row = {"form": name, "batch": batch, "weight_bytes": weights, **measure(model, batch)}
+            row = {"form": name, "batch": batch, "prompt": options.prompt, "weight_bytes": weights}
+            row |= measure(model, batch, options.prompt)
             row["roofline_share"] = (weights + row["cache_bytes_read"]) / rate / row["step_seconds"]
             results["rows"].append(row)
             print(

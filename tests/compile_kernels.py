@@ -32,8 +32,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from common.base import gpu
-from common.kernels import dispatch
-from common.kernels.forms import PackedWeight
+from common.kernels import dispatch, inference
 
 # Compute capabilities of RTX 20, A100, RTX 30, RTX 40, H100, B200, RTX 50, and the KiB of shared
 # memory that a program may take there.
@@ -63,8 +62,8 @@ def launches(
     """The launches for a GPU, by kernel, types and constants; called, one is compiled."""
     gpu.properties = lambda: gpu.Properties(capability, CARDS[capability] << 10)
     dispatch.triton_works = lambda: True
-    # A torch without CUDA cannot take slices of such tensors.
-    PackedWeight.__getitem__ = lambda weight, rows: weight
+    # In one tile: a torch without CUDA cannot take slices of such tensors.
+    inference.UNPACKED_ELEMENTS = 1 << 40
     triton.runtime.driver.set_active(_Driver(capability))
     found: dict[tuple, Callable[[], CompiledKernel]] = {}
 

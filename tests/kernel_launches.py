@@ -83,6 +83,8 @@ def other_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable
     tokens, gain = tensor(8, hidden, dtype=dtype), tensor(hidden, dtype=dtype)
     for width in (hidden, inner):
         yield partial(inference.round_rows, tensor(8, width, dtype=dtype), 8)
+        scales = tensor(8, 1, dtype=dtype), tensor(width, 1, dtype=dtype)
+        yield partial(inference.scale_sums, tensor(8, width, dtype=torch.int32), *scales)
     for bits in (None, 8):
         for update in (None, tokens):
             yield partial(inference.add_rms_norm, tokens, update, gain, 1e-5, bits)
@@ -99,11 +101,11 @@ def other_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable
         for norms in (None, (tensor(size, dtype=dtype), tensor(size, dtype=dtype), 1e-6)):
             rotary = Rotary(table, table, norms)
             yield partial(inference.attend, projected, rotary, positions, cache, cache, 0.1)
-    for count in (heads, key_heads):
-        table = tensor(1, 512, size, dtype=dtype)
-        yield partial(
-            inference.rotate_heads, tensor(1, 512, count, size, dtype=dtype), table, table
-        )
+    table, gain = tensor(1, 512, size, dtype=dtype), tensor(size, dtype=dtype)
+    for count in (heads, key_heads, heads + key_heads):
+        for norms in (None, (gain, gain, 1e-6)):
+            turned = tensor(1, 512, count, size, dtype=dtype)
+            yield partial(inference.rotate_heads, turned, table, table, norms, heads)
     yield partial(inference.largest_index, tensor(8, VOCABULARY, dtype=dtype))
 
 

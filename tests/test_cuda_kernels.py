@@ -188,6 +188,22 @@ def test_round_rows(generator):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotate_heads_of_a_wider_tensor(generator, dtype, normed):
+    whole = torch.randn(3, 50, 14, 64, generator=generator).to(dtype)
+    angle = torch.randn(1, 50, 32, generator=generator).repeat(1, 1, 2)
+    tables = angle.cos().to(dtype), angle.sin().to(dtype)
+    gains = torch.rand(2, 64, generator=generator).to(dtype)
+    exact, found = whole.double(), whole.cuda()
+    for heads, place in ((exact, "cpu"), (found, "cuda")):
+        table = [one.to(place).to(heads.dtype) for one in tables]
+        norms = (*gains.to(place).to(heads.dtype), 1e-6) if normed else None
+        inference.rotate_heads(heads[:, :, :11], *table, norms, 8 if normed else 0)
+    assert relative(found, exact) < {torch.float32: 1e-5, torch.bfloat16: 0.01}.get(dtype, 1e-3)
+    assert torch.equal(found[:, :, 11:].cpu(), whole[:, :, 11:])
+
+
 @pytest.mark.parametrize("form", [Grid(4, 64), Grid(4, 128, True), Grid(8, None)], ids=str)
 def test_rounding_kernels(generator, form):
     """The same ranges, codes and learned roundings as on the CPU, but for ties."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, FUSED, run_quantize, sampled
+from conftest import ARCHITECTURES, FUSED, build_tiny, run_quantize, sampled
 from methods import method_options
 from transformers import AutoModelForCausalLM
 
@@ -53,6 +53,28 @@ def test_decoder_writes_what_forward_passes_do(tiny_models, prompts, architectur
     assert [[token, *rest] for token, rest in zip(first, written, strict=True)] == expected
     # The model's own forward pass still works: its linears are views now.
     assert greedy(model, prompts[0], 9) == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("dynamic", {"factor": 4.0}),
+        ("longrope", {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}),
+        ("yarn", {"factor": 4.0}),
+    ],
+)
+def test_frequencies_that_follow_from_the_length_of_a_text_are_left_to_transformers(kind, fields):
+    """A decoder's table would turn the tokens of short texts as those of its longest."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, **fields}
+    rope["original_max_position_embeddings"] = 64
+    model = build_tiny("llama", True, rope_parameters=rope, max_position_embeddings=64)
+    model.config._attn_implementation = "sdpa"
+    positions = torch.arange(65).unsqueeze(0)
+    whole, part = (
+        model.model.rotary_emb(torch.zeros(1), positions[:, :length])[0] for length in (65, 63)
+    )
+    fixed = torch.equal(whole[:, :63], part)
+    assert can_decode(model, 63) and can_decode(model, 65) == fixed == (kind == "yarn")
 
 
 OTHERS = [pair for pair in ARCHITECTURES if pair not in FUSED]

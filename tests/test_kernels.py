@@ -64,6 +64,22 @@ def test_packed_matmul(generator, bits, channels, groups, asymmetric):
         close(products_triton.packed_matmul(half, packed), half.double() @ weight.T, 1e-3)
 
 
+@pytest.mark.parametrize("most", [1, 128 * 64 + 63, 1 << 26])
+def test_weights_are_unpacked_in_tiles(generator, monkeypatch, most):
+    """Of 300 rows: 128 each, or all at once."""
+    monkeypatch.setattr(inference, "UNPACKED_ELEMENTS", most)
+    packed, weight = packed_weights(generator, 300, 64, 2, 4, True)
+    sizes, original = [], inference.unpack
+    monkeypatch.setattr(
+        inference,
+        "unpack",
+        lambda part, dtype: sizes.append(part.shape[0]) or original(part, dtype),
+    )
+    inputs = torch.randn(2, 70, 64, generator=generator)
+    close(inference.packed_matmul(inputs, packed), inputs.double() @ weight.T, 1e-6)
+    assert sizes == ([300] if most == 1 << 26 else [128, 128, 44])
+
+
 @pytest.mark.parametrize(
     ("bits", "channels", "groups", "members"),
     crossed([(4, 576, 9), (4, 1024, 1), (4, 192, 6), (8, 576, 1), (8, 512, 4)], (32, 4)),
@@ -223,17 +239,30 @@ def test_attend(generator, length, normed):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_rotate_heads(generator, batch):
-    """Against complex numbers: channel c is the real part, c + size / 2 the imaginary one."""
-    heads = torch.randn(2, 5, 3, 16, generator=generator)
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotate_heads(generator, batch, normed):
+    """Against complex numbers: channel c is the real part, c + size / 2 the imaginary one. The
+    heads are the first of a wider tensor, whose others stay as they are.
+    """
+    whole = torch.randn(2, 5, 4, 16, generator=generator)
     angle = torch.randn(batch, 5, 8, generator=generator)
-    numbers = torch.complex(heads[..., :8].double(), heads[..., 8:].double()) * torch.exp(
-        1j * angle.double()
-    ).unsqueeze(2)
+    gains = torch.randn(2, 16, generator=generator)
+    expected = whole.double()
+    if normed:
+        gain = gains[torch.tensor([0, 0, 1])].double()
+        root = (expected[..., :3, :].square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        expected[..., :3, :] *= gain / root
+    numbers = torch.complex(expected[..., :3, :8], expected[..., :3, 8:])
+    numbers = numbers * torch.exp(1j * angle.double()).unsqueeze(2)
+    expected[..., :3, :] = torch.cat([numbers.real, numbers.imag], -1)
+    tables = angle.repeat(1, 1, 2).cos(), angle.repeat(1, 1, 2).sin()
+    norms = ((gains[0], gains[1], 1e-6), 2) if normed else ()
     for module in (inference, kernels):
-        turned = heads.clone()
-        module.rotate_heads(turned, angle.repeat(1, 1, 2).cos(), angle.repeat(1, 1, 2).sin())
-        close(turned, torch.cat([numbers.real, numbers.imag], -1), 1e-6)
+        heads, wide = whole[:, :, :3].contiguous(), whole.clone()
+        module.rotate_heads(heads, *tables, *norms)
+        close(heads, expected[:, :, :3], 1e-6)
+        module.rotate_heads(wide[:, :, :3], *tables, *norms)
+        close(wide, expected, 1e-6)
 
 
 def test_silu_mul(generator):
@@ -255,6 +284,18 @@ def test_largest_index(generator):
     values[2, 4999] = values[2, 10] = 9.0
     for function in (inference.largest_index, kernels.largest_index):
         assert function(values).tolist() == [values[0].float().argmax().item(), 0, 10]
+
+
+def test_scale_sums(generator):
+    """Sums as large as they get, and channels of which the last program has few."""
+    sums = torch.randint(-(1 << 27), 1 << 27, (3, 2100), generator=generator).int()
+    rows, channels = (torch.rand(count, 1, generator=generator) for count in sums.shape)
+    expected = sums.double() * rows.double() * channels.double().T
+    for module in (inference, kernels):
+        close(module.scale_sums(sums, rows, channels), expected, 1e-6)
+        half = module.scale_sums(sums, rows.bfloat16() / 128, channels)
+        assert half.dtype == torch.bfloat16
+        close(half, expected / 128, 0.01)
 
 
 def test_round_rows(generator):

@@ -130,6 +130,16 @@ def test_linears_that_were_joined_still_give_what_they_gave(generator, bits):
         assert torch.equal(linear(inputs), expected)
 
 
+def test_a_linear_that_is_moved_multiplies_by_what_it_then_holds(generator):
+    packed, exact = random_weight(generator, 4, 64, 128, 2, True)
+    linear = PackedLinear(packed, None).to(torch.float64)
+    for name in ("packed", "scale", "zero_point", "kernel_scale"):
+        assert getattr(linear.codes, name) is getattr(linear, name)
+    assert linear.codes.scale.dtype == torch.float64 and linear.codes.bits == 4
+    inputs = torch.randn(3, 128, generator=generator).double()
+    close(linear(inputs), inputs @ exact.T, 1e-12)
+
+
 FORMS = {
     "gptq": ["--bits", "4", "--group-size", "32"],
     "hqq": ["--bits", "8", "--group-size", "32", "--embedding-bits", "8"],

@@ -15,9 +15,10 @@ from common.kernels.forms import PackedWeight, Rotary, Rounded
 from common.numerics.grid import codes_per_token
 
 # Rows of activations up to which weights are unpacked inside the product; for more they are
-# unpacked once, in a tile.
+# unpacked once, in tiles of so many weights. Of a tile the rows are a multiple of ALIGNED: cuBLAS
+# is slow on outputs that begin at odd addresses.
 FUSED_ROWS = 64
-UNPACKED_ELEMENTS = 1 << 26
+UNPACKED_ELEMENTS, ALIGNED = 1 << 26, 128
 
 
 def _fused(rows: int) -> bool:
@@ -34,14 +35,21 @@ def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     elif kernels and (len(rows) == 1 or _fused(len(rows))):
         result = kernels.products.packed_matmul(rows, weight)
     else:
-        out, channels = weight.shape
-        tile = max(1, UNPACKED_ELEMENTS // channels)
-        parts = [
-            functional.linear(rows, unpack(weight[i : i + tile], inputs.dtype))
-            for i in range(0, out, tile)
-        ]
-        result = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        result = _by_tiles(rows, weight)
     return result.view(*inputs.shape[:-1], -1)
+
+
+def _by_tiles(rows: Tensor, weight: PackedWeight) -> Tensor:
+    """rows [rows, in] times the transposed weight, unpacked: [rows, out]."""
+    out, channels = weight.shape
+    tile = max(ALIGNED, UNPACKED_ELEMENTS // channels // ALIGNED * ALIGNED)
+    if out <= tile:
+        return functional.linear(rows, unpack(weight, rows.dtype))
+    result = rows.new_empty(len(rows), out)
+    for start in range(0, out, tile):
+        part = slice(start, start + tile)
+        torch.mm(rows, unpack(weight[part], rows.dtype).T, out=result[:, part])
+    return result
 
 
 def row_matmul(
@@ -91,12 +99,17 @@ def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
     whole = supports(TENSOR_CORES) and rows > FUSED_ROWS
     if inputs.codes.is_cuda and whole and len(weight.packed) % 8 == channels % 8 == 0:
         sums = torch._int_mm(inputs.codes, weight.packed.T)
-        return (
-            (sums * inputs.scale.float())
-            .mul_(weight.scale.view(1, -1).float())
-            .to(inputs.scale.dtype)
-        )
+        return scale_sums(sums, inputs.scale, weight.scale)
     return packed_matmul(inputs.values(), weight)
+
+
+def scale_sums(sums: Tensor, rows: Tensor, channels: Tensor) -> Tensor:
+    """Sums [rows, out] int32 times the scales of their rows [rows, 1] and channels [out, 1], in the
+    type of the rows' scales.
+    """
+    if kernels := triton_kernels(sums):
+        return kernels.inference.scale_sums(sums, rows, channels)
+    return (sums * rows.float()).mul_(channels.view(1, -1).float()).to(rows.dtype)
 
 
 def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -176,16 +189,35 @@ def attend(
     ).flatten(1)
 
 
-def rotate_heads(heads: Tensor, cosine: Tensor, sine: Tensor) -> None:
-    """Turn heads [batch, length, heads, size] in place by the rotary embedding; cosine and sine [1
-    or batch, length, size].
+def rotate_heads(
+    heads: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    norms: tuple[Tensor, Tensor, float] | None = None,
+    queries: int = 0,
+) -> None:
+    """Turn heads [batch, length, heads, size] in place by the rotary embedding. They may be a part
+    of a wider tensor, as long as those of a token lie side by side.
+
+    Args:
+        cosine, sine: [1 or batch, length, size].
+        norms: where heads go through an RMSNorm first, its gains [size] for the first `queries`
+            heads and for the rest, which are keys, and its epsilon.
     """
     if kernels := triton_kernels(heads):
-        return kernels.inference.rotate_heads(heads, cosine, sine)
-    turned = torch.cat(
-        [-heads[..., heads.shape[-1] // 2 :], heads[..., : heads.shape[-1] // 2]], -1
-    )
-    heads.copy_(heads * cosine.unsqueeze(2) + turned * sine.unsqueeze(2))
+        return kernels.inference.rotate_heads(heads, cosine, sine, norms, queries)
+    normed, size = heads, heads.shape[-1]
+    if norms is not None:
+        parts = heads.split([queries, heads.shape[2] - queries], dim=2)
+        normed = torch.cat(
+            [
+                add_rms_norm(part, None, gain, norms[2])
+                for part, gain in zip(parts, norms[:2], strict=True)
+            ],
+            dim=2,
+        )
+    turned = torch.cat([-normed[..., size // 2 :], normed[..., : size // 2]], -1)
+    heads.copy_(normed * cosine.unsqueeze(2) + turned * sine.unsqueeze(2))
 
 
 def silu_mul(gate: Tensor, up: Tensor, bits: int | None = None) -> Tensor | Rounded:

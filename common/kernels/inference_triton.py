@@ -73,6 +73,27 @@ def _store_rounded(value, codes, scale, mask, smallest, BITS: tl.constexpr):
     tl.store(scale, step.to(dtype))
 
 
+def scale_sums(sums: Tensor, rows: Tensor, channels: Tensor) -> Tensor:
+    count, out = sums.shape
+    result = torch.empty(count, out, device=sums.device, dtype=rows.dtype)
+    _scale_sums[(count, triton.cdiv(out, 2048))](
+        sums, rows, channels, result, out, BLOCK=2048, num_warps=4, **launch()
+    )
+    return result
+
+
+@triton.jit
+def _scale_sums(sums, rows, channels, result, out, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    begin(OVERLAP)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < out
+    value = tl.load(sums + row * out + column, mask=mask, other=0).to(tl.float32)
+    value *= tl.load(rows + row).to(tl.float32)
+    value *= tl.load(channels + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(result + row * out + column, value.to(result.dtype.element_ty), mask=mask)
+
+
 def add_rms_norm(
     hidden: Tensor,
     update: Tensor | None,
@@ -138,18 +159,33 @@ def _add_rms_norm(
         _store_rounded(normed, output + place, scale + tl.program_id(0), mask, smallest, BITS)
 
 
-def rotate_heads(heads: Tensor, cosine: Tensor, sine: Tensor) -> None:
+def rotate_heads(
+    heads: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    norms: tuple[Tensor, Tensor, float] | None = None,
+    queries: int = 0,
+) -> None:
     batch, length, count, size = heads.shape
+    query_gain, key_gain, epsilon = norms or (None, None, 0.0)
+    block = triton.next_power_of_2(count)
     _rotate_heads[(batch * length,)](
         heads,
         cosine,
         sine,
+        query_gain,
+        key_gain,
+        epsilon,
         count,
+        queries,
         length,
+        heads.stride(0),
+        heads.stride(1),
         0 if len(cosine) == 1 else length,
+        HAS_NORMS=norms is not None,
         HALF=size // 2,
-        BLOCK=triton.next_power_of_2(count * size // 2),
-        num_warps=4,
+        BLOCK=block,
+        num_warps=4 if block * size <= 8192 else 8,
         **launch(),
     )
 
@@ -159,31 +195,51 @@ def _rotate_heads(
     heads,
     cosine,
     sine,
+    query_gain,
+    key_gain,
+    epsilon,
     count,
+    queries,
     length,
+    batch_stride,
+    token_stride,
     table_stride,
+    HAS_NORMS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """A program turns all heads of a token, whose halves are the parts of complex numbers."""
     begin(OVERLAP)
-    token = tl.program_id(0).to(tl.int64)
-    pair = tl.arange(0, BLOCK)
-    mask = pair < count * HALF
-    lane = pair % HALF
-    first = heads + token * count * 2 * HALF + pair // HALF * 2 * HALF + lane
-    table = (token // length * table_stride + token % length) * 2 * HALF + lane
+    dtype: tl.constexpr = heads.dtype.element_ty
+    batch, position = tl.program_id(0).to(tl.int64) // length, tl.program_id(0) % length
+    head, lane = tl.arange(0, BLOCK)[:, None], tl.arange(0, HALF)[None, :]
+    mask = head < count
+    place = heads + batch * batch_stride + position.to(tl.int64) * token_stride
+    first = place + head * 2 * HALF + lane
     one = tl.load(first, mask=mask, other=0.0).to(tl.float32)
     two = tl.load(first + HALF, mask=mask, other=0.0).to(tl.float32)
+    if HAS_NORMS:
+        squares = tl.sum(one * one, 1) + tl.sum(two * two, 1)
+        factor = tl.rsqrt(squares / (2 * HALF) + epsilon)[:, None]
+        one = _times_gain(one * factor, query_gain, key_gain, head < queries, lane, dtype)
+        two = _times_gain(two * factor, query_gain, key_gain, head < queries, HALF + lane, dtype)
+    table = (batch * table_stride + position) * 2 * HALF + lane
     turned = one * tl.load(cosine + table).to(tl.float32) - two * tl.load(sine + table).to(
         tl.float32
     )
     other = two * tl.load(cosine + table + HALF).to(tl.float32) + one * tl.load(
         sine + table + HALF
     ).to(tl.float32)
-    tl.store(first, turned.to(heads.dtype.element_ty), mask=mask)
-    tl.store(first + HALF, other.to(heads.dtype.element_ty), mask=mask)
+    tl.store(first, turned.to(dtype), mask=mask)
+    tl.store(first + HALF, other.to(dtype), mask=mask)
+
+
+@triton.jit
+def _times_gain(normed, query_gain, key_gain, is_query, lane, dtype: tl.constexpr):
+    """The end of an RMSNorm of heads, rounded where torch rounds."""
+    gain = tl.where(is_query, tl.load(query_gain + lane), tl.load(key_gain + lane))
+    return (gain.to(tl.float32) * normed.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
 
 
 def silu_mul(gate: Tensor, up: Tensor, bits: int | None = None) -> Tensor | Rounded:

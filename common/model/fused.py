@@ -100,18 +100,26 @@ def _attention(
     else:
         for part in (query, key):
             rotate_heads(part, *position_embeddings)
+    output = attend_causally(query, key, value, attention.scaling)
+    return attention.o_proj(output), None
+
+
+def attend_causally(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention of whole windows, from queries, keys and values [batch, length, heads or
+    key-value heads, size] to [batch, length, heads * size].
+    """
     # Flash attention alone lets several queries share a key; the other kernels would make way for
     # one that keeps all scores in memory.
     shared = supports(FLASH_ATTENTION) and query.element_size() == 2
     if not shared:
-        queries = attention.num_key_value_groups
+        queries = query.shape[2] // key.shape[2]
         key, value = (part.repeat_interleave(queries, dim=2) for part in (key, value))
     output = functional.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
         is_causal=True,
-        scale=attention.scaling,
+        scale=scaling,
         enable_gqa=shared,
     )
-    return attention.o_proj(output.transpose(1, 2).reshape(*hidden_states.shape[:2], -1)), None
+    return output.transpose(1, 2).flatten(2)

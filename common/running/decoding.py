@@ -1,24 +1,29 @@
 """Greedy decoding with a cache of fixed size, one captured CUDA graph per batch size, and packed or
 dense weights.
 
-A prompt goes through transformers' own forward pass; what it leaves in the cache is copied over,
-and from there each step is the short list of operations in `kernels.inference`. Prompts of
+On a GPU prompts are read by the same kernels (`running.prompts`). On a CPU, and after other tokens
+in a cache, they go through transformers' own forward pass; what that leaves in the cache is
+copied over. From there each step is the short list of operations in `kernels.inference`. Prompts of
 different lengths are padded at their end: every row has its own position, and what the padding left
 in the cache is overwritten before it is ever attended to.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from common.base.device_memory import available, halved_to_fit
 from common.kernels.forms import Rotary
-from common.kernels.inference import add_rms_norm, attend, largest_index, row_matmul, silu_mul
+from common.kernels.inference import add_rms_norm, attend, largest_index, row_matmul
 from common.model.architecture import is_fused
 from common.model.memory import TOKENS_SHARE, cache_bytes, token_bytes
-from common.running.packed import PackedLinear, is_plain, stack
+from common.running.joined import JoinedLayer
+from common.running.packed import PackedLinear, is_plain
+from common.running.prompts import PromptReader
 
 # Tokens of prompts that go through the model at once, and steps after which the host looks at what
 # was generated.
@@ -46,7 +51,20 @@ def can_decode(model, length: int) -> bool:
         and not hasattr(attention, "online")
         and not getattr(model, "streamed", 0)
         and (window is None or length <= window)
+        and _turns_alike(model, length)
     )
+
+
+def _turns_alike(model, length: int) -> bool:
+    """Whether the frequencies of the rotary embedding are the same for all texts of up to `length`
+    tokens, so that one table holds what each of their tokens is turned by.
+    """
+    rotary = model.model.rotary_emb
+    if "dynamic" in rotary.rope_type:
+        return length < rotary.original_max_seq_len
+    if rotary.rope_type == "longrope":
+        return length <= model.config.rope_parameters["original_max_position_embeddings"]
+    return True
 
 
 def decodes_faster(model, length: int) -> bool:
@@ -67,45 +85,6 @@ def cache_after(prefix: DynamicCache | None, rows: int) -> DynamicCache:
     return cache
 
 
-class _Layer:
-    """A decoder layer as decoding reads it: linears that share their input as one."""
-
-    def __init__(self, module: nn.Module):
-        attention, mlp = module.self_attn, module.mlp
-        self.input_norm, self.output_norm = module.input_layernorm, module.post_attention_layernorm
-        self.qkv = _joined([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.output = attention.o_proj
-        self.gate_up = _joined([mlp.gate_proj, mlp.up_proj])
-        self.down = mlp.down_proj
-        # Of the inputs of its linears, which are rounded as they come; None where they are not.
-        self.bits = getattr(self.down, "activation_bits", None)
-        linears = [self.qkv, self.output, self.gate_up, self.down]
-        # Whether one row's norms, residual sums and gate can be part of its products.
-        self.one_row = all(isinstance(linear, PackedLinear) for linear in linears) and all(
-            linear.bias is None for linear in linears[1:]
-        )
-        self.scaling = attention.scaling
-        self.norms = None
-        if hasattr(attention, "q_norm"):
-            norm = attention.q_norm
-            self.norms = norm.weight, attention.k_norm.weight, norm.variance_epsilon
-
-
-def _joined(linears: list[nn.Module]) -> nn.Module:
-    """One linear in place of several; they become views of its memory."""
-    if isinstance(linears[0], PackedLinear):
-        return stack(linears)
-    sizes = [linear.out_features for linear in linears]
-    with torch.device("meta"):
-        whole = nn.Linear(linears[0].in_features, sum(sizes), bias=linears[0].bias is not None)
-    for name in ("weight", "bias") if linears[0].bias is not None else ("weight",):
-        tensor = torch.cat([getattr(linear, name).data for linear in linears])
-        setattr(whole, name, nn.Parameter(tensor, requires_grad=False))
-        for linear, part in zip(linears, tensor.split(sizes), strict=True):
-            getattr(linear, name).data = part
-    return whole
-
-
 class Decoder:
     """Greedy generation for up to `rows` prompts at once and `length` tokens in all of each.
 
@@ -118,7 +97,7 @@ class Decoder:
         self.model, self.rows, self.length = model, rows, length
         # Joined once per model: a second decoder finds the first one's.
         if not hasattr(model, "joined_layers"):
-            model.joined_layers = [_Layer(module) for module in model.model.layers]
+            model.joined_layers = [JoinedLayer(module) for module in model.model.layers]
         self.layers = model.joined_layers
         norm = model.model.norm.weight
         self.device, dtype = norm.device, norm.dtype
@@ -134,6 +113,9 @@ class Decoder:
             for table in model.model.rotary_emb(norm, positions.unsqueeze(0))
         ]
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # One for all graphs, which run one after the other.
+        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.reader = PromptReader(model, self.tables, self.cache, self.positions, self._pool)
 
     def step(self, rows: int, index: int = 0) -> None:
         """One token more for the first `rows` rows: reads tokens and positions, and replaces them;
@@ -142,20 +124,12 @@ class Decoder:
         tokens, positions = self.tokens[:rows], self.positions[:rows]
         epsilon = self.model.model.norm.variance_epsilon
         hidden, update = self.model.model.embed_tokens(tokens), None
-        for index_of_layer, layer in enumerate(self.layers):
-            cache = self.cache[index_of_layer, :, :rows]
+        for layer, cache in zip(self.layers, self.cache[:, :, :rows], strict=True):
+            attend_to_cache = partial(self._attend, layer, cache)
             if rows == 1 and layer.one_row:
-                self._one_row(layer, hidden, cache, epsilon)
-                continue
-            projected = layer.qkv(
-                add_rms_norm(hidden, update, layer.input_norm.weight, epsilon, layer.bits)
-            )
-            update = layer.output(self._attend(layer, projected, cache))
-            gate_up = layer.gate_up(
-                add_rms_norm(hidden, update, layer.output_norm.weight, epsilon, layer.bits)
-            )
-            gate, up = gate_up.chunk(2, -1)
-            update = layer.down(silu_mul(gate, up, layer.bits))
+                layer.run_one_row(hidden, attend_to_cache)
+            else:
+                update = layer.run(hidden, update, attend_to_cache)
         gain, head = self.model.model.norm.weight, self.model.lm_head
         if rows == 1 and update is None and isinstance(head, PackedLinear):
             logits = row_matmul(hidden, head.codes, (gain, epsilon))
@@ -165,30 +139,12 @@ class Decoder:
         self.written[index, :rows] = tokens
         positions.add_(1).clamp_(max=self.length - 1)
 
-    def _attend(self, layer: _Layer, projected: Tensor, cache: Tensor) -> Tensor:
+    def _attend(self, layer: JoinedLayer, cache: Tensor, projected: Tensor) -> Tensor:
         cosine, sine = self.tables
         keys, values = cache
         rotary = Rotary(cosine, sine, layer.norms)
         positions = self.positions[: len(projected)]
         return attend(projected, rotary, positions, keys, values, layer.scaling)
-
-    def _one_row(self, layer: _Layer, hidden: Tensor, cache: Tensor, epsilon: float) -> None:
-        """A layer of packed linears for a single row: hidden [1, size] becomes what leaves the
-        layer.
-        """
-        bits = layer.bits
-        projected = row_matmul(
-            hidden, layer.qkv.codes, (layer.input_norm.weight, epsilon), bits=bits
-        )
-        if layer.qkv.bias is not None:
-            projected = projected + layer.qkv.bias
-        row_matmul(
-            self._attend(layer, projected, cache), layer.output.codes, added_to=hidden, bits=bits
-        )
-        gated = row_matmul(
-            hidden, layer.gate_up.codes, (layer.output_norm.weight, epsilon), gated=True, bits=bits
-        )
-        row_matmul(gated, layer.down.codes, added_to=hidden, bits=bits)
 
     def run(self, rows: int) -> Tensor:
         """Let the first `rows` rows go on by STEPS_AT_ONCE steps. Returns the new tokens [steps,
@@ -215,8 +171,7 @@ class Decoder:
             self.step(rows)  # compiles what has to be
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=self._pool):
             self._steps(rows)
         self._graphs[rows] = graph
         self.tokens.copy_(kept[0])
@@ -228,16 +183,22 @@ class Decoder:
         reads.
         """
         before = prefix.get_seq_length() if prefix is not None else 0
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        at_once = self._prompts_at_once(int(lengths.max()), before)
+        rows, longest = len(prompts), max(map(len, prompts))
+        # Reading without transformers needs the lengths there.
+        self.positions[:rows] = torch.tensor([before + len(prompt) for prompt in prompts])
+        ready = self._reads_itself(prefix) and self.reader.has_graph(rows, longest)
+        at_once = rows if ready else self._prompts_at_once(longest, before)
         logits = []
-        for first in range(0, len(prompts), at_once):
-            part = slice(first, min(first + at_once, len(prompts)))
+        for first in range(0, rows, at_once):
+            part = slice(first, min(first + at_once, rows))
             logits.append(self._read(prompts[part], part, prefix, before))
-        logits = torch.cat(logits)
-        self.positions[: len(prompts)] = (lengths + before).to(self.device)
-        torch.argmax(logits, -1, out=self.tokens[: len(prompts)])
-        return logits
+        found = torch.cat(logits)
+        torch.argmax(found, -1, out=self.tokens[:rows])
+        return found
+
+    def _reads_itself(self, prefix: DynamicCache | None) -> bool:
+        """Whether prompts are read without transformers."""
+        return prefix is None and self.device.type == "cuda"
 
     def _prompts_at_once(self, length: int, before: int) -> int:
         """How many prompts of up to `length` tokens, after `before` of a prefix, are read at
@@ -254,6 +215,8 @@ class Decoder:
     def _read(
         self, prompts: list[list[int]], rows: slice, prefix: DynamicCache | None, before: int
     ) -> Tensor:
+        if self._reads_itself(prefix):
+            return self.reader.read(prompts, rows.start)
         length = max(map(len, prompts))
         tokens = torch.zeros(len(prompts), length, dtype=torch.long)
         for row, prompt in enumerate(prompts):

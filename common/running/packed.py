@@ -24,6 +24,8 @@ from common.model.online import CONFIG_KEY
 from common.numerics.grid import Grid
 
 PACKED_BITS = (4, 8)
+# The tensors of a `PackedWeight`.
+WEIGHTS = ("packed", "scale", "zero_point", "kernel_scale")
 
 
 class PackedLinear(nn.Module):
@@ -45,19 +47,17 @@ class PackedLinear(nn.Module):
 
     def put(self, weight: PackedWeight, bias: Tensor | None) -> None:
         """Replace the weights and the bias."""
-        self._bits = weight.bits
-        for name, tensor in (
-            ("packed", weight.packed),
-            ("scale", weight.scale),
-            ("zero_point", weight.zero_point),
-            ("kernel_scale", weight.kernel_scale),
-            ("bias", bias),
-        ):
-            self.register_buffer(name, tensor)
+        self.codes = weight
+        for name in WEIGHTS:
+            self.register_buffer(name, getattr(weight, name))
+        self.register_buffer("bias", bias)
 
-    @property
-    def codes(self) -> PackedWeight:
-        return PackedWeight(self.packed, self.scale, self.zero_point, self._bits, self.kernel_scale)
+    def _apply(self, *arguments, **options) -> PackedLinear:
+        """As for every module, which replaces its buffers by what they are elsewhere."""
+        super()._apply(*arguments, **options)
+        buffers = {name: getattr(self, name) for name in WEIGHTS}
+        self.codes = replace(self.codes, **buffers)
+        return self
 
     def forward(self, inputs: Tensor | Rounded) -> Tensor:
         """Args: inputs: [..., in], or [rows, in] rounded already."""

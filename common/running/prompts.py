@@ -1,0 +1,142 @@
+"""How a decoder reads prompts on a GPU: by its own kernels, a third of the launches that
+transformers' forward pass takes, and where tokens are few, so that launching is what takes the
+time, through captured graphs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from common.base.device_memory import available
+from common.kernels.inference import add_rms_norm, rotate_heads
+from common.model.fused import attend_causally
+from common.model.memory import TOKENS_SHARE, token_bytes
+from common.running.joined import JoinedLayer
+
+# Lengths that prompts are padded to, so that graphs are few: short ones cost a GPU about the same,
+# long ones are padded by little. A graph reads at most as many tokens, in all of its rows.
+LENGTHS = (
+    *(16, 32, 48, 64, 96, 128, 192, 256, 384, 512),
+    *(640, 768, 896, 1024, 1280, 1536, 1792, 2048),
+)
+GRAPH_TOKENS = LENGTHS[-1]
+
+
+def read_prompts(
+    model, tables: list[Tensor], tokens: Tensor, lengths: Tensor, cache: Tensor
+) -> Tensor:
+    """Read prompts by a model with `joined_layers`. Returns the logits after each [rows,
+    vocabulary].
+
+    Args:
+        tables: cosine and sine of the rotary embedding, [length or more, head size].
+        tokens: [rows, length], padded at their end: what is read after a prompt does not change it.
+        lengths: [rows] of the prompts.
+        cache: takes keys and values [layers, 2, rows, key-value heads, length or more, head size],
+            of the padding, too.
+    """
+    rows, length = tokens.shape
+    hidden, update = model.model.embed_tokens(tokens).flatten(0, 1), None
+    for layer, kept in zip(model.joined_layers, cache[..., :length, :], strict=True):
+        update = layer.run(hidden, update, partial(_attend, layer, tables, kept))
+    assert update is not None  # there is a layer
+    last = torch.arange(0, rows * length, length, device=tokens.device) + lengths - 1
+    norm = model.model.norm
+    # Norm and head of the last tokens alone.
+    normed = add_rms_norm(hidden[last], update[last], norm.weight, norm.variance_epsilon)
+    return model.lm_head(normed)
+
+
+def _attend(layer: JoinedLayer, tables: list[Tensor], kept: Tensor, projected: Tensor) -> Tensor:
+    """Causal attention of whole prompts [tokens, heads * size].
+
+    Args:
+        kept: takes keys and values [2, rows, key-value heads, length, size].
+        projected: [tokens, (heads + 2 * key-value heads) * size]; queries and keys are turned in
+            place.
+    """
+    rows, key_heads, length, size = kept.shape[1:]
+    parts = projected.view(rows, length, -1, size)
+    queries = parts.shape[2] - 2 * key_heads
+    cosine, sine = (table[:length].unsqueeze(0) for table in tables)
+    rotate_heads(parts[:, :, : queries + key_heads], cosine, sine, layer.norms, queries)
+    kept.copy_(parts[:, :, queries:].unflatten(2, (2, key_heads)).permute(2, 0, 3, 1, 4))
+    query, key, value = parts.split([queries, key_heads, key_heads], dim=2)
+    return attend_causally(query, key, value, layer.scaling).flatten(0, 1)
+
+
+class PromptReader:
+    """Reads prompts into the rows of a decoder. Few tokens are read through a graph from the second
+    time on that there are as many rows of as many tokens, padding included; the first time runs the
+    same kernels one by one, which compiles them.
+
+    Args:
+        cache: the decoder's [layers, 2, rows, key-value heads, length, head size].
+        positions: [rows], which hold the lengths of the prompts while they are read.
+        pool: of memory, for the graphs.
+    """
+
+    def __init__(
+        self, model, tables: list[Tensor], cache: Tensor, positions: Tensor, pool: tuple | None
+    ):
+        self.model, self.tables, self.cache, self.positions = model, tables, cache, positions
+        self._pool = pool
+        # What a graph reads.
+        self._tokens = positions.new_zeros(GRAPH_TOKENS)
+        # With the logits that they put out; None for what has been read once.
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor] | None] = {}
+
+    def has_graph(self, rows: int, longest: int) -> bool:
+        """Whether prompts, the longest of so many tokens, are read through a graph there is."""
+        return self._graphs.get((rows, self._padded(rows, longest))) is not None
+
+    def read(self, prompts: list[list[int]], first: int) -> Tensor:
+        """Read prompts into the rows from the `first` on. Returns the logits after each [rows,
+        vocabulary].
+        """
+        rows, longest = len(prompts), max(map(len, prompts))
+        shape = rows, self._padded(rows, longest)
+        tokens = torch.tensor([prompt + [0] * (shape[1] - len(prompt)) for prompt in prompts])
+        if first > 0 or tokens.numel() > GRAPH_TOKENS:
+            return self._read(tokens.to(self.cache.device), first)
+        static = self._tokens[: tokens.numel()].view(shape)
+        static.copy_(tokens)
+        if shape not in self._graphs:
+            self._graphs[shape] = None
+            return self._read(static)
+        found = self._graphs[shape]
+        if found is None and self._has_room(tokens.numel()):
+            found = self._graphs[shape] = self._capture(static)
+        if found is None:
+            return self._read(static)
+        graph, logits = found
+        graph.replay()
+        return logits.clone()
+
+    def _padded(self, rows: int, longest: int) -> int:
+        """The length that prompts are padded to: no further than their longest where that would be
+        too much for a graph.
+        """
+        length = next((length for length in LENGTHS if length >= longest), longest)
+        length = min(length, self.cache.shape[-2])
+        return length if rows * length <= GRAPH_TOKENS else longest
+
+    def _has_room(self, tokens: int) -> bool:
+        """Whether a graph's memory, which it keeps, leaves enough."""
+        taken = tokens * token_bytes(self.model.config, self.cache.element_size())
+        return taken <= TOKENS_SHARE * available(self.cache.device)
+
+    def _read(self, tokens: Tensor, first: int = 0) -> Tensor:
+        rows = slice(first, first + len(tokens))
+        return read_prompts(
+            self.model, self.tables, tokens, self.positions[rows], self.cache[:, :, rows]
+        )
+
+    def _capture(self, tokens: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = self._read(tokens)
+        return graph, logits

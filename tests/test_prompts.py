@@ -1,0 +1,179 @@
+"""Prompts as a GPU reads them, here through the twins of the kernels, against transformers' own
+forward pass over each prompt alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from conftest import FUSED, build_tiny
+from decode_speed import packed
+from kernel_checks import close, skip_without_the_interpreter
+from prompt_models import pack_linears, random_prompts, tiny_model
+from transformers import DynamicCache
+
+from common.kernels import dispatch
+from common.kernels.inference import unpack
+from common.numerics.grid import Grid
+from common.running import decoding, prompts
+from common.running.decoding import Decoder
+from common.running.packed import PackedEmbedding, PackedLinear
+from common.running.prompts import PromptReader
+
+LENGTHS = 5, 12, 1, 20
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """Prompts are read without transformers, though no graph is captured."""
+    monkeypatch.setattr(Decoder, "_reads_itself", lambda self, prefix: prefix is None)
+    monkeypatch.setattr(PromptReader, "_has_room", lambda self, tokens: False)
+    with torch.inference_mode():
+        yield
+
+
+def check(decoder: Decoder, plain, asked: list[list[int]], bound: float) -> None:
+    """Logits, keys and values after reading prompts against those of each alone."""
+    found = decoder.start(asked)
+    assert decoder.positions[: len(asked)].tolist() == list(map(len, asked))
+    for row, prompt in enumerate(asked):
+        cache = DynamicCache()
+        expected = plain(torch.tensor([prompt]), past_key_values=cache, use_cache=True).logits
+        close(found[row], expected[0, -1], bound)
+        for kept, layer in zip(decoder.cache[:, :, row], cache.layers, strict=True):
+            close(kept[0, :, : len(prompt)], layer.keys[0], bound)
+            close(kept[1, :, : len(prompt)], layer.values[0], bound)
+
+
+@pytest.mark.parametrize("form", ["dense", "W4A16", "W8A16", "W8A8"])
+@pytest.mark.parametrize(("architecture", "tied"), FUSED)
+def test_logits_and_cache_are_those_of_transformers(architecture, tied, form):
+    model = tiny_model(architecture, tied)
+    plain = copy.deepcopy(model) if form == "dense" else pack_linears(model, form)
+    decoder = Decoder(model, 5, 64)
+    check(decoder, plain, random_prompts(*LENGTHS), 1e-5)
+
+
+@pytest.mark.parametrize("form", ["dense", "W4A16"])
+def test_by_the_kernels_in_the_interpreter(monkeypatch, form):
+    skip_without_the_interpreter()
+    model = tiny_model("qwen3", False)
+    plain = copy.deepcopy(model) if form == "dense" else pack_linears(model, form)
+    decoder = Decoder(model, 3, 64)
+    monkeypatch.setattr(dispatch, "use_triton", lambda tensor: True)
+    check(decoder, plain, random_prompts(5, 9), 1e-5)
+
+
+def test_biases_of_all_linears():
+    model = build_tiny("llama", False, attention_bias=True, mlp_bias=True).float().eval()
+    check(Decoder(model, 2, 64), copy.deepcopy(model), random_prompts(9, 3), 1e-5)
+
+
+def test_packed_embedding_and_head():
+    model = tiny_model("llama", True)
+    plain = copy.deepcopy(model)
+    rows = PackedLinear(packed(model.lm_head.weight, Grid(8, None, True)), None)
+    plain.lm_head.weight.copy_(unpack(rows.codes, torch.float32))
+    model.model.embed_tokens, model.lm_head = PackedEmbedding(rows, torch.float32), rows
+    check(Decoder(model, 2, 64), plain, random_prompts(9, 3), 1e-5)
+
+
+def test_what_was_read_before_is_not_seen():
+    """A shorter prompt in the rows of a longer one, and the tokens that are written after it."""
+    model = tiny_model("llama", True)
+    plain = copy.deepcopy(model)
+    decoder = Decoder(model, 4, 64)
+    for asked in (random_prompts(*LENGTHS), random_prompts(3, 7, seed=4)):
+        check(decoder, plain, asked, 1e-5)
+        first = decoder.tokens[: len(asked)].tolist()
+        written = decoder.run(len(asked)).T.tolist()
+        for prompt, token, rest in zip(asked, first, written, strict=True):
+            whole = torch.tensor([prompt + [token, *rest]])
+            likeliest = plain(whole).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+            assert likeliest == [token, *rest]
+
+
+def test_parts_of_the_prompts_go_to_their_rows(monkeypatch):
+    monkeypatch.setattr(decoding, "PROMPT_TOKENS", 2 * max(LENGTHS))
+    read, original = [], PromptReader.read
+    monkeypatch.setattr(
+        PromptReader,
+        "read",
+        lambda self, part, first: read.append((len(part), first)) or original(self, part, first),
+    )
+    model = tiny_model("qwen3", False)
+    check(Decoder(model, 5, 64), copy.deepcopy(model), random_prompts(*LENGTHS, 2), 1e-5)
+    assert read == [(2, 0), (2, 2), (1, 4)]
+
+
+def test_lengths_that_prompts_are_padded_to(monkeypatch):
+    model = tiny_model("llama", True)
+    seen, original = [], prompts.read_prompts
+    monkeypatch.setattr(
+        prompts,
+        "read_prompts",
+        lambda model, tables, tokens, *rest: (
+            seen.append(tuple(tokens.shape)) or original(model, tables, tokens, *rest)
+        ),
+    )
+    decoder = Decoder(model, 40, 200)
+    lengths = [(1,), (16,), (17, 3), (97, 128), (129,), (193, 1), (60,) * 40]
+    for one in lengths:
+        decoder.start(random_prompts(*one))
+    # No longer than the cache, and as they are where there are too many for a graph.
+    assert seen == [(1, 16), (1, 16), (2, 32), (2, 128), (1, 192), (2, 200), (40, 60)]
+
+
+def test_a_decoder_is_gone_without_a_search_for_garbage():
+    """Its graphs and its cache with it."""
+    decoder = Decoder(tiny_model("llama", True), 2, 64)
+    decoder.start(random_prompts(9, 4))
+    decoder.run(2)
+    left = weakref.ref(decoder), weakref.ref(decoder.reader)
+    gc.disable()
+    try:
+        del decoder
+        assert [one() for one in left] == [None, None]
+    finally:
+        gc.enable()
+
+
+class Recorded:
+    """In the place of a captured graph: the same work, done again when it is replayed."""
+
+    def __init__(self, work):
+        self.work, self.logits, self.replays = work, work(), 0
+        self.logits.zero_()  # a capture computes nothing
+
+    def replay(self):
+        self.logits.copy_(self.work())
+        self.replays += 1
+
+
+def test_graphs_are_captured_the_second_time(monkeypatch):
+    graphs = []
+
+    def capture(self, tokens):
+        graphs.append(Recorded(lambda: self._read(tokens)))
+        return graphs[-1], graphs[-1].logits
+
+    monkeypatch.setattr(PromptReader, "_capture", capture)
+    monkeypatch.setattr(PromptReader, "_has_room", lambda self, tokens: True)
+    model = tiny_model("qwen2", True)
+    plain, decoder = copy.deepcopy(model), Decoder(model, 4, 64)
+    for times, length in enumerate((9, 14, 3, 16)):
+        check(decoder, plain, random_prompts(length, seed=length), 1e-5)
+        assert [graph.replays for graph in graphs] == ([times] if times else [])
+    # Other rows and other lengths have a graph of their own.
+    for asked in (random_prompts(4, 9), random_prompts(8, 2), random_prompts(20)):
+        check(decoder, plain, asked, 1e-5)
+    assert [graph.replays for graph in graphs] == [3, 1]
+    # What was put out before stays as it was.
+    logits = decoder.start(random_prompts(7))
+    before = logits.clone()
+    decoder.start(random_prompts(8))
+    assert torch.equal(logits, before)
