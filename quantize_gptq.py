@@ -22,6 +22,7 @@ import argparse
 from common import cli
 from common.quantization import quantize
 from common.solvers.rounding import DAMPING
+from common.walk.balancing import balance
 from common.walk.gptq import SWEEPS, gptq_layer
 from common.walk.method import Method
 
@@ -50,6 +51,7 @@ def method(options: argparse.Namespace) -> Method:
     return Method(
         "gptq",
         lambda layer: gptq_layer(layer, options.damping, options.sweeps),
+        prepare_layer=balance,
         catch_up=options.catch_up,
         tune_steps=options.tune_scales,
     )
