@@ -13,8 +13,9 @@ exactly,
     tr((Q - W) G (Q - W)ᵀ)
 
 Linears that read the same tensor are solved together. The order of channels is that of descending
-Gᵢᵢ, with groups as stored. The solver is in common/solvers/rounding.py, the walk of one layer in
-common/walk/gptq.py, as QuaRot uses them too.
+Gᵢᵢ, with groups as stored. Before, channels that the file scales unevenly are balanced where that
+rounds better (common/walk/balancing.py); the function stays. The solver is in
+common/solvers/rounding.py, the walk of one layer in common/walk/gptq.py, as QuaRot uses them too.
 """
 
 import argparse

@@ -43,10 +43,11 @@ from common.numerics.grid import QuantizedLinear
 from common.numerics.hadamard import factors, rotate, rotation
 from common.quantization import quantize
 from common.results.naming import filed_as
+from common.walk.balancing import pair_scale
 from common.walk.gptq import SWEEPS, gptq_layer, ranges_of_rotated_weights
 from common.walk.inputs import group_inputs
 from common.walk.method import Layer, Method
-from common.walk.scaling import fold_scale
+from common.walk.scaling import fold_into_weights, fold_scale
 
 # Rotated inputs are even, and need no more damping than the GPTQ paper's.
 DAMPING = 0.01
@@ -89,38 +90,15 @@ def rotate_vocabulary(source: SourceModel, hidden: Tensor) -> None:
     head.weight.data = times(head.weight, hidden)
 
 
-def balance(feeder: nn.Linear, reader: nn.Linear, heads: tuple[int, int, int]) -> None:
-    """Make each row of `feeder` as long as the columns of `reader` that it feeds, without changing
-    their product.
-
-    What a row is multiplied by and its columns divided by is free: of all models with the same
-    function this takes the same one, so that how evenly a file's channels happen to be scaled does
-    not decide how well they are rounded. The rotations do that for the hidden state alone.
-
-    Args:
-        feeder: weights [..., in], of which the last n rows count; v_proj or up_proj.
-        reader: weights [out, in]; o_proj or down_proj.
-        heads: how `reader`'s input channels follow from the n rows, [key-value heads, query heads
-            that share each, size]; (1, 1, n) where it reads them as they are.
-    """
-    fed = slice(-heads[0] * heads[2], None)
-    rows = feeder.weight[fed].float().norm(dim=1)
-    columns = reader.weight.float().unflatten(1, heads).norm(dim=(0, 2)).flatten()
-    scale = (rows / columns).sqrt().double()
-    # A channel that nothing feeds, or nothing reads, has no scale.
-    scale[~(torch.isfinite(scale) & (scale > 0))] = 1.0
-    feeder.weight.data[fed] = (feeder.weight[fed] / scale.unsqueeze(1)).to(feeder.weight.dtype)
-    if feeder.bias is not None:
-        feeder.bias.data[fed] = (feeder.bias[fed] / scale).to(feeder.bias.dtype)
-    by_head = scale.view(heads[0], 1, heads[2]).expand(heads).reshape(-1)
-    reader.weight.data = (reader.weight * by_head).to(reader.weight.dtype)
-
-
 def balance_group(module: nn.Module, group: LinearGroup) -> None:
-    """`balance` the one linear of a group in a decoder layer and the linear that feeds it."""
-    reader = module.get_submodule(group.linears[0])
-    heads = group.heads(reader.in_features, module.self_attn.config)
-    balance(module.get_submodule(group.fed_by), reader, heads)
+    """Make each row of what feeds the one linear of a group in a decoder layer as long as the
+    columns that read it, without changing their product.
+
+    Of all models with the same function this takes the same one, so that how evenly a file's
+    channels happen to be scaled does not decide how well they are rounded. The rotations do that
+    for the hidden state alone.
+    """
+    fold_into_weights(module, group, pair_scale(module, group))
 
 
 def rotate_layer(module: nn.Module, hidden: Tensor | None, value: Tensor) -> None:

@@ -14,7 +14,7 @@ from common.numerics.hadamard import hadamard, rotation
 from common.walk.inputs import Needs, new_sums
 from common.walk.method import Layer
 from common.walk.scaling import fold_scale, shared_by_heads
-from quantize_quarot import balance, rotate_layer, rotate_vocabulary
+from quantize_quarot import balance_group, rotate_layer, rotate_vocabulary
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_channels_that_nothing_feeds_or_reads(tiny):
     module.mlp.up_proj.weight[3] = 0
     module.mlp.down_proj.weight[:, [5, 7]] = 0
     product = module.mlp.down_proj.weight @ module.mlp.up_proj.weight
-    balance(module.mlp.up_proj, module.mlp.down_proj, (1, 1, 128))
+    balance_group(module, FAMILIES["llama"].writing[1])
     assert torch.allclose(
         module.mlp.down_proj.weight @ module.mlp.up_proj.weight, product, rtol=1e-10
     )

@@ -12,7 +12,7 @@ https://arxiv.org/abs/1906.04721.)
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.base import parallel
 from common.model.architecture import LinearGroup
@@ -35,7 +35,7 @@ def balance(layer: Layer) -> None:
 def balanced_scale(layer: Layer, group: LinearGroup) -> Tensor:
     """The scale [in] that balances the input channels of a linear group."""
     if not group.reads_residual:
-        return pair_scale(layer, group)
+        return pair_scale(layer.module, group)
     scale = column_scale([layer.weight(name) for name in group.linears])
     return exact_scale(layer, group, scale)
 
@@ -45,32 +45,31 @@ def column_scale(weights: list[Tensor]) -> Tensor:
     count alike: their length is in part as free. Found by turns, as each changes the other
     (Sinkhorn & Knopp 1967).
     """
-    squares = [weight.square() for weight in map(Tensor.float, weights)]
-    columns = torch.ones_like(squares[0][0])
+    squares = torch.cat(weights).float().square()
+    scale = torch.ones_like(squares[0])
     for _ in range(TURNS):
-        shares = [(part.T @ (part @ columns).clamp(min=1e-30).reciprocal()) for part in squares]
-        columns = _usable(sum(shares).reciprocal())
-    return columns.sqrt()
+        lengths = (squares @ scale).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = _usable((squares.T @ lengths.reciprocal()).reciprocal())
+        scale = scale / scale.log().mean().exp()
+    return scale.sqrt()
 
 
-def pair_scale(layer: Layer, group: LinearGroup) -> Tensor:
-    """The scale [in] by which columns are as long as the rows that feed them; equal over the query
-    heads of a key-value head.
+def pair_scale(module: nn.Module, group: LinearGroup) -> Tensor:
+    """The scale [in] by which columns of a linear in a decoder layer are as long as the rows that
+    feed them; equal over the query heads of a key-value head.
     """
-    weight = layer.weight(group.linears[0])
-    heads = group.heads(weight.shape[1], layer.config)
+    weight = module.get_submodule(group.linears[0]).weight
+    heads = group.heads(weight.shape[1], module.self_attn.config)
     columns = weight.float().unflatten(1, heads).norm(dim=(0, 2)).flatten()
-    feeder = layer.module.get_submodule(group.fed_by).weight
+    feeder = module.get_submodule(group.fed_by).weight
     rows = feeder[-len(columns) :].float().norm(dim=1)
     scale = _usable((rows / columns).sqrt())
     return scale.view(heads[0], 1, heads[2]).expand(heads).reshape(-1)
 
 
 def _usable(scale: Tensor) -> Tensor:
-    """A scale in units of its mean, one where a channel is fed or read by nothing."""
-    fine = torch.isfinite(scale) & (scale > 0)
-    centre = scale[fine].log().mean().exp()
-    return torch.where(fine, scale / centre, 1.0)
+    """A scale that is one where nothing feeds a channel, or nothing reads it."""
+    return torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
 
 
 def exact_scale(layer: Layer, group: LinearGroup, scale: Tensor) -> Tensor:
@@ -81,4 +80,4 @@ def exact_scale(layer: Layer, group: LinearGroup, scale: Tensor) -> Tensor:
     gain = family.gain(layer.module.get_submodule(group.fed_by)).float()
     stored = (gain / scale - family.gain_offset).to(layer.scale_dtype).float()
     exact = gain / (stored + family.gain_offset)
-    return torch.where(torch.isfinite(exact) & (exact > 0), exact, 1.0)
+    return _usable(exact)

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.base import parallel
-from common.model.architecture import LinearGroup
+from common.model.architecture import LinearGroup, family_of
 from common.numerics.grid import Grid, QuantizedLinear, grouped, min_max
 from common.solvers.rounding import damped, output_error
 from common.walk.method import Layer
@@ -39,25 +39,35 @@ def shared_by_heads(layer: Layer, group: LinearGroup, values: Tensor) -> Tensor:
 
 
 def fold_scale(layer: Layer, group: LinearGroup, scale: Tensor) -> None:
-    """Multiply the input columns of a group's linears by scale [in], divide what feeds them, and
-    adapt the statistics.
+    """`fold_into_weights`, and adapt the statistics."""
+    fold_into_weights(layer.module, group, scale)
+    if layer.statistics is not None:
+        layer.statistics[group] = layer.statistics[group].divided(scale)
+
+
+def fold_into_weights(module: nn.Module, group: LinearGroup, scale: Tensor) -> None:
+    """Multiply the input columns of a group's linears in a decoder layer by scale [in], and divide
+    what feeds them.
 
     For o_proj, `scale` has to be equal over the query heads of a key-value head
     (`shared_by_heads`).
     """
     for name in group.linears:
-        weight = layer.module.get_submodule(name).weight
-        weight.data = (weight.float() * scale).to(weight.dtype)
-    feeder = layer.module.get_submodule(group.fed_by)
-    rows = scale.view(group.heads(len(scale), layer.config))[:, 0].reshape(-1)
+        weight = module.get_submodule(name).weight
+        weight.data = (_exact(weight) * scale).to(weight.dtype)
+    feeder, family = module.get_submodule(group.fed_by), family_of(module)
+    rows = scale.view(group.heads(len(scale), module.self_attn.config))[:, 0].reshape(-1)
     if group.reads_residual:
-        layer.family.set_gain(feeder, layer.family.gain(feeder).float() / rows)
+        family.set_gain(feeder, family.gain(feeder).float() / rows)
     else:
         for parameter in feeder.parameters():  # weight [out, in] and bias [out]
             fed = parameter.data[-len(rows) :]
-            fed.copy_(fed.float() / rows.view(-1, *[1] * (fed.dim() - 1)))
-    if layer.statistics is not None:
-        layer.statistics[group] = layer.statistics[group].divided(scale)
+            fed.copy_(_exact(fed) / rows.view(-1, *[1] * (fed.dim() - 1)))
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """A tensor in float32, or in float64 if it is in that."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def power_ratio(activation: Tensor, weight: Tensor, exponent: float) -> Tensor:
