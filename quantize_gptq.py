@@ -13,9 +13,9 @@ exactly,
     tr((Q - W) G (Q - W)ᵀ)
 
 Linears that read the same tensor are solved together. The order of channels is that of descending
-Gᵢᵢ, with groups as stored. Before, channels that the file scales unevenly are balanced where that
-rounds better (common/walk/balancing.py); the function stays. The solver is in
-common/solvers/rounding.py, the walk of one layer in common/walk/gptq.py, as QuaRot uses them too.
+Gᵢᵢ, with groups as stored. Before, the channels that a file may scale unevenly are balanced
+(common/walk/balancing.py); the function stays. The solver is in common/solvers/rounding.py, the
+walk of one layer in common/walk/gptq.py, as QuaRot uses them too.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def method(options: argparse.Namespace) -> Method:
     return Method(
         "gptq",
         lambda layer: gptq_layer(layer, options.damping, options.sweeps),
-        prepare_layer=balance,
+        rewrite_layer=balance,
         catch_up=options.catch_up,
         tune_steps=options.tune_scales,
     )

@@ -3,8 +3,7 @@
 Of a channel between two modules it is free what the one multiplies by and the other divides by: the
 gains of a norm and the columns that read them, rows of up_proj and columns of down_proj, rows of
 v_proj and columns of o_proj. How a file happens to share them out decides how well columns that
-share a group's step are rounded. Balanced, all models with the same function are rounded alike.
-Calibration data decide only which of the two is rounded, a group as the file gives it or balanced.
+share a group's step are rounded. Balanced, models with the same function are the same model.
 (With the same aim, for ranges of whole channels: cross-layer equalization, Nagel et al. 2019,
 https://arxiv.org/abs/1906.04721.)
 """
@@ -17,19 +16,16 @@ from torch import Tensor, nn
 from common.base import parallel
 from common.model.architecture import LinearGroup
 from common.walk.method import Layer
-from common.walk.scaling import best_scale, fold_scale
+from common.walk.scaling import fold_scale
 
 # Each brings columns and rows hundreds of times nearer to equal lengths.
 TURNS = 4
 
 
 def balance(layer: Layer) -> None:
-    """Balance the input channels of each linear group of a layer, where rounding does less harm
-    then.
-    """
+    """Balance the input channels of each linear group of a layer."""
     for group in layer.family.groups:  # in turn: a pair's rows are as long as its columns make them
-        scale = best_scale(layer, group, [balanced_scale(layer, group)])
-        fold_scale(layer, group, parallel.from_first(scale))
+        fold_scale(layer, group, parallel.from_first(balanced_scale(layer, group)))
 
 
 def balanced_scale(layer: Layer, group: LinearGroup) -> Tensor:
@@ -56,13 +52,15 @@ def column_scale(weights: list[Tensor]) -> Tensor:
 
 def pair_scale(module: nn.Module, group: LinearGroup) -> Tensor:
     """The scale [in] by which columns of a linear in a decoder layer are as long as the rows that
-    feed them; equal over the query heads of a key-value head.
+    feed them, their biases among them; equal over the query heads of a key-value head.
     """
     weight = module.get_submodule(group.linears[0]).weight
     heads = group.heads(weight.shape[1], module.self_attn.config)
     columns = weight.float().unflatten(1, heads).norm(dim=(0, 2)).flatten()
-    feeder = module.get_submodule(group.fed_by).weight
-    rows = feeder[-len(columns) :].float().norm(dim=1)
+    feeder = module.get_submodule(group.fed_by)
+    rows = feeder.weight[-len(columns) :].float().norm(dim=1)
+    if feeder.bias is not None:
+        rows = torch.hypot(rows, feeder.bias[-len(columns) :].float())
     scale = _usable((rows / columns).sqrt())
     return scale.view(heads[0], 1, heads[2]).expand(heads).reshape(-1)
 
@@ -73,11 +71,11 @@ def _usable(scale: Tensor) -> Tensor:
 
 
 def exact_scale(layer: Layer, group: LinearGroup, scale: Tensor) -> Tensor:
-    """The scale nearest to a given one by which gains stay what their type holds, so that nothing
-    of the function is rounded away.
+    """The scale nearest to a given one by which gains stay what their type holds, and are not
+    rounded.
     """
     family = layer.family
     gain = family.gain(layer.module.get_submodule(group.fed_by)).float()
     stored = (gain / scale - family.gain_offset).to(layer.scale_dtype).float()
     exact = gain / (stored + family.gain_offset)
-    return _usable(exact)
+    return torch.where(gain == 0, scale, _usable(exact))

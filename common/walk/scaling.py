@@ -99,20 +99,15 @@ def rounding_loss(
 
 def search_scale(layer: Layer, group: LinearGroup) -> Tensor:
     """The scale [in] of one linear group, all ones if no other is better."""
-    groups = grouped(layer.stacked_weight(group).abs(), layer.grid)
-    relative = parallel.mean((groups / groups.amax(-1, keepdim=True).clamp(min=1e-8)).flatten(1), 0)
-    activation = layer.statistics[group].abs_mean
-    ratios = [power_ratio(activation, relative, step / (RATIOS - 1)) for step in range(RATIOS)]
-    return best_scale(layer, group, [shared_by_heads(layer, group, ratio) for ratio in ratios])
-
-
-def best_scale(layer: Layer, group: LinearGroup, candidates: list[Tensor]) -> Tensor:
-    """Of some scales [in] of one linear group the one that rounding to nearest does least harm
-    with, all ones if no other is better.
-    """
+    statistics = layer.statistics[group]
     weight = layer.stacked_weight(group)
-    candidates = [torch.ones_like(candidates[0]), *candidates]
-    gram = damped(layer.statistics[group].gram, SCALE_DAMPING)
+    groups = grouped(weight.abs(), layer.grid)
+    relative = parallel.mean((groups / groups.amax(-1, keepdim=True).clamp(min=1e-8)).flatten(1), 0)
+    candidates = [torch.ones_like(statistics.abs_mean)]
+    for step in range(RATIOS):
+        ratio = power_ratio(statistics.abs_mean, relative, step / (RATIOS - 1))
+        candidates.append(shared_by_heads(layer, group, ratio))
+    gram = damped(statistics.gram, SCALE_DAMPING)
     losses = [
         rounding_loss(weight, gram, layer.grid, scale, layer.scale_dtype) for scale in candidates
     ]
