@@ -177,3 +177,19 @@ def test_graphs_are_captured_the_second_time(monkeypatch):
     before = logits.clone()
     decoder.start(random_prompts(8))
     assert torch.equal(logits, before)
+
+
+@torch.inference_mode()
+def test_lengths_that_are_not_padded_keep_no_graph(monkeypatch):
+    """Three rows of 641 to 682 tokens would be too many for a graph once padded to 768."""
+    decoder = Decoder(tiny_model("llama", True), 3, 700)
+    captured = []
+    monkeypatch.setattr(
+        PromptReader, "_capture", lambda self, tokens: captured.append(tuple(tokens.shape))
+    )
+    monkeypatch.setattr(PromptReader, "_has_room", lambda self, tokens: True)
+    for length in (660, 660, 671, 671):
+        decoder.reader.read([[5] * length] * 3, 0)
+    assert not captured
+    decoder.reader.read([[5] * 20] * 3, 0)
+    assert (3, 32) in decoder.reader._graphs

@@ -100,7 +100,9 @@ class PromptReader:
         rows, longest = len(prompts), max(map(len, prompts))
         shape = rows, self._padded(rows, longest)
         tokens = torch.tensor([prompt + [0] * (shape[1] - len(prompt)) for prompt in prompts])
-        if first > 0 or tokens.numel() > GRAPH_TOKENS:
+        # A length that was not padded is one of many, each of which would keep a graph's memory.
+        few = shape[1] in LENGTHS or shape[1] == self.cache.shape[-2]
+        if first > 0 or tokens.numel() > GRAPH_TOKENS or not few:
             return self._read(tokens.to(self.cache.device), first)
         static = self._tokens[: tokens.numel()].view(shape)
         static.copy_(tokens)
