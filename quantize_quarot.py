@@ -43,7 +43,7 @@ from common.numerics.grid import QuantizedLinear
 from common.numerics.hadamard import factors, rotate, rotation
 from common.quantization import quantize
 from common.results.naming import filed_as
-from common.walk.balancing import pair_scale
+from common.walk.balancing import pair_scale, usable
 from common.walk.gptq import SWEEPS, gptq_layer, ranges_of_rotated_weights
 from common.walk.inputs import group_inputs
 from common.walk.method import Layer, Method
@@ -152,9 +152,7 @@ def align(layer: Layer) -> None:
     for group in layer.family.groups:
         if not group.by_head:
             columns = sum(layer.weight(name).square().sum(0) for name in group.linears)
-            scale = (squares[group] / columns).pow(0.25)
-            # A channel that is always zero, or that nothing reads, has no scale.
-            scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
+            scale = usable((squares[group] / columns).pow(0.25))
             fold_scale(layer, group, parallel.from_first(scale))
 
 

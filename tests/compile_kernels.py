@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import triton
-from kernel_launches import SHAPES, other_steps, products, rounding_steps, tuning_steps
+from kernel_launches import SHAPES, STEPS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
@@ -37,7 +37,6 @@ from common.kernels import dispatch, inference
 # Compute capabilities of RTX 20, A100, RTX 30, RTX 40, H100, B200, RTX 50, and the KiB of shared
 # memory that a program may take there.
 CARDS = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
-STEPS = (products, other_steps, rounding_steps, tuning_steps)
 
 
 class _Driver:

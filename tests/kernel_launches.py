@@ -159,3 +159,6 @@ def tuning_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callabl
     logits = tensor(8, VOCABULARY, dtype=dtype)
     for with_slope in (True, False):
         yield partial(gradients_triton.divergence_and_slope, logits, logits, with_slope)
+
+
+STEPS = (products, other_steps, rounding_steps, tuning_steps)

@@ -179,7 +179,6 @@ def test_graphs_are_captured_the_second_time(monkeypatch):
     assert torch.equal(logits, before)
 
 
-@torch.inference_mode()
 def test_lengths_that_are_not_padded_keep_no_graph(monkeypatch):
     """Three rows of 641 to 682 tokens would be too many for a graph once padded to 768."""
     decoder = Decoder(tiny_model("llama", True), 3, 700)

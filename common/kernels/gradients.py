@@ -10,11 +10,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from common.kernels import inference
 from common.kernels.dispatch import triton_kernels
 from common.kernels.forms import PackedWeight
-from common.kernels.inference import add_rms_norm, rotate_heads, unpack
-from common.kernels.inference import silu_mul as gate
 from common.numerics.divergence import divergence_terms
+from common.numerics.grid import QuantizedLinear
 
 
 def rms_norm(hidden: Tensor, gain: Tensor, epsilon: float) -> Tensor:
@@ -27,7 +27,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(context, hidden: Tensor, gain: Tensor, epsilon: float) -> Tensor:
         context.save_for_backward(hidden, gain)
         context.epsilon = epsilon
-        return cast(Tensor, add_rms_norm(hidden, None, gain, epsilon))
+        return cast(Tensor, inference.add_rms_norm(hidden, None, gain, epsilon))
 
     @staticmethod
     def backward(context, slope: Tensor):
@@ -61,9 +61,9 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 class _SiluMul(torch.autograd.Function):
     @staticmethod
-    def forward(context, opening: Tensor, up: Tensor) -> Tensor:
-        context.save_for_backward(opening, up)
-        return cast(Tensor, gate(opening, up))
+    def forward(context, gate: Tensor, up: Tensor) -> Tensor:
+        context.save_for_backward(gate, up)
+        return cast(Tensor, inference.silu_mul(gate, up))
 
     @staticmethod
     def backward(context, slope: Tensor):
@@ -92,7 +92,7 @@ class _RotatedHeads(torch.autograd.Function):
     def forward(context, heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         context.save_for_backward(cosine, sine)
         turned = heads.clone(memory_format=torch.contiguous_format)
-        rotate_heads(turned, cosine, sine)
+        inference.rotate_heads(turned, cosine, sine)
         return turned
 
     @staticmethod
@@ -100,24 +100,23 @@ class _RotatedHeads(torch.autograd.Function):
         # The derivative turns back.
         cosine, sine = context.saved_tensors
         turned = slope.clone(memory_format=torch.contiguous_format)
-        rotate_heads(turned, cosine, -sine)
+        inference.rotate_heads(turned, cosine, -sine)
         return turned, None, None
 
 
-def scaled_weights(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, change: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Weights [out, in] in `dtype` of codes [out, in] int8 whose scales [out, groups] are
-    multiplied by exp(change), change [out, groups]. Nothing of the weights' size is kept beside
-    them.
+def scaled_weights(quantized: QuantizedLinear, change: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights [out, in] in `dtype` of codes whose scales are multiplied by exp(change), change
+    [out, groups]. Nothing of the weights' size is kept beside them.
     """
-    return cast(Tensor, _ScaledWeights.apply(change, codes, scale, zero_point, dtype))
+    return cast(Tensor, _ScaledWeights.apply(change, quantized, dtype))
 
 
 class _ScaledWeights(torch.autograd.Function):
     @staticmethod
-    def forward(context, change, codes, scale, zero_point, dtype) -> Tensor:
-        weight = unpack(PackedWeight(codes, scale * change.exp(), zero_point, 8), dtype)
+    def forward(context, change: Tensor, quantized: QuantizedLinear, dtype: torch.dtype) -> Tensor:
+        scale = quantized.scale * change.exp()
+        packed = PackedWeight(quantized.codes, scale, quantized.zero_point, 8)
+        weight = inference.unpack(packed, dtype)
         context.save_for_backward(weight)
         context.groups = scale.shape[1]
         return weight
@@ -126,7 +125,7 @@ class _ScaledWeights(torch.autograd.Function):
     def backward(context, slope: Tensor):
         # Each weight's derivative by its own change is the weight.
         (weight,) = context.saved_tensors
-        return sum_of_groups(slope.contiguous(), weight, context.groups), None, None, None, None
+        return sum_of_groups(slope.contiguous(), weight, context.groups), None, None
 
 
 def sum_of_groups(one: Tensor, other: Tensor, groups: int) -> Tensor:

@@ -91,18 +91,18 @@ class PromptReader:
 
     def has_graph(self, rows: int, longest: int) -> bool:
         """Whether prompts, the longest of so many tokens, are read through a graph there is."""
-        return self._graphs.get((rows, self._padded(rows, longest))) is not None
+        length = self._length_of_graph(rows, longest)
+        return length is not None and self._graphs.get((rows, length)) is not None
 
     def read(self, prompts: list[list[int]], first: int) -> Tensor:
         """Read prompts into the rows from the `first` on. Returns the logits after each [rows,
         vocabulary].
         """
         rows, longest = len(prompts), max(map(len, prompts))
-        shape = rows, self._padded(rows, longest)
+        padded = self._length_of_graph(rows, longest)
+        shape = rows, padded or longest
         tokens = torch.tensor([prompt + [0] * (shape[1] - len(prompt)) for prompt in prompts])
-        # A length that was not padded is one of many, each of which would keep a graph's memory.
-        few = shape[1] in LENGTHS or shape[1] == self.cache.shape[-2]
-        if first > 0 or tokens.numel() > GRAPH_TOKENS or not few:
+        if first > 0 or padded is None:
             return self._read(tokens.to(self.cache.device), first)
         static = self._tokens[: tokens.numel()].view(shape)
         static.copy_(tokens)
@@ -118,13 +118,13 @@ class PromptReader:
         graph.replay()
         return logits.clone()
 
-    def _padded(self, rows: int, longest: int) -> int:
-        """The length that prompts are padded to: no further than their longest where that would be
-        too much for a graph.
+    def _length_of_graph(self, rows: int, longest: int) -> int | None:
+        """The length that prompts are padded to for a graph; None where that is too much for one.
+        Unpadded lengths are many, and each would keep a graph's memory.
         """
         length = next((length for length in LENGTHS if length >= longest), longest)
         length = min(length, self.cache.shape[-2])
-        return length if rows * length <= GRAPH_TOKENS else longest
+        return length if rows * length <= GRAPH_TOKENS else None
 
     def _has_room(self, tokens: int) -> bool:
         """Whether a graph's memory, which it keeps, leaves enough."""

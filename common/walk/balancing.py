@@ -45,7 +45,7 @@ def column_scale(weights: list[Tensor]) -> Tensor:
     scale = torch.ones_like(squares[0])
     for _ in range(TURNS):
         lengths = (squares @ scale).clamp(min=torch.finfo(torch.float32).tiny)
-        scale = _usable((squares.T @ lengths.reciprocal()).reciprocal())
+        scale = usable((squares.T @ lengths.reciprocal()).reciprocal())
         scale = scale / scale.log().mean().exp()
     return scale.sqrt()
 
@@ -61,11 +61,11 @@ def pair_scale(module: nn.Module, group: LinearGroup) -> Tensor:
     rows = feeder.weight[-len(columns) :].float().norm(dim=1)
     if feeder.bias is not None:
         rows = torch.hypot(rows, feeder.bias[-len(columns) :].float())
-    scale = _usable((rows / columns).sqrt())
+    scale = usable((rows / columns).sqrt())
     return scale.view(heads[0], 1, heads[2]).expand(heads).reshape(-1)
 
 
-def _usable(scale: Tensor) -> Tensor:
+def usable(scale: Tensor) -> Tensor:
     """A scale that is one where nothing feeds a channel, or nothing reads it."""
     return torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
 
@@ -78,4 +78,4 @@ def exact_scale(layer: Layer, group: LinearGroup, scale: Tensor) -> Tensor:
     gain = family.gain(layer.module.get_submodule(group.fed_by)).float()
     stored = (gain / scale - family.gain_offset).to(layer.scale_dtype).float()
     exact = gain / (stored + family.gain_offset)
-    return torch.where(gain == 0, scale, _usable(exact))
+    return torch.where(gain == 0, scale, usable(exact))

@@ -239,10 +239,7 @@ class _Tuning:
 
             def run(hidden: Tensor, *factors: Tensor, layer: FinishedLayer = layer) -> Tensor:
                 for (name, found), factor in zip(layer.codes.items(), factors, strict=True):
-                    here = moved(found, self.device)
-                    weight = scaled_weights(
-                        here.codes, here.scale, here.zero_point, factor, self.dtype
-                    )
+                    weight = scaled_weights(moved(found, self.device), factor, self.dtype)
                     set_weight(layer.module.get_submodule(name), weight)
                 output = run_layer(layer.module, hidden, layer.arguments)
                 layer.clear()  # autograd holds what it needs, of one layer at a time
