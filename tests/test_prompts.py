@@ -179,6 +179,29 @@ def test_graphs_are_captured_the_second_time(monkeypatch):
     assert torch.equal(logits, before)
 
 
+def test_a_capture_without_memory_is_tried_once(monkeypatch):
+    """Prompts of that shape are then read without a graph; other shapes are captured."""
+    tried = []
+
+    class Pool:
+        def capture(self, work):
+            work()  # writes where a graph would, but nothing is put out
+            tried.append(work.args[0].shape)
+            if len(tried) == 1:
+                raise torch.cuda.OutOfMemoryError("no room")
+            graph = Recorded(work)
+            return graph, graph.logits
+
+    monkeypatch.setattr(PromptReader, "_has_room", lambda self, tokens: True)
+    model = tiny_model("llama", True)
+    plain, decoder = copy.deepcopy(model), Decoder(model, 4, 64)
+    decoder.reader._pool = Pool()
+    for lengths in ((20, 9), (30, 17), (18, 32), (12, 3), (4, 16), (5, 6)):
+        check(decoder, plain, random_prompts(*lengths, seed=sum(lengths)), 1e-5)
+    assert tried == [(2, 32), (2, 16)]
+    assert not decoder.reader.has_graph(2, 20) and decoder.reader.has_graph(2, 16)
+
+
 def test_lengths_that_are_not_padded_keep_no_graph(monkeypatch):
     """Three rows of 641 to 682 tokens would be too many for a graph once padded to 768."""
     decoder = Decoder(tiny_model("llama", True), 3, 700)

@@ -21,6 +21,7 @@ from common.kernels.forms import Rotary
 from common.kernels.inference import add_rms_norm, attend, largest_index, row_matmul
 from common.model.architecture import is_fused
 from common.model.memory import TOKENS_SHARE, cache_bytes, token_bytes
+from common.running.graphs import GraphPool
 from common.running.joined import JoinedLayer
 from common.running.packed import PackedLinear, is_plain
 from common.running.prompts import PromptReader
@@ -113,8 +114,7 @@ class Decoder:
             for table in model.model.rotary_emb(norm, positions.unsqueeze(0))
         ]
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        # One for all graphs, which run one after the other.
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self._pool = GraphPool() if self.device.type == "cuda" else None
         self.reader = PromptReader(model, self.tables, self.cache, self.positions, self._pool)
 
     def step(self, rows: int, index: int = 0) -> None:
@@ -170,10 +170,8 @@ class Decoder:
         with torch.cuda.stream(stream):
             self.step(rows)  # compiles what has to be
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._steps(rows)
-        self._graphs[rows] = graph
+        assert self._pool is not None
+        self._graphs[rows], _ = self._pool.capture(partial(self._steps, rows))
         self.tokens.copy_(kept[0])
         self.positions.copy_(kept[1])
 

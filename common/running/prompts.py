@@ -14,6 +14,7 @@ from common.base.device_memory import available
 from common.kernels.inference import add_rms_norm, rotate_heads
 from common.model.fused import attend_causally
 from common.model.memory import TOKENS_SHARE, token_bytes
+from common.running.graphs import GraphPool
 from common.running.joined import JoinedLayer
 
 # Lengths that prompts are padded to, so that graphs are few: short ones cost a GPU about the same,
@@ -71,16 +72,17 @@ def _attend(layer: JoinedLayer, tables: list[Tensor], kept: Tensor, projected: T
 class PromptReader:
     """Reads prompts into the rows of a decoder. Few tokens are read through a graph from the second
     time on that there are as many rows of as many tokens, padding included; the first time runs the
-    same kernels one by one, which compiles them.
+    same kernels one by one, which compiles them. What there is no memory to capture a graph for
+    stays that way.
 
     Args:
         cache: the decoder's [layers, 2, rows, key-value heads, length, head size].
         positions: [rows], which hold the lengths of the prompts while they are read.
-        pool: of memory, for the graphs.
+        pool: for the graphs; None on a CPU, which has none.
     """
 
     def __init__(
-        self, model, tables: list[Tensor], cache: Tensor, positions: Tensor, pool: tuple | None
+        self, model, tables: list[Tensor], cache: Tensor, positions: Tensor, pool: GraphPool | None
     ):
         self.model, self.tables, self.cache, self.positions = model, tables, cache, positions
         self._pool = pool
@@ -88,6 +90,8 @@ class PromptReader:
         self._tokens = positions.new_zeros(GRAPH_TOKENS)
         # With the logits that they put out; None for what has been read once.
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor] | None] = {}
+        # Rows and tokens whose capture ran out of memory.
+        self._too_large: set[tuple[int, int]] = set()
 
     def has_graph(self, rows: int, longest: int) -> bool:
         """Whether prompts, the longest of so many tokens, are read through a graph there is."""
@@ -110,7 +114,7 @@ class PromptReader:
             self._graphs[shape] = None
             return self._read(static)
         found = self._graphs[shape]
-        if found is None and self._has_room(tokens.numel()):
+        if found is None and shape not in self._too_large and self._has_room(tokens.numel()):
             found = self._graphs[shape] = self._capture(static)
         if found is None:
             return self._read(static)
@@ -137,8 +141,11 @@ class PromptReader:
             self.model, self.tables, tokens, self.positions[rows], self.cache[:, :, rows]
         )
 
-    def _capture(self, tokens: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._read(tokens)
-        return graph, logits
+    def _capture(self, tokens: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
+        assert self._pool is not None
+        try:
+            return self._pool.capture(partial(self._read, tokens))
+        except torch.cuda.OutOfMemoryError:
+            rows, length = tokens.shape
+            self._too_large.add((rows, length))
+            return None
