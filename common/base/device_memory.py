@@ -9,6 +9,7 @@ that makes chunks smaller. Nothing is kept in pinned host memory, of which WSL h
 from __future__ import annotations
 
 import math
+from weakref import WeakSet
 
 import torch
 
@@ -60,6 +61,24 @@ def limit(device: torch.device, gib: float | None = None) -> None:
     _limits[_index(device)] = room
 
 
+class Reserve:
+    """Memory that torch keeps for one user, who counts what of it is `idle` (bytes): nobody else is
+    given any while this lives.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.idle = device, 0
+        _reserves.add(self)
+
+
+_reserves: WeakSet[Reserve] = WeakSet()
+
+
+def unused(device: torch.device) -> int:
+    """Bytes that torch keeps of a GPU for later."""
+    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def available(device: torch.device) -> float:
     """Bytes that this process can still allocate on a device; infinite for a CPU, which has no
     limit here.
@@ -68,11 +87,11 @@ def available(device: torch.device) -> float:
         return math.inf
     if _index(device) not in _limits:
         limit(device)
-    allocated = torch.cuda.memory_allocated(device)
+    # As if it were allocated.
+    idle = sum(one.idle for one in _reserves if _index(one.device) == _index(device))
     # What torch keeps for later is ours; the rest may have been taken by others since.
-    kept = torch.cuda.memory_reserved(device) - allocated
-    free = torch.cuda.mem_get_info(device)[0] + kept
-    return max(0, min(_limits[_index(device)] - allocated, free))
+    free = torch.cuda.mem_get_info(device)[0] + unused(device) - idle
+    return max(0, min(_limits[_index(device)] - torch.cuda.memory_allocated(device) - idle, free))
 
 
 def _index(device: torch.device) -> int:

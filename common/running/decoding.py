@@ -114,7 +114,7 @@ class Decoder:
             for table in model.model.rotary_emb(norm, positions.unsqueeze(0))
         ]
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._pool = GraphPool() if self.device.type == "cuda" else None
+        self._pool = GraphPool(self.device) if self.device.type == "cuda" else None
         self.reader = PromptReader(model, self.tables, self.cache, self.positions, self._pool)
 
     def step(self, rows: int, index: int = 0) -> None:

@@ -9,13 +9,16 @@ from typing import TypeVar
 
 import torch
 
+from common.base.device_memory import Reserve, unused
+
 Found = TypeVar("Found")
 
 
-class GraphPool:
-    """Captures graphs that share memory, as they run one after the other."""
+class GraphPool(Reserve):
+    """Captures graphs that share memory, as they run one after the other. It is theirs alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device):
+        super().__init__(device)
         self.handle = torch.cuda.graph_pool_handle()
         # How many graphs hold memory in it.
         self._graphs = 0
@@ -31,12 +34,14 @@ class GraphPool:
         problem = None
         try:
             with torch.cuda.graph(graph, pool=self.handle):
+                before = unused(self.device)
                 try:
                     found = work()
                 except torch.cuda.OutOfMemoryError as error:
                     # Not passed on as it is: its frames hold the tensors on the way, which go back
                     # to the pool once this block is left.
                     problem = str(error)
+                self.idle += unused(self.device) - before
         except RuntimeError as error:
             # The end of a capture, too, takes memory, and may refuse what was broken off. Then the
             # stream of the capture is still the current one.
@@ -51,5 +56,5 @@ class GraphPool:
         if self._graphs == 0:
             # torch gives up a pool without graphs, and takes none in again while anything is left
             # there, such as cuBLAS's workspace.
-            self.handle = torch.cuda.graph_pool_handle()
+            self.handle, self.idle = torch.cuda.graph_pool_handle(), 0
         raise torch.cuda.OutOfMemoryError(problem)
