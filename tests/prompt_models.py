@@ -11,7 +11,7 @@ from decode_speed import packed
 from common.kernels.inference import unpack
 from common.model.architecture import family_of
 from common.numerics.grid import Grid, round_per_token
-from common.running.packed import PackedLinear
+from common.running.packed import PackedEmbedding, PackedLinear
 
 
 def random_prompts(*lengths: int, seed: int = 3) -> list[list[int]]:
@@ -38,3 +38,11 @@ def pack_linears(model, form: str):
             if bits:
                 other.register_forward_pre_hook(lambda _, inputs: round_per_token(inputs[0], 8))
     return dense
+
+
+def pack_vocabulary(model) -> PackedLinear:
+    """Pack a tied embedding and head with 8 bits. Returns the head."""
+    rows = PackedLinear(packed(model.lm_head.weight, Grid(8, None, True)), None)
+    model.model.embed_tokens = PackedEmbedding(rows, model.lm_head.weight.dtype)
+    model.lm_head = rows
+    return rows

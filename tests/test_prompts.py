@@ -11,27 +11,25 @@ import weakref
 import pytest
 import torch
 from conftest import FUSED, build_tiny
-from decode_speed import packed
 from kernel_checks import close, skip_without_the_interpreter
-from prompt_models import pack_linears, random_prompts, tiny_model
+from prompt_models import pack_linears, pack_vocabulary, random_prompts, tiny_model
 from transformers import DynamicCache
 
-from common.kernels import dispatch
+from common.kernels import dispatch, inference
 from common.kernels.inference import unpack
-from common.numerics.grid import Grid
 from common.running import decoding, prompts
 from common.running.decoding import Decoder
-from common.running.packed import PackedEmbedding, PackedLinear
 from common.running.prompts import PromptReader
 
 LENGTHS = 5, 12, 1, 20
+HAS_ROOM = PromptReader._has_room
 
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     """Prompts are read without transformers, though no graph is captured."""
     monkeypatch.setattr(Decoder, "_reads_itself", lambda self, prefix: prefix is None)
-    monkeypatch.setattr(PromptReader, "_has_room", lambda self, tokens: False)
+    monkeypatch.setattr(PromptReader, "_has_room", lambda *_: False)
     with torch.inference_mode():
         yield
 
@@ -76,9 +74,8 @@ def test_biases_of_all_linears():
 def test_packed_embedding_and_head():
     model = tiny_model("llama", True)
     plain = copy.deepcopy(model)
-    rows = PackedLinear(packed(model.lm_head.weight, Grid(8, None, True)), None)
+    rows = pack_vocabulary(model)
     plain.lm_head.weight.copy_(unpack(rows.codes, torch.float32))
-    model.model.embed_tokens, model.lm_head = PackedEmbedding(rows, torch.float32), rows
     check(Decoder(model, 2, 64), plain, random_prompts(9, 3), 1e-5)
 
 
@@ -128,6 +125,43 @@ def test_lengths_that_prompts_are_padded_to(monkeypatch):
     assert seen == [(1, 16), (1, 16), (2, 32), (2, 128), (1, 192), (2, 200), (40, 60)]
 
 
+@pytest.mark.parametrize("most", [inference.UNPACKED_ELEMENTS, 128 * 64])
+@pytest.mark.parametrize(
+    ("form", "rows", "length", "unpacks"),
+    [
+        ("dense", 5, 16, False),
+        ("W4A16", 4, 16, False),  # so many are unpacked inside the product
+        ("W4A16", 5, 16, True),
+        ("W8A16", 1, 96, True),
+        ("packed head", 70, 16, True),
+    ],
+)
+def test_memory_of_a_graph(monkeypatch, form, rows, length, unpacks, most):
+    """Against what is unpacked and put out as prompts are read."""
+    monkeypatch.setattr(inference, "UNPACKED_ELEMENTS", most)
+    model = tiny_model("llama", True)
+    if form == "packed head":
+        pack_vocabulary(model)
+    elif form != "dense":
+        pack_linears(model, form)
+    decoder = Decoder(model, rows, 100)
+    sizes, original = [0], inference.unpack
+
+    def unpacking(*asked):
+        found = original(*asked)
+        sizes.append(found.numel())
+        return found
+
+    monkeypatch.setattr(inference, "unpack", unpacking)
+    logits = decoder.start([[7] * length] * rows)
+    numbers = 3 * logits.numel() + (max(sizes) if unpacks else 0)
+    config = model.config
+    numbers += rows * length * (8 * config.intermediate_size + 16 * config.hidden_size)
+    for room, enough in ((8 * numbers, True), (8 * numbers - 1, False)):  # a half of four bytes
+        monkeypatch.setattr(prompts, "available", lambda _, room=room: room)
+        assert HAS_ROOM(decoder.reader, rows, length) == enough
+
+
 def test_a_decoder_is_gone_without_a_search_for_garbage():
     """Its graphs and its cache with it."""
     decoder = Decoder(tiny_model("llama", True), 2, 64)
@@ -162,7 +196,7 @@ def test_graphs_are_captured_the_second_time(monkeypatch):
         return graphs[-1], graphs[-1].logits
 
     monkeypatch.setattr(PromptReader, "_capture", capture)
-    monkeypatch.setattr(PromptReader, "_has_room", lambda self, tokens: True)
+    monkeypatch.setattr(PromptReader, "_has_room", lambda *_: True)
     model = tiny_model("qwen2", True)
     plain, decoder = copy.deepcopy(model), Decoder(model, 4, 64)
     for times, length in enumerate((9, 14, 3, 16)):
@@ -192,7 +226,7 @@ def test_a_capture_without_memory_is_tried_once(monkeypatch):
             graph = Recorded(work)
             return graph, graph.logits
 
-    monkeypatch.setattr(PromptReader, "_has_room", lambda self, tokens: True)
+    monkeypatch.setattr(PromptReader, "_has_room", lambda *_: True)
     model = tiny_model("llama", True)
     plain, decoder = copy.deepcopy(model), Decoder(model, 4, 64)
     decoder.reader._pool = Pool()
@@ -209,7 +243,7 @@ def test_lengths_that_are_not_padded_keep_no_graph(monkeypatch):
     monkeypatch.setattr(
         PromptReader, "_capture", lambda self, tokens: captured.append(tuple(tokens.shape))
     )
-    monkeypatch.setattr(PromptReader, "_has_room", lambda self, tokens: True)
+    monkeypatch.setattr(PromptReader, "_has_room", lambda *_: True)
     for length in (660, 660, 671, 671):
         decoder.reader.read([[5] * length] * 3, 0)
     assert not captured

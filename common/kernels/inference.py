@@ -42,7 +42,7 @@ def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
 def _by_tiles(rows: Tensor, weight: PackedWeight) -> Tensor:
     """rows [rows, in] times the transposed weight, unpacked: [rows, out]."""
     out, channels = weight.shape
-    tile = max(ALIGNED, UNPACKED_ELEMENTS // channels // ALIGNED * ALIGNED)
+    tile = _tile(channels)
     if out <= tile:
         return functional.linear(rows, unpack(weight, rows.dtype))
     result = rows.new_empty(len(rows), out)
@@ -50,6 +50,19 @@ def _by_tiles(rows: Tensor, weight: PackedWeight) -> Tensor:
         part = slice(start, start + tile)
         torch.mm(rows, unpack(weight[part], rows.dtype).T, out=result[:, part])
     return result
+
+
+def _tile(channels: int) -> int:
+    """Output channels that are unpacked at once of weights with so many input channels."""
+    return max(ALIGNED, UNPACKED_ELEMENTS // channels // ALIGNED * ALIGNED)
+
+
+def most_unpacked(rows: int, weight: PackedWeight) -> int:
+    """How many weights lie unpacked at a time, at most, in a product with so many rows on a GPU."""
+    if rows == 1 or _fused(rows):
+        return 0
+    out, channels = weight.shape
+    return min(out, _tile(channels)) * channels
 
 
 def row_matmul(

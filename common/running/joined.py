@@ -26,10 +26,10 @@ class JoinedLayer:
         self.down = mlp.down_proj
         # Of the inputs of its linears, which are rounded as they come; None where they are not.
         self.bits = getattr(self.down, "activation_bits", None)
-        linears = [self.qkv, self.output, self.gate_up, self.down]
+        self.linears = [self.qkv, self.output, self.gate_up, self.down]
         # Whether one row's norms, residual sums and gate can be part of its products.
-        self.one_row = all(isinstance(linear, PackedLinear) for linear in linears) and all(
-            linear.bias is None for linear in linears[1:]
+        self.one_row = all(isinstance(linear, PackedLinear) for linear in self.linears) and all(
+            linear.bias is None for linear in self.linears[1:]
         )
         self.scaling = attention.scaling
         self.norms = None

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from common.base.device_memory import available
-from common.kernels.inference import add_rms_norm, rotate_heads
+from common.kernels.inference import add_rms_norm, most_unpacked, rotate_heads
 from common.model.fused import attend_causally
 from common.model.memory import TOKENS_SHARE, token_bytes
 from common.running.graphs import GraphPool
 from common.running.joined import JoinedLayer
+from common.running.packed import PackedLinear
 
 # Lengths that prompts are padded to, so that graphs are few: short ones cost a GPU about the same,
 # long ones are padded by little. A graph reads at most as many tokens, in all of its rows.
@@ -114,7 +115,7 @@ class PromptReader:
             self._graphs[shape] = None
             return self._read(static)
         found = self._graphs[shape]
-        if found is None and shape not in self._too_large and self._has_room(tokens.numel()):
+        if found is None and shape not in self._too_large and self._has_room(*shape):
             found = self._graphs[shape] = self._capture(static)
         if found is None:
             return self._read(static)
@@ -130,9 +131,18 @@ class PromptReader:
         length = min(length, self.cache.shape[-2])
         return length if rows * length <= GRAPH_TOKENS else None
 
-    def _has_room(self, tokens: int) -> bool:
+    def _has_room(self, rows: int, length: int) -> bool:
         """Whether a graph's memory, which it keeps, leaves enough."""
-        taken = tokens * token_bytes(self.model.config, self.cache.element_size())
+        tokens, element, head = rows * length, self.cache.element_size(), self.model.lm_head
+        # All layers are alike. The head is given the last tokens alone.
+        products = [(linear, tokens) for linear in self.model.joined_layers[0].linears]
+        unpacked = max(
+            most_unpacked(inputs, linear.codes) if isinstance(linear, PackedLinear) else 0
+            for linear, inputs in [*products, (head, rows)]
+        )
+        # Of the graph, as they are given out, and beside those of other prompts.
+        logits = 3 * rows * self.model.config.vocab_size
+        taken = tokens * token_bytes(self.model.config, element) + (unpacked + logits) * element
         return taken <= TOKENS_SHARE * available(self.cache.device)
 
     def _read(self, tokens: Tensor, first: int = 0) -> Tensor:
