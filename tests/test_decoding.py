@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, FUSED, build_tiny, run_quantize, sampled
 from methods import method_options
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from common.model.architecture import FAMILIES, let_head_finish_logits
 from common.model.fused import fuse_layers
@@ -158,3 +158,22 @@ def test_keep_moves_rows(tiny_models, prompts):
         decoder.keep([0, 2])
         written = decoder.run(2).T.tolist()
     assert written == [greedy(model, prompts[row], 17)[9:] for row in (0, 2)]
+
+
+def test_a_prompt_leaves_room_for_a_token(tiny_models):
+    """Or the first step would write behind the cache."""
+    model, _ = load_model(tiny_models["llama", True], CPU, torch.float32)
+    prompt = list(range(5, 21))
+    with torch.inference_mode():
+        prefix = DynamicCache()
+        model(torch.tensor([prompt[:4]]), past_key_values=prefix, use_cache=True)
+        for length in (15, 16):
+            decoder = Decoder(model, 2, length)
+            for given in ((prompt, None), (prompt[4:], prefix)):
+                with pytest.raises(ValueError, match=f"cache of {length} tokens .* prompt of 16 "):
+                    decoder.start([[5], given[0]], given[1])
+        decoder = Decoder(model, 2, 17)
+        for given in ((prompt, None), (prompt[4:], prefix)):
+            decoder.start([given[0]], given[1])
+            assert decoder.tokens[0] == greedy(model, prompt, 1)[0]
+            assert decoder.run(1)[0] == greedy(model, prompt, 2)[1]

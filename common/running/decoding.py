@@ -179,9 +179,17 @@ class Decoder:
         """Read prompts, that all follow the tokens in `prefix`, into the first rows. Returns the
         logits after each [rows, vocabulary], whose largest become the tokens that the next step
         reads.
+
+        Raises:
+            ValueError: the cache has no place for the longest and a token that follows.
         """
         before = prefix.get_seq_length() if prefix is not None else 0
         rows, longest = len(prompts), max(map(len, prompts))
+        if before + longest >= self.length:
+            raise ValueError(
+                f"a cache of {self.length} tokens does not hold a prompt of {before + longest} and "
+                "a token after it"
+            )
         # Reading without transformers needs the lengths there.
         self.positions[:rows] = torch.tensor([before + len(prompt) for prompt in prompts])
         ready = self._reads_itself(prefix) and self.reader.has_graph(rows, longest)
