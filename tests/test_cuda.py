@@ -4,20 +4,18 @@ own, and the memory that models take.
 
 from __future__ import annotations
 
-import copy
 import gc
 import json
 
 import pytest
 import torch
-from conftest import build_tiny, run_quantize
+from conftest import run_quantize
 from kernel_checks import relative
 from methods import method_options
-from prompt_models import pack_linears, random_prompts
 from tuning_problem import Problem
 
 from common.model.fused import fuse_layers
-from common.running import decoding, prompts, runtime
+from common.running import runtime
 from common.running.decoding import Decoder
 from common.running.runtime import load_for_running, load_model
 from common.running.speed import measure_memory, weight_bytes
@@ -144,64 +142,6 @@ def test_other_families_packed_and_dense(tiny_models, tmp_path, architecture):
         assert relative(packed(tokens).logits.float(), expected) < 0.02
         hidden = packed.model(tokens).last_hidden_state
         assert relative(packed.lm_head(hidden).float(), expected) < 0.02
-
-
-PROMPTS = [(5,), (64,), (65,), (12, 3, 16), (100, 7, 100), (40,) * 40]
-
-
-@pytest.mark.parametrize("form", ["dense", "W4A16", "W8A16", "W8A8"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_prompts_read_through_graphs(architecture, form):
-    """The first time without a graph; then the same to the last bit, whatever was read meanwhile.
-    Near what transformers' forward pass gives for each prompt alone.
-    """
-    model = build_tiny(architecture, architecture == "qwen2").eval().requires_grad_(False)
-    plain = copy.deepcopy(model) if form == "dense" else pack_linears(model, form)
-    model, plain = model.to(CUDA), plain.to(CUDA)
-    exact = copy.deepcopy(plain).float()
-    with torch.inference_mode():
-        decoder = Decoder(model, 40, 256)
-        for number, lengths in enumerate(PROMPTS):
-            asked, other = (random_prompts(*lengths, seed=2 * number + one) for one in range(2))
-            rows, longest = len(asked), max(lengths)
-            first = decoder.start(asked)
-            cache, written = decoder.cache.clone(), decoder.run(rows).clone()
-            assert not decoder.reader.has_graph(rows, longest)
-            between = decoder.start(other)
-            assert decoder.reader.has_graph(rows, longest) and not torch.equal(between, first)
-            decoder.run(rows)
-            assert torch.equal(decoder.start(asked), first)
-            for row, length in enumerate(lengths):
-                place = (slice(None), slice(None), row, slice(None), slice(length))
-                assert torch.equal(decoder.cache[place], cache[place])
-            assert torch.equal(decoder.run(rows), written)
-            rounded, expected = (
-                torch.cat([one(torch.tensor([prompt]).cuda()).logits[:, -1] for prompt in asked])
-                for one in (plain, exact)
-            )
-            # Few logits: where bfloat16 itself is further off, as far as that.
-            tolerance = LOGITS_TOLERANCE["smoothquant"] if form == "W8A8" else 0.02
-            assert relative(first, expected) < max(tolerance, 1.5 * relative(rounded, expected))
-        captured = [graph for graph, _ in decoder.reader._graphs.values()]
-        assert len(captured) == len(PROMPTS)
-        pools = {graph.pool() for graph in (*captured, *decoder._graphs.values())}
-        assert pools == {decoder._pool.handle}
-
-
-def test_prompts_of_many_tokens_in_parts_and_without_room(monkeypatch):
-    """None of these has a graph; all give the same."""
-    model = build_tiny("llama", True).eval().requires_grad_(False).to(CUDA)
-    few, many = random_prompts(9, 4, 7), random_prompts(*range(181, 201))
-    with torch.inference_mode():
-        expected = [Decoder(model, 20, 256).start(asked) for asked in (few, many)]
-        decoder = Decoder(model, 20, 256)
-        monkeypatch.setattr(prompts, "available", lambda _: 0)
-        for _ in range(3):
-            assert torch.equal(decoder.start(few), expected[0])
-        assert torch.equal(decoder.start(many), expected[1])
-        monkeypatch.setattr(decoding, "PROMPT_TOKENS", 3 * 200)
-        assert relative(decoder.start(many), expected[1]) < 0.02
-        assert not any(decoder.reader._graphs.values())
 
 
 def test_the_limit_on_device_memory_holds():

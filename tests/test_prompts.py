@@ -181,7 +181,8 @@ def test_memory_of_a_graph(monkeypatch, form, rows, length, unpacks, most):
     numbers = 3 * logits.numel() + (max(sizes) if unpacks else 0)
     config = model.config
     numbers += rows * length * (8 * config.intermediate_size + 16 * config.hidden_size)
-    for room, enough in ((8 * numbers, True), (8 * numbers - 1, False)):  # a half of four bytes
+    assert decoder.reader.bytes_to_read(rows, length) == 4 * numbers
+    for room, enough in ((8 * numbers, True), (8 * numbers - 1, False)):  # a half of it
         monkeypatch.setattr(prompts, "available", lambda _, room=room: room)
         assert HAS_ROOM(decoder.reader, rows, length) == enough
 

@@ -133,6 +133,10 @@ class PromptReader:
 
     def _has_room(self, rows: int, length: int) -> bool:
         """Whether a graph's memory, which it keeps, leaves enough."""
+        return self.bytes_to_read(rows, length) <= TOKENS_SHARE * available(self.cache.device)
+
+    def bytes_to_read(self, rows: int, length: int) -> int:
+        """About what reading prompts of so many tokens takes of memory."""
         tokens, element, head = rows * length, self.cache.element_size(), self.model.lm_head
         # All layers are alike. The head is given the last tokens alone.
         products = [(linear, tokens) for linear in self.model.joined_layers[0].linears]
@@ -140,10 +144,9 @@ class PromptReader:
             most_unpacked(inputs, linear.codes) if isinstance(linear, PackedLinear) else 0
             for linear, inputs in [*products, (head, rows)]
         )
-        # Of the graph, as they are given out, and beside those of other prompts.
+        # Of a graph, as they are given out, and beside those of other prompts.
         logits = 3 * rows * self.model.config.vocab_size
-        taken = tokens * token_bytes(self.model.config, element) + (unpacked + logits) * element
-        return taken <= TOKENS_SHARE * available(self.cache.device)
+        return tokens * token_bytes(self.model.config, element) + (unpacked + logits) * element
 
     def _read(self, tokens: Tensor, first: int = 0) -> Tensor:
         rows = slice(first, first + len(tokens))
