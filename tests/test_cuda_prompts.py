@@ -12,6 +12,7 @@ import torch
 from conftest import build_tiny
 from kernel_checks import relative
 from prompt_models import pack_linears, pack_vocabulary, random_prompts
+from transformers import DynamicCache
 
 from common.kernels.inference import unpack
 from common.running import decoding, prompts
@@ -112,6 +113,46 @@ def test_types_biases_and_a_packed_head(form, dtype, biases, head):
         for _ in range(2):
             assert torch.equal(decoder.start(asked), first)
         assert decoder.reader.has_graph(len(asked), max(lengths))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "form", "dtype"),
+    [
+        ("llama", "dense", torch.bfloat16),
+        ("llama", "W4A16", torch.bfloat16),
+        ("qwen3", "W4A16", torch.bfloat16),
+        ("qwen3", "dense", torch.float16),
+        ("llama", "dense", torch.float32),
+    ],
+)
+def test_prompts_that_follow_a_prefix(monkeypatch, architecture, form, dtype):
+    """And the tokens that are written then, which are those after the whole prompts."""
+    model, plain = models(architecture, form, dtype)
+    reference, decoder = Reference(plain), Decoder(model, 5, 256)
+    monkeypatch.setattr(decoding, "cache_after", None)  # not by transformers
+    for length, lengths in ((7, (5, 12, 1, 20)), (100, (90, 3)), (64, (1,))):
+        (begin,) = random_prompts(length, seed=length)
+        prefix = DynamicCache()
+        plain(torch.tensor([begin]).cuda(), past_key_values=prefix, use_cache=True)
+        rest = random_prompts(*lengths)
+        asked, rows = [begin + one for one in rest], len(rest)
+        for _ in range(2):
+            reference.check(decoder.start(rest, prefix), asked)
+            assert decoder.positions[:rows].tolist() == [len(one) for one in asked]
+        follows = decoder.tokens[:rows].clone()
+        written = [decoder.run(rows).T.clone(), decoder.run(rows).T.clone()]
+        whole = [
+            [*prompt, *new]
+            for prompt, new in zip(
+                asked, torch.cat([follows[:, None], *written], 1).tolist(), strict=True
+            )
+        ]
+        # What was written has nearly the largest logit.
+        for row, text in enumerate(whole):
+            logits = plain(torch.tensor([text]).cuda()).logits[0, len(asked[row]) - 1 : -1].float()
+            chosen = logits.gather(1, torch.tensor(text[len(asked[row]) :]).cuda()[:, None])
+            lacking = logits.amax(1) - chosen.squeeze(1)
+            assert (lacking <= 0.05 * logits.std()).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("form", ["dense", "W4A16"])

@@ -28,17 +28,20 @@ HAS_ROOM = PromptReader._has_room
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     """Prompts are read without transformers, though no graph is captured."""
-    monkeypatch.setattr(Decoder, "_reads_itself", lambda self, prefix: prefix is None)
+    monkeypatch.setattr(Decoder, "_reads_itself", lambda self: True)
     monkeypatch.setattr(PromptReader, "_has_room", lambda *_: False)
     with torch.inference_mode():
         yield
 
 
-def errors(decoder: Decoder, plain, asked: list[list[int]]) -> list[float]:
+def errors(
+    decoder: Decoder, plain, asked: list[list[int]], prefix: DynamicCache | None = None
+) -> list[float]:
     """Of each prompt the largest of logits, keys and values, after reading all, against those of it
-    alone.
+    alone. All begin with the tokens in `prefix`, if any, which are not read again.
     """
-    found, largest = decoder.start(asked), []
+    before = prefix.get_seq_length() if prefix is not None else 0
+    found, largest = decoder.start([prompt[before:] for prompt in asked], prefix), []
     assert decoder.positions[: len(asked)].tolist() == list(map(len, asked))
     for row, prompt in enumerate(asked):
         cache = DynamicCache()
@@ -51,8 +54,8 @@ def errors(decoder: Decoder, plain, asked: list[list[int]]) -> list[float]:
     return largest
 
 
-def check(decoder: Decoder, plain, asked: list[list[int]], bound: float) -> None:
-    largest = errors(decoder, plain, asked)
+def check(decoder: Decoder, plain, asked, bound: float, prefix=None) -> None:
+    largest = errors(decoder, plain, asked, prefix)
     assert max(largest) < bound, largest
 
 
@@ -124,11 +127,32 @@ def test_parts_of_the_prompts_go_to_their_rows(monkeypatch):
     monkeypatch.setattr(
         PromptReader,
         "read",
-        lambda self, part, first: read.append((len(part), first)) or original(self, part, first),
+        lambda self, part, first, prefix: (
+            read.append((len(part), first)) or original(self, part, first, prefix)
+        ),
     )
     model = tiny_model("qwen3", False)
     check(Decoder(model, 5, 64), copy.deepcopy(model), random_prompts(*LENGTHS, 2), 1e-5)
     assert read == [(2, 0), (2, 2), (1, 4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # the latter shares keys
+@pytest.mark.parametrize("form", ["dense", "W4A16"])
+@pytest.mark.parametrize(("architecture", "tied"), FUSED)
+def test_prompts_that_follow_a_prefix(monkeypatch, architecture, tied, form, dtype):
+    """In two parts, before and after prompts without one; a second prefix is not the first."""
+    monkeypatch.setattr(decoding, "PROMPT_TOKENS", 2 * max(LENGTHS))
+    monkeypatch.setattr(decoding, "cache_after", None)  # not by transformers
+    model = tiny_model(architecture, tied).to(dtype)
+    plain = copy.deepcopy(model) if form == "dense" else pack_linears(model, form)
+    decoder, bound = Decoder(model, 5, 64), 1e-5 if dtype == torch.float32 else 0.03
+    for number, length in enumerate((7, 0, 31)):
+        (begin,), prefix = random_prompts(length, seed=number), None
+        if begin:
+            prefix = DynamicCache()
+            plain(torch.tensor([begin]), past_key_values=prefix, use_cache=True)
+        check(decoder, plain, [begin + rest for rest in random_prompts(*LENGTHS)], bound, prefix)
+        assert prefix is None or prefix.get_seq_length() == length
 
 
 def test_lengths_that_prompts_are_padded_to(monkeypatch):

@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 
 from common.base.gpu import FLASH_ATTENTION, supports
 from common.kernels import gradients
@@ -105,8 +106,9 @@ def _attention(
 
 
 def attend_causally(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention of whole windows, from queries, keys and values [batch, length, heads or
-    key-value heads, size] to [batch, length, heads * size].
+    """Causal attention from queries, keys and values [batch, length, heads or key-value heads,
+    size] to [batch, length, heads * size]: of whole windows, or of the last tokens alone, where
+    there are more keys and values than queries.
     """
     # Flash attention alone lets several queries share a key; the other kernels would make way for
     # one that keeps all scores in memory.
@@ -114,11 +116,14 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor, scaling: float) -
     if not shared:
         queries = query.shape[2] // key.shape[2]
         key, value = (part.repeat_interleave(queries, dim=2) for part in (key, value))
+    lengths = query.shape[1], key.shape[1]
+    whole = lengths[0] == lengths[1]
     output = functional.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        is_causal=True,
+        attn_mask=None if whole else causal_lower_right(*lengths),
+        is_causal=whole,
         scale=scaling,
         enable_gqa=shared,
     )

@@ -1,11 +1,11 @@
 """Greedy decoding with a cache of fixed size, one captured CUDA graph per batch size, and packed or
 dense weights.
 
-On a GPU prompts are read by the same kernels (`running.prompts`). On a CPU, and after other tokens
-in a cache, they go through transformers' own forward pass; what that leaves in the cache is
-copied over. From there each step is the short list of operations in `kernels.inference`. Prompts of
-different lengths are padded at their end: every row has its own position, and what the padding left
-in the cache is overwritten before it is ever attended to.
+On a GPU prompts are read by the same kernels (`running.prompts`). On a CPU they go through
+transformers' own forward pass; what that leaves in the cache is copied over. From there each step
+is the short list of operations in `kernels.inference`. Prompts of different lengths are padded at
+their end: every row has its own position, and what the padding left in the cache is overwritten
+before it is ever attended to.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class Decoder:
             )
         # Reading without transformers needs the lengths there.
         self.positions[:rows] = torch.tensor([before + len(prompt) for prompt in prompts])
-        ready = self._reads_itself(prefix) and self.reader.has_graph(rows, longest)
+        ready = prefix is None and self._reads_itself() and self.reader.has_graph(rows, longest)
         at_once = rows if ready else self._prompts_at_once(longest, before)
         logits = []
         for first in range(0, rows, at_once):
@@ -202,9 +202,9 @@ class Decoder:
         torch.argmax(found, -1, out=self.tokens[:rows])
         return found
 
-    def _reads_itself(self, prefix: DynamicCache | None) -> bool:
+    def _reads_itself(self) -> bool:
         """Whether prompts are read without transformers."""
-        return prefix is None and self.device.type == "cuda"
+        return self.device.type == "cuda"
 
     def _prompts_at_once(self, length: int, before: int) -> int:
         """How many prompts of up to `length` tokens, after `before` of a prefix, are read at
@@ -221,8 +221,8 @@ class Decoder:
     def _read(
         self, prompts: list[list[int]], rows: slice, prefix: DynamicCache | None, before: int
     ) -> Tensor:
-        if self._reads_itself(prefix):
-            return self.reader.read(prompts, rows.start)
+        if self._reads_itself():
+            return self.reader.read(prompts, rows.start, prefix)
         length = max(map(len, prompts))
         tokens = torch.zeros(len(prompts), length, dtype=torch.long)
         for row, prompt in enumerate(prompts):

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from common.base.device_memory import available
 from common.kernels.inference import add_rms_norm, most_unpacked, rotate_heads
@@ -28,45 +29,53 @@ GRAPH_TOKENS = LENGTHS[-1]
 
 
 def read_prompts(
-    model, tables: list[Tensor], tokens: Tensor, lengths: Tensor, cache: Tensor
+    model, tables: list[Tensor], tokens: Tensor, lengths: Tensor, cache: Tensor, before: int = 0
 ) -> Tensor:
     """Read prompts by a model with `joined_layers`. Returns the logits after each [rows,
     vocabulary].
 
     Args:
-        tables: cosine and sine of the rotary embedding, [length or more, head size].
+        tables: cosine and sine of the rotary embedding, [before + length or more, head size].
         tokens: [rows, length], padded at their end: what is read after a prompt does not change it.
-        lengths: [rows] of the prompts.
-        cache: takes keys and values [layers, 2, rows, key-value heads, length or more, head size],
-            of the padding, too.
+        lengths: [rows] of the prompts and what they follow.
+        cache: keys and values [layers, 2, rows, key-value heads, before + length or more, head
+            size] of what the prompts follow; takes theirs, and those of the padding, too.
+        before: how many tokens the prompts follow.
     """
     rows, length = tokens.shape
     hidden, update = model.model.embed_tokens(tokens).flatten(0, 1), None
-    for layer, kept in zip(model.joined_layers, cache[..., :length, :], strict=True):
-        update = layer.run(hidden, update, partial(_attend, layer, tables, kept))
+    for layer, kept in zip(model.joined_layers, cache[..., : before + length, :], strict=True):
+        update = layer.run(hidden, update, partial(_attend, layer, tables, kept, before))
     assert update is not None  # there is a layer
-    last = torch.arange(0, rows * length, length, device=tokens.device) + lengths - 1
+    last = torch.arange(0, rows * length, length, device=tokens.device) + lengths - before - 1
     norm = model.model.norm
     # Norm and head of the last tokens alone.
     normed = add_rms_norm(hidden[last], update[last], norm.weight, norm.variance_epsilon)
     return model.lm_head(normed)
 
 
-def _attend(layer: JoinedLayer, tables: list[Tensor], kept: Tensor, projected: Tensor) -> Tensor:
-    """Causal attention of whole prompts [tokens, heads * size].
+def _attend(
+    layer: JoinedLayer, tables: list[Tensor], kept: Tensor, before: int, projected: Tensor
+) -> Tensor:
+    """Causal attention of prompts [tokens, heads * size].
 
     Args:
-        kept: takes keys and values [2, rows, key-value heads, length, size].
+        kept: keys and values [2, rows, key-value heads, before + length, size]; takes those of the
+            prompts.
         projected: [tokens, (heads + 2 * key-value heads) * size]; queries and keys are turned in
             place.
     """
-    rows, key_heads, length, size = kept.shape[1:]
-    parts = projected.view(rows, length, -1, size)
+    rows, key_heads, whole, size = kept.shape[1:]
+    parts = projected.view(rows, whole - before, -1, size)
     queries = parts.shape[2] - 2 * key_heads
-    cosine, sine = (table[:length].unsqueeze(0) for table in tables)
+    cosine, sine = (table[before:whole].unsqueeze(0) for table in tables)
     rotate_heads(parts[:, :, : queries + key_heads], cosine, sine, layer.norms, queries)
-    kept.copy_(parts[:, :, queries:].unflatten(2, (2, key_heads)).permute(2, 0, 3, 1, 4))
+    kept[..., before:, :] = (
+        parts[:, :, queries:].unflatten(2, (2, key_heads)).permute(2, 0, 3, 1, 4)
+    )
     query, key, value = parts.split([queries, key_heads, key_heads], dim=2)
+    if before:
+        key, value = kept.transpose(2, 3)
     return attend_causally(query, key, value, layer.scaling).flatten(0, 1)
 
 
@@ -74,7 +83,7 @@ class PromptReader:
     """Reads prompts into the rows of a decoder. Few tokens are read through a graph from the second
     time on that there are as many rows of as many tokens, padding included; the first time runs the
     same kernels one by one, which compiles them. What there is no memory to capture a graph for
-    stays that way.
+    stays that way, and so does what follows a prefix.
 
     Args:
         cache: the decoder's [layers, 2, rows, key-value heads, length, head size].
@@ -99,16 +108,18 @@ class PromptReader:
         length = self._length_of_graph(rows, longest)
         return length is not None and self._graphs.get((rows, length)) is not None
 
-    def read(self, prompts: list[list[int]], first: int) -> Tensor:
-        """Read prompts into the rows from the `first` on. Returns the logits after each [rows,
-        vocabulary].
+    def read(
+        self, prompts: list[list[int]], first: int, prefix: DynamicCache | None = None
+    ) -> Tensor:
+        """Read prompts, that all follow the tokens in `prefix` (of one row), into the rows from the
+        `first` on. Returns the logits after each [rows, vocabulary].
         """
         rows, longest = len(prompts), max(map(len, prompts))
-        padded = self._length_of_graph(rows, longest)
+        padded = self._length_of_graph(rows, longest) if prefix is None else None
         shape = rows, padded or longest
         tokens = torch.tensor([prompt + [0] * (shape[1] - len(prompt)) for prompt in prompts])
         if first > 0 or padded is None:
-            return self._read(tokens.to(self.cache.device), first)
+            return self._read(tokens.to(self.cache.device), first, prefix)
         static = self._tokens[: tokens.numel()].view(shape)
         static.copy_(tokens)
         if shape not in self._graphs:
@@ -148,11 +159,14 @@ class PromptReader:
         logits = 3 * rows * self.model.config.vocab_size
         return tokens * token_bytes(self.model.config, element) + (unpacked + logits) * element
 
-    def _read(self, tokens: Tensor, first: int = 0) -> Tensor:
-        rows = slice(first, first + len(tokens))
-        return read_prompts(
-            self.model, self.tables, tokens, self.positions[rows], self.cache[:, :, rows]
-        )
+    def _read(self, tokens: Tensor, first: int = 0, prefix: DynamicCache | None = None) -> Tensor:
+        rows, before = slice(first, first + len(tokens)), 0
+        cache = self.cache[:, :, rows]
+        if prefix is not None:
+            before = prefix.get_seq_length()
+            for (keys, values), layer in zip(cache, prefix.layers, strict=True):
+                keys[:, :, :before], values[:, :, :before] = layer.keys, layer.values
+        return read_prompts(self.model, self.tables, tokens, self.positions[rows], cache, before)
 
     def _capture(self, tokens: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
         assert self._pool is not None
