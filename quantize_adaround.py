@@ -14,7 +14,8 @@ calibration tokens, without keeping an activation. With --reconstruction block t
 decoder layer's output is minimised on the calibration windows (BRECQ,
 https://arxiv.org/abs/2102.05426). Input channels are equalised first (--equalize), as rounding
 learned on top of uneven channels keeps their error; the scales are AWQ's
-(https://arxiv.org/abs/2306.00978).
+(https://arxiv.org/abs/2306.00978), searched once what a file shares out unevenly is balanced
+(common/walk/balancing.py).
 """
 
 import argparse
@@ -32,6 +33,7 @@ from common.quantization import quantize
 from common.solvers.adaround import SoftRounding, beta_at, learn_rounding
 from common.solvers.ranges import choose_ranges, restore_gain
 from common.solvers.rounding import damped
+from common.walk.balancing import balance
 from common.walk.finished import set_weight
 from common.walk.inputs import InputStatistics, Needs
 from common.walk.method import Layer, Method
@@ -184,6 +186,7 @@ def method(options: argparse.Namespace) -> Method:
         "adaround",
         lambda layer: quantize_layer(layer, options.iterations, block),
         needs,
+        rewrite_layer=balance,
         prepare_layer=equalize if options.equalize else None,
         catch_up=options.catch_up,
         tune_steps=options.tune_scales,

@@ -15,7 +15,9 @@ included, is the one with the smallest output error
 
     tr((Q - W) G (Q - W)ᵀ)
 
-which the Gram matrix G gives over all calibration tokens without keeping an activation. The
+which the Gram matrix G gives over all calibration tokens without keeping an activation. What the
+file itself shares out between a norm or linear and what reads it is balanced first
+(common/walk/balancing.py), so that w means the same whatever that was. The
 clipping of each group's range is then chosen by the same error. G is damped for both, so that what
 is chosen serves other text too.
 """
@@ -29,6 +31,7 @@ from common.model.architecture import LinearGroup
 from common.numerics.grid import QuantizedLinear
 from common.quantization import quantize
 from common.solvers.ranges import choose_ranges, restore_gain
+from common.walk.balancing import balance
 from common.walk.inputs import InputStatistics, Needs
 from common.walk.method import Layer, Method
 from common.walk.scaling import equalize
@@ -61,6 +64,7 @@ def method(options: argparse.Namespace) -> Method:
         "awq",
         quantize_layer,
         Needs.GRAM | Needs.MAGNITUDES,
+        rewrite_layer=balance,
         prepare_layer=equalize,
         catch_up=options.catch_up,
         tune_steps=options.tune_scales,

@@ -12,7 +12,9 @@ https://mobiusml.github.io/hqq_blog. Each group's scale and zero-point minimise 
 The half-quadratic idea splits that in two easy steps taken in turn: fixed errors turn l_p into
 weighted least squares, of weights |w - q|^(p - 2), whose scale and zero-point have a closed form;
 fixed scale and zero-point turn it into rounding. The best step is kept, not the last. The
-zero-point is an integer, as the checkpoint format stores it; the authors' is a float.
+zero-point is an integer, as the checkpoint format stores it; the authors' is a float. Before,
+channels that stand out of their group because of how a file shares them out are brought near to
+the others (common/walk/balancing.py); the function stays.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from common.numerics.grid import (
 )
 from common.quantization import quantize
 from common.solvers.ranges import restore_gain
+from common.walk.balancing import balance_outliers
 from common.walk.inputs import Needs
 from common.walk.method import Layer, Method
 
@@ -119,7 +122,7 @@ def method(options: argparse.Namespace) -> Method:
             for name in layer.family.linears
         }
 
-    return Method("hqq", quantize_layer, needs=Needs.NOTHING)
+    return Method("hqq", quantize_layer, needs=Needs.NOTHING, rewrite_layer=balance_outliers)
 
 
 def main() -> None:

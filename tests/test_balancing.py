@@ -114,6 +114,31 @@ def test_uneven_channels_are_balanced(tiny_models, spread):
         assert error_of(layer, group) < 0.5 * error
 
 
+@torch.no_grad()
+def test_outliers_alone_are_balanced(tiny_models):
+    """What stands out comes near to the rest, which stays bit for bit."""
+    source = source_of(tiny_models, "llama", True)
+    module = source.load_layer(0)
+    for group in source.family.groups:
+        scale = torch.ones(group.in_features(module))
+        scale[::20] = 100.0
+        layer = Layer(0, module, GRID, torch.bfloat16)
+        fold_into_weights(module, group, shared_by_heads(layer, group, scale))
+    before = {name: module.get_submodule(name).weight.clone() for name in source.family.linears}
+    balancing.balance_outliers(Layer(0, module, GRID, torch.bfloat16))
+    for group in source.family.groups:
+        old, new = (
+            torch.cat([weights(name) for name in group.linears]).norm(dim=0)
+            for weights in (before.__getitem__, lambda name: module.get_submodule(name).weight)
+        )
+        assert old.max() > 20 * old.median() and new.max() < 4 * new.median()
+    # Of what nothing stands in, columns and rows, everything is as it was.
+    columns = torch.arange(module.mlp.gate_proj.in_features) % 20 != 0
+    gate = module.mlp.gate_proj.weight
+    assert torch.equal(gate[:, columns], before["mlp.gate_proj"][:, columns])
+    assert torch.equal(module.mlp.down_proj.weight[:, 1], before["mlp.down_proj"][:, 1])
+
+
 def test_a_gain_of_zero_frees_its_column(tiny_models):
     """What is read from it may be as small as it is wished to be, and does not widen its group."""
     source = source_of(tiny_models, "llama", True)

@@ -4,6 +4,7 @@ float64.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -62,6 +63,23 @@ def test_packed_matmul(generator, bits, channels, groups, asymmetric):
         close(products_triton.packed_matmul(inputs, packed), expected, 1e-6)
         half = inputs.half()
         close(products_triton.packed_matmul(half, packed), half.double() @ weight.T, 1e-3)
+
+
+@pytest.mark.parametrize("tuning", [products_triton.FLOATS, products_triton.INTEGERS])
+@pytest.mark.parametrize("out", [32, 64, 320, 4096, 4224, 16384, 128256])
+def test_partial_sums_are_no_more_than_is_counted(monkeypatch, tuning, out):
+    taken, empty = [], torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **how: taken.append(size) or empty(*size, device="meta")
+    )
+    monkeypatch.setattr(products_triton, "counters", lambda *_: None)
+    weight = forms.PackedWeight(empty(out, 4096, device="meta"), *[None] * 2, 4)
+    for block in (32, 128):
+        products_triton._product(
+            empty(3, 8192, device="meta"), weight, torch.bfloat16, block, *tuning
+        )
+    assert all(math.prod(size) <= 3 * inference.PARTIAL_SUMS for size in taken if len(size) == 3)
+    assert out > 4224 or any(len(size) == 3 for size in taken)
 
 
 @pytest.mark.parametrize("most", [1, 128 * 64 + 63, 1 << 26])

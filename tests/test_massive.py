@@ -11,22 +11,24 @@ from conftest import build_tiny, run_quantize, sampled, tiny_tokenizer
 from methods import method_options
 from transformers import DynamicCache
 
+from common.model.architecture import family_of
 from common.running.runtime import load_model
 from common.tasks.perplexity import perplexity
 from common.text.windows import Windows
+from common.walk.scaling import fold_into_weights
 
 METHODS = method_options(group_size=32, iterations=40)
 CPU = torch.device("cpu")
 # Perplexity relative to the original's; measured with a super weight, with a massive activation:
-# gptq 1.095, 1.012, awq 1.072, 1.005, hqq 1.122, 1.036, smoothquant 1.003, 1.052, adaround 1.091,
-# 1.016, quarot 1.073, 0.980.
+# gptq 1.056, 1.016, awq 1.073, 1.038, hqq 1.108, 1.044, smoothquant 1.001, 1.007, adaround 1.063,
+# 1.009, quarot 1.045, 1.036.
 BOUNDS = {
-    "gptq": 1.14,
+    "gptq": 1.10,
     "awq": 1.12,
-    "hqq": 1.17,
-    "smoothquant": 1.08,
-    "adaround": 1.13,
-    "quarot": 1.12,
+    "hqq": 1.15,
+    "smoothquant": 1.05,
+    "adaround": 1.11,
+    "quarot": 1.10,
 }
 
 
@@ -54,6 +56,20 @@ def plant_massive_activation(model, token):
     for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
         linear.weight[17] = 1.5 * direction
     layer.mlp.down_proj.weight[5, 17] = 8.0
+
+
+@torch.no_grad()
+def share_channels_unevenly(model, token):
+    """A few channels between modules a hundred times as large on one side and as small on the
+    other; the function stays.
+    """
+    for layer in model.model.layers:
+        for group in family_of(layer).groups:
+            scale = torch.ones(group.in_features(layer))
+            scale[::20] = 100.0
+            heads = group.heads(len(scale), model.config)
+            shared = scale.view(heads)[:, :1].expand(heads).reshape(-1)
+            fold_into_weights(layer, group, shared)
 
 
 @torch.no_grad()
@@ -147,4 +163,17 @@ def test_perplexity_stays(planting, plant, method, steps, tmp_path):
     found = perplexity(load_model(tmp_path / "out", CPU, torch.float32)[0], windows)[0][
         "perplexity"
     ]
+    assert found / baseline < BOUNDS[method]
+
+
+# Measured: gptq 1.056, awq 1.078, hqq 1.107, smoothquant 1.004, adaround 1.053, quarot 1.053; not
+# balanced awq 8.2, hqq 10.7, adaround 8.7.
+@pytest.mark.parametrize("method", sampled([(m,) for m in METHODS], lambda method: method == "awq"))
+def test_channels_may_be_shared_out_unevenly(planting, method, tmp_path):
+    """As what methods balance, scale or rotate first does not depend on it."""
+    folder, text, windows, baseline, _ = planting(share_channels_unevenly)
+    result = run_quantize(method, folder, tmp_path / "out", *METHODS[method], text=text, samples=12)
+    assert result.returncode == 0, result.stderr
+    model = load_model(tmp_path / "out", CPU, torch.float32)[0]
+    found = perplexity(model, windows)[0]["perplexity"]
     assert found / baseline < BOUNDS[method]

@@ -175,16 +175,16 @@ def test_lengths_that_prompts_are_padded_to(monkeypatch):
 
 @pytest.mark.parametrize("most", [inference.UNPACKED_ELEMENTS, 128 * 64])
 @pytest.mark.parametrize(
-    ("form", "rows", "length", "unpacks"),
+    ("form", "rows", "length", "inside"),
     [
-        ("dense", 5, 16, False),
-        ("W4A16", 4, 16, False),  # so many are unpacked inside the product
-        ("W4A16", 5, 16, True),
-        ("W8A16", 1, 96, True),
-        ("packed head", 70, 16, True),
+        ("dense", 5, 16, "nothing"),
+        ("W4A16", 4, 16, "sums"),  # so few are unpacked inside the product
+        ("W4A16", 5, 16, "weights"),
+        ("W8A16", 1, 96, "weights"),
+        ("packed head", 70, 16, "weights"),
     ],
 )
-def test_memory_of_a_graph(monkeypatch, form, rows, length, unpacks, most):
+def test_memory_of_a_graph(monkeypatch, form, rows, length, inside, most):
     """Against what is unpacked and put out as prompts are read."""
     monkeypatch.setattr(inference, "UNPACKED_ELEMENTS", most)
     model = tiny_model("llama", True)
@@ -202,7 +202,12 @@ def test_memory_of_a_graph(monkeypatch, form, rows, length, unpacks, most):
 
     monkeypatch.setattr(inference, "unpack", unpacking)
     logits = decoder.start([[7] * length] * rows)
-    numbers = 3 * logits.numel() + (max(sizes) if unpacks else 0)
+    numbers = 3 * logits.numel()
+    numbers += {
+        "nothing": 0,
+        "sums": rows * length * inference.PARTIAL_SUMS,
+        "weights": max(sizes),
+    }[inside]
     config = model.config
     numbers += rows * length * (8 * config.intermediate_size + 16 * config.hidden_size)
     assert decoder.reader.bytes_to_read(rows, length) == 4 * numbers

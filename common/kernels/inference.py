@@ -19,6 +19,9 @@ from common.numerics.grid import codes_per_token
 # is slow on outputs that begin at odd addresses.
 FUSED_ROWS = 64
 UNPACKED_ELEMENTS, ALIGNED = 1 << 26, 128
+# Of each row of a product that unpacks weights inside: sums in float32 that its programs leave to
+# be added up, at most (`products_triton`: programs times output channels of one).
+PARTIAL_SUMS = 264 * 128
 
 
 def _fused(rows: int) -> bool:
@@ -57,12 +60,16 @@ def _tile(channels: int) -> int:
     return max(ALIGNED, UNPACKED_ELEMENTS // channels // ALIGNED * ALIGNED)
 
 
-def most_unpacked(rows: int, weight: PackedWeight) -> int:
-    """How many weights lie unpacked at a time, at most, in a product with so many rows on a GPU."""
-    if rows == 1 or _fused(rows):
+def product_bytes(rows: int, weight: PackedWeight, element: int) -> int:
+    """What a product with so many rows of numbers of `element` bytes takes of a GPU's memory, at
+    most, beside what goes in and comes out.
+    """
+    if rows == 1:
         return 0
+    if _fused(rows):
+        return rows * PARTIAL_SUMS * torch.float32.itemsize
     out, channels = weight.shape
-    return min(out, _tile(channels)) * channels
+    return min(out, _tile(channels)) * channels * element
 
 
 def row_matmul(

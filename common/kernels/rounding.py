@@ -27,7 +27,6 @@ def search_range(
     importance: Tensor | None = None,
     norm: float = 2.0,
     scale_dtype: torch.dtype = torch.bfloat16,
-    keep_larger_end: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Shrink each group's range step by step and keep the scale and zero-point with the smallest
     weighted error.
@@ -39,7 +38,6 @@ def search_range(
     Args:
         weight: [out, in].
         importance: [in], positive, or None for all ones.
-        keep_larger_end: as in `grid.min_max`.
     Returns:
         scale and zero_point, each [out, groups] float32.
     """
@@ -48,7 +46,7 @@ def search_range(
     kernels = triton_kernels(weight)
     if kernels and norm in (2.0, 4.0, 8.0):
         return kernels.rounding.search_range(
-            weight, grid, importance, norm, scale_dtype, candidates, keep_larger_end
+            weight, grid, importance, norm, scale_dtype, candidates
         )
     groups = grouped(weight, grid)  # [out, groups, group]
     factor = None if importance is None else grouped(importance.float().unsqueeze(0), grid)
@@ -57,7 +55,7 @@ def search_range(
     for part in groups.split(max(1, TILE_ELEMENTS[weight.device.type] // weight.shape[1])):
         part = part.float()
         # [candidates, rows, groups], as the errors.
-        scale, zero = min_max(part, grid, shares, scale_dtype, keep_larger_end)
+        scale, zero = min_max(part, grid, shares, scale_dtype)
         lowest, highest = grid.code_min - zero, grid.code_max - zero
         errors = torch.empty_like(scale)
         for index in range(len(candidates)):

@@ -107,7 +107,6 @@ def search_range(
     norm: float,
     scale_dtype: torch.dtype,
     candidates: list[float],
-    keep_larger_end: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`rounding.search_range` for the norms 2, 4 and 8; a program keeps some groups in registers
     and tries all candidates.
@@ -138,7 +137,6 @@ def search_range(
         STORED=_STORED[scale_dtype],
         HAS_IMPORTANCE=importance is not None,
         NORM=int(norm),
-        KEEP_LARGER_END=keep_larger_end,
         SYMMETRIC=grid.symmetric,
         BITS=grid.bits,
         BLOCK_GROUPS=block_groups,
@@ -163,7 +161,6 @@ def _search_range(
     STORED: tl.constexpr,
     HAS_IMPORTANCE: tl.constexpr,
     NORM: tl.constexpr,
-    KEEP_LARGER_END: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
@@ -196,9 +193,6 @@ def _search_range(
             step = tl.div_rn(largest * shrink * 2.0, LEVELS + 0.0 * largest)
         else:
             low, high = lowest * shrink, highest * shrink
-            if KEEP_LARGER_END:
-                low = tl.where(highest > -lowest, low, lowest)
-                high = tl.where(highest > -lowest, highest, high)
             step = tl.div_rn(high - low, LEVELS + 0.0 * largest)
         rounded = step
         if STORED != tl.float32:

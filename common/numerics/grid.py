@@ -139,7 +139,6 @@ def min_max(
     grid: Grid,
     shrink: float | Tensor = 1.0,
     scale_dtype: torch.dtype = torch.bfloat16,
-    keep_larger_end: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero-point that span each group's range, shrunk by `shrink`.
 
@@ -148,21 +147,17 @@ def min_max(
         shrink: factor on the range, a number or a tensor that broadcasts against [...].
         scale_dtype: the type scales are stored in; they are rounded to it here, so that codes match
             what is stored.
-        keep_larger_end: only the end nearer to zero is shrunk, so that a group's largest weight is
-            never clipped; a symmetric grid has one end, which is.
     Returns:
         scale [...] and zero_point [...] (an integer in the code range), both float32.
     """
-    scale, low = _full_range(weight, grid, shrink, keep_larger_end)
+    scale, low = _full_range(weight, grid, shrink)
     scale = round_scale(scale, scale_dtype)
     if grid.symmetric:
         return scale, torch.zeros_like(scale)
     return scale, (grid.code_min - low / scale).round().clamp(grid.code_min, grid.code_max)
 
 
-def _full_range(
-    weight: Tensor, grid: Grid, shrink: float | Tensor = 1.0, keep_larger_end: bool = False
-) -> tuple[Tensor, Tensor]:
+def _full_range(weight: Tensor, grid: Grid, shrink: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
     """The scale that spans each group's range, not rounded yet, and the range's lower end; both
     [...] float32.
     """
@@ -172,9 +167,6 @@ def _full_range(
         return high * 2.0 / levels, -high
     lowest, highest = weight.amin(-1).float().clamp(max=0.0), weight.amax(-1).float().clamp(min=0.0)
     low, high = lowest * shrink, highest * shrink
-    if keep_larger_end:
-        low = torch.where(highest > -lowest, low, lowest)
-        high = torch.where(highest > -lowest, highest, high)
     return (high - low) / levels, low
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from common.base.device_memory import available
-from common.kernels.inference import add_rms_norm, most_unpacked, rotate_heads
+from common.kernels.inference import add_rms_norm, product_bytes, rotate_heads
 from common.model.fused import attend_causally
 from common.model.memory import TOKENS_SHARE, token_bytes
 from common.running.graphs import GraphPool
@@ -151,13 +151,13 @@ class PromptReader:
         tokens, element, head = rows * length, self.cache.element_size(), self.model.lm_head
         # All layers are alike. The head is given the last tokens alone.
         products = [(linear, tokens) for linear in self.model.joined_layers[0].linears]
-        unpacked = max(
-            most_unpacked(inputs, linear.codes) if isinstance(linear, PackedLinear) else 0
+        inside = max(
+            product_bytes(inputs, linear.codes, element) if isinstance(linear, PackedLinear) else 0
             for linear, inputs in [*products, (head, rows)]
         )
         # Of a graph, as they are given out, and beside those of other prompts.
         logits = 3 * rows * self.model.config.vocab_size
-        return tokens * token_bytes(self.model.config, element) + (unpacked + logits) * element
+        return tokens * token_bytes(self.model.config, element) + inside + logits * element
 
     def _read(self, tokens: Tensor, first: int = 0, prefix: DynamicCache | None = None) -> Tensor:
         rows, before = slice(first, first + len(tokens)), 0

@@ -20,12 +20,29 @@ from common.walk.scaling import fold_scale
 
 # Each brings columns and rows hundreds of times nearer to equal lengths.
 TURNS = 4
+# How far, as a factor, a channel may be from balance before it counts as an outlier. In models as
+# their files give them some in a thousand are further, of one's q, k and v 26
+# (docs/Quantization_Methods_Deep_Dive.md).
+UNEVEN = 2.0
 
 
 def balance(layer: Layer) -> None:
     """Balance the input channels of each linear group of a layer."""
     for group in layer.family.groups:  # in turn: a pair's rows are as long as its columns make them
         fold_scale(layer, group, parallel.from_first(balanced_scale(layer, group)))
+
+
+def balance_outliers(layer: Layer) -> None:
+    """Balance those channels alone that are far from it, as far as UNEVEN allows; the rest stays
+    as the file gives it, to the last bit.
+    """
+    for group in layer.family.groups:
+        scale = balanced_scale(layer, group)
+        scale = scale / scale.median()  # what all channels share is no unevenness
+        scale = scale / scale.clamp(1 / UNEVEN, UNEVEN)
+        if group.reads_residual:
+            scale = exact_scale(layer, group, scale)
+        fold_scale(layer, group, parallel.from_first(scale))
 
 
 def balanced_scale(layer: Layer, group: LinearGroup) -> Tensor:

@@ -23,48 +23,35 @@ SWEEPS = 1
 # Scale and zero-point [out, groups], from weights [out, in], the grid, the mean square [in] of the
 # inputs and the type that scales are stored in.
 Ranges = Callable[[Tensor, Grid, Tensor, torch.dtype], tuple[Tensor, Tensor]]
-# From so many bits on, nothing large is clipped: error feedback hands the error of a clipped
-# weight, which always moves inwards, on to channels that clip in turn, and the massive activations
-# that attention rests on shrink. Fewer have no room for it. Measured on several models
-# (docs/Quantization_Methods_Deep_Dive.md).
-UNCLIPPED_BITS = 4
-# Bits from which gain is restored, one fewer than elsewhere: what is clipped below UNCLIPPED_BITS
-# costs error feedback more gain than nearest rounding (same document, three bits).
+# From so many bits on, ranges of rotated weights are full; fewer have no room for it. Measured on
+# several models (docs/Quantization_Methods_Deep_Dive.md).
+FULL_RANGE_BITS = 4
+# Bits from which gain is restored, one fewer than elsewhere: what is clipped costs error feedback
+# more gain than nearest rounding (same document, three bits).
 GAIN_BITS = 3
 
 
-def clipped_ranges(
+def searched_ranges(
     weight: Tensor,
     grid: Grid,
     mean_square: Tensor,
     scale_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`Ranges` searched at both ends, on the output error without its cross terms."""
+    """`Ranges` searched on the output error without its cross terms."""
     return search_range(weight, grid, mean_square, scale_dtype=scale_dtype)
-
-
-def ranges_of_plain_weights(
-    weight: Tensor, grid: Grid, mean_square: Tensor, scale_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """`Ranges` of which, from UNCLIPPED_BITS on, the larger end stays and the other is searched on
-    the plain error of the weights.
-    """
-    if grid.symmetric or grid.bits < UNCLIPPED_BITS:
-        return clipped_ranges(weight, grid, mean_square, scale_dtype)
-    return search_range(weight, grid, scale_dtype=scale_dtype, keep_larger_end=True)
 
 
 def ranges_of_rotated_weights(
     weight: Tensor, grid: Grid, mean_square: Tensor, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`Ranges` that, from UNCLIPPED_BITS on, are full: no rotated weight stands out."""
-    if grid.symmetric or grid.bits < UNCLIPPED_BITS:
-        return clipped_ranges(weight, grid, mean_square, scale_dtype)
+    """`Ranges` that, from FULL_RANGE_BITS on, are full: no rotated weight stands out."""
+    if grid.symmetric or grid.bits < FULL_RANGE_BITS:
+        return searched_ranges(weight, grid, mean_square, scale_dtype)
     return min_max(grouped(weight, grid), grid, scale_dtype=scale_dtype)
 
 
 def gptq_layer(
-    layer: Layer, damping: float, sweeps: int, ranges: Ranges = ranges_of_plain_weights
+    layer: Layer, damping: float, sweeps: int, ranges: Ranges = searched_ranges
 ) -> dict[str, QuantizedLinear]:
     """Codes of every linear of a layer. Linears that read the same tensor are solved together.
 
