@@ -172,7 +172,8 @@ def argument_parser() -> argparse.ArgumentParser:
         "--equalize",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="even out input channels before learning (default: %(default)s)",
+        help="scale input channels as AWQ does before learning; balanced they are in any case "
+        "(default: %(default)s)",
     )
     cli.add_catch_up(parser)
     cli.add_tune_scales(parser)

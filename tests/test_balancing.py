@@ -152,6 +152,36 @@ def test_a_gain_of_zero_frees_its_column(tiny_models):
     assert not module.input_layernorm.weight[[3, 40]].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_gains_are_not_rounded_on_the_way(tiny_models, monkeypatch, dtype):
+    """Where a gain is stored as gain minus one, 16 bits do not hold the sum; nothing stands out
+    here, so all stays.
+    """
+    source = SourceModel(str(tiny_models["gemma3_text", True]), CPU, dtype)
+    module = source.load_layer(0)
+    norm = module.input_layernorm
+    norm.weight.data = torch.linspace(-0.01, 0.01, len(norm.weight)).to(dtype)
+    before = norm.weight.clone()
+    monkeypatch.setattr(balancing, "UNEVEN", 1e6)
+    balancing.balance_outliers(Layer(0, module, GRID, dtype))
+    assert torch.equal(norm.weight, before)
+    gain = source.family.gain(norm)
+    assert gain.dtype == torch.float32 and torch.equal(gain, before.float() + 1)
+
+
+@torch.no_grad()
+def test_what_reads_a_dead_row_widens_no_group(tiny_models):
+    source = source_of(tiny_models, "llama", True)
+    module = source.load_layer(0)
+    module.mlp.up_proj.weight[7] = 0
+    module.mlp.down_proj.weight[:, 7] = 50.0
+    balanced(0, module)
+    down = module.mlp.down_proj.weight
+    assert down[:, 7].norm() < down.norm(dim=0).median()
+    assert torch.isfinite(down).all() and not module.mlp.up_proj.weight[7].any()
+
+
 @torch.no_grad()
 def test_a_bias_counts_as_what_its_row_puts_out(tiny_models):
     """A row of v_proj that is all but dead, and its bias, are not blown up."""

@@ -241,7 +241,7 @@ def test_prompts_are_read_in_parts_that_fit(monkeypatch):
     )
     with torch.inference_mode():
         whole = Decoder(model, 8, 64).start(prompts)
-        token = memory.token_bytes(model.config, 4) + memory.cache_bytes(model, 4)
+        token = memory.token_bytes(model.config, 4)
         monkeypatch.setattr(decoding, "available", lambda _: 2.5 * 9 * token / memory.TOKENS_SHARE)
         parts = Decoder(model, 8, 64).start(prompts)
     assert asked[0] == 5 and set(asked[1:]) <= {1, 2} and sum(asked[1:]) == 5

@@ -7,6 +7,8 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -303,3 +305,30 @@ def test_lengths_that_are_not_padded_keep_no_graph(monkeypatch):
     assert not captured
     decoder.reader.read([[5] * 20] * 3, 0)
     assert (3, 32) in decoder.reader._graphs
+
+
+@torch.inference_mode()
+def test_steps_without_memory_for_a_graph_run_one_by_one(monkeypatch):
+    """As if on a GPU, whose streams and pool are stood in for; nothing of the try is left."""
+    model, asked = tiny_model("llama", True), random_prompts(9, 4, 7)
+    expected = Decoder(model, 3, 100)
+    expected.start(asked)
+    decoder, tries = Decoder(model, 3, 100), []
+    decoder.start(asked)
+
+    class Pool:
+        def capture(self, work):
+            work()
+            tries.append(work)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    for name, stand_in in (
+        ("Stream", Mock),
+        ("current_stream", Mock),
+        ("stream", lambda _: nullcontext()),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    decoder.device, decoder._pool = torch.device("cuda"), Pool()
+    for _ in range(3):
+        assert torch.equal(decoder.run(3), expected.run(3))
+    assert len(tries) == 1

@@ -125,8 +125,11 @@ class Family:
         return any(group.output_norm for group in self.writing)
 
     def gain(self, norm: nn.Module) -> Tensor:
-        """What a norm multiplies its normalised input by, [size]."""
-        return norm.weight + self.gain_offset if self.gain_offset else norm.weight
+        """What a norm multiplies its normalised input by, [size], in float32 or wider: 16 bits do
+        not hold the sum.
+        """
+        weight = norm.weight.to(torch.promote_types(norm.weight.dtype, torch.float32))
+        return weight + self.gain_offset
 
     def set_gain(self, norm: nn.Module, gain: Tensor) -> None:
         """Let a norm have this gain [size], in the type of its weight."""

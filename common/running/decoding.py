@@ -20,7 +20,7 @@ from common.base.device_memory import available, halved_to_fit
 from common.kernels.forms import Rotary
 from common.kernels.inference import add_rms_norm, attend, largest_index, row_matmul
 from common.model.architecture import is_fused
-from common.model.memory import TOKENS_SHARE, cache_bytes, token_bytes
+from common.model.memory import TOKENS_SHARE, token_bytes
 from common.running.graphs import GraphPool
 from common.running.joined import JoinedLayer
 from common.running.packed import PackedLinear, is_plain
@@ -113,7 +113,8 @@ class Decoder:
             table[0].to(dtype).contiguous()
             for table in model.model.rotary_emb(norm, positions.unsqueeze(0))
         ]
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # None where there is no memory to capture one.
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
         self._pool = GraphPool(self.device) if self.device.type == "cuda" else None
         self.reader = PromptReader(model, self.tables, self.cache, self.positions, self._pool)
 
@@ -150,10 +151,10 @@ class Decoder:
         """Let the first `rows` rows go on by STEPS_AT_ONCE steps. Returns the new tokens [steps,
         rows].
         """
-        if self.device.type == "cuda":
-            if rows not in self._graphs:
-                self._capture(rows)
-            self._graphs[rows].replay()
+        if self.device.type == "cuda" and rows not in self._graphs:
+            self._graphs[rows] = self._capture(rows)
+        if graph := self._graphs.get(rows):
+            graph.replay()
         else:
             self._steps(rows)
         return self.written[:, :rows]
@@ -162,8 +163,8 @@ class Decoder:
         for index in range(STEPS_AT_ONCE):
             self.step(rows, index)
 
-    def _capture(self, rows: int) -> None:
-        """Record the steps as one graph; tokens and positions are put back."""
+    def _capture(self, rows: int) -> torch.cuda.CUDAGraph | None:
+        """The steps as one graph; None without memory for it. Tokens and positions are put back."""
         kept = self.tokens.clone(), self.positions.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -171,9 +172,13 @@ class Decoder:
             self.step(rows)  # compiles what has to be
         torch.cuda.current_stream().wait_stream(stream)
         assert self._pool is not None
-        self._graphs[rows], _ = self._pool.capture(partial(self._steps, rows))
+        try:
+            graph, _ = self._pool.capture(partial(self._steps, rows))
+        except torch.cuda.OutOfMemoryError:
+            graph = None
         self.tokens.copy_(kept[0])
         self.positions.copy_(kept[1])
+        return graph
 
     def start(self, prompts: list[list[int]], prefix: DynamicCache | None = None) -> Tensor:
         """Read prompts, that all follow the tokens in `prefix`, into the first rows. Returns the
@@ -193,7 +198,7 @@ class Decoder:
         # Reading without transformers needs the lengths there.
         self.positions[:rows] = torch.tensor([before + len(prompt) for prompt in prompts])
         ready = prefix is None and self._reads_itself() and self.reader.has_graph(rows, longest)
-        at_once = rows if ready else self._prompts_at_once(longest, before)
+        at_once = rows if ready else self._prompts_at_once(longest)
         logits = []
         for first in range(0, rows, at_once):
             part = slice(first, min(first + at_once, rows))
@@ -206,16 +211,12 @@ class Decoder:
         """Whether prompts are read without transformers."""
         return self.device.type == "cuda"
 
-    def _prompts_at_once(self, length: int, before: int) -> int:
-        """How many prompts of up to `length` tokens, after `before` of a prefix, are read at
-        once."""
+    def _prompts_at_once(self, length: int) -> int:
+        """How many prompts of up to `length` tokens are read at once."""
         most = max(1, PROMPT_TOKENS // length)
         if min(most, self.rows) == 1:  # asking the GPU takes time
             return 1
-        element = self.cache.element_size()
-        row = length * token_bytes(self.model.config, element) + (length + before) * cache_bytes(
-            self.model, element
-        )
+        row = length * token_bytes(self.model.config, self.cache.element_size())
         return halved_to_fit(most, row, TOKENS_SHARE * available(self.device))
 
     def _read(

@@ -144,7 +144,10 @@ class PromptReader:
 
     def _has_room(self, rows: int, length: int) -> bool:
         """Whether a graph's memory, which it keeps, leaves enough."""
-        return self.bytes_to_read(rows, length) <= TOKENS_SHARE * available(self.cache.device)
+        # What idles in the pool is there for the next graph.
+        idle = self._pool.idle if self._pool is not None else 0
+        room = available(self.cache.device) + idle
+        return self.bytes_to_read(rows, length) <= TOKENS_SHARE * room
 
     def bytes_to_read(self, rows: int, length: int) -> int:
         """About what reading prompts of so many tokens takes of memory."""

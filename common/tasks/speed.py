@@ -16,7 +16,7 @@ KERNELS = {
     "CPU by torch's own products, for up to 32 tokens at once with activations in bfloat16.",
     "streamed": "`streamed`: the GPU has no room for the weights, so layers are read from the "
     "files for every forward pass.",
-    "graph": "`graph`: decoding replays a captured CUDA graph.",
+    "graph": "`graph`: decoding replays a captured CUDA graph, and so does reading the prompt.",
 }
 
 

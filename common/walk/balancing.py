@@ -78,12 +78,14 @@ def pair_scale(module: nn.Module, group: LinearGroup) -> Tensor:
     rows = feeder.weight[-len(columns) :].float().norm(dim=1)
     if feeder.bias is not None:
         rows = torch.hypot(rows, feeder.bias[-len(columns) :].float())
+    # What reads a row that puts out nothing may be as small as it is wished to be.
+    rows = rows.clamp(min=torch.finfo(torch.float32).tiny)
     scale = usable((rows / columns).sqrt())
     return scale.view(heads[0], 1, heads[2]).expand(heads).reshape(-1)
 
 
 def usable(scale: Tensor) -> Tensor:
-    """A scale that is one where nothing feeds a channel, or nothing reads it."""
+    """A scale that is one where nothing reads a channel, or nothing sane comes of it."""
     return torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
 
 
@@ -92,7 +94,7 @@ def exact_scale(layer: Layer, group: LinearGroup, scale: Tensor) -> Tensor:
     rounded.
     """
     family = layer.family
-    gain = family.gain(layer.module.get_submodule(group.fed_by)).float()
+    gain = family.gain(layer.module.get_submodule(group.fed_by))
     stored = (gain / scale - family.gain_offset).to(layer.scale_dtype).float()
     exact = gain / (stored + family.gain_offset)
     return torch.where(gain == 0, scale, usable(exact))

@@ -58,7 +58,7 @@ def fold_into_weights(module: nn.Module, group: LinearGroup, scale: Tensor) -> N
     feeder, family = module.get_submodule(group.fed_by), family_of(module)
     rows = scale.view(group.heads(len(scale), module.self_attn.config))[:, 0].reshape(-1)
     if group.reads_residual:
-        family.set_gain(feeder, family.gain(feeder).float() / rows)
+        family.set_gain(feeder, family.gain(feeder) / rows)
     else:
         for parameter in feeder.parameters():  # weight [out, in] and bias [out]
             fed = parameter.data[-len(rows) :]
