@@ -152,6 +152,29 @@ def test_a_gain_of_zero_frees_its_column(tiny_models):
     assert not module.input_layernorm.weight[[3, 40]].any()
 
 
+def test_where_most_stand_out_all_are_balanced(tiny_models):
+    """As the file then says nothing; where they hardly differ none is touched."""
+    for spread in (1.0, 0.05):
+        weights = []
+        for balance in (balancing.balance, balancing.balance_outliers):
+            source = source_of(tiny_models, "llama", True)
+            module = source.load_layer(0)
+            layer = Layer(0, module, GRID, torch.float32)
+            balancing.balance(layer)  # equal lengths to begin with
+            generator = torch.Generator().manual_seed(4)
+            for group in source.family.groups:
+                noise = torch.randn(group.in_features(module), generator=generator)
+                fold_scale(layer, group, shared_by_heads(layer, group, torch.exp(spread * noise)))
+            before = module.mlp.gate_proj.weight.clone()
+            balance(layer)
+            weights.append(module.mlp.gate_proj.weight)
+        if spread == 1.0:
+            one, other = (weight / weight.norm() for weight in weights)
+            assert (one - other).norm() < 1e-5
+        else:
+            assert torch.equal(weights[1], before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
 def test_gains_are_not_rounded_on_the_way(tiny_models, monkeypatch, dtype):
