@@ -13,8 +13,8 @@ The half-quadratic idea splits that in two easy steps taken in turn: fixed error
 weighted least squares, of weights |w - q|^(p - 2), whose scale and zero-point have a closed form;
 fixed scale and zero-point turn it into rounding. The best step is kept, not the last. The
 zero-point is an integer, as the checkpoint format stores it; the authors' is a float. Before,
-channels that stand out of their group because of how a file shares them out are brought near to
-the others (common/walk/balancing.py); the function stays.
+channels that stand out because of how a file shares them out are brought near to the others
+(common/walk/balancing.py); the function stays.
 """
 
 import argparse
