@@ -32,7 +32,7 @@ UNEVEN, SPREAD = 2.0, 1.5
 def balance(layer: Layer) -> None:
     """Balance the input channels of each linear group of a layer."""
     for group in layer.family.groups:  # in turn: a pair's rows are as long as its columns make them
-        fold_scale(layer, group, parallel.from_first(balanced_scale(layer, group)))
+        _fold(layer, group, balanced_scale(layer, group))
 
 
 def balance_outliers(layer: Layer) -> None:
@@ -45,17 +45,21 @@ def balance_outliers(layer: Layer) -> None:
         scale = scale / scale.median()  # what all channels share is no unevenness
         if scale.log().abs().quantile(2 / 3) < math.log(SPREAD):
             scale = scale / scale.clamp(1 / UNEVEN, UNEVEN)
-        if group.reads_residual:
-            scale = exact_scale(layer, group, scale)
-        fold_scale(layer, group, parallel.from_first(scale))
+        _fold(layer, group, scale)
+
+
+def _fold(layer: Layer, group: LinearGroup, scale: Tensor) -> None:
+    """Scale the input channels of a linear group, as nearly as leaves a norm's gains exact."""
+    if group.reads_residual:
+        scale = exact_scale(layer, group, scale)
+    fold_scale(layer, group, parallel.from_first(scale))
 
 
 def balanced_scale(layer: Layer, group: LinearGroup) -> Tensor:
     """The scale [in] that balances the input channels of a linear group."""
-    if not group.reads_residual:
-        return pair_scale(layer.module, group)
-    scale = column_scale([layer.weight(name) for name in group.linears])
-    return exact_scale(layer, group, scale)
+    if group.reads_residual:
+        return column_scale([layer.weight(name) for name in group.linears])
+    return pair_scale(layer.module, group)
 
 
 def column_scale(weights: list[Tensor]) -> Tensor:
