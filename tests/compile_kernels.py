@@ -119,6 +119,7 @@ def variant(key: tuple) -> tuple:
         key[0],
         *(constants.get(name) for name in ("BITS", "INPUT_BITS", "SPLITS")),
         constants.get("BLOCK") == 32,
+        constants.get("PIECE") in (None, 1),
         *(
             value
             for name, value in key[2]
@@ -130,7 +131,7 @@ def variant(key: tuple) -> tuple:
 
 
 # Those whose shared memory grows with their constants.
-GROWING = ("_matmul", "_integer_matmul", "_attend")
+GROWING = ("_matmul", "_integer_matmul", "_bytes_matmul", "_attend")
 
 
 def chosen(keys: Iterable[tuple], seen: set[tuple], most: int, every: bool) -> list[tuple]:
@@ -187,7 +188,7 @@ def main() -> int:
             keys = list(found)
         else:
             # The same launches for the same generation give the same programs.
-            keys = [] if same in done else chosen(found, seen, 8, capability in ends)
+            keys = [] if same in done else chosen(found, seen, 9, capability in ends)
         done.add(same)
         for key in keys:
             try:

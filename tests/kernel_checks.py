@@ -1,4 +1,4 @@
-"""How far apart two tensors are, and where Triton's interpreter runs the kernels."""
+"""How far apart two tensors are, packed weights, and where Triton's interpreter runs kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 
 import pytest
 import torch
+from conftest import sampled
+
+from common.kernels import forms
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -18,6 +21,29 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def close(found: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
     difference = relative(found, expected)
     assert difference < bound, difference
+
+
+def packed_weights(generator, out: int, channels: int, groups: int, bits: int, asymmetric: bool):
+    """Packed weights, and the weights themselves in float64."""
+    half = 1 << bits - 1
+    codes = torch.randint(-half, half, (out, channels), generator=generator).to(torch.int8)
+    scale = (torch.rand(out, groups, generator=generator) + 0.5).to(torch.bfloat16)
+    zero = (
+        torch.randint(-half, half, (out, groups), generator=generator).to(torch.int8)
+        if asymmetric
+        else None
+    )
+    exact = codes.double().unflatten(1, (groups, -1)) - (
+        0 if zero is None else zero.double().unsqueeze(2)
+    )
+    return forms.pack(codes, scale, zero, bits), (exact * scale.double().unsqueeze(2)).flatten(1)
+
+
+def crossed(shapes: list[tuple], others: tuple) -> list:
+    """Each of `shapes` with each of two others, of which the quick run takes one."""
+    cases = [(*form, other) for form in shapes for other in others]
+    quick = {(*form, others[place % 2]) for place, form in enumerate(shapes)}
+    return sampled(cases, lambda *case: case in quick)
 
 
 def skip_without_the_interpreter() -> None:

@@ -59,7 +59,7 @@ def products(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable]:
             weight, row = packed(out, channels, *form, dtype), tensor(1, channels, dtype=dtype)
             rounds = form == FORMS[-1] and name != "head"
             yield partial(inference.unpack, weight, dtype)
-            for rows in (1, 2, 64):
+            for rows in (1, 2, 32, 64):
                 yield partial(inference.packed_matmul, tensor(rows, channels, dtype=dtype), weight)
                 if rounds:
                     rounded = Rounded(
@@ -89,6 +89,10 @@ def other_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable
         for update in (None, tokens):
             yield partial(inference.add_rms_norm, tokens, update, gain, 1e-5, bits)
         yield partial(inference.silu_mul, *tensor(8, 2 * inner, dtype=dtype).chunk(2, -1), bits)
+    for block in (64, 128):
+        yield partial(inference.add_rms_norm, tokens, tokens, gain, 1e-5, None, block)
+        halves = tensor(8, 2 * inner, dtype=dtype).chunk(2, -1)
+        yield partial(inference.silu_mul, *halves, None, block)
     projected, positions = (
         tensor(8, (heads + 2 * key_heads) * size, dtype=dtype),
         tensor(8, dtype=torch.long),
@@ -100,7 +104,9 @@ def other_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable
         )
         for norms in (None, (tensor(size, dtype=dtype), tensor(size, dtype=dtype), 1e-6)):
             rotary = Rotary(table, table, norms)
-            yield partial(inference.attend, projected, rotary, positions, cache, cache, 0.1)
+            for block in (None, 128):
+                given = projected, rotary, positions, cache, cache, 0.1, block
+                yield partial(inference.attend, *given)
     table, gain = tensor(1, 512, size, dtype=dtype), tensor(size, dtype=dtype)
     for count in (heads, key_heads, heads + key_heads):
         for norms in (None, (gain, gain, 1e-6)):

@@ -11,7 +11,7 @@ from common.base import gpu
 from common.base.device import resolve_dtype
 from common.base.errors import UserError
 from common.kernels import dispatch, inference, rounding
-from common.kernels.forms import PackedWeight, Rotary, Rounded
+from common.kernels.forms import PackedWeight, Rotary, Rounded, TwoBytes
 from common.model import fused
 from common.numerics.grid import Grid, codes_per_token
 from common.running.runtime import load_for_running, load_model
@@ -40,6 +40,8 @@ def launched(monkeypatch):
         return kernel
 
     def product(inputs, weight, *_):
+        if isinstance(inputs, TwoBytes):
+            called[-1] += " on bytes"
         return torch.empty(
             len(getattr(inputs, "codes", inputs)),
             len(weight.packed),
@@ -58,11 +60,15 @@ def launched(monkeypatch):
             "silu_mul": lambda gate, *_: gate,
             "largest_index": lambda values: values,
             "scale_sums": lambda sums, *_: sums,
-            "round_rows": lambda inputs, bits: inputs,
+            "round_rows": lambda inputs, bits, block=None: (
+                inputs if block is None else TwoBytes(inputs, inputs, inputs, inputs.dtype)
+            ),
             "add_rms_norm": lambda hidden, *_: hidden,
+        },
+        attention_triton: {
+            "attend": lambda projected, *_: projected,
             "rotate_heads": lambda *_: None,
         },
-        attention_triton: {"attend": lambda projected, *_: projected},
         rounding_triton: {"round_block": lambda *_: None},
     }
     for module, functions in results.items():
@@ -95,8 +101,8 @@ def weight_of(bits: int) -> PackedWeight:
     [
         ((6, 1), [], []),
         ((7, 5), ["unpack"], ["unpack"]),
-        ((8, 6), ["packed_matmul"], ["unpack"]),
-        ((9, 0), ["packed_matmul"], ["unpack"]),
+        ((8, 6), ["round_rows", "packed_matmul on bytes"], ["unpack"]),
+        ((9, 0), ["round_rows", "packed_matmul on bytes"], ["unpack"]),
     ],
 )
 def test_packed_products_by_card(launched, capability, several, many):
@@ -105,11 +111,27 @@ def test_packed_products_by_card(launched, capability, several, many):
         for rows, expected in (
             (1, ["packed_matmul"] if several else []),
             (2, several),
-            (64, several),
-            (65, many),
+            (128, several),
+            (129, many),
         ):
             called = launched(*capability)
-            assert inference.packed_matmul(on_card(rows, 512), weight_of(4)).shape == (rows, 256)
+            inputs, weight = on_card(rows, 512), weight_of(4)
+            assert inference.packed_matmul(inputs, weight).shape == (rows, 256)
+            assert called == expected, rows
+            taken = inference.block_of_bytes(inputs, weight)
+            assert taken == (128 if "packed_matmul on bytes" in expected else None)
+
+
+@pytest.mark.parametrize("group", [32, 96])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_products_on_floats(launched, group, dtype):
+    """Of inputs in float32, which integers of 16 bits would not do justice, and of small blocks."""
+    with FakeTensorMode():
+        scale = on_card(256, 768 // group, dtype=dtype)
+        weight = PackedWeight(on_card(256, 384, dtype=torch.uint8), scale, None, 4)
+        for rows, expected in ((2, ["packed_matmul"]), (64, ["packed_matmul"]), (65, ["unpack"])):
+            called = launched(9, 0)
+            inference.packed_matmul(on_card(rows, 768, dtype=dtype), weight)
             assert called == expected, rows
 
 

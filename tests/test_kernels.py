@@ -12,37 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, sampled
-from kernel_checks import close, skip_without_the_interpreter
+from conftest import ROOT
+from kernel_checks import close, crossed, packed_weights, skip_without_the_interpreter
 
 skip_without_the_interpreter()
 
-from common.kernels import attention_triton, forms, inference, products_triton, row_product_triton
+from common.kernels import (
+    attention_triton,
+    forms,
+    inference,
+    products_triton,
+    row_product_triton,
+)
 from common.kernels import inference_triton as kernels
 from common.numerics import grid
-
-
-def packed_weights(generator, out: int, channels: int, groups: int, bits: int, asymmetric: bool):
-    """Packed weights, and the weights themselves in float64."""
-    half = 1 << bits - 1
-    codes = torch.randint(-half, half, (out, channels), generator=generator).to(torch.int8)
-    scale = (torch.rand(out, groups, generator=generator) + 0.5).to(torch.bfloat16)
-    zero = (
-        torch.randint(-half, half, (out, groups), generator=generator).to(torch.int8)
-        if asymmetric
-        else None
-    )
-    exact = codes.double().unflatten(1, (groups, -1)) - (
-        0 if zero is None else zero.double().unsqueeze(2)
-    )
-    return forms.pack(codes, scale, zero, bits), (exact * scale.double().unsqueeze(2)).flatten(1)
-
-
-def crossed(forms: list[tuple], others: tuple) -> list:
-    """Each of `forms` with each of two others, of which the quick run takes one."""
-    cases = [(*form, other) for form in forms for other in others]
-    quick = {(*form, others[place % 2]) for place, form in enumerate(forms)}
-    return sampled(cases, lambda *case: case in quick)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +237,11 @@ def test_attend(generator, length, normed):
             )
         close(keys, after[0], 1e-6)
         assert torch.equal(values.double(), after[1])
+    halves = attention_triton.attend(projected, rotary, positions, keys, values, 0.3, 16)
+    close(halves.values(), expected.flatten(1), 1e-4)
+    # Not in blocks that lie between what has one key and what has another.
+    whole = attention_triton.attend(projected, rotary, positions, keys, values, 0.3, 32)
+    close(whole, expected.flatten(1), 1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -275,7 +263,7 @@ def test_rotate_heads(generator, batch, normed):
     expected[..., :3, :] = torch.cat([numbers.real, numbers.imag], -1)
     tables = angle.repeat(1, 1, 2).cos(), angle.repeat(1, 1, 2).sin()
     norms = ((gains[0], gains[1], 1e-6), 2) if normed else ()
-    for module in (inference, kernels):
+    for module in (inference, attention_triton):
         heads, wide = whole[:, :, :3].contiguous(), whole.clone()
         module.rotate_heads(heads, *tables, *norms)
         close(heads, expected[:, :, :3], 1e-6)

@@ -1,5 +1,5 @@
-"""The Triton kernel of attention of one token to a cache; `common.kernels.inference` says what it
-computes.
+"""The Triton kernels of attention of one token to a cache, and of the rotary embedding;
+`common.kernels.inference` says what each computes.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.kernels.forms import Rotary
-from common.kernels.launch_triton import begin, counters, launch
+from common.kernels.forms import Rotary, TwoBytes
+from common.kernels.launch_triton import begin, counters, launch, release, store_bytes
 
 # Attention over longer contexts is split between programs; the last of them to finish joins their
 # results.
@@ -24,12 +24,19 @@ def attend(
     keys: Tensor,
     values: Tensor,
     scaling: float,
-) -> Tensor:
+    block: int | None = None,
+) -> Tensor | TwoBytes:
     rows, key_heads, length, size = keys.shape
     heads = projected.shape[1] // size - 2 * key_heads
     splits = triton.cdiv(length, SPLIT_LENGTH)
     block_heads = max(16, triton.next_power_of_2(heads // key_heads))
-    output = torch.empty(rows, heads * size, device=projected.device, dtype=projected.dtype)
+    # A program has the heads that share a key: blocks of channels between two would have to wait.
+    if block is not None and heads // key_heads * size % block == 0:
+        result = TwoBytes.empty(rows, heads * size, block, projected)
+        output, unit, sums = result.codes, result.unit, result.sums
+    else:
+        result = output = projected.new_empty(rows, heads * size)
+        block = unit = sums = None
     # A partial result and, after it, its largest score and its sum of weights.
     partial = (
         torch.empty(rows, heads, splits, size + 2, device=projected.device)
@@ -49,6 +56,8 @@ def attend(
         keys,
         values,
         output,
+        unit,
+        sums,
         partial,
         counts,
         length,
@@ -62,10 +71,12 @@ def attend(
         SPLITS=splits,
         SPLIT=SPLIT_LENGTH,
         BLOCK=BLOCK_LENGTH,
+        PIECE=block,
+        ONE_ROW=rows == 1,
         num_warps=4,
         **launch(),
     )
-    return output
+    return result
 
 
 @triton.jit
@@ -80,6 +91,8 @@ def _attend(
     keys,
     values,
     output,
+    unit,
+    sums,
     partial,
     counters,
     length,
@@ -93,6 +106,8 @@ def _attend(
     SPLITS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,
+    ONE_ROW: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     HEADS: tl.constexpr = KEY_HEADS * HEADS_PER_KEY
@@ -106,6 +121,8 @@ def _attend(
     turn = tl.load(cosine + position * SIZE + lane).to(tl.float32)
     tilt = tl.load(sine + position * SIZE + lane).to(tl.float32) * sign
     begin(OVERLAP)  # the kernel before has no part in those
+    if ONE_ROW:
+        release(OVERLAP)
     origin = split * SPLIT
     if origin > position:
         return
@@ -158,10 +175,11 @@ def _attend(
         total = tl.dot(share.to(dtype), v, total * decay[:, None], input_precision="ieee")
         weight = weight * decay + tl.sum(share, 1)
         largest = higher
-    target = output + (row * HEADS + head)[:, None] * SIZE + lane[None, :]
+    release(OVERLAP)
     busy = position // SPLIT + 1  # splits that have something to add
     if busy == 1:
-        tl.store(target, (total / weight[:, None]).to(dtype), mask=mine)
+        found = (total / weight[:, None]).to(dtype)
+        _store(found, output, unit, sums, row, key_head, KEY_HEADS, HEADS_PER_KEY, PIECE)
     else:
         part = partial + (row * HEADS + head) * SPLITS * (SIZE + 2)
         place = part + split * (SIZE + 2)
@@ -186,5 +204,116 @@ def _attend(
                     + tl.load(place + SIZE + 1, mask=member < HEADS_PER_KEY, other=1.0) * share
                 )
                 largest = higher
-            tl.store(target, (total / weight[:, None]).to(dtype), mask=mine)
+            found = (total / weight[:, None]).to(dtype)
+            _store(found, output, unit, sums, row, key_head, KEY_HEADS, HEADS_PER_KEY, PIECE)
             tl.store(counter, 0)
+
+
+@triton.jit
+def _store(
+    found,
+    output,
+    unit,
+    sums,
+    row,
+    key_head,
+    KEY_HEADS: tl.constexpr,
+    HEADS_PER_KEY: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Store what the heads [more than HEADS_PER_KEY, size] of a key have found."""
+    SIZE: tl.constexpr = found.shape[1]
+    WIDTH: tl.constexpr = HEADS_PER_KEY * SIZE
+    if PIECE is None:
+        member, lane = tl.arange(0, found.shape[0]), tl.arange(0, SIZE)
+        head = row * KEY_HEADS * HEADS_PER_KEY + key_head * HEADS_PER_KEY + member
+        place = output + head[:, None] * SIZE + lane[None, :]
+        tl.store(place, found, mask=(member < HEADS_PER_KEY)[:, None])
+    else:
+        blocks = tl.reshape(found.to(tl.float32), (found.shape[0] * SIZE // PIECE, PIECE))
+        first = key_head * (WIDTH // PIECE)
+        end, size = first + WIDTH // PIECE, KEY_HEADS * WIDTH
+        store_bytes(blocks, output, unit, sums, row, first, end, size, PIECE)
+
+
+def rotate_heads(
+    heads: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    norms: tuple[Tensor, Tensor, float] | None = None,
+    queries: int = 0,
+) -> None:
+    batch, length, count, size = heads.shape
+    query_gain, key_gain, epsilon = norms or (None, None, 0.0)
+    block = triton.next_power_of_2(count)
+    _rotate_heads[(batch * length,)](
+        heads,
+        cosine,
+        sine,
+        query_gain,
+        key_gain,
+        epsilon,
+        count,
+        queries,
+        length,
+        heads.stride(0),
+        heads.stride(1),
+        0 if len(cosine) == 1 else length,
+        HAS_NORMS=norms is not None,
+        HALF=size // 2,
+        BLOCK=block,
+        num_warps=4 if block * size <= 8192 else 8,
+        **launch(),
+    )
+
+
+@triton.jit
+def _rotate_heads(
+    heads,
+    cosine,
+    sine,
+    query_gain,
+    key_gain,
+    epsilon,
+    count,
+    queries,
+    length,
+    batch_stride,
+    token_stride,
+    table_stride,
+    HAS_NORMS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """A program turns all heads of a token, whose halves are the parts of complex numbers."""
+    begin(OVERLAP)
+    dtype: tl.constexpr = heads.dtype.element_ty
+    batch, position = tl.program_id(0).to(tl.int64) // length, tl.program_id(0) % length
+    head, lane = tl.arange(0, BLOCK)[:, None], tl.arange(0, HALF)[None, :]
+    mask = head < count
+    place = heads + batch * batch_stride + position.to(tl.int64) * token_stride
+    first = place + head * 2 * HALF + lane
+    one = tl.load(first, mask=mask, other=0.0).to(tl.float32)
+    two = tl.load(first + HALF, mask=mask, other=0.0).to(tl.float32)
+    if HAS_NORMS:
+        squares = tl.sum(one * one, 1) + tl.sum(two * two, 1)
+        factor = tl.rsqrt(squares / (2 * HALF) + epsilon)[:, None]
+        one = _times_gain(one * factor, query_gain, key_gain, head < queries, lane, dtype)
+        two = _times_gain(two * factor, query_gain, key_gain, head < queries, HALF + lane, dtype)
+    table = (batch * table_stride + position) * 2 * HALF + lane
+    turned = one * tl.load(cosine + table).to(tl.float32) - two * tl.load(sine + table).to(
+        tl.float32
+    )
+    other = two * tl.load(cosine + table + HALF).to(tl.float32) + one * tl.load(
+        sine + table + HALF
+    ).to(tl.float32)
+    tl.store(first, turned.to(dtype), mask=mask)
+    tl.store(first + HALF, other.to(dtype), mask=mask)
+
+
+@triton.jit
+def _times_gain(normed, query_gain, key_gain, is_query, lane, dtype: tl.constexpr):
+    """The end of an RMSNorm of heads, rounded where torch rounds."""
+    gain = tl.where(is_query, tl.load(query_gain + lane), tl.load(key_gain + lane))
+    return (gain.to(tl.float32) * normed.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)

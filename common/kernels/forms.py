@@ -85,6 +85,35 @@ class Rounded:
 
 
 @dataclass(frozen=True)
+class TwoBytes:
+    """Activations [rows, in] as integers of 16 bits, which the units for products of bytes take as
+    two: low + 256 * high.
+
+    codes: [rows, 2, in] int8, of each row the low bytes and then the high ones.
+    unit: [rows, blocks] float32, what an integer counts in each block of channels.
+    sums: [rows, blocks] float32, of the numbers that the integers of a block stand for.
+    dtype: of the activations.
+    """
+
+    codes: Tensor
+    unit: Tensor
+    sums: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def empty(cls, rows: int, size: int, block: int, like: Tensor) -> TwoBytes:
+        """For a kernel to fill: on the device and of the type of `like`."""
+        codes = torch.empty(rows, 2, size, device=like.device, dtype=torch.int8)
+        unit, sums = torch.empty(2, rows, size // block, device=like.device)
+        return cls(codes, unit, sums, like.dtype)
+
+    def values(self) -> Tensor:
+        low, high = self.codes.float().unbind(1)
+        blocks = (low + 256 * high).unflatten(1, (self.unit.shape[1], -1))
+        return (blocks * self.unit.unsqueeze(2)).flatten(1).to(self.dtype)
+
+
+@dataclass(frozen=True)
 class Rotary:
     """The rotary embedding of a model: cosine and sine [length, size], and the norms of queries and
     keys where it has them.

@@ -10,14 +10,14 @@ from torch.nn import functional
 
 from common.base.gpu import TENSOR_CORES, supports
 from common.kernels import processor
-from common.kernels.dispatch import triton_kernels
-from common.kernels.forms import PackedWeight, Rotary, Rounded
+from common.kernels.dispatch import triton_kernels, use_triton
+from common.kernels.forms import PackedWeight, Rotary, Rounded, TwoBytes
 from common.numerics.grid import codes_per_token
 
-# Rows of activations up to which weights are unpacked inside the product; for more they are
-# unpacked once, in tiles of so many weights. Of a tile the rows are a multiple of ALIGNED: cuBLAS
-# is slow on outputs that begin at odd addresses.
-FUSED_ROWS = 64
+# Rows of activations up to which weights are unpacked inside the product: one on floats, one on
+# bytes. For more they are unpacked once, in tiles of so many weights. Of a tile the rows are a
+# multiple of ALIGNED: cuBLAS is slow on outputs that begin at odd addresses.
+FUSED_ROWS, BYTES_ROWS = 64, 128
 UNPACKED_ELEMENTS, ALIGNED = 1 << 26, 128
 # Of each row of a product that unpacks weights inside: sums in float32 that its programs leave to
 # be added up, at most (`products_triton`: programs times output channels of one).
@@ -29,12 +29,36 @@ def _fused(rows: int) -> bool:
     return rows <= FUSED_ROWS and supports(TENSOR_CORES)
 
 
-def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
+def _takes_bytes(rows: int, weight: PackedWeight, element: int) -> bool:
+    """Whether a product with so many rows, of numbers of `element` bytes, is one on bytes."""
+    # Integers of 16 bits would be a loss to float32; of fewer channels there is no such product.
+    fits = weight.block >= 64 and element == 2
+    return fits and 1 < rows <= BYTES_ROWS and supports(TENSOR_CORES)
+
+
+def block_of_bytes(inputs: Tensor, weight: PackedWeight) -> int | None:
+    """The block of channels with a scale of their own as which a product takes inputs like these
+    [rows, ...], which may then be given as `TwoBytes`; None where it takes floats.
+    """
+    wanted = use_triton(inputs) and _takes_bytes(len(inputs), weight, inputs.element_size())
+    return weight.block if wanted else None
+
+
+def packed_matmul(inputs: Tensor | TwoBytes, weight: PackedWeight) -> Tensor:
     """inputs [..., in] times the transposed weight: [..., out]."""
+    if isinstance(inputs, TwoBytes):
+        kernels = triton_kernels(inputs.codes)
+        return (
+            kernels.products.packed_matmul(inputs, weight)
+            if kernels
+            else packed_matmul(inputs.values(), weight)
+        )
     rows = inputs.reshape(-1, inputs.shape[-1])
     kernels = triton_kernels(inputs)
     if weight.kernel_scale is not None:
         result = processor.product(rows, weight)
+    elif (block := block_of_bytes(rows, weight)) is not None:
+        result = packed_matmul(two_bytes(rows, block), weight)
     elif kernels and (len(rows) == 1 or _fused(len(rows))):
         result = kernels.products.packed_matmul(rows, weight)
     else:
@@ -66,9 +90,12 @@ def product_bytes(rows: int, weight: PackedWeight, element: int) -> int:
     """
     if rows == 1:
         return 0
-    if _fused(rows):
-        return rows * PARTIAL_SUMS * torch.float32.itemsize
     out, channels = weight.shape
+    sums = rows * PARTIAL_SUMS * torch.float32.itemsize
+    if _takes_bytes(rows, weight, element):
+        return sums + rows * channels * 2 + rows * channels // weight.block * 8
+    if _fused(rows):
+        return sums
     return min(out, _tile(channels)) * channels * element
 
 
@@ -150,24 +177,42 @@ def round_rows(inputs: Tensor, bits: int) -> Rounded:
     return Rounded(codes.to(torch.int8), scale)
 
 
+def two_bytes(inputs: Tensor, block: int) -> TwoBytes:
+    """Inputs [rows, in] as integers of 16 bits, with a scale for each block of channels."""
+    if kernels := triton_kernels(inputs):
+        return kernels.inference.round_rows(inputs, None, block)
+    values = inputs.float().unflatten(1, (-1, block))
+    unit = values.abs().amax(2).clamp(min=1e-30) / 32512
+    codes = (values / unit.unsqueeze(2)).round().int()
+    low = (codes + 128) % 256 - 128
+    halves = torch.stack([low, (codes - low) // 256], 1).flatten(2)
+    return TwoBytes(halves.to(torch.int8), unit, codes.sum(2) * unit, inputs.dtype)
+
+
 def add_rms_norm(
     hidden: Tensor,
     update: Tensor | None,
     gain: Tensor,
     epsilon: float,
     bits: int | None = None,
-) -> Tensor | Rounded:
+    block: int | None = None,
+) -> Tensor | Rounded | TwoBytes:
     """RMSNorm of hidden [rows, size] after `update`, if any, has been added to it in place; rounded
-    to `bits`, if given.
+    to `bits`, or as `two_bytes` in blocks, if one of them is given.
     """
     if kernels := triton_kernels(hidden):
-        return kernels.inference.add_rms_norm(hidden, update, gain, epsilon, bits)
+        return kernels.inference.add_rms_norm(hidden, update, gain, epsilon, bits, block)
     if update is not None:
         hidden += update
     values = hidden.float()
     values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)
-    normed = gain * values.to(hidden.dtype)
-    return normed if bits is None else round_rows(normed, bits)
+    return _rounded(gain * values.to(hidden.dtype), bits, block)
+
+
+def _rounded(values: Tensor, bits: int | None, block: int | None) -> Tensor | Rounded | TwoBytes:
+    if block is not None:
+        return two_bytes(values, block)
+    return values if bits is None else round_rows(values, bits)
 
 
 def attend(
@@ -177,9 +222,10 @@ def attend(
     keys: Tensor,
     values: Tensor,
     scaling: float,
-) -> Tensor:
+    block: int | None = None,
+) -> Tensor | TwoBytes:
     """Attention of one new token per row, whose key and value are put into the cache: [rows, heads
-    * size].
+    * size], as it is or, where a block is given, perhaps as `two_bytes`.
 
     Args:
         projected: [rows, (heads + 2 * key-value heads) * size], queries, keys, values side by side.
@@ -187,7 +233,7 @@ def attend(
         keys, values: the cache, [rows, key-value heads, length, size].
     """
     if kernels := triton_kernels(projected):
-        return kernels.attention.attend(projected, rotary, positions, keys, values, scaling)
+        return kernels.attention.attend(projected, rotary, positions, keys, values, scaling, block)
     key_heads, length, size = keys.shape[1:]
     heads = projected.view(len(projected), -1, size)
     query, key, value = heads.split([heads.shape[1] - 2 * key_heads, key_heads, key_heads], dim=1)
@@ -225,7 +271,7 @@ def rotate_heads(
             heads and for the rest, which are keys, and its epsilon.
     """
     if kernels := triton_kernels(heads):
-        return kernels.inference.rotate_heads(heads, cosine, sine, norms, queries)
+        return kernels.attention.rotate_heads(heads, cosine, sine, norms, queries)
     normed, size = heads, heads.shape[-1]
     if norms is not None:
         parts = heads.split([queries, heads.shape[2] - queries], dim=2)
@@ -240,14 +286,15 @@ def rotate_heads(
     heads.copy_(normed * cosine.unsqueeze(2) + turned * sine.unsqueeze(2))
 
 
-def silu_mul(gate: Tensor, up: Tensor, bits: int | None = None) -> Tensor | Rounded:
+def silu_mul(
+    gate: Tensor, up: Tensor, bits: int | None = None, block: int | None = None
+) -> Tensor | Rounded | TwoBytes:
     """silu(gate) * up of two tensors [rows, size], which may be halves of a wider one; rounded to
-    `bits`, if given.
+    `bits`, or as `two_bytes` in blocks, if one of them is given.
     """
     if kernels := triton_kernels(gate):
-        return kernels.inference.silu_mul(gate, up, bits)
-    product = functional.silu(gate) * up
-    return product if bits is None else round_rows(product, bits)
+        return kernels.inference.silu_mul(gate, up, bits, block)
+    return _rounded(functional.silu(gate) * up, bits, block)
 
 
 def largest_index(values: Tensor) -> Tensor:

@@ -9,8 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.kernels.forms import Rounded
-from common.kernels.launch_triton import begin, launch, round_to_step, step_of_token
+from common.kernels.forms import Rounded, TwoBytes
+from common.kernels.launch_triton import (
+    begin,
+    launch,
+    release,
+    round_to_step,
+    step_of_token,
+    store_bytes,
+)
+
+# Bits of the integers of a `TwoBytes`.
+TWO_BYTES = tl.constexpr(16)
 
 
 def _empty_rounded(rows: int, size: int, like: Tensor) -> Rounded:
@@ -20,18 +30,39 @@ def _empty_rounded(rows: int, size: int, like: Tensor) -> Rounded:
     )
 
 
-def round_rows(inputs: Tensor, bits: int) -> Rounded:
+def _results(
+    rows: int, size: int, like: Tensor, bits: int | None, block: int | None
+) -> tuple[Tensor | Rounded | TwoBytes, dict]:
+    """Where a kernel puts numbers [rows, size], and what it is told about it: as they are; rounded
+    per token to `bits`; as integers of 16 bits with a scale for each block of channels.
+    """
+    output: Tensor | Rounded | TwoBytes
+    if block is not None:
+        output = TwoBytes.empty(rows, size, block, like)
+        tensors = output.codes, output.unit, output.sums
+    elif bits is not None:
+        output = _empty_rounded(rows, size, like)
+        tensors = output.codes, output.scale, output.scale
+    else:
+        output = torch.empty(rows, size, device=like.device, dtype=like.dtype)
+        tensors = output, output, output
+    named = dict(zip(("output", "scale", "sums"), tensors, strict=True))
+    bits = TWO_BYTES.value if block is not None else bits or 0
+    return output, {**named, "BITS": bits, "PIECE": block or 1}
+
+
+def round_rows(inputs: Tensor, bits: int | None, block: int | None = None) -> Rounded | TwoBytes:
     rows, size = inputs.shape
-    result = _empty_rounded(rows, size, inputs)
-    _round_rows[(rows,)](
+    result, named = _results(rows, size, inputs, bits, block)
+    # A token that is rounded as one has to be in one program.
+    most = triton.next_power_of_2(size) if block is None else 1024
+    _round_rows[(rows, triton.cdiv(size, most))](
         inputs,
-        result.codes,
-        result.scale,
-        size,
-        torch.finfo(inputs.dtype).eps,
-        BITS=bits,
-        BLOCK=triton.next_power_of_2(size),
-        num_warps=8 if size > 2048 else 4,
+        size=size,
+        smallest=torch.finfo(inputs.dtype).eps,
+        BLOCK=most,
+        num_warps=8 if most > 2048 else 4,
+        **named,
         **launch(),
     )
     return result
@@ -40,37 +71,55 @@ def round_rows(inputs: Tensor, bits: int) -> Rounded:
 @triton.jit
 def _round_rows(
     inputs,
-    codes,
+    output,
     scale,
+    sums,
     size,
     smallest,
     BITS: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     begin(OVERLAP)
-    column = tl.arange(0, BLOCK)
-    mask = column < size
-    place = tl.program_id(0).to(tl.int64) * size + column
-    _store_rounded(
-        tl.load(inputs + place, mask=mask, other=0.0),
-        codes + place,
-        scale + tl.program_id(0),
-        mask,
-        smallest,
-        BITS,
-    )
+    row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
+    column = start + tl.arange(0, BLOCK)
+    value = tl.load(inputs + row * size + column, mask=column < size, other=0.0)
+    release(OVERLAP)
+    _store(value, output, scale, sums, row, start, size, smallest, BITS, PIECE)
 
 
 @triton.jit
-def _store_rounded(value, codes, scale, mask, smallest, BITS: tl.constexpr):
-    """Round a token to its largest value."""
-    dtype: tl.constexpr = value.dtype
-    exact = value.to(tl.float32)
-    step = step_of_token(tl.max(tl.abs(exact), 0), dtype, smallest, BITS)
-    code = round_to_step(exact, step, dtype, BITS)
-    tl.store(codes, code.to(tl.int8), mask=mask)
-    tl.store(scale, step.to(dtype))
+def _store(
+    value,
+    output,
+    scale,
+    sums,
+    row,
+    start,
+    size,
+    smallest,
+    BITS: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Store numbers [BLOCK] of a row of `size` from the column `start` on, in the form that
+    `_results` says; what is rounded per token to its largest value is a whole token.
+    """
+    column = start + tl.arange(0, value.shape[0])
+    place, mask = output + row * size + column, column < size
+    if BITS == 0:
+        tl.store(place, value, mask=mask)
+    elif BITS == TWO_BYTES:
+        blocks = tl.reshape(value.to(tl.float32), (value.shape[0] // PIECE, PIECE))
+        end = size // PIECE
+        store_bytes(blocks, output, scale, sums, row, start // PIECE, end, size, PIECE)
+    else:
+        dtype: tl.constexpr = value.dtype
+        exact = value.to(tl.float32)
+        step = step_of_token(tl.max(tl.abs(exact), 0), dtype, smallest, BITS)
+        code = round_to_step(exact, step, dtype, BITS)
+        tl.store(place, code.to(tl.int8), mask=mask)
+        tl.store(scale + row, step.to(dtype))
 
 
 def scale_sums(sums: Tensor, rows: Tensor, channels: Tensor) -> Tensor:
@@ -91,6 +140,7 @@ def _scale_sums(sums, rows, channels, result, out, BLOCK: tl.constexpr, OVERLAP:
     value = tl.load(sums + row * out + column, mask=mask, other=0).to(tl.float32)
     value *= tl.load(rows + row).to(tl.float32)
     value *= tl.load(channels + column, mask=mask, other=0.0).to(tl.float32)
+    release(OVERLAP)
     tl.store(result + row * out + column, value.to(result.dtype.element_ty), mask=mask)
 
 
@@ -100,23 +150,21 @@ def add_rms_norm(
     gain: Tensor,
     epsilon: float,
     bits: int | None = None,
-) -> Tensor | Rounded:
+    block: int | None = None,
+) -> Tensor | Rounded | TwoBytes:
     rows, size = hidden.shape
-    result = torch.empty_like(hidden) if bits is None else _empty_rounded(rows, size, hidden)
-    output, scale = (result, result) if bits is None else (result.codes, result.scale)
+    result, named = _results(rows, size, hidden, bits, block)
     _add_rms_norm[(rows,)](
         hidden,
         update,
         gain,
-        output,
-        scale,
-        size,
-        epsilon,
-        torch.finfo(hidden.dtype).eps,
+        size=size,
+        epsilon=epsilon,
+        smallest=torch.finfo(hidden.dtype).eps,
         HAS_UPDATE=update is not None,
-        BITS=bits or 0,
         BLOCK=triton.next_power_of_2(size),
         num_warps=8 if size > 2048 else 4,
+        **named,
         **launch(),
     )
     return result
@@ -129,19 +177,20 @@ def _add_rms_norm(
     gain,
     output,
     scale,
+    sums,
     size,
     epsilon,
     smallest,
     HAS_UPDATE: tl.constexpr,
     BITS: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     begin(OVERLAP)
     dtype: tl.constexpr = hidden.dtype.element_ty
-    column = tl.arange(0, BLOCK)
-    place = tl.program_id(0).to(tl.int64) * size + column
-    mask = column < size
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    place, mask = row * size + column, column < size
     value = tl.load(hidden + place, mask=mask, other=0.0)
     if HAS_UPDATE:
         value = (
@@ -153,117 +202,27 @@ def _add_rms_norm(
     normed = (
         tl.load(gain + column, mask=mask, other=0.0).to(tl.float32) * exact.to(dtype).to(tl.float32)
     ).to(dtype)
-    if BITS == 0:
-        tl.store(output + place, normed, mask=mask)
-    else:
-        _store_rounded(normed, output + place, scale + tl.program_id(0), mask, smallest, BITS)
+    release(OVERLAP)
+    _store(normed, output, scale, sums, row, 0, size, smallest, BITS, PIECE)
 
 
-def rotate_heads(
-    heads: Tensor,
-    cosine: Tensor,
-    sine: Tensor,
-    norms: tuple[Tensor, Tensor, float] | None = None,
-    queries: int = 0,
-) -> None:
-    batch, length, count, size = heads.shape
-    query_gain, key_gain, epsilon = norms or (None, None, 0.0)
-    block = triton.next_power_of_2(count)
-    _rotate_heads[(batch * length,)](
-        heads,
-        cosine,
-        sine,
-        query_gain,
-        key_gain,
-        epsilon,
-        count,
-        queries,
-        length,
-        heads.stride(0),
-        heads.stride(1),
-        0 if len(cosine) == 1 else length,
-        HAS_NORMS=norms is not None,
-        HALF=size // 2,
-        BLOCK=block,
-        num_warps=4 if block * size <= 8192 else 8,
-        **launch(),
-    )
-
-
-@triton.jit
-def _rotate_heads(
-    heads,
-    cosine,
-    sine,
-    query_gain,
-    key_gain,
-    epsilon,
-    count,
-    queries,
-    length,
-    batch_stride,
-    token_stride,
-    table_stride,
-    HAS_NORMS: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """A program turns all heads of a token, whose halves are the parts of complex numbers."""
-    begin(OVERLAP)
-    dtype: tl.constexpr = heads.dtype.element_ty
-    batch, position = tl.program_id(0).to(tl.int64) // length, tl.program_id(0) % length
-    head, lane = tl.arange(0, BLOCK)[:, None], tl.arange(0, HALF)[None, :]
-    mask = head < count
-    place = heads + batch * batch_stride + position.to(tl.int64) * token_stride
-    first = place + head * 2 * HALF + lane
-    one = tl.load(first, mask=mask, other=0.0).to(tl.float32)
-    two = tl.load(first + HALF, mask=mask, other=0.0).to(tl.float32)
-    if HAS_NORMS:
-        squares = tl.sum(one * one, 1) + tl.sum(two * two, 1)
-        factor = tl.rsqrt(squares / (2 * HALF) + epsilon)[:, None]
-        one = _times_gain(one * factor, query_gain, key_gain, head < queries, lane, dtype)
-        two = _times_gain(two * factor, query_gain, key_gain, head < queries, HALF + lane, dtype)
-    table = (batch * table_stride + position) * 2 * HALF + lane
-    turned = one * tl.load(cosine + table).to(tl.float32) - two * tl.load(sine + table).to(
-        tl.float32
-    )
-    other = two * tl.load(cosine + table + HALF).to(tl.float32) + one * tl.load(
-        sine + table + HALF
-    ).to(tl.float32)
-    tl.store(first, turned.to(dtype), mask=mask)
-    tl.store(first + HALF, other.to(dtype), mask=mask)
-
-
-@triton.jit
-def _times_gain(normed, query_gain, key_gain, is_query, lane, dtype: tl.constexpr):
-    """The end of an RMSNorm of heads, rounded where torch rounds."""
-    gain = tl.where(is_query, tl.load(query_gain + lane), tl.load(key_gain + lane))
-    return (gain.to(tl.float32) * normed.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-
-
-def silu_mul(gate: Tensor, up: Tensor, bits: int | None = None) -> Tensor | Rounded:
+def silu_mul(
+    gate: Tensor, up: Tensor, bits: int | None = None, block: int | None = None
+) -> Tensor | Rounded | TwoBytes:
     rows, size = gate.shape
-    # A rounded token has to be in one program.
-    block = 1024 if bits is None else triton.next_power_of_2(size)
-    result = (
-        torch.empty(rows, size, device=gate.device, dtype=gate.dtype)
-        if bits is None
-        else _empty_rounded(rows, size, gate)
-    )
-    output, scale = (result, result) if bits is None else (result.codes, result.scale)
-    _silu_mul[(rows, triton.cdiv(size, block))](
+    result, named = _results(rows, size, gate, bits, block)
+    # As in `round_rows`.
+    most = 1024 if bits is None else triton.next_power_of_2(size)
+    _silu_mul[(rows, triton.cdiv(size, most))](
         gate,
         up,
-        output,
-        scale,
-        gate.stride(0),
-        up.stride(0),
-        size,
-        torch.finfo(gate.dtype).eps,
-        BITS=bits or 0,
-        BLOCK=block,
+        gate_stride=gate.stride(0),
+        up_stride=up.stride(0),
+        size=size,
+        smallest=torch.finfo(gate.dtype).eps,
+        BLOCK=most,
         num_warps=4 if bits is None else 16,
+        **named,
         **launch(),
     )
     return result
@@ -275,28 +234,28 @@ def _silu_mul(
     up,
     output,
     scale,
+    sums,
     gate_stride,
     up_stride,
     size,
     smallest,
     BITS: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     begin(OVERLAP)
     dtype: tl.constexpr = gate.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
+    column = start + tl.arange(0, BLOCK)
     mask = column < size
     value = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
     value = (value * tl.sigmoid(value)).to(dtype).to(tl.float32)
     product = (
         value * tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
     ).to(dtype)
-    if BITS == 0:
-        tl.store(output + row * size + column, product, mask=mask)
-    else:
-        _store_rounded(product, output + row * size + column, scale + row, mask, smallest, BITS)
+    release(OVERLAP)
+    _store(product, output, scale, sums, row, start, size, smallest, BITS, PIECE)
 
 
 def largest_index(values: Tensor) -> Tensor:
@@ -323,6 +282,7 @@ def _largest_in_part(values, best, index, size, parts, BLOCK: tl.constexpr, OVER
         tl.float32
     )
     largest = tl.max(found, 0)
+    release(OVERLAP)
     tl.store(best + row * parts + part, largest)
     tl.store(index + row * parts + part, tl.min(tl.where(found == largest, column, size), 0))
 

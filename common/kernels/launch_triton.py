@@ -33,9 +33,20 @@ def stages(most: int, size: int) -> int:
 
 @triton.jit
 def begin(OVERLAP: tl.constexpr):
-    """Wait for the kernel before and let the one after be launched; comes first in every kernel."""
+    """Wait for the kernel before; comes first in every kernel, or after what that has no part
+    in.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def release(OVERLAP: tl.constexpr):
+    """Let the kernel after be launched, once all programs have come so far, and not only when they
+    have ended. Its programs take room while they wait: so just before the last stores, or early
+    where the kernel after reads its weights before it waits.
+    """
+    if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -64,3 +75,42 @@ def round_to_step(values, step, dtype: tl.constexpr, BITS: tl.constexpr):
     """The codes, as floats, of float32 values."""
     code = nearest((values / step).to(dtype).to(tl.float32))
     return tl.minimum(tl.maximum(code, -(1 << (BITS - 1))), (1 << (BITS - 1)) - 1)
+
+
+@triton.jit
+def store_bytes(values, codes, unit, sums, row, first, end, size, BLOCK: tl.constexpr):
+    """Store float32 numbers [blocks, BLOCK], of a row of `size` from the block `first` on and
+    before `end`, as a `TwoBytes`.
+    """
+    step = tl.maximum(tl.max(tl.abs(values), 1), 1e-30) * (1.0 / 32512)
+    code = nearest(values * (1.0 / step)[:, None]).to(tl.int32)
+    low = code << 24 >> 24  # signed
+    block = first + tl.arange(0, values.shape[0])
+    column = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    place, inside = codes + row * 2 * size + column, block < end
+    tl.store(place, low.to(tl.int8), mask=inside[:, None])
+    tl.store(place + size, ((code - low) >> 8).to(tl.int8), mask=inside[:, None])
+    place = row * (size // BLOCK) + block
+    tl.store(unit + place, step, mask=inside)
+    tl.store(sums + place, tl.sum(code, 1).to(tl.float32) * step, mask=inside)
+
+
+@triton.jit
+def add_splits(total, output, partial, counters, rows, out, channel, row, SPLITS: tl.constexpr):
+    """Store a tile [channels, rows] of a product [rows, out]; where what is summed is split between
+    programs, along their second axis, the last one of the tile adds all up.
+    """
+    mask = (row < rows)[None, :] & (channel < out)[:, None]
+    place = row[None, :] * out + channel[:, None]
+    if SPLITS == 1:
+        tl.store(output + place, total.to(output.dtype.element_ty), mask=mask)
+    else:
+        tl.store(partial + tl.program_id(1) * rows * out + place, total, mask=mask)
+        tl.debug_barrier()
+        counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
+            total = tl.zeros_like(total)
+            for split in range(SPLITS):
+                total += tl.load(partial + split * rows * out + place, mask=mask, other=0.0)
+            tl.store(output + place, total.to(output.dtype.element_ty), mask=mask)
+            tl.store(counter, 0)

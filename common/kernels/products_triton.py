@@ -9,11 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.kernels.forms import PackedWeight, Rounded
+from common.kernels.bytes_product_triton import bytes_matmul
+from common.kernels.forms import PackedWeight, Rounded, TwoBytes
 from common.kernels.launch_triton import (
+    add_splits,
     begin,
     counters,
     launch,
+    release,
     stages,
 )
 from common.kernels.row_product_triton import fits_one_row, row_matmul
@@ -30,7 +33,9 @@ _EXPONENT_BF16, _POWER_BF16 = tl.constexpr(0x4300), tl.constexpr(128.0)
 _EXPONENT_FP16, _POWER_FP16 = tl.constexpr(0x6400), tl.constexpr(1024.0)
 
 
-def packed_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
+def packed_matmul(inputs: Tensor | TwoBytes, weight: PackedWeight) -> Tensor:
+    if isinstance(inputs, TwoBytes):
+        return bytes_matmul(inputs, weight)
     rows, channels = inputs.shape
     if rows == 1 and fits_one_row(inputs, weight):
         return row_matmul(inputs, weight, early=False)
@@ -204,7 +209,8 @@ def _matmul(
                 whole += second.to(tl.float32)
             product -= less[:, None] * tl.sum(whole, 0)[None, :]
         total += product * step[:, None]
-    _finish(total, output, partial, counters, rows, out, channel, row, SPLITS)
+    release(OVERLAP)
+    add_splits(total, output, partial, counters, rows, out, channel, row, SPLITS)
 
 
 @triton.jit
@@ -244,7 +250,8 @@ def _integer_matmul(
         total = tl.dot(codes, value, total, out_dtype=tl.int32)
     step = tl.load(scale + channel, mask=channel < out, other=0.0).to(tl.float32)
     token = tl.load(input_scale + row, mask=row < rows, other=0.0).to(tl.float32)
-    _finish(
+    release(OVERLAP)
+    add_splits(
         total.to(tl.float32) * step[:, None] * token[None, :],
         output,
         partial,
@@ -255,27 +262,6 @@ def _integer_matmul(
         row,
         SPLITS,
     )
-
-
-@triton.jit
-def _finish(total, output, partial, counters, rows, out, channel, row, SPLITS: tl.constexpr):
-    """Store a tile [out, rows]; where channels are split between programs, the last one of the tile
-    adds all up.
-    """
-    mask = (row < rows)[None, :] & (channel < out)[:, None]
-    place = row[None, :] * out + channel[:, None]
-    if SPLITS == 1:
-        tl.store(output + place, total.to(output.dtype.element_ty), mask=mask)
-    else:
-        tl.store(partial + tl.program_id(1) * rows * out + place, total, mask=mask)
-        tl.debug_barrier()
-        counter = counters + tl.program_id(0)
-        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
-            total = tl.zeros_like(total)
-            for split in range(SPLITS):
-                total += tl.load(partial + split * rows * out + place, mask=mask, other=0.0)
-            tl.store(output + place, total.to(output.dtype.element_ty), mask=mask)
-            tl.store(counter, 0)
 
 
 def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:

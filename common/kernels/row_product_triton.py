@@ -14,6 +14,7 @@ from common.kernels.launch_triton import (
     MAGIC,
     begin,
     launch,
+    release,
     round_to_step,
     step_of_token,
 )
@@ -210,6 +211,7 @@ def _matvec(
         zero += tl.load(zero_point + group).to(tl.float32)
     if EARLY:
         begin(OVERLAP)
+    release(OVERLAP)
     inside = tl.arange(0, LANES) < pieces * CHUNKS
     lane = tl.where(inside, tl.arange(0, LANES), 0)
     start = lane // CHUNKS * (PIECE * 32 // BITS) + lane % CHUNKS * 16

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from common.base.device_memory import available, halved_to_fit
-from common.kernels.forms import Rotary
+from common.kernels.forms import Rotary, TwoBytes
 from common.kernels.inference import add_rms_norm, attend, largest_index, row_matmul
 from common.model.architecture import is_fused
 from common.model.memory import TOKENS_SHARE, token_bytes
@@ -140,12 +140,14 @@ class Decoder:
         self.written[index, :rows] = tokens
         positions.add_(1).clamp_(max=self.length - 1)
 
-    def _attend(self, layer: JoinedLayer, cache: Tensor, projected: Tensor) -> Tensor:
+    def _attend(
+        self, layer: JoinedLayer, cache: Tensor, projected: Tensor, block: int | None = None
+    ) -> Tensor | TwoBytes:
         cosine, sine = self.tables
         keys, values = cache
         rotary = Rotary(cosine, sine, layer.norms)
         positions = self.positions[: len(projected)]
-        return attend(projected, rotary, positions, keys, values, layer.scaling)
+        return attend(projected, rotary, positions, keys, values, layer.scaling, block)
 
     def run(self, rows: int) -> Tensor:
         """Let the first `rows` rows go on by STEPS_AT_ONCE steps. Returns the new tokens [steps,

@@ -17,8 +17,14 @@ from common.base.errors import UserError
 from common.checkpoint.format import open_checkpoint, unknown_form, weight_format
 from common.checkpoint.tensors import stored_codes, stored_parts
 from common.kernels import processor
-from common.kernels.forms import PackedWeight, Rounded, pack
-from common.kernels.inference import integer_matmul, packed_matmul, round_rows, unpack
+from common.kernels.forms import PackedWeight, Rounded, TwoBytes, pack
+from common.kernels.inference import (
+    block_of_bytes,
+    integer_matmul,
+    packed_matmul,
+    round_rows,
+    unpack,
+)
 from common.model.architecture import FAMILIES, fill_buffers
 from common.model.online import CONFIG_KEY
 from common.numerics.grid import Grid
@@ -59,15 +65,19 @@ class PackedLinear(nn.Module):
         self.codes = replace(self.codes, **buffers)
         return self
 
-    def forward(self, inputs: Tensor | Rounded) -> Tensor:
+    def block_of_bytes(self, inputs: Tensor) -> int | None:
+        """As `inference.block_of_bytes`, for inputs like these [rows, ...]."""
+        return None if self.activation_bits is not None else block_of_bytes(inputs, self.codes)
+
+    def forward(self, inputs: Tensor | Rounded | TwoBytes) -> Tensor:
         """Args: inputs: [..., in], or [rows, in] rounded already."""
         if self.dense is not None and isinstance(inputs, Tensor):
             if inputs.numel() > processor.FUSED_ROWS * inputs.shape[-1]:
                 return functional.linear(inputs, self.dense, self.bias)
-        if self.activation_bits is None:
-            output = packed_matmul(inputs, self.codes)
-        elif isinstance(inputs, Rounded):
+        if isinstance(inputs, Rounded):
             output = integer_matmul(inputs, self.codes)
+        elif isinstance(inputs, TwoBytes) or self.activation_bits is None:
+            output = packed_matmul(inputs, self.codes)
         else:
             rounded = round_rows(inputs.reshape(-1, inputs.shape[-1]), self.activation_bits)
             output = integer_matmul(rounded, self.codes).view(*inputs.shape[:-1], -1)

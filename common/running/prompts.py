@@ -55,7 +55,12 @@ def read_prompts(
 
 
 def _attend(
-    layer: JoinedLayer, tables: list[Tensor], kept: Tensor, before: int, projected: Tensor
+    layer: JoinedLayer,
+    tables: list[Tensor],
+    kept: Tensor,
+    before: int,
+    projected: Tensor,
+    _block: int | None = None,
 ) -> Tensor:
     """Causal attention of prompts [tokens, heads * size].
 

@@ -1,0 +1,161 @@
+"""The Triton kernel of a product of several rows with packed weights on the units for products of
+bytes: `forms.TwoBytes` says what its inputs are.
+
+Integers save what turning codes into floats takes, most of a product's instructions where rows are
+few, and their sums are exact within a block of channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from common.kernels.forms import PackedWeight, TwoBytes
+from common.kernels.launch_triton import (
+    add_splits,
+    begin,
+    counters,
+    launch,
+    release,
+    stages,
+)
+
+# Output channels of a program, for few and for many of them, rows and warps; programs it should
+# have, so that every multiprocessor has work; loads on their way. Measured on an H200 for the
+# linears of the Llama-3.2-1B shape (benchmarks/packed_product_sweep.py).
+BLOCK_OUT, BLOCK_OUT_WIDE, BLOCK_ROWS, WARPS = 64, 128, 32, 4
+PROGRAMS, STAGES = 264, 3
+
+
+def bytes_matmul(inputs: TwoBytes, weight: PackedWeight) -> Tensor:
+    rows, channels = len(inputs.codes), inputs.codes.shape[2]
+    out, blocks = len(weight.packed), inputs.unit.shape[1]
+    block_out = BLOCK_OUT_WIDE if out > 4096 else BLOCK_OUT
+    block_rows = min(BLOCK_ROWS, max(8, triton.next_power_of_2(rows)))
+    tiles, row_tiles = triton.cdiv(out, block_out), triton.cdiv(rows, block_rows)
+    each = triton.cdiv(blocks, max(1, min(blocks, PROGRAMS // (tiles * row_tiles))))
+    splits = triton.cdiv(blocks, each)
+    device = inputs.codes.device
+    output = torch.empty(rows, out, device=device, dtype=inputs.dtype)
+    partial = torch.empty(splits, rows, out, device=device) if splits > 1 else output
+    bytes_of_stage = weight.block * (block_out * weight.bits // 8 + 2 * block_rows)
+    _bytes_matmul[(tiles, splits, row_tiles)](
+        inputs.codes,
+        inputs.unit,
+        inputs.sums,
+        weight.packed,
+        weight.scale,
+        weight.zero_point,
+        output,
+        partial,
+        counters(tiles * row_tiles, device) if splits > 1 else output,
+        rows,
+        out,
+        channels,
+        weight.packed.shape[1],
+        blocks,
+        blocks // weight.scale.shape[1],
+        each,
+        BITS=weight.bits,
+        HAS_ZERO=weight.zero_point is not None,
+        BLOCK=weight.block,
+        BLOCK_OUT=block_out,
+        BLOCK_ROWS=block_rows,
+        SPLITS=splits,
+        ASSEMBLY=inputs.codes.is_cuda and torch.version.hip is None,
+        num_warps=WARPS,
+        num_stages=stages(STAGES, bytes_of_stage),
+        **launch(),
+    )
+    return output
+
+
+@triton.jit
+def _halves(codes, ASSEMBLY: tl.constexpr):
+    """The low and the high halves of bytes, as bytes; four at once."""
+    if ASSEMBLY:
+        low, high = tl.inline_asm_elementwise(
+            """{
+                .reg .b32 shifted;
+                and.b32 $0, $2, 0x0F0F0F0F;
+                shr.u32 shifted, $2, 4;
+                and.b32 $1, shifted, 0x0F0F0F0F;
+            }""",
+            "=r,=r,r",
+            [codes],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low, high = (codes & 15).to(tl.int8), (codes >> 4).to(tl.int8)
+    return low, high
+
+
+@triton.jit
+def _bytes_matmul(
+    inputs,
+    unit,
+    sums,
+    packed,
+    scale,
+    zero_point,
+    output,
+    partial,
+    counters,
+    rows,
+    out,
+    channels,
+    row_bytes,
+    blocks,
+    group_blocks,
+    each,
+    BITS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Weights are the left factor, so that they go from registers into tensor cores; of the right
+    one a row's low and high bytes are neighbours, whose sums one thread has. Beyond the last
+    channel or row the last one is read.
+    """
+    begin(OVERLAP)
+    BYTES: tl.constexpr = BLOCK * BITS // 8
+    channel = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    half = tl.program_id(2) * 2 * BLOCK_ROWS + tl.arange(0, 2 * BLOCK_ROWS)
+    byte = tl.arange(0, BYTES)
+    channel_read, row_read = tl.minimum(channel, out - 1), tl.minimum(row, rows - 1)
+    weights = packed + channel_read.to(tl.int64)[:, None] * row_bytes + byte[None, :]
+    values = inputs + tl.minimum(half, 2 * rows - 1)[None, :] * channels + byte[:, None]
+    total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
+    first = tl.program_id(1) * each
+    for block in range(first, tl.minimum(first + each, blocks)):
+        place = channel_read * (blocks // group_blocks) + block // group_blocks
+        step = tl.load(scale + place).to(tl.float32)
+        # What was added to 4-bit codes counts as often as there is input, as zero-points do.
+        zero = tl.full((BLOCK_OUT,), 8.0 if BITS == 4 else 0.0, tl.float32)
+        if HAS_ZERO:
+            zero += tl.load(zero_point + place).to(tl.float32)
+        size = tl.load(unit + row_read * blocks + block)
+        codes = tl.load(weights + block * BYTES)
+        if BITS == 4:
+            low, high = _halves(codes, ASSEMBLY)
+            product = tl.dot(low, tl.load(values + block * BLOCK), out_dtype=tl.int32)
+            second = tl.load(values + block * BLOCK + BYTES)
+            product = tl.dot(high, second, product, out_dtype=tl.int32)
+        else:
+            product = tl.dot(codes, tl.load(values + block * BLOCK), out_dtype=tl.int32)
+        low_bytes, high_bytes = tl.split(tl.reshape(product, (BLOCK_OUT, BLOCK_ROWS, 2)))
+        found = (high_bytes * 256 + low_bytes).to(tl.float32) * size[None, :]
+        if HAS_ZERO or BITS == 4:
+            found -= zero[:, None] * tl.load(sums + row_read * blocks + block)[None, :]
+        total += found * step[:, None]
+    release(OVERLAP)
+    add_splits(total, output, partial, counters, rows, out, channel, row, SPLITS)

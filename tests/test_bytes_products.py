@@ -1,0 +1,78 @@
+"""Products on bytes and the integers of 16 bits that they take, in Triton's interpreter and in
+plain torch, against float64.
+"""
+
+from __future__ import annotations
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+from kernel_checks import close, crossed, packed_weights, skip_without_the_interpreter
+
+skip_without_the_interpreter()
+
+from common.kernels import bytes_product_triton, forms, inference, products_triton
+from common.kernels import inference_triton as kernels
+
+
+@pytest.mark.parametrize(
+    ("bits", "channels", "groups", "asymmetric"),
+    crossed([(4, 576, 9), (4, 1024, 1), (4, 512, 8), (8, 192, 3), (8, 1024, 1)], (True, False)),
+)
+def test_products_on_bytes(generator, monkeypatch, bits, channels, groups, asymmetric):
+    """In one and in several programs for the same outputs and for several rows."""
+    packed, weight = packed_weights(generator, 70, channels, groups, bits, asymmetric)
+    for rows, programs in ((2, 1), (9, 264), (35, 6)):
+        monkeypatch.setattr(bytes_product_triton, "PROGRAMS", programs)
+        inputs = torch.randn(rows, channels, generator=generator)
+        given = inference.two_bytes(inputs, packed.block)
+        close(inference.packed_matmul(given, packed), inputs.double() @ weight.T, 1e-4)
+        expected = given.values().double() @ weight.T
+        for _ in range(2):  # a second time: counters are back at zero
+            close(products_triton.packed_matmul(given, packed), expected, 1e-6)
+
+
+@pytest.mark.parametrize(("size", "block"), [(192, 64), (128, 128), (1152, 128)])
+def test_two_bytes(generator, size, block):
+    """Every number within half a step of its block, also beside one that is a thousand times as
+    large; zeros stay zeros; what is left of an integer without its high byte is a signed byte.
+    """
+    inputs = torch.randn(3, size, generator=generator)
+    inputs[1, ::100] *= 1000
+    inputs[2, :block] = 0
+    largest = inputs.double().unflatten(1, (-1, block)).abs().amax(2)
+    for found in (inference.two_bytes(inputs, block), kernels.round_rows(inputs, None, block)):
+        error = (found.values().double() - inputs).unflatten(1, (-1, block)).abs()
+        assert (error <= 1.01 * largest.unsqueeze(2) / 65024).all() and error.any()
+        assert not found.values()[2, :block].any()
+        sums = found.values().double().unflatten(1, (-1, block)).sum(2)
+        assert torch.allclose(found.sums.double(), sums, rtol=1e-4, atol=1e-5 * largest.max())
+    gain = torch.rand(size, generator=generator)
+    for module in (inference, kernels):
+        normed = module.add_rms_norm(inputs.clone(), None, gain, 1e-5)
+        halves = module.add_rms_norm(inputs.clone(), None, gain, 1e-5, None, block)
+        close(halves.values(), normed, 1e-4)
+        gated = module.silu_mul(inputs, inputs.flip(0))
+        close(module.silu_mul(inputs, inputs.flip(0), None, block).values(), gated, 1e-4)
+
+
+@pytest.mark.parametrize("rows", [2, 32, 33, 128])
+@pytest.mark.parametrize("out", [32, 320, 4096, 4224, 16384])
+def test_partial_sums_are_no_more_than_is_counted(monkeypatch, rows, out):
+    taken, empty = [], torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **how: taken.append(size) or empty(*size, **how)
+    )
+    monkeypatch.setattr(bytes_product_triton, "counters", lambda *_: None)
+    launch = mock.MagicMock()
+    monkeypatch.setattr(bytes_product_triton, "_bytes_matmul", launch)
+    packed, scale = empty(out, 4096, device="meta"), empty(out, 64, device="meta")
+    codes, units = empty(rows, 2, 8192, device="meta"), empty(rows, 64, device="meta")
+    inputs = forms.TwoBytes(codes, units, units, torch.bfloat16)
+    bytes_product_triton.bytes_matmul(inputs, forms.PackedWeight(packed, scale, None, 4))
+    partial = [math.prod(size) for size in taken if len(size) == 3]
+    assert sum(partial) <= rows * inference.PARTIAL_SUMS
+    _, splits, _ = launch.__getitem__.call_args.args[0]
+    assert bool(partial) == (splits > 1)
