@@ -24,10 +24,9 @@ sys.path.insert(0, str(ROOT))
 import torch
 import triton
 
-from common.kernels import products_triton as kernels
-from common.kernels import row_product_triton
+from common.kernels import bytes_product_triton, products_triton, row_product_triton
 from common.kernels.forms import pack
-from common.kernels.inference import integer_matmul, packed_matmul, round_rows
+from common.kernels.inference import integer_matmul, packed_matmul, round_rows, two_bytes
 
 SHAPES = {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}
 GROUP, COPIES = 128, 48
@@ -42,22 +41,25 @@ VECTOR_FORMS = [(members,) for members in (4, 8, 16, 32)]
 # Bits of the weights, whether the inputs are rounded, tokens.
 KINDS = {
     "W4A16, 1 token": (4, False, 1),
+    "W4A16, 8 tokens": (4, False, 8),
     "W4A16, 32 tokens": (4, False, 32),
     "W8A16, 1 token": (8, False, 1),
+    "W8A16, 32 tokens": (8, False, 32),
     "W8A8, 1 token": (8, True, 1),
     "W8A8, 32 tokens": (8, True, 32),
 }
 
 
 def products(kind: str, shape: tuple[int, int], copies: int) -> list[Callable[[], object]]:
-    """One call for each of several random weights."""
+    """One call for each of several random weights; what rounds the inputs is not in it."""
     bits, rounded, tokens = KINDS[kind]
     out, channels = shape
     groups = channels // GROUP if bits == 4 else 1
     inputs = torch.randn(tokens, channels, device="cuda").bfloat16()
-    function, argument = (
-        (integer_matmul, round_rows(inputs, 8)) if rounded else (packed_matmul, inputs)
-    )
+    if rounded:
+        function, argument = integer_matmul, round_rows(inputs, 8)
+    else:
+        function, argument = packed_matmul, two_bytes(inputs, GROUP) if tokens > 1 else inputs
     weights = []
     for _ in range(copies):
         codes = torch.randint(-1 << bits - 1, 1 << bits - 1, shape, device="cuda").to(torch.int8)
@@ -76,12 +78,12 @@ def set_form(form: tuple[int, ...]) -> None:
     if form in VECTOR_FORMS:
         row_product_triton._members = lambda weight: form[0]
         return
-    kernels.BLOCK_OUT, programs, kernels.WARPS, stages = form
-    kernels.BLOCK_OUT_WIDE, kernels.FLOATS, kernels.INTEGERS = (
-        form[0],
-        (programs, stages),
-        (programs, stages),
-    )
+    block_out, programs, warps, stages = form
+    for module in (products_triton, bytes_product_triton):
+        module.BLOCK_OUT = module.BLOCK_OUT_WIDE = block_out
+        module.WARPS = warps
+    products_triton.FLOATS = products_triton.INTEGERS = programs, stages
+    bytes_product_triton.PROGRAMS, bytes_product_triton.STAGES = programs, stages
 
 
 def microseconds(calls: list[Callable[[], object]]) -> float:
