@@ -4,7 +4,7 @@ constants come from.
 
     python benchmarks/packed_product_sweep.py
 
-The linears of the Llama-3.2-1B shape, 4 bits in groups of 128 and 8 bits. Weights rotate among
+The linears of the Llama-3.2-1B shape, 4 bits in groups and 8 bits. Weights rotate among
 copies that do not fit the cache; a captured graph of one call for each copy is replayed, and the
 median counts. Kernels are compiled by several processes first.
 """
@@ -25,11 +25,11 @@ import torch
 import triton
 
 from common.kernels import bytes_product_triton, products_triton, row_product_triton
-from common.kernels.forms import pack
-from common.kernels.inference import integer_matmul, packed_matmul, round_rows, two_bytes
+from common.kernels.forms import Rounding, pack
+from common.kernels.inference import integer_matmul, packed_matmul, round_rows
 
 SHAPES = {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}
-GROUP, COPIES = 128, 48
+COPIES = 48
 # Output channels of a program, programs, warps, stages.
 FORMS = [
     form
@@ -38,28 +38,30 @@ FORMS = [
 ]
 # Output channels of a program, for one token.
 VECTOR_FORMS = [(members,) for members in (4, 8, 16, 32)]
-# Bits of the weights, whether the inputs are rounded, tokens.
+# Bits of the weights, their groups (None: whole rows), whether the inputs are rounded to 8 bits,
+# tokens. In groups of 32 several tokens' product is one of floats.
 KINDS = {
-    "W4A16, 1 token": (4, False, 1),
-    "W4A16, 8 tokens": (4, False, 8),
-    "W4A16, 32 tokens": (4, False, 32),
-    "W8A16, 1 token": (8, False, 1),
-    "W8A16, 32 tokens": (8, False, 32),
-    "W8A8, 1 token": (8, True, 1),
-    "W8A8, 32 tokens": (8, True, 32),
+    "W4A16, 1 token": (4, 128, False, 1),
+    **{f"W4A16, {tokens} tokens": (4, 128, False, tokens) for tokens in (8, 16, 32, 64, 128)},
+    "W4A16 g32, 8 tokens": (4, 32, False, 8),
+    "W8A16, 1 token": (8, None, False, 1),
+    "W8A16, 32 tokens": (8, None, False, 32),
+    "W8A8, 1 token": (8, None, True, 1),
+    "W8A8, 32 tokens": (8, None, True, 32),
 }
 
 
 def products(kind: str, shape: tuple[int, int], copies: int) -> list[Callable[[], object]]:
     """One call for each of several random weights; what rounds the inputs is not in it."""
-    bits, rounded, tokens = KINDS[kind]
+    bits, group, rounded, tokens = KINDS[kind]
     out, channels = shape
-    groups = channels // GROUP if bits == 4 else 1
+    groups = channels // (group or channels)
     inputs = torch.randn(tokens, channels, device="cuda").bfloat16()
+    function, argument = (integer_matmul if rounded else packed_matmul), inputs
     if rounded:
-        function, argument = integer_matmul, round_rows(inputs, 8)
-    else:
-        function, argument = packed_matmul, two_bytes(inputs, GROUP) if tokens > 1 else inputs
+        argument = round_rows(inputs, Rounding(8))
+    elif tokens > 1 and group != 32:
+        argument = round_rows(inputs, Rounding(16, 128))
     weights = []
     for _ in range(copies):
         codes = torch.randint(-1 << bits - 1, 1 << bits - 1, shape, device="cuda").to(torch.int8)
@@ -70,7 +72,7 @@ def products(kind: str, shape: tuple[int, int], copies: int) -> list[Callable[[]
 
 
 def forms(kind: str) -> list[tuple[int, ...]]:
-    _, rounded, tokens = KINDS[kind]
+    *_, rounded, tokens = KINDS[kind]
     return VECTOR_FORMS if not rounded and tokens == 1 else FORMS
 
 
@@ -141,7 +143,7 @@ def main() -> None:
         worker.join()
     for name, shape in SHAPES.items():
         dense = [torch.randn(shape, device="cuda").bfloat16() for _ in range(COPIES // 2)]
-        for kind, (_, _, tokens) in KINDS.items():
+        for kind, (*_, tokens) in KINDS.items():
             inputs = torch.randn(tokens, shape[1], device="cuda").bfloat16()
             plain = microseconds(
                 [partial(torch.nn.functional.linear, inputs, weight) for weight in dense]

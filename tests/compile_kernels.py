@@ -118,8 +118,8 @@ def variant(key: tuple) -> tuple:
     return (
         key[0],
         *(constants.get(name) for name in ("BITS", "INPUT_BITS", "SPLITS")),
-        constants.get("BLOCK") == 32,
-        constants.get("PIECE") in (None, 1),
+        constants.get("BLOCK") in (32, 64) and (key[0], constants.get("BLOCK")),
+        constants.get("PIECE") is None,
         *(
             value
             for name, value in key[2]
@@ -188,7 +188,7 @@ def main() -> int:
             keys = list(found)
         else:
             # The same launches for the same generation give the same programs.
-            keys = [] if same in done else chosen(found, seen, 9, capability in ends)
+            keys = [] if same in done else chosen(found, seen, 10, capability in ends)
         done.add(same)
         for key in keys:
             try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.kernels import gradients_triton, inference, rounding_triton
-from common.kernels.forms import PackedWeight, Rotary, Rounded
+from common.kernels.forms import PackedWeight, Rotary, Rounded, Rounding
 from common.numerics.grid import Grid
 
 # Hidden size, size of the MLP, heads, key-value heads and head size of Llama models.
@@ -22,7 +22,10 @@ SHAPES = {
 }
 VOCABULARY = 128256
 # Bits, group size and zero-points of weights; the last form's inputs are rounded too.
-FORMS = ((4, 128, True), (4, 128, False), (4, 32, True), (8, 128, True), (8, None, False))
+FORMS = (
+    *((4, 128, True), (4, 128, False), (4, 64, True), (4, 32, True)),
+    *((8, 128, True), (8, 64, False), (8, None, False)),
+)
 GRIDS = (Grid(4, 128), Grid(4, 128, True), Grid(8, None), Grid(2, 64))
 
 
@@ -82,17 +85,17 @@ def other_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable
     hidden, inner, heads, key_heads, size = shape
     tokens, gain = tensor(8, hidden, dtype=dtype), tensor(hidden, dtype=dtype)
     for width in (hidden, inner):
-        yield partial(inference.round_rows, tensor(8, width, dtype=dtype), 8)
+        yield partial(inference.round_rows, tensor(8, width, dtype=dtype), Rounding(8))
         scales = tensor(8, 1, dtype=dtype), tensor(width, 1, dtype=dtype)
         yield partial(inference.scale_sums, tensor(8, width, dtype=torch.int32), *scales)
-    for bits in (None, 8):
+    for rounding in (None, Rounding(8)):
         for update in (None, tokens):
-            yield partial(inference.add_rms_norm, tokens, update, gain, 1e-5, bits)
-        yield partial(inference.silu_mul, *tensor(8, 2 * inner, dtype=dtype).chunk(2, -1), bits)
-    for block in (64, 128):
-        yield partial(inference.add_rms_norm, tokens, tokens, gain, 1e-5, None, block)
+            yield partial(inference.add_rms_norm, tokens, update, gain, 1e-5, rounding)
         halves = tensor(8, 2 * inner, dtype=dtype).chunk(2, -1)
-        yield partial(inference.silu_mul, *halves, None, block)
+        yield partial(inference.silu_mul, *halves, rounding)
+    for rounding in (Rounding(16, 64), Rounding(16, 128)):
+        yield partial(inference.add_rms_norm, tokens, tokens, gain, 1e-5, rounding)
+        yield partial(inference.silu_mul, *halves, rounding)
     projected, positions = (
         tensor(8, (heads + 2 * key_heads) * size, dtype=dtype),
         tensor(8, dtype=torch.long),
@@ -104,8 +107,8 @@ def other_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable
         )
         for norms in (None, (tensor(size, dtype=dtype), tensor(size, dtype=dtype), 1e-6)):
             rotary = Rotary(table, table, norms)
-            for block in (None, 128):
-                given = projected, rotary, positions, cache, cache, 0.1, block
+            for rounding in (None, Rounding(16, 128)):
+                given = projected, rotary, positions, cache, cache, 0.1, rounding
                 yield partial(inference.attend, *given)
     table, gain = tensor(1, 512, size, dtype=dtype), tensor(size, dtype=dtype)
     for count in (heads, key_heads, heads + key_heads):

@@ -27,7 +27,7 @@ def test_products_on_bytes(generator, monkeypatch, bits, channels, groups, asymm
     for rows, programs in ((2, 1), (9, 264), (35, 6)):
         monkeypatch.setattr(bytes_product_triton, "PROGRAMS", programs)
         inputs = torch.randn(rows, channels, generator=generator)
-        given = inference.two_bytes(inputs, packed.block)
+        given = inference.round_rows(inputs, forms.Rounding(16, packed.block))
         close(inference.packed_matmul(given, packed), inputs.double() @ weight.T, 1e-4)
         expected = given.values().double() @ weight.T
         for _ in range(2):  # a second time: counters are back at zero
@@ -37,13 +37,15 @@ def test_products_on_bytes(generator, monkeypatch, bits, channels, groups, asymm
 @pytest.mark.parametrize(("size", "block"), [(192, 64), (128, 128), (1152, 128)])
 def test_two_bytes(generator, size, block):
     """Every number within half a step of its block, also beside one that is a thousand times as
-    large; zeros stay zeros; what is left of an integer without its high byte is a signed byte.
+    large; zeros stay zeros.
     """
     inputs = torch.randn(3, size, generator=generator)
     inputs[1, ::100] *= 1000
     inputs[2, :block] = 0
     largest = inputs.double().unflatten(1, (-1, block)).abs().amax(2)
-    for found in (inference.two_bytes(inputs, block), kernels.round_rows(inputs, None, block)):
+    rounding = forms.Rounding(16, block)
+    for module in (inference, kernels):
+        found = module.round_rows(inputs, rounding)
         error = (found.values().double() - inputs).unflatten(1, (-1, block)).abs()
         assert (error <= 1.01 * largest.unsqueeze(2) / 65024).all() and error.any()
         assert not found.values()[2, :block].any()
@@ -52,10 +54,28 @@ def test_two_bytes(generator, size, block):
     gain = torch.rand(size, generator=generator)
     for module in (inference, kernels):
         normed = module.add_rms_norm(inputs.clone(), None, gain, 1e-5)
-        halves = module.add_rms_norm(inputs.clone(), None, gain, 1e-5, None, block)
+        halves = module.add_rms_norm(inputs.clone(), None, gain, 1e-5, rounding)
         close(halves.values(), normed, 1e-4)
         gated = module.silu_mul(inputs, inputs.flip(0))
-        close(module.silu_mul(inputs, inputs.flip(0), None, block).values(), gated, 1e-4)
+        close(module.silu_mul(inputs, inputs.flip(0), rounding).values(), gated, 1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_so(generator, bits, value):
+    """In its row alone; also after a norm, where a row's other numbers become so, too."""
+    packed, weight = packed_weights(generator, 70, 256, 2, bits, True)
+    inputs = torch.randn(3, 256, generator=generator).half()
+    inputs[1, 200] = value
+    rounding, gain = forms.Rounding(16, 128), torch.ones(256, dtype=torch.float16)
+    for module in (inference, kernels):
+        for halves in (
+            module.round_rows(inputs, rounding),
+            module.add_rms_norm(inputs.clone(), None, gain, 1e-5, rounding),
+        ):
+            for product in (inference, products_triton):
+                found = product.packed_matmul(halves, packed)
+                assert torch.isfinite(found[[0, 2]]).all() and not torch.isfinite(found[1]).any()
 
 
 @pytest.mark.parametrize("rows", [2, 32, 33, 128])
@@ -69,10 +89,13 @@ def test_partial_sums_are_no_more_than_is_counted(monkeypatch, rows, out):
     launch = mock.MagicMock()
     monkeypatch.setattr(bytes_product_triton, "_bytes_matmul", launch)
     packed, scale = empty(out, 4096, device="meta"), empty(out, 64, device="meta")
-    codes, units = empty(rows, 2, 8192, device="meta"), empty(rows, 64, device="meta")
+    codes = empty(rows, 2, 8192, device="meta", dtype=torch.int8)
+    units, weight = empty(rows, 64, device="meta"), forms.PackedWeight(packed, scale, None, 4)
     inputs = forms.TwoBytes(codes, units, units, torch.bfloat16)
-    bytes_product_triton.bytes_matmul(inputs, forms.PackedWeight(packed, scale, None, 4))
+    bytes_product_triton.bytes_matmul(inputs, weight)
     partial = [math.prod(size) for size in taken if len(size) == 3]
     assert sum(partial) <= rows * inference.PARTIAL_SUMS
+    needed = 4 * rows * inference.PARTIAL_SUMS + codes.nbytes + 2 * units.nbytes
+    assert inference.product_bytes(rows, weight, 2) == needed
     _, splits, _ = launch.__getitem__.call_args.args[0]
     assert bool(partial) == (splits > 1)

@@ -11,7 +11,7 @@ from common.base import gpu
 from common.base.device import resolve_dtype
 from common.base.errors import UserError
 from common.kernels import dispatch, inference, rounding
-from common.kernels.forms import PackedWeight, Rotary, Rounded, TwoBytes
+from common.kernels.forms import PackedWeight, Rotary, Rounded, Rounding, TwoBytes
 from common.model import fused
 from common.numerics.grid import Grid, codes_per_token
 from common.running.runtime import load_for_running, load_model
@@ -60,8 +60,8 @@ def launched(monkeypatch):
             "silu_mul": lambda gate, *_: gate,
             "largest_index": lambda values: values,
             "scale_sums": lambda sums, *_: sums,
-            "round_rows": lambda inputs, bits, block=None: (
-                inputs if block is None else TwoBytes(inputs, inputs, inputs, inputs.dtype)
+            "round_rows": lambda inputs, rounding: (
+                TwoBytes(*[inputs] * 3, inputs.dtype) if rounding.block else inputs
             ),
             "add_rms_norm": lambda hidden, *_: hidden,
         },
@@ -118,8 +118,9 @@ def test_packed_products_by_card(launched, capability, several, many):
             inputs, weight = on_card(rows, 512), weight_of(4)
             assert inference.packed_matmul(inputs, weight).shape == (rows, 256)
             assert called == expected, rows
-            taken = inference.block_of_bytes(inputs, weight)
-            assert taken == (128 if "packed_matmul on bytes" in expected else None)
+            bytes_taken = "packed_matmul on bytes" in expected
+            wanted = inference.wanted_rounding(inputs, weight)
+            assert wanted == (Rounding(16, 128) if bytes_taken else None)
 
 
 @pytest.mark.parametrize("group", [32, 96])
@@ -163,7 +164,7 @@ def test_other_kernels_by_card(launched, capability, kernel):
         called = launched(*capability)
         hidden, table = on_card(2, 64), on_card(40, 16)
         steps = {
-            "round_rows": lambda: inference.round_rows(hidden, 8),
+            "round_rows": lambda: inference.round_rows(hidden, Rounding(8)),
             "add_rms_norm": lambda: inference.add_rms_norm(hidden, None, on_card(64), 1e-5),
             "silu_mul": lambda: inference.silu_mul(hidden, hidden),
             "largest_index": lambda: inference.largest_index(hidden),

@@ -9,7 +9,7 @@ from kernel_checks import relative
 from common.base import gpu
 from common.kernels import forms, inference
 from common.kernels.dispatch import triton_works
-from common.kernels.forms import PackedWeight
+from common.kernels.forms import PackedWeight, Rounding
 from common.kernels.rounding import search_range
 from common.numerics import grid
 from common.numerics.grid import Grid
@@ -29,7 +29,7 @@ def test_triton_works_here():
     assert triton_works()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8, 32, 64, 200])
+@pytest.mark.parametrize("rows", [1, 2, 8, 32, 64, 100, 128, 200])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("bits", "group", "asymmetric"),
@@ -104,10 +104,10 @@ def test_row_matmul_with_rounded_inputs(generator, out):
     inputs = torch.randn(1, 1152, generator=generator).bfloat16().cuda()
     norm = torch.rand(1152, generator=generator).bfloat16().cuda(), 1e-5
     exact = inference.unpack(weight, torch.float64)
-    plain = inference.round_rows(inputs, 8).values().double() @ exact.T
-    gate, up = (inference.add_rms_norm(inputs, None, *norm, 8).values().double() @ exact.T).chunk(
-        2, -1
-    )
+    plain = inference.round_rows(inputs, Rounding(8)).values().double() @ exact.T
+    gate, up = (
+        inference.add_rms_norm(inputs, None, *norm, Rounding(8)).values().double() @ exact.T
+    ).chunk(2, -1)
     assert relative(inference.row_matmul(inputs, weight, bits=8), plain) < 6e-3
     assert (
         relative(
@@ -123,7 +123,7 @@ def test_integer_matmul(generator, rows):
     codes = torch.randint(-128, 128, (192, 1152), generator=generator).to(torch.int8)
     weight = forms.pack(codes, torch.rand(192, 1, generator=generator).bfloat16(), None, 8)
     rounded = inference.round_rows(
-        torch.randn(rows, 1152, generator=generator).bfloat16().cuda(), 8
+        torch.randn(rows, 1152, generator=generator).bfloat16().cuda(), Rounding(8)
     )
     exact = (
         rounded.codes.cpu().double()
@@ -151,7 +151,7 @@ def test_products_as_on_an_rtx_20(generator, monkeypatch, rows):
             relative(inference.packed_matmul(inputs, weight), inputs.cpu().double() @ exact.T)
             < 2e-3
         )
-    rounded = inference.round_rows(inputs, 8)
+    rounded = inference.round_rows(inputs, Rounding(8))
     expected = rounded.codes.cpu().double() * rounded.scale.cpu().double() @ exact.T
     assert relative(inference.integer_matmul(rounded, weight), expected) < 2e-3
 
@@ -176,15 +176,15 @@ def test_gram_matrix_in_float16(generator):
 def test_round_rows(generator):
     inputs = torch.randn(40, 576, generator=generator).bfloat16().cuda()
     expected = grid.round_per_token(inputs, 8)
-    assert torch.equal(inference.round_rows(inputs, 8).values(), expected)
+    assert torch.equal(inference.round_rows(inputs, Rounding(8)).values(), expected)
     gain = torch.ones(576, device=CUDA, dtype=torch.bfloat16)
     normed = inference.add_rms_norm(inputs, None, gain, 1e-5)
-    rounded = inference.add_rms_norm(inputs, None, gain, 1e-5, 8)
+    rounded = inference.add_rms_norm(inputs, None, gain, 1e-5, Rounding(8))
     assert torch.equal(rounded.values(), grid.round_per_token(normed, 8))
     both = torch.randn(40, 1152, generator=generator).bfloat16().cuda()
     gated = inference.silu_mul(*both.chunk(2, -1))
     assert torch.equal(
-        inference.silu_mul(*both.chunk(2, -1), 8).values(), grid.round_per_token(gated, 8)
+        inference.silu_mul(*both.chunk(2, -1), Rounding(8)).values(), grid.round_per_token(gated, 8)
     )
 
 

@@ -14,6 +14,7 @@ from kernel_checks import relative
 from prompt_models import pack_linears, pack_vocabulary, random_prompts
 from transformers import DynamicCache
 
+from common.kernels import bytes_product_triton, products_triton
 from common.kernels.inference import unpack
 from common.running import decoding, prompts
 from common.running.decoding import Decoder
@@ -58,7 +59,7 @@ class Reference:
         assert relative(found, exact) < max(self.tolerance, 1.5 * relative(rounded, exact))
 
 
-@pytest.mark.parametrize("form", ["dense", "W4A16", "W8A16", "W8A8"])
+@pytest.mark.parametrize("form", ["dense", "W4A16", "W4A16 g32", "W8A16", "W8A8"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_prompts_read_through_graphs(architecture, form):
     """The first time without a graph; then the same to the last bit, whatever was read meanwhile.
@@ -87,6 +88,30 @@ def test_prompts_read_through_graphs(architecture, form):
     assert len(captured) == len(PROMPTS)
     pools = {graph.pool() for graph in (*captured, *decoder._graphs.values())}
     assert pools == {decoder._pool.handle}
+
+
+@pytest.mark.parametrize("form", ["W4A16", "W8A16"])
+@pytest.mark.parametrize("rows", [2, 8, 35])
+def test_steps_of_several_rows_on_bytes(monkeypatch, form, rows):
+    """What each step makes most likely after what was written so far; attention rounds for the
+    product after it, as a key's heads have whole blocks of channels.
+    """
+    model, plain = models("llama", form, torch.float16, head_dim=32)
+    decoder, exact = Decoder(model, rows, 64), copy.deepcopy(plain).float()
+    asked = random_prompts(*[3 + row % 9 for row in range(rows)])
+    given, matmul = [], bytes_product_triton.bytes_matmul
+    monkeypatch.setattr(
+        products_triton, "bytes_matmul", lambda *two: given.append(two) or matmul(*two)
+    )
+    decoder.start(asked)
+    first = decoder.tokens[:rows].tolist()
+    written = decoder.run(rows).T.tolist()
+    assert given
+    for prompt, token, rest in zip(asked, first, written, strict=True):
+        logits = exact(torch.tensor([[*prompt, token, *rest]]).cuda()).logits[0]
+        for found, place in zip([token, *rest], range(len(prompt) - 1, len(logits)), strict=False):
+            # Or one that is as likely within what the type rounds.
+            assert logits[place].max() - logits[place, found] < 0.02 * logits[place].abs().max()
 
 
 @pytest.mark.parametrize(

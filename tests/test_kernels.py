@@ -164,7 +164,9 @@ def test_row_matmul_rounds_inputs_to_16_bits(generator, bits):
 def test_integer_matmul(generator, channels):
     packed, weight = packed_weights(generator, 70, channels, 1, 8, False)
     for rows in (1, 17):
-        rounded = inference.round_rows(torch.randn(rows, channels, generator=generator), 8)
+        rounded = inference.round_rows(
+            torch.randn(rows, channels, generator=generator), forms.Rounding(8)
+        )
         expected = rounded.codes.double() * rounded.scale.double() @ weight.T
         close(inference.integer_matmul(rounded, packed), expected, 1e-6)
         close(products_triton.integer_matmul(rounded, packed), expected, 1e-6)
@@ -175,8 +177,8 @@ def test_round_rows_of_every_size(generator):
     inputs = (
         (torch.rand(40, 96, generator=generator) * 2 - 1) * torch.logspace(-6, 4.8, 40)[:, None]
     ).half()
-    expected = inference.round_rows(inputs, 8)
-    found = kernels.round_rows(inputs, 8)
+    expected = inference.round_rows(inputs, forms.Rounding(8))
+    found = kernels.round_rows(inputs, forms.Rounding(8))
     assert torch.isfinite(expected.values()).all()
     assert torch.equal(found.scale, expected.scale) and torch.equal(found.codes, expected.codes)
 
@@ -195,7 +197,7 @@ def test_add_rms_norm(generator):
         exact = (hidden if added is None else hidden + added).double()
         close(expected, exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain, 1e-6)
         for module in (inference, kernels):
-            rounded = module.add_rms_norm(hidden.clone(), added, gain, 1e-5, 8)
+            rounded = module.add_rms_norm(hidden.clone(), added, gain, 1e-5, forms.Rounding(8))
             close(rounded.values(), grid.round_per_token(expected, 8), 1e-3)
 
 
@@ -237,10 +239,12 @@ def test_attend(generator, length, normed):
             )
         close(keys, after[0], 1e-6)
         assert torch.equal(values.double(), after[1])
-    halves = attention_triton.attend(projected, rotary, positions, keys, values, 0.3, 16)
-    close(halves.values(), expected.flatten(1), 1e-4)
-    # Not in blocks that lie between what has one key and what has another.
-    whole = attention_triton.attend(projected, rotary, positions, keys, values, 0.3, 32)
+    for function in (inference.attend, attention_triton.attend):
+        given = projected, rotary, positions, keys, values, 0.3
+        halves = function(*given, forms.Rounding(16, 16))
+        close(halves.values(), expected.flatten(1), 1e-4)
+    # Not in blocks that have heads of several keys.
+    whole = attention_triton.attend(*given, forms.Rounding(16, 32))
     close(whole, expected.flatten(1), 1e-5)
 
 
@@ -278,7 +282,7 @@ def test_silu_mul(generator):
     for module in (inference, kernels):
         close(module.silu_mul(gate, up), expected, 1e-6)
         close(
-            module.silu_mul(gate.contiguous(), up, 8).values(),
+            module.silu_mul(gate.contiguous(), up, forms.Rounding(8)).values(),
             grid.round_per_token(expected.float(), 8),
             1e-3,
         )
@@ -308,12 +312,12 @@ def test_round_rows(generator):
     inputs = torch.randn(4, 100, generator=generator)
     inputs[1] = 0
     for module in (inference, kernels):
-        rounded = module.round_rows(inputs, 8)
+        rounded = module.round_rows(inputs, forms.Rounding(8))
         assert rounded.codes.dtype == torch.int8
         assert torch.equal(rounded.values(), grid.round_per_token(inputs, 8))
     # The interpreter cuts where a GPU rounds to bfloat16.
     half = inputs.bfloat16()
-    close(kernels.round_rows(half, 8).values(), grid.round_per_token(half, 8), 0.02)
+    close(kernels.round_rows(half, forms.Rounding(8)).values(), grid.round_per_token(half, 8), 0.02)
 
 
 @pytest.mark.parametrize(

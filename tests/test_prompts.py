@@ -13,52 +13,25 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import FUSED, build_tiny
-from kernel_checks import relative, skip_without_the_interpreter
-from prompt_models import pack_linears, pack_vocabulary, random_prompts, tiny_model
+from prompt_models import (
+    HAS_ROOM,
+    as_on_a_gpu,  # noqa: F401 (a fixture)
+    check,
+    errors,
+    pack_linears,
+    pack_vocabulary,
+    random_prompts,
+    tiny_model,
+)
 from transformers import DynamicCache
 
-from common.kernels import dispatch, inference
+from common.kernels import inference
 from common.kernels.inference import unpack
 from common.running import decoding, prompts
 from common.running.decoding import Decoder
 from common.running.prompts import PromptReader
 
 LENGTHS = 5, 12, 1, 20
-HAS_ROOM = PromptReader._has_room
-
-
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch):
-    """Prompts are read without transformers, though no graph is captured."""
-    monkeypatch.setattr(Decoder, "_reads_itself", lambda self: True)
-    monkeypatch.setattr(PromptReader, "_has_room", lambda *_: False)
-    with torch.inference_mode():
-        yield
-
-
-def errors(
-    decoder: Decoder, plain, asked: list[list[int]], prefix: DynamicCache | None = None
-) -> list[float]:
-    """Of each prompt the largest of logits, keys and values, after reading all, against those of it
-    alone. All begin with the tokens in `prefix`, if any, which are not read again.
-    """
-    before = prefix.get_seq_length() if prefix is not None else 0
-    found, largest = decoder.start([prompt[before:] for prompt in asked], prefix), []
-    assert decoder.positions[: len(asked)].tolist() == list(map(len, asked))
-    for row, prompt in enumerate(asked):
-        cache = DynamicCache()
-        expected = plain(torch.tensor([prompt]), past_key_values=cache, use_cache=True).logits
-        pairs = [(found[row], expected[0, -1])]
-        for kept, layer in zip(decoder.cache[:, :, row], cache.layers, strict=True):
-            pairs.append((kept[0, :, : len(prompt)], layer.keys[0]))
-            pairs.append((kept[1, :, : len(prompt)], layer.values[0]))
-        largest.append(max(relative(*pair) for pair in pairs))
-    return largest
-
-
-def check(decoder: Decoder, plain, asked, bound: float, prefix=None) -> None:
-    largest = errors(decoder, plain, asked, prefix)
-    assert max(largest) < bound, largest
 
 
 @pytest.mark.parametrize("form", ["dense", "W4A16", "W8A16"])
@@ -83,16 +56,6 @@ def test_rounded_activations(architecture, tied):
     for seed in range(10):
         found += errors(decoder, plain, random_prompts(*LENGTHS, seed=seed))
     assert sorted(found)[-4] < 1e-6 and max(found) < 0.05, found
-
-
-@pytest.mark.parametrize("form", ["dense", "W4A16"])
-def test_by_the_kernels_in_the_interpreter(monkeypatch, form):
-    skip_without_the_interpreter()
-    model = tiny_model("qwen3", False)
-    plain = copy.deepcopy(model) if form == "dense" else pack_linears(model, form)
-    decoder = Decoder(model, 3, 64)
-    monkeypatch.setattr(dispatch, "use_triton", lambda tensor: True)
-    check(decoder, plain, random_prompts(5, 9), 1e-5)
 
 
 def test_biases_of_all_linears():

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.kernels.forms import Rotary, TwoBytes
+from common.kernels.forms import Rotary, Rounding, TwoBytes
 from common.kernels.launch_triton import begin, counters, launch, release, store_bytes
 
 # Attention over longer contexts is split between programs; the last of them to finish joins their
@@ -24,13 +24,14 @@ def attend(
     keys: Tensor,
     values: Tensor,
     scaling: float,
-    block: int | None = None,
+    rounding: Rounding | None = None,
 ) -> Tensor | TwoBytes:
+    """As it is where blocks of channels have parts of what several programs find."""
     rows, key_heads, length, size = keys.shape
     heads = projected.shape[1] // size - 2 * key_heads
     splits = triton.cdiv(length, SPLIT_LENGTH)
     block_heads = max(16, triton.next_power_of_2(heads // key_heads))
-    # A program has the heads that share a key: blocks of channels between two would have to wait.
+    block = rounding.block if rounding is not None else None
     if block is not None and heads // key_heads * size % block == 0:
         result = TwoBytes.empty(rows, heads * size, block, projected)
         output, unit, sums = result.codes, result.unit, result.sums

@@ -22,9 +22,10 @@ from common.kernels.launch_triton import (
     stages,
 )
 
-# Output channels of a program, for few and for many of them, rows and warps; programs it should
-# have, so that every multiprocessor has work; loads on their way. Measured on an H200 for the
-# linears of the Llama-3.2-1B shape (benchmarks/packed_product_sweep.py).
+# Of a program: output channels, for few and for many of them, rows at most, and warps. Then up to
+# how many programs a product is split into, beyond its tiles, so that every multiprocessor has
+# work; and loads on their way. Measured on an H200 for the linears of the Llama-3.2-1B shape
+# (benchmarks/packed_product_sweep.py).
 BLOCK_OUT, BLOCK_OUT_WIDE, BLOCK_ROWS, WARPS = 64, 128, 32, 4
 PROGRAMS, STAGES = 264, 3
 
@@ -32,6 +33,7 @@ PROGRAMS, STAGES = 264, 3
 def bytes_matmul(inputs: TwoBytes, weight: PackedWeight) -> Tensor:
     rows, channels = len(inputs.codes), inputs.codes.shape[2]
     out, blocks = len(weight.packed), inputs.unit.shape[1]
+    assert blocks * weight.block == channels == weight.shape[1]  # rounded for weights like these
     block_out = BLOCK_OUT_WIDE if out > 4096 else BLOCK_OUT
     block_rows = min(BLOCK_ROWS, max(8, triton.next_power_of_2(rows)))
     tiles, row_tiles = triton.cdiv(out, block_out), triton.cdiv(rows, block_rows)
@@ -121,9 +123,9 @@ def _bytes_matmul(
     ASSEMBLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Weights are the left factor, so that they go from registers into tensor cores; of the right
-    one a row's low and high bytes are neighbours, whose sums one thread has. Beyond the last
-    channel or row the last one is read.
+    """Weights are the left factor, so that they go from registers into tensor cores. The low and
+    the high bytes of a row are two neighbours in the right one, so that a thread has both of their
+    sums. Programs read the last channel, and the last row, in place of those beyond.
     """
     begin(OVERLAP)
     BYTES: tl.constexpr = BLOCK * BITS // 8
@@ -139,7 +141,7 @@ def _bytes_matmul(
     for block in range(first, tl.minimum(first + each, blocks)):
         place = channel_read * (blocks // group_blocks) + block // group_blocks
         step = tl.load(scale + place).to(tl.float32)
-        # What was added to 4-bit codes counts as often as there is input, as zero-points do.
+        # 4-bit codes are stored as that much more than they are; zero-points are taken off with it.
         zero = tl.full((BLOCK_OUT,), 8.0 if BITS == 4 else 0.0, tl.float32)
         if HAS_ZERO:
             zero += tl.load(zero_point + place).to(tl.float32)

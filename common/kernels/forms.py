@@ -72,6 +72,16 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> 
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """How a product takes its inputs, where it takes integers: as `Rounded` to at most 8 bits, or,
+    where a block is given, as `TwoBytes` with a scale for so many channels.
+    """
+
+    bits: int
+    block: int | None = None
+
+
+@dataclass(frozen=True)
 class Rounded:
     """Activations rounded per token (`grid.round_per_token`): codes [rows, in] int8 and scale
     [rows, 1].

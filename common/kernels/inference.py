@@ -4,6 +4,8 @@ embedding, attention, gate.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -11,12 +13,12 @@ from torch.nn import functional
 from common.base.gpu import TENSOR_CORES, supports
 from common.kernels import processor
 from common.kernels.dispatch import triton_kernels, use_triton
-from common.kernels.forms import PackedWeight, Rotary, Rounded, TwoBytes
+from common.kernels.forms import PackedWeight, Rotary, Rounded, Rounding, TwoBytes
 from common.numerics.grid import codes_per_token
 
-# Rows of activations up to which weights are unpacked inside the product: one on floats, one on
-# bytes. For more they are unpacked once, in tiles of so many weights. Of a tile the rows are a
-# multiple of ALIGNED: cuBLAS is slow on outputs that begin at odd addresses.
+# Rows of activations up to which weights are unpacked inside the product: one of floats, and one
+# of integers in two bytes. For more rows they are unpacked before it, in tiles of so many weights.
+# Of a tile the rows are a multiple of ALIGNED: cuBLAS is slow on outputs at odd addresses.
 FUSED_ROWS, BYTES_ROWS = 64, 128
 UNPACKED_ELEMENTS, ALIGNED = 1 << 26, 128
 # Of each row of a product that unpacks weights inside: sums in float32 that its programs leave to
@@ -25,27 +27,31 @@ PARTIAL_SUMS = 264 * 128
 
 
 def _fused(rows: int) -> bool:
-    """Whether weights are unpacked inside a product with several rows."""
+    """Whether weights are unpacked inside a product of floats with several rows."""
     return rows <= FUSED_ROWS and supports(TENSOR_CORES)
 
 
 def _takes_bytes(rows: int, weight: PackedWeight, element: int) -> bool:
-    """Whether a product with so many rows, of numbers of `element` bytes, is one on bytes."""
+    """Whether a product with so many rows, of numbers of `element` bytes, is one of integers in two
+    bytes on a GPU.
+    """
     # Integers of 16 bits would be a loss to float32; of fewer channels there is no such product.
     fits = weight.block >= 64 and element == 2
     return fits and 1 < rows <= BYTES_ROWS and supports(TENSOR_CORES)
 
 
-def block_of_bytes(inputs: Tensor, weight: PackedWeight) -> int | None:
-    """The block of channels with a scale of their own as which a product takes inputs like these
-    [rows, ...], which may then be given as `TwoBytes`; None where it takes floats.
+def wanted_rounding(inputs: Tensor, weight: PackedWeight) -> Rounding | None:
+    """How `packed_matmul` rounds inputs like these, of which rows and type count, if it does; so
+    that what makes them may do it.
     """
     wanted = use_triton(inputs) and _takes_bytes(len(inputs), weight, inputs.element_size())
-    return weight.block if wanted else None
+    return Rounding(16, weight.block) if wanted else None
 
 
 def packed_matmul(inputs: Tensor | TwoBytes, weight: PackedWeight) -> Tensor:
-    """inputs [..., in] times the transposed weight: [..., out]."""
+    """inputs [..., in], or [rows, in] rounded in the weight's blocks, times the transposed weight:
+    [..., out].
+    """
     if isinstance(inputs, TwoBytes):
         kernels = triton_kernels(inputs.codes)
         return (
@@ -57,8 +63,8 @@ def packed_matmul(inputs: Tensor | TwoBytes, weight: PackedWeight) -> Tensor:
     kernels = triton_kernels(inputs)
     if weight.kernel_scale is not None:
         result = processor.product(rows, weight)
-    elif (block := block_of_bytes(rows, weight)) is not None:
-        result = packed_matmul(two_bytes(rows, block), weight)
+    elif (rounding := wanted_rounding(rows, weight)) is not None:
+        result = packed_matmul(round_rows(rows, rounding), weight)
     elif kernels and (len(rows) == 1 or _fused(len(rows))):
         result = kernels.products.packed_matmul(rows, weight)
     else:
@@ -123,11 +129,10 @@ def row_matmul(
     if kernels and kernels.products.fits_one_row(inputs, weight):
         return kernels.products.row_matmul(inputs, weight, norm, gated, added_to, bits)
     normed = inputs if norm is None else add_rms_norm(inputs, None, *norm)
-    output = (
-        packed_matmul(normed, weight)
-        if bits is None
-        else integer_matmul(round_rows(normed, bits), weight)
-    )
+    if bits is None:
+        output = packed_matmul(normed, weight)
+    else:
+        output = integer_matmul(cast(Rounded, round_rows(normed, Rounding(bits))), weight)
     if gated:
         output = silu_mul(*output.chunk(2, -1))
     return output if added_to is None else added_to.add_(output)
@@ -169,24 +174,23 @@ def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return (codes * weight.scale.float().unsqueeze(-1)).flatten(1).to(dtype)
 
 
-def round_rows(inputs: Tensor, bits: int) -> Rounded:
-    """Inputs [rows, in] rounded per token."""
+def round_rows(inputs: Tensor, rounding: Rounding) -> Rounded | TwoBytes:
+    """Inputs [rows, in] as integers."""
     if kernels := triton_kernels(inputs):
-        return kernels.inference.round_rows(inputs, bits)
-    codes, scale = codes_per_token(inputs, bits)
-    return Rounded(codes.to(torch.int8), scale)
-
-
-def two_bytes(inputs: Tensor, block: int) -> TwoBytes:
-    """Inputs [rows, in] as integers of 16 bits, with a scale for each block of channels."""
-    if kernels := triton_kernels(inputs):
-        return kernels.inference.round_rows(inputs, None, block)
-    values = inputs.float().unflatten(1, (-1, block))
-    unit = values.abs().amax(2).clamp(min=1e-30) / 32512
+        return kernels.inference.round_rows(inputs, rounding)
+    if rounding.block is None:
+        codes, scale = codes_per_token(inputs, rounding.bits)
+        return Rounded(codes.to(torch.int8), scale)
+    values = inputs.float().unflatten(1, (-1, rounding.block))
+    unit = values.abs().amax(2).clamp(min=1e-30) / 32512  # the largest whose low byte is signed
     codes = (values / unit.unsqueeze(2)).round().int()
     low = (codes + 128) % 256 - 128
     halves = torch.stack([low, (codes - low) // 256], 1).flatten(2)
     return TwoBytes(halves.to(torch.int8), unit, codes.sum(2) * unit, inputs.dtype)
+
+
+def _rounded(values: Tensor, rounding: Rounding | None) -> Tensor | Rounded | TwoBytes:
+    return values if rounding is None else round_rows(values, rounding)
 
 
 def add_rms_norm(
@@ -194,25 +198,18 @@ def add_rms_norm(
     update: Tensor | None,
     gain: Tensor,
     epsilon: float,
-    bits: int | None = None,
-    block: int | None = None,
+    rounding: Rounding | None = None,
 ) -> Tensor | Rounded | TwoBytes:
     """RMSNorm of hidden [rows, size] after `update`, if any, has been added to it in place; rounded
-    to `bits`, or as `two_bytes` in blocks, if one of them is given.
+    if asked for.
     """
     if kernels := triton_kernels(hidden):
-        return kernels.inference.add_rms_norm(hidden, update, gain, epsilon, bits, block)
+        return kernels.inference.add_rms_norm(hidden, update, gain, epsilon, rounding)
     if update is not None:
         hidden += update
     values = hidden.float()
     values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)
-    return _rounded(gain * values.to(hidden.dtype), bits, block)
-
-
-def _rounded(values: Tensor, bits: int | None, block: int | None) -> Tensor | Rounded | TwoBytes:
-    if block is not None:
-        return two_bytes(values, block)
-    return values if bits is None else round_rows(values, bits)
+    return _rounded(gain * values.to(hidden.dtype), rounding)
 
 
 def attend(
@@ -222,10 +219,10 @@ def attend(
     keys: Tensor,
     values: Tensor,
     scaling: float,
-    block: int | None = None,
-) -> Tensor | TwoBytes:
+    rounding: Rounding | None = None,
+) -> Tensor | Rounded | TwoBytes:
     """Attention of one new token per row, whose key and value are put into the cache: [rows, heads
-    * size], as it is or, where a block is given, perhaps as `two_bytes`.
+    * size], rounded if asked for.
 
     Args:
         projected: [rows, (heads + 2 * key-value heads) * size], queries, keys, values side by side.
@@ -233,7 +230,10 @@ def attend(
         keys, values: the cache, [rows, key-value heads, length, size].
     """
     if kernels := triton_kernels(projected):
-        return kernels.attention.attend(projected, rotary, positions, keys, values, scaling, block)
+        attended = kernels.attention.attend(
+            projected, rotary, positions, keys, values, scaling, rounding
+        )
+        return _rounded(attended, rounding) if isinstance(attended, Tensor) else attended
     key_heads, length, size = keys.shape[1:]
     heads = projected.view(len(projected), -1, size)
     query, key, value = heads.split([heads.shape[1] - 2 * key_heads, key_heads, key_heads], dim=1)
@@ -250,9 +250,10 @@ def attend(
     rows = torch.arange(len(projected), device=projected.device)
     keys[rows, :, positions], values[rows, :, positions] = key, value
     seen = torch.arange(length, device=query.device) <= positions[:, None]
-    return functional.scaled_dot_product_attention(
+    attended = functional.scaled_dot_product_attention(
         query.unsqueeze(2), keys, values, seen[:, None, None], scale=scaling, enable_gqa=True
-    ).flatten(1)
+    )
+    return _rounded(attended.flatten(1), rounding)
 
 
 def rotate_heads(
@@ -287,14 +288,14 @@ def rotate_heads(
 
 
 def silu_mul(
-    gate: Tensor, up: Tensor, bits: int | None = None, block: int | None = None
+    gate: Tensor, up: Tensor, rounding: Rounding | None = None
 ) -> Tensor | Rounded | TwoBytes:
-    """silu(gate) * up of two tensors [rows, size], which may be halves of a wider one; rounded to
-    `bits`, or as `two_bytes` in blocks, if one of them is given.
+    """silu(gate) * up of two tensors [rows, size], which may be halves of a wider one; rounded if
+    asked for.
     """
     if kernels := triton_kernels(gate):
-        return kernels.inference.silu_mul(gate, up, bits, block)
-    return _rounded(functional.silu(gate) * up, bits, block)
+        return kernels.inference.silu_mul(gate, up, rounding)
+    return _rounded(functional.silu(gate) * up, rounding)
 
 
 def largest_index(values: Tensor) -> Tensor:

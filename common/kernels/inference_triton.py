@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.kernels.forms import Rounded, TwoBytes
+from common.kernels.forms import Rounded, Rounding, TwoBytes
 from common.kernels.launch_triton import (
     begin,
     launch,
@@ -19,49 +19,43 @@ from common.kernels.launch_triton import (
     store_bytes,
 )
 
-# Bits of the integers of a `TwoBytes`.
-TWO_BYTES = tl.constexpr(16)
-
-
-def _empty_rounded(rows: int, size: int, like: Tensor) -> Rounded:
-    return Rounded(
-        torch.empty(rows, size, device=like.device, dtype=torch.int8),
-        torch.empty(rows, 1, device=like.device, dtype=like.dtype),
-    )
-
 
 def _results(
-    rows: int, size: int, like: Tensor, bits: int | None, block: int | None
+    rows: int, size: int, like: Tensor, rounding: Rounding | None
 ) -> tuple[Tensor | Rounded | TwoBytes, dict]:
-    """Where a kernel puts numbers [rows, size], and what it is told about it: as they are; rounded
-    per token to `bits`; as integers of 16 bits with a scale for each block of channels.
-    """
+    """What takes numbers [rows, size], rounded if asked for, and what a kernel is told of it."""
     output: Tensor | Rounded | TwoBytes
-    if block is not None:
-        output = TwoBytes.empty(rows, size, block, like)
-        tensors = output.codes, output.unit, output.sums
-    elif bits is not None:
-        output = _empty_rounded(rows, size, like)
-        tensors = output.codes, output.scale, output.scale
-    else:
+    if rounding is None:
         output = torch.empty(rows, size, device=like.device, dtype=like.dtype)
         tensors = output, output, output
+    elif rounding.block is None:
+        codes = torch.empty(rows, size, device=like.device, dtype=torch.int8)
+        output = Rounded(codes, torch.empty(rows, 1, device=like.device, dtype=like.dtype))
+        tensors = output.codes, output.scale, output.scale
+    else:
+        output = TwoBytes.empty(rows, size, rounding.block, like)
+        tensors = output.codes, output.unit, output.sums
     named = dict(zip(("output", "scale", "sums"), tensors, strict=True))
-    bits = TWO_BYTES.value if block is not None else bits or 0
-    return output, {**named, "BITS": bits, "PIECE": block or 1}
+    bits, block = (0, None) if rounding is None else (rounding.bits, rounding.block)
+    return output, {**named, "BITS": bits, "PIECE": block}
 
 
-def round_rows(inputs: Tensor, bits: int | None, block: int | None = None) -> Rounded | TwoBytes:
+def _at_once(size: int, rounding: Rounding | None) -> int:
+    """Columns of a program: a token that is rounded as one has to be in one."""
+    whole = rounding is not None and rounding.block is None
+    return triton.next_power_of_2(size) if whole else 1024
+
+
+def round_rows(inputs: Tensor, rounding: Rounding) -> Rounded | TwoBytes:
     rows, size = inputs.shape
-    result, named = _results(rows, size, inputs, bits, block)
-    # A token that is rounded as one has to be in one program.
-    most = triton.next_power_of_2(size) if block is None else 1024
-    _round_rows[(rows, triton.cdiv(size, most))](
+    result, named = _results(rows, size, inputs, rounding)
+    columns = _at_once(size, rounding)
+    _round_rows[(rows, triton.cdiv(size, columns))](
         inputs,
         size=size,
         smallest=torch.finfo(inputs.dtype).eps,
-        BLOCK=most,
-        num_warps=8 if most > 2048 else 4,
+        BLOCK=columns,
+        num_warps=8 if columns > 2048 else 4,
         **named,
         **launch(),
     )
@@ -102,14 +96,12 @@ def _store(
     BITS: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Store numbers [BLOCK] of a row of `size` from the column `start` on, in the form that
-    `_results` says; what is rounded per token to its largest value is a whole token.
-    """
+    """Store numbers [BLOCK] of a row of `size` from the column `start` on, as `_results` says."""
     column = start + tl.arange(0, value.shape[0])
     place, mask = output + row * size + column, column < size
     if BITS == 0:
         tl.store(place, value, mask=mask)
-    elif BITS == TWO_BYTES:
+    elif PIECE is not None:
         blocks = tl.reshape(value.to(tl.float32), (value.shape[0] // PIECE, PIECE))
         end = size // PIECE
         store_bytes(blocks, output, scale, sums, row, start // PIECE, end, size, PIECE)
@@ -149,11 +141,10 @@ def add_rms_norm(
     update: Tensor | None,
     gain: Tensor,
     epsilon: float,
-    bits: int | None = None,
-    block: int | None = None,
+    rounding: Rounding | None = None,
 ) -> Tensor | Rounded | TwoBytes:
     rows, size = hidden.shape
-    result, named = _results(rows, size, hidden, bits, block)
+    result, named = _results(rows, size, hidden, rounding)
     _add_rms_norm[(rows,)](
         hidden,
         update,
@@ -207,21 +198,20 @@ def _add_rms_norm(
 
 
 def silu_mul(
-    gate: Tensor, up: Tensor, bits: int | None = None, block: int | None = None
+    gate: Tensor, up: Tensor, rounding: Rounding | None = None
 ) -> Tensor | Rounded | TwoBytes:
     rows, size = gate.shape
-    result, named = _results(rows, size, gate, bits, block)
-    # As in `round_rows`.
-    most = 1024 if bits is None else triton.next_power_of_2(size)
-    _silu_mul[(rows, triton.cdiv(size, most))](
+    result, named = _results(rows, size, gate, rounding)
+    columns = _at_once(size, rounding)
+    _silu_mul[(rows, triton.cdiv(size, columns))](
         gate,
         up,
         gate_stride=gate.stride(0),
         up_stride=up.stride(0),
         size=size,
         smallest=torch.finfo(gate.dtype).eps,
-        BLOCK=most,
-        num_warps=4 if bits is None else 16,
+        BLOCK=columns,
+        num_warps=4 if columns <= 1024 else 16,
         **named,
         **launch(),
     )

@@ -33,8 +33,8 @@ def stages(most: int, size: int) -> int:
 
 @triton.jit
 def begin(OVERLAP: tl.constexpr):
-    """Wait for the kernel before; comes first in every kernel, or after what that has no part
-    in.
+    """Wait for the kernel before. Comes first in every kernel, or after loads of what the kernel
+    before does not write.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -82,7 +82,8 @@ def store_bytes(values, codes, unit, sums, row, first, end, size, BLOCK: tl.cons
     """Store float32 numbers [blocks, BLOCK], of a row of `size` from the block `first` on and
     before `end`, as a `TwoBytes`.
     """
-    step = tl.maximum(tl.max(tl.abs(values), 1), 1e-30) * (1.0 / 32512)
+    # What is not finite makes its block so: a maximum leaves it out.
+    step = tl.maximum(tl.max(tl.abs(values), 1), 1e-30) * (1.0 / 32512) + tl.sum(values * 0.0, 1)
     code = nearest(values * (1.0 / step)[:, None]).to(tl.int32)
     low = code << 24 >> 24  # signed
     block = first + tl.arange(0, values.shape[0])

@@ -21,9 +21,10 @@ from common.kernels.launch_triton import (
 )
 from common.kernels.row_product_triton import fits_one_row, row_matmul
 
-# Of a product: output channels of a program, for few and for many of them, and warps; then programs
-# it should have at least, so that every multiprocessor has work, and loads on their way. Measured
-# on an H200 for the linears of the Llama-3.2-1B shape (benchmarks/packed_product_sweep.py).
+# Of a program: output channels, for few and for many of them, and warps. Then up to how many
+# programs a product is split into, beyond its tiles, so that every multiprocessor has work; and
+# loads on their way. Measured on an H200 for the linears of the Llama-3.2-1B shape
+# (benchmarks/packed_product_sweep.py).
 BLOCK_OUT, BLOCK_OUT_WIDE, WARPS = 64, 128, 4
 FLOATS, INTEGERS = (264, 3), (132, 5)
 # Conversions of integers are rare units' work. A float with one of these exponents has an integer

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from common.base.device_memory import available, halved_to_fit
-from common.kernels.forms import Rotary, TwoBytes
+from common.kernels.forms import Rotary, Rounded, Rounding, TwoBytes
 from common.kernels.inference import add_rms_norm, attend, largest_index, row_matmul
 from common.model.architecture import is_fused
 from common.model.memory import TOKENS_SHARE, token_bytes
@@ -141,13 +141,17 @@ class Decoder:
         positions.add_(1).clamp_(max=self.length - 1)
 
     def _attend(
-        self, layer: JoinedLayer, cache: Tensor, projected: Tensor, block: int | None = None
-    ) -> Tensor | TwoBytes:
+        self,
+        layer: JoinedLayer,
+        cache: Tensor,
+        projected: Tensor,
+        rounding: Rounding | None = None,
+    ) -> Tensor | Rounded | TwoBytes:
         cosine, sine = self.tables
         keys, values = cache
         rotary = Rotary(cosine, sine, layer.norms)
         positions = self.positions[: len(projected)]
-        return attend(projected, rotary, positions, keys, values, layer.scaling, block)
+        return attend(projected, rotary, positions, keys, values, layer.scaling, rounding)
 
     def run(self, rows: int) -> Tensor:
         """Let the first `rows` rows go on by STEPS_AT_ONCE steps. Returns the new tokens [steps,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from common.kernels.forms import TwoBytes
+from common.kernels.forms import Rounded, Rounding, TwoBytes
 from common.kernels.inference import add_rms_norm, row_matmul, silu_mul
 from common.running.packed import PackedLinear, stack
 
@@ -39,7 +39,10 @@ class JoinedLayer:
             self.norms = norm.weight, attention.k_norm.weight, norm.variance_epsilon
 
     def run(
-        self, hidden: Tensor, update: Tensor | None, attend: Callable[..., Tensor | TwoBytes]
+        self,
+        hidden: Tensor,
+        update: Tensor | None,
+        attend: Callable[..., Tensor | Rounded | TwoBytes],
     ) -> Tensor:
         """The layer for hidden [tokens, size], to which `update`, if any, is still to be added;
         that is done, and the output of attention added, in place. Returns the MLP's output [tokens,
@@ -47,18 +50,16 @@ class JoinedLayer:
 
         Args:
             attend: attention, from queries, keys and values, side by side [tokens, (heads + 2 *
-                key-value heads) * head size], to [tokens, heads * head size]; its second argument
-                is the block for which it may give them as `TwoBytes`, if any.
+                key-value heads) * head size], to [tokens, heads * head size]; as its second
+                argument says, rounded or not.
         """
-        blocks = [_block_of_bytes(linear, hidden) for linear in self.linears]
-        bits, epsilon = self.bits, self.epsilon
-        gain = self.input_norm.weight
-        normed = add_rms_norm(hidden, update, gain, epsilon, bits, blocks[0])
-        update = self.output(attend(self.qkv(normed), blocks[1]))
-        gain = self.output_norm.weight
-        normed = add_rms_norm(hidden, update, gain, epsilon, bits, blocks[2])
+        qkv, output, gate_up, down = (_wanted_rounding(linear, hidden) for linear in self.linears)
+        gain, epsilon = self.input_norm.weight, self.epsilon
+        normed = add_rms_norm(hidden, update, gain, epsilon, qkv)
+        update = self.output(attend(self.qkv(normed), output))
+        normed = add_rms_norm(hidden, update, self.output_norm.weight, epsilon, gate_up)
         gate, up = self.gate_up(normed).chunk(2, -1)
-        return self.down(silu_mul(gate, up, bits, blocks[3]))
+        return self.down(silu_mul(gate, up, down))
 
     def run_one_row(self, hidden: Tensor, attend: Callable[..., Tensor]) -> None:
         """The layer, of packed linears, for a single row: hidden [1, size] becomes what leaves
@@ -77,8 +78,8 @@ class JoinedLayer:
         row_matmul(gated, self.down.codes, added_to=hidden, bits=self.bits)
 
 
-def _block_of_bytes(linear: nn.Module, hidden: Tensor) -> int | None:
-    return linear.block_of_bytes(hidden) if isinstance(linear, PackedLinear) else None
+def _wanted_rounding(linear: nn.Module, inputs: Tensor) -> Rounding | None:
+    return linear.wanted_rounding(inputs) if isinstance(linear, PackedLinear) else None
 
 
 def _joined(linears: list[nn.Module]) -> nn.Module:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,13 @@ from common.base.errors import UserError
 from common.checkpoint.format import open_checkpoint, unknown_form, weight_format
 from common.checkpoint.tensors import stored_codes, stored_parts
 from common.kernels import processor
-from common.kernels.forms import PackedWeight, Rounded, TwoBytes, pack
+from common.kernels.forms import PackedWeight, Rounded, Rounding, TwoBytes, pack
 from common.kernels.inference import (
-    block_of_bytes,
     integer_matmul,
     packed_matmul,
     round_rows,
     unpack,
+    wanted_rounding,
 )
 from common.model.architecture import FAMILIES, fill_buffers
 from common.model.online import CONFIG_KEY
@@ -65,12 +66,14 @@ class PackedLinear(nn.Module):
         self.codes = replace(self.codes, **buffers)
         return self
 
-    def block_of_bytes(self, inputs: Tensor) -> int | None:
-        """As `inference.block_of_bytes`, for inputs like these [rows, ...]."""
-        return None if self.activation_bits is not None else block_of_bytes(inputs, self.codes)
+    def wanted_rounding(self, inputs: Tensor) -> Rounding | None:
+        """How inputs like these, of which rows and type count, are rounded here, if they are."""
+        if self.activation_bits is not None:
+            return Rounding(self.activation_bits)
+        return wanted_rounding(inputs, self.codes)
 
     def forward(self, inputs: Tensor | Rounded | TwoBytes) -> Tensor:
-        """Args: inputs: [..., in], or [rows, in] rounded already."""
+        """Args: inputs: [..., in], or [rows, in] rounded already, as `wanted_rounding` says."""
         if self.dense is not None and isinstance(inputs, Tensor):
             if inputs.numel() > processor.FUSED_ROWS * inputs.shape[-1]:
                 return functional.linear(inputs, self.dense, self.bias)
@@ -79,7 +82,8 @@ class PackedLinear(nn.Module):
         elif isinstance(inputs, TwoBytes) or self.activation_bits is None:
             output = packed_matmul(inputs, self.codes)
         else:
-            rounded = round_rows(inputs.reshape(-1, inputs.shape[-1]), self.activation_bits)
+            rows = inputs.reshape(-1, inputs.shape[-1])
+            rounded = cast(Rounded, round_rows(rows, Rounding(self.activation_bits)))
             output = integer_matmul(rounded, self.codes).view(*inputs.shape[:-1], -1)
         return output if self.bias is None else output + self.bias
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from common.base.device_memory import available
-from common.kernels.inference import add_rms_norm, product_bytes, rotate_heads
+from common.kernels.forms import Rounded, Rounding, TwoBytes
+from common.kernels.inference import add_rms_norm, product_bytes, rotate_heads, round_rows
 from common.model.fused import attend_causally
 from common.model.memory import TOKENS_SHARE, token_bytes
 from common.running.graphs import GraphPool
@@ -60,9 +61,9 @@ def _attend(
     kept: Tensor,
     before: int,
     projected: Tensor,
-    _block: int | None = None,
-) -> Tensor:
-    """Causal attention of prompts [tokens, heads * size].
+    rounding: Rounding | None,
+) -> Tensor | Rounded | TwoBytes:
+    """Causal attention of prompts [tokens, heads * size], rounded if asked for.
 
     Args:
         kept: keys and values [2, rows, key-value heads, before + length, size]; takes those of the
@@ -81,7 +82,8 @@ def _attend(
     query, key, value = parts.split([queries, key_heads, key_heads], dim=2)
     if before:
         key, value = kept.transpose(2, 3)
-    return attend_causally(query, key, value, layer.scaling).flatten(0, 1)
+    attended = attend_causally(query, key, value, layer.scaling).flatten(0, 1)
+    return attended if rounding is None else round_rows(attended, rounding)
 
 
 class PromptReader:
