@@ -22,7 +22,8 @@ from common.numerics.grid import codes_per_token
 FUSED_ROWS, BYTES_ROWS = 64, 128
 UNPACKED_ELEMENTS, ALIGNED = 1 << 26, 128
 # Of each row of a product that unpacks weights inside: sums in float32 that its programs leave to
-# be added up, at most (`products_triton`: programs times output channels of one).
+# be added up, at most (programs of `products_triton` and `bytes_product_triton` times the output
+# channels of one).
 PARTIAL_SUMS = 264 * 128
 
 
