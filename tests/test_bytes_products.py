@@ -60,6 +60,7 @@ def test_two_bytes(generator, size, block):
         close(module.silu_mul(inputs, inputs.flip(0), rounding).values(), gated, 1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what is not finite
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_stays_so(generator, bits, value):
