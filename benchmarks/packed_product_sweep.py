@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT))
 import torch
 import triton
 
-from common.kernels import bytes_product_triton, products_triton, row_product_triton
+from common.kernels import bytes_product_triton, products_triton, row_product_triton, splits_triton
 from common.kernels.forms import Rounding, pack
-from common.kernels.inference import integer_matmul, packed_matmul, round_rows
+from common.kernels.inference import integer_matmul, packed_matmul, rounded, wanted_rounding
 
 SHAPES = {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}
 COPIES = 48
@@ -53,27 +53,24 @@ KINDS = {
 
 def products(kind: str, shape: tuple[int, int], copies: int) -> list[Callable[[], object]]:
     """One call for each of several random weights; what rounds the inputs is not in it."""
-    bits, group, rounded, tokens = KINDS[kind]
+    bits, group, integers, tokens = KINDS[kind]
     out, channels = shape
     groups = channels // (group or channels)
     inputs = torch.randn(tokens, channels, device="cuda").bfloat16()
-    function, argument = (integer_matmul if rounded else packed_matmul), inputs
-    if rounded:
-        argument = round_rows(inputs, Rounding(8))
-    elif tokens > 1 and group != 32:
-        argument = round_rows(inputs, Rounding(16, 128))
     weights = []
     for _ in range(copies):
         codes = torch.randint(-1 << bits - 1, 1 << bits - 1, shape, device="cuda").to(torch.int8)
         scale = (0.02 * torch.rand(out, groups, device="cuda")).bfloat16()
         zero = torch.randint(-8, 8, (out, groups), device="cuda") if bits == 4 else None
         weights.append(pack(codes, scale, zero, bits))
+    function = integer_matmul if integers else packed_matmul
+    argument = rounded(inputs, Rounding(8) if integers else wanted_rounding(inputs, weights[0]))
     return [partial(function, argument, weight) for weight in weights]
 
 
 def forms(kind: str) -> list[tuple[int, ...]]:
-    *_, rounded, tokens = KINDS[kind]
-    return VECTOR_FORMS if not rounded and tokens == 1 else FORMS
+    *_, integers, tokens = KINDS[kind]
+    return VECTOR_FORMS if not integers and tokens == 1 else FORMS
 
 
 def set_form(form: tuple[int, ...]) -> None:
@@ -81,9 +78,8 @@ def set_form(form: tuple[int, ...]) -> None:
         row_product_triton._members = lambda weight: form[0]
         return
     block_out, programs, warps, stages = form
-    for module in (products_triton, bytes_product_triton):
-        module.BLOCK_OUT = module.BLOCK_OUT_WIDE = block_out
-        module.WARPS = warps
+    splits_triton.BLOCK_OUT = splits_triton.BLOCK_OUT_WIDE = block_out
+    products_triton.WARPS = bytes_product_triton.WARPS = warps
     products_triton.FLOATS = products_triton.INTEGERS = programs, stages
     bytes_product_triton.PROGRAMS, bytes_product_triton.STAGES = programs, stages
 

@@ -67,6 +67,12 @@ def pack_vocabulary(model) -> PackedLinear:
     return rows
 
 
+def note_calls(monkeypatch, module, name: str, calls: list) -> None:
+    """Note the calls of a function of a module."""
+    function = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given: calls.append(given) or function(*given))
+
+
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     """Prompts are read without transformers, though no graph is captured."""

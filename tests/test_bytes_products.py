@@ -13,7 +13,13 @@ from kernel_checks import close, crossed, packed_weights, skip_without_the_inter
 
 skip_without_the_interpreter()
 
-from common.kernels import bytes_product_triton, forms, inference, products_triton
+from common.kernels import (
+    bytes_product_triton,
+    forms,
+    inference,
+    products_triton,
+    splits_triton,
+)
 from common.kernels import inference_triton as kernels
 
 
@@ -86,7 +92,7 @@ def test_partial_sums_are_no_more_than_is_counted(monkeypatch, rows, out):
     monkeypatch.setattr(
         torch, "empty", lambda *size, **how: taken.append(size) or empty(*size, **how)
     )
-    monkeypatch.setattr(bytes_product_triton, "counters", lambda *_: None)
+    monkeypatch.setattr(splits_triton, "counters", lambda *_: None)
     launch = mock.MagicMock()
     monkeypatch.setattr(bytes_product_triton, "_bytes_matmul", launch)
     packed, scale = empty(out, 4096, device="meta"), empty(out, 64, device="meta")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import build_tiny
 from kernel_checks import relative
-from prompt_models import pack_linears, pack_vocabulary, random_prompts
+from prompt_models import note_calls, pack_linears, pack_vocabulary, random_prompts
 from transformers import DynamicCache
 
-from common.kernels import bytes_product_triton, products_triton
+from common.kernels import products_triton
 from common.kernels.inference import unpack
 from common.running import decoding, prompts
 from common.running.decoding import Decoder
@@ -99,10 +99,8 @@ def test_steps_of_several_rows_on_bytes(monkeypatch, form, rows):
     model, plain = models("llama", form, torch.float16, head_dim=32)
     decoder, exact = Decoder(model, rows, 64), copy.deepcopy(plain).float()
     asked = random_prompts(*[3 + row % 9 for row in range(rows)])
-    given, matmul = [], bytes_product_triton.bytes_matmul
-    monkeypatch.setattr(
-        products_triton, "bytes_matmul", lambda *two: given.append(two) or matmul(*two)
-    )
+    given = []
+    note_calls(monkeypatch, products_triton, "bytes_matmul", given)
     decoder.start(asked)
     first = decoder.tokens[:rows].tolist()
     written = decoder.run(rows).T.tolist()

@@ -23,6 +23,7 @@ from common.kernels import (
     inference,
     products_triton,
     row_product_triton,
+    splits_triton,
 )
 from common.kernels import inference_triton as kernels
 from common.numerics import grid
@@ -55,7 +56,7 @@ def test_partial_sums_are_no_more_than_is_counted(monkeypatch, tuning, out):
     monkeypatch.setattr(
         torch, "empty", lambda *size, **how: taken.append(size) or empty(*size, device="meta")
     )
-    monkeypatch.setattr(products_triton, "counters", lambda *_: None)
+    monkeypatch.setattr(splits_triton, "counters", lambda *_: None)
     weight = forms.PackedWeight(empty(out, 4096, device="meta"), *[None] * 2, 4)
     for block in (32, 128):
         products_triton._product(

@@ -11,6 +11,7 @@ from kernel_checks import skip_without_the_interpreter
 from prompt_models import (
     as_on_a_gpu,  # noqa: F401 (a fixture)
     check,
+    note_calls,
     pack_linears,
     random_prompts,
     tiny_model,
@@ -20,12 +21,6 @@ skip_without_the_interpreter()
 
 from common.kernels import dispatch, inference, inference_triton, products_triton
 from common.running.decoding import Decoder
-
-
-def note(monkeypatch, module, name: str, calls: list) -> None:
-    """Note the calls of a function of a module."""
-    function = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *given: calls.append(given) or function(*given))
 
 
 @pytest.mark.parametrize("form", ["dense", "W4A16"])
@@ -48,8 +43,8 @@ def test_on_bytes(monkeypatch, form, whole):
     for module in (dispatch, inference):
         monkeypatch.setattr(module, "use_triton", lambda tensor: True)
     apart, products = [], []
-    note(monkeypatch, inference_triton, "round_rows", apart)
-    note(monkeypatch, products_triton, "bytes_matmul", products)
+    note_calls(monkeypatch, inference_triton, "round_rows", apart)
+    note_calls(monkeypatch, products_triton, "bytes_matmul", products)
     asked = random_prompts(5, 9)
     check(decoder, plain, asked, 0.01)
     # Attention of prompts is not ours: of each layer it alone is rounded after it.

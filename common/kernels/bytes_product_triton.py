@@ -13,20 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from common.kernels.forms import PackedWeight, TwoBytes
-from common.kernels.launch_triton import (
-    add_splits,
-    begin,
-    counters,
-    launch,
-    release,
-    stages,
-)
+from common.kernels.launch_triton import begin, launch, release, stages
+from common.kernels.splits_triton import WARPS, add_splits, split_sums
 
-# Of a program: output channels, for few and for many of them, rows at most, and warps. Then up to
-# how many programs a product is split into, beyond its tiles, so that every multiprocessor has
-# work; and loads on their way. Measured on an H200 for the linears of the Llama-3.2-1B shape
-# (benchmarks/packed_product_sweep.py).
-BLOCK_OUT, BLOCK_OUT_WIDE, BLOCK_ROWS, WARPS = 64, 128, 32, 4
+# Rows of a program at most; then of a product the programs (`split_sums`), and loads on their way.
+# Measured as the rest of its form.
+BLOCK_ROWS = 32
 PROGRAMS, STAGES = 264, 3
 
 
@@ -34,44 +26,39 @@ def bytes_matmul(inputs: TwoBytes, weight: PackedWeight) -> Tensor:
     rows, channels = len(inputs.codes), inputs.codes.shape[2]
     out, blocks = len(weight.packed), inputs.unit.shape[1]
     assert blocks * weight.block == channels == weight.shape[1]  # rounded for weights like these
-    block_out = BLOCK_OUT_WIDE if out > 4096 else BLOCK_OUT
     block_rows = min(BLOCK_ROWS, max(8, triton.next_power_of_2(rows)))
-    tiles, row_tiles = triton.cdiv(out, block_out), triton.cdiv(rows, block_rows)
-    each = triton.cdiv(blocks, max(1, min(blocks, PROGRAMS // (tiles * row_tiles))))
-    splits = triton.cdiv(blocks, each)
-    device = inputs.codes.device
-    output = torch.empty(rows, out, device=device, dtype=inputs.dtype)
-    partial = torch.empty(splits, rows, out, device=device) if splits > 1 else output
-    bytes_of_stage = weight.block * (block_out * weight.bits // 8 + 2 * block_rows)
-    _bytes_matmul[(tiles, splits, row_tiles)](
+    row_tiles, device = triton.cdiv(rows, block_rows), inputs.codes.device
+    split = split_sums(rows, row_tiles, out, blocks, PROGRAMS, device, inputs.dtype)
+    bytes_of_stage = weight.block * (split.block_out * weight.bits // 8 + 2 * block_rows)
+    _bytes_matmul[(split.tiles, split.splits, row_tiles)](
         inputs.codes,
         inputs.unit,
         inputs.sums,
         weight.packed,
         weight.scale,
         weight.zero_point,
-        output,
-        partial,
-        counters(tiles * row_tiles, device) if splits > 1 else output,
+        split.output,
+        split.partial,
+        split.counters,
         rows,
         out,
         channels,
         weight.packed.shape[1],
         blocks,
         blocks // weight.scale.shape[1],
-        each,
+        split.each,
         BITS=weight.bits,
         HAS_ZERO=weight.zero_point is not None,
         BLOCK=weight.block,
-        BLOCK_OUT=block_out,
+        BLOCK_OUT=split.block_out,
         BLOCK_ROWS=block_rows,
-        SPLITS=splits,
+        SPLITS=split.splits,
         ASSEMBLY=inputs.codes.is_cuda and torch.version.hip is None,
         num_warps=WARPS,
         num_stages=stages(STAGES, bytes_of_stage),
         **launch(),
     )
-    return output
+    return split.output
 
 
 @triton.jit

@@ -22,8 +22,7 @@ from common.numerics.grid import codes_per_token
 FUSED_ROWS, BYTES_ROWS = 64, 128
 UNPACKED_ELEMENTS, ALIGNED = 1 << 26, 128
 # Of each row of a product that unpacks weights inside: sums in float32 that its programs leave to
-# be added up, at most (programs of `products_triton` and `bytes_product_triton` times the output
-# channels of one).
+# be added up, at most (`splits_triton`: programs times output channels of one).
 PARTIAL_SUMS = 264 * 128
 
 
@@ -190,7 +189,8 @@ def round_rows(inputs: Tensor, rounding: Rounding) -> Rounded | TwoBytes:
     return TwoBytes(halves.to(torch.int8), unit, codes.sum(2) * unit, inputs.dtype)
 
 
-def _rounded(values: Tensor, rounding: Rounding | None) -> Tensor | Rounded | TwoBytes:
+def rounded(values: Tensor, rounding: Rounding | None) -> Tensor | Rounded | TwoBytes:
+    """Values [rows, in], as integers if that is asked for."""
     return values if rounding is None else round_rows(values, rounding)
 
 
@@ -210,7 +210,7 @@ def add_rms_norm(
         hidden += update
     values = hidden.float()
     values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)
-    return _rounded(gain * values.to(hidden.dtype), rounding)
+    return rounded(gain * values.to(hidden.dtype), rounding)
 
 
 def attend(
@@ -234,7 +234,7 @@ def attend(
         attended = kernels.attention.attend(
             projected, rotary, positions, keys, values, scaling, rounding
         )
-        return _rounded(attended, rounding) if isinstance(attended, Tensor) else attended
+        return rounded(attended, rounding) if isinstance(attended, Tensor) else attended
     key_heads, length, size = keys.shape[1:]
     heads = projected.view(len(projected), -1, size)
     query, key, value = heads.split([heads.shape[1] - 2 * key_heads, key_heads, key_heads], dim=1)
@@ -254,7 +254,7 @@ def attend(
     attended = functional.scaled_dot_product_attention(
         query.unsqueeze(2), keys, values, seen[:, None, None], scale=scaling, enable_gqa=True
     )
-    return _rounded(attended.flatten(1), rounding)
+    return rounded(attended.flatten(1), rounding)
 
 
 def rotate_heads(
@@ -296,7 +296,7 @@ def silu_mul(
     """
     if kernels := triton_kernels(gate):
         return kernels.inference.silu_mul(gate, up, rounding)
-    return _rounded(functional.silu(gate) * up, rounding)
+    return rounded(functional.silu(gate) * up, rounding)
 
 
 def largest_index(values: Tensor) -> Tensor:

@@ -94,24 +94,3 @@ def store_bytes(values, codes, unit, sums, row, first, end, size, BLOCK: tl.cons
     place = row * (size // BLOCK) + block
     tl.store(unit + place, step, mask=inside)
     tl.store(sums + place, tl.sum(code, 1).to(tl.float32) * step, mask=inside)
-
-
-@triton.jit
-def add_splits(total, output, partial, counters, rows, out, channel, row, SPLITS: tl.constexpr):
-    """Store a tile [channels, rows] of a product [rows, out]; where what is summed is split between
-    programs, along their second axis, the last one of the tile adds all up.
-    """
-    mask = (row < rows)[None, :] & (channel < out)[:, None]
-    place = row[None, :] * out + channel[:, None]
-    if SPLITS == 1:
-        tl.store(output + place, total.to(output.dtype.element_ty), mask=mask)
-    else:
-        tl.store(partial + tl.program_id(1) * rows * out + place, total, mask=mask)
-        tl.debug_barrier()
-        counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
-            total = tl.zeros_like(total)
-            for split in range(SPLITS):
-                total += tl.load(partial + split * rows * out + place, mask=mask, other=0.0)
-            tl.store(output + place, total.to(output.dtype.element_ty), mask=mask)
-            tl.store(counter, 0)

@@ -11,21 +11,12 @@ from torch import Tensor
 
 from common.kernels.bytes_product_triton import bytes_matmul
 from common.kernels.forms import PackedWeight, Rounded, TwoBytes
-from common.kernels.launch_triton import (
-    add_splits,
-    begin,
-    counters,
-    launch,
-    release,
-    stages,
-)
+from common.kernels.launch_triton import begin, launch, release, stages
 from common.kernels.row_product_triton import fits_one_row, row_matmul
+from common.kernels.splits_triton import WARPS, add_splits, split_sums
 
-# Of a program: output channels, for few and for many of them, and warps. Then up to how many
-# programs a product is split into, beyond its tiles, so that every multiprocessor has work; and
-# loads on their way. Measured on an H200 for the linears of the Llama-3.2-1B shape
-# (benchmarks/packed_product_sweep.py).
-BLOCK_OUT, BLOCK_OUT_WIDE, WARPS = 64, 128, 4
+# Of a product: the programs (`split_sums`), and loads on their way. Measured as the rest of its
+# form.
 FLOATS, INTEGERS = (264, 3), (132, 5)
 # Conversions of integers are rare units' work. A float with one of these exponents has an integer
 # as its last bits, and is that integer plus a power of two.
@@ -92,36 +83,29 @@ def _product(
 ) -> tuple[Tensor, dict, dict]:
     """What both products are launched with: the output, arguments, and constants."""
     rows, channels = inputs.shape
-    out, steps = len(weight.packed), channels // block
-    block_out = BLOCK_OUT_WIDE if out > 4096 else BLOCK_OUT
-    tiles = triton.cdiv(out, block_out)
-    splits = max(1, min(steps, programs // tiles))
-    each = triton.cdiv(steps, splits)
-    splits = triton.cdiv(steps, each)
-    output = torch.empty(rows, out, device=inputs.device, dtype=dtype)
-    partial = torch.empty(splits, rows, out, device=inputs.device) if splits > 1 else output
-    counts = counters(tiles, inputs.device) if splits > 1 else output
+    out = len(weight.packed)
+    split = split_sums(rows, 1, out, channels // block, programs, inputs.device, dtype)
     arguments = {
-        "grid": (tiles, splits),
-        "partial": partial,
-        "counters": counts,
+        "grid": (split.tiles, split.splits),
+        "partial": split.partial,
+        "counters": split.counters,
         "rows": rows,
         "out": out,
         "channels": channels,
-        "steps": each,
+        "steps": split.each,
     }
     block_rows = max(16, triton.next_power_of_2(rows))
-    bytes_of_stage = block * (block_out * weight.bits // 8 + block_rows * inputs.element_size())
+    bytes_of_row = split.block_out * weight.bits // 8 + block_rows * inputs.element_size()
     return (
-        output,
+        split.output,
         arguments,
         {
             "BLOCK_ROWS": block_rows,
-            "BLOCK_OUT": block_out,
+            "BLOCK_OUT": split.block_out,
             "BLOCK": block,
-            "SPLITS": splits,
+            "SPLITS": split.splits,
             "num_warps": WARPS,
-            "num_stages": stages(loads, bytes_of_stage),
+            "num_stages": stages(loads, block * bytes_of_row),
         },
     )
 

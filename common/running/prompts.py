@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from common.base.device_memory import available
 from common.kernels.forms import Rounded, Rounding, TwoBytes
-from common.kernels.inference import add_rms_norm, product_bytes, rotate_heads, round_rows
+from common.kernels.inference import add_rms_norm, product_bytes, rotate_heads, rounded
 from common.model.fused import attend_causally
 from common.model.memory import TOKENS_SHARE, token_bytes
 from common.running.graphs import GraphPool
@@ -83,7 +83,7 @@ def _attend(
     if before:
         key, value = kept.transpose(2, 3)
     attended = attend_causally(query, key, value, layer.scaling).flatten(0, 1)
-    return attended if rounding is None else round_rows(attended, rounding)
+    return rounded(attended, rounding)
 
 
 class PromptReader:

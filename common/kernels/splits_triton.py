@@ -1,0 +1,78 @@
+"""How a product [rows, out] is shared out between programs: each has a tile of it, and where tiles
+are too few to give every multiprocessor work, several have one and split its sums.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from common.kernels.launch_triton import counters
+
+# Output channels of a program, for few and for many of them, and its warps. Measured on an H200 for
+# the linears of the Llama-3.2-1B shape (benchmarks/packed_product_sweep.py).
+BLOCK_OUT, BLOCK_OUT_WIDE, WARPS = 64, 128, 4
+
+
+class Split(NamedTuple):
+    """tiles: of the output channels, `block_out` in each.
+    splits: programs for a tile, with up to `each` steps of channels.
+    partial: [splits, rows, out] float32, which they leave to be added up, and counters of those
+        that have; anything where there is one.
+    """
+
+    block_out: int
+    tiles: int
+    splits: int
+    each: int
+    output: Tensor
+    partial: Tensor
+    counters: Tensor
+
+
+def split_sums(
+    rows: int,
+    row_tiles: int,
+    out: int,
+    steps: int,
+    programs: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Split:
+    """Args: programs: up to how many there are where tiles, of `row_tiles` parts of the rows, too,
+    are fewer.
+    """
+    block_out = BLOCK_OUT_WIDE if out > 4096 else BLOCK_OUT
+    tiles = triton.cdiv(out, block_out)
+    each = triton.cdiv(steps, max(1, min(steps, programs // (tiles * row_tiles))))
+    splits = triton.cdiv(steps, each)
+    output = partial = counts = torch.empty(rows, out, device=device, dtype=dtype)
+    if splits > 1:
+        partial = torch.empty(splits, rows, out, device=device)
+        counts = counters(tiles * row_tiles, device)
+    return Split(block_out, tiles, splits, each, output, partial, counts)
+
+
+@triton.jit
+def add_splits(total, output, partial, counters, rows, out, channel, row, SPLITS: tl.constexpr):
+    """Store a tile [channels, rows] of a product [rows, out]; where what is summed is split between
+    programs, along their second axis, the last one of the tile adds all up.
+    """
+    mask = (row < rows)[None, :] & (channel < out)[:, None]
+    place = row[None, :] * out + channel[:, None]
+    if SPLITS == 1:
+        tl.store(output + place, total.to(output.dtype.element_ty), mask=mask)
+    else:
+        tl.store(partial + tl.program_id(1) * rows * out + place, total, mask=mask)
+        tl.debug_barrier()
+        counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
+            total = tl.zeros_like(total)
+            for split in range(SPLITS):
+                total += tl.load(partial + split * rows * out + place, mask=mask, other=0.0)
+            tl.store(output + place, total.to(output.dtype.element_ty), mask=mask)
+            tl.store(counter, 0)
