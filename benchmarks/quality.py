@@ -32,6 +32,7 @@ from scripts import quantize
 
 from common.base.arguments import positive, two_or_more
 from common.base.device import DTYPES, resolve_device
+from common.base.errors import first_line
 from common.base.stopwatch import Stopwatch
 from common.cli import configure_torch, quiet_libraries
 from common.model.source import SourceModel, resolve_folder
@@ -150,7 +151,7 @@ def by_peer(function: Callable, subject: Subject, seed: int) -> tuple[dict[str, 
         subject.device,
         watch,
     )
-    model = function(work).model
+    model = function(work).model.to(subject.device)  # some leave parts of it on the host
     return subject.measure(model), watch.seconds["quantize"]
 
 
@@ -247,6 +248,12 @@ def main() -> None:
                     found, seconds = job(subject, seed)
                 except ImportError as error:
                     print(f"{run}: not installed ({error})", flush=True)
+                    break
+                except Exception as error:
+                    if run not in PEERS:
+                        raise
+                    # Another library's failure is not the others'.
+                    print(f"{run}: failed, {type(error).__name__}: {first_line(error)}", flush=True)
                     break
                 records.append(
                     {
