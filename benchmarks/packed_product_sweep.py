@@ -24,7 +24,13 @@ sys.path.insert(0, str(ROOT))
 import torch
 import triton
 
-from common.kernels import bytes_product_triton, products_triton, row_product_triton, splits_triton
+from common.kernels import (
+    bytes_product_triton,
+    float_product_triton,
+    integer_product_triton,
+    row_product_triton,
+    splits_triton,
+)
 from common.kernels.forms import Rounding, pack
 from common.kernels.inference import integer_matmul, packed_matmul, rounded, wanted_rounding
 
@@ -39,15 +45,16 @@ FORMS = [
 # Output channels of a program, for one token.
 VECTOR_FORMS = [(members,) for members in (4, 8, 16, 32)]
 # Bits of the weights, their groups (None: whole rows), whether the inputs are rounded to 8 bits,
-# tokens. In groups of 32 several tokens' product is one of floats.
+# tokens. Products of several tokens are on floats in groups of 32, and with 4 bits from 65 on.
 KINDS = {
     "W4A16, 1 token": (4, 128, False, 1),
-    **{f"W4A16, {tokens} tokens": (4, 128, False, tokens) for tokens in (8, 16, 32, 64, 128)},
+    **{f"W4A16, {tokens} tokens": (4, 128, False, tokens) for tokens in (8, 16, 32, 64, 128, 256)},
     "W4A16 g32, 8 tokens": (4, 32, False, 8),
     "W8A16, 1 token": (8, None, False, 1),
     "W8A16, 32 tokens": (8, None, False, 32),
     "W8A8, 1 token": (8, None, True, 1),
     "W8A8, 32 tokens": (8, None, True, 32),
+    "W8A8, 512 tokens": (8, None, True, 512),
 }
 
 
@@ -79,9 +86,12 @@ def set_form(form: tuple[int, ...]) -> None:
         return
     block_out, programs, warps, stages = form
     splits_triton.BLOCK_OUT = splits_triton.BLOCK_OUT_WIDE = block_out
-    products_triton.WARPS = bytes_product_triton.WARPS = warps
-    products_triton.FLOATS = products_triton.INTEGERS = programs, stages
-    bytes_product_triton.PROGRAMS, bytes_product_triton.STAGES = programs, stages
+    for module in (bytes_product_triton, float_product_triton, integer_product_triton):
+        module.WARPS, module.PROGRAMS, module.STAGES = warps, programs, stages
+    float_product_triton.BLOCK_OUT = block_out
+    float_product_triton.LARGE = 256, block_out, warps
+    integer_product_triton.BLOCK_OUT = integer_product_triton.BLOCK_OUT_WIDE = block_out
+    integer_product_triton.STAGES_BYTES = stages * 128 * (block_out + splits_triton.BLOCK_ROWS)
 
 
 def microseconds(calls: list[Callable[[], object]]) -> float:

@@ -62,7 +62,7 @@ def products(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable]:
             weight, row = packed(out, channels, *form, dtype), tensor(1, channels, dtype=dtype)
             rounds = form == FORMS[-1] and name != "head"
             yield partial(inference.unpack, weight, dtype)
-            for rows in (1, 2, 32, 64):
+            for rows in (1, 2, 32, 64, 128, 256):
                 yield partial(inference.packed_matmul, tensor(rows, channels, dtype=dtype), weight)
                 if rounds:
                     rounded = Rounded(
@@ -86,8 +86,6 @@ def other_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable
     tokens, gain = tensor(8, hidden, dtype=dtype), tensor(hidden, dtype=dtype)
     for width in (hidden, inner):
         yield partial(inference.round_rows, tensor(8, width, dtype=dtype), Rounding(8))
-        scales = tensor(8, 1, dtype=dtype), tensor(width, 1, dtype=dtype)
-        yield partial(inference.scale_sums, tensor(8, width, dtype=torch.int32), *scales)
     for rounding in (None, Rounding(8)):
         for update in (None, tokens):
             yield partial(inference.add_rms_norm, tokens, update, gain, 1e-5, rounding)

@@ -95,9 +95,10 @@ def test_partial_sums_are_no_more_than_is_counted(monkeypatch, rows, out):
     monkeypatch.setattr(splits_triton, "counters", lambda *_: None)
     launch = mock.MagicMock()
     monkeypatch.setattr(bytes_product_triton, "_bytes_matmul", launch)
-    packed, scale = empty(out, 4096, device="meta"), empty(out, 64, device="meta")
+    bits = 4 if rows <= 64 else 8
+    packed, scale = empty(out, 1024 * bits, device="meta"), empty(out, 64, device="meta")
     codes = empty(rows, 2, 8192, device="meta", dtype=torch.int8)
-    units, weight = empty(rows, 64, device="meta"), forms.PackedWeight(packed, scale, None, 4)
+    units, weight = empty(rows, 64, device="meta"), forms.PackedWeight(packed, scale, None, bits)
     inputs = forms.TwoBytes(codes, units, units, torch.bfloat16)
     bytes_product_triton.bytes_matmul(inputs, weight)
     partial = [math.prod(size) for size in taken if len(size) == 3]

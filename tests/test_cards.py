@@ -59,7 +59,6 @@ def launched(monkeypatch):
         inference_triton: {
             "silu_mul": lambda gate, *_: gate,
             "largest_index": lambda values: values,
-            "scale_sums": lambda sums, *_: sums,
             "round_rows": lambda inputs, rounding: (
                 TwoBytes(*[inputs] * 3, inputs.dtype) if rounding.block else inputs
             ),
@@ -74,9 +73,6 @@ def launched(monkeypatch):
     for module, functions in results.items():
         for name, result in functions.items():
             monkeypatch.setattr(module, name, note(name, result))
-    monkeypatch.setattr(
-        torch, "_int_mm", note("_int_mm", lambda left, right: left.float() @ right.float())
-    )
     monkeypatch.setattr(dispatch, "triton_works", lambda: True)
 
     def start(*capability: int) -> list[str]:
@@ -97,21 +93,23 @@ def weight_of(bits: int) -> PackedWeight:
 
 
 @pytest.mark.parametrize(
-    ("capability", "several", "many"),
+    ("capability", "several", "more", "many"),
     [
-        ((6, 1), [], []),
-        ((7, 5), ["unpack"], ["unpack"]),
-        ((8, 6), ["round_rows", "packed_matmul on bytes"], ["unpack"]),
-        ((9, 0), ["round_rows", "packed_matmul on bytes"], ["unpack"]),
+        ((6, 1), [], [], []),
+        ((7, 5), ["unpack"], ["unpack"], ["unpack"]),
+        ((8, 6), ["round_rows", "packed_matmul on bytes"], ["packed_matmul"], ["unpack"]),
+        ((9, 0), ["round_rows", "packed_matmul on bytes"], ["packed_matmul"], ["unpack"]),
     ],
 )
-def test_packed_products_by_card(launched, capability, several, many):
+def test_packed_products_by_card(launched, capability, several, more, many):
     """Without tensor cores in Triton weights are unpacked before a product with several rows."""
     with FakeTensorMode():
         for rows, expected in (
             (1, ["packed_matmul"] if several else []),
             (2, several),
-            (128, several),
+            (64, several),
+            (65, more),
+            (128, more),
             (129, many),
         ):
             called = launched(*capability)
@@ -128,12 +126,17 @@ def test_packed_products_by_card(launched, capability, several, many):
 def test_products_on_floats(launched, group, dtype):
     """Of inputs in float32, which integers of 16 bits would not do justice, and of small blocks."""
     with FakeTensorMode():
-        scale = on_card(256, 768 // group, dtype=dtype)
-        weight = PackedWeight(on_card(256, 384, dtype=torch.uint8), scale, None, 4)
-        for rows, expected in ((2, ["packed_matmul"]), (64, ["packed_matmul"]), (65, ["unpack"])):
-            called = launched(9, 0)
-            inference.packed_matmul(on_card(rows, 768, dtype=dtype), weight)
-            assert called == expected, rows
+        for out, most in ((256, 128), (16384, 256)):
+            most = most if dtype == torch.float16 else 64
+            scale = on_card(out, 768 // group, dtype=dtype)
+            weight = PackedWeight(on_card(out, 384, dtype=torch.uint8), scale, None, 4)
+            for rows, expected in (
+                *[(rows, ["packed_matmul"]) for rows in (2, 64, most)],
+                (most + 1, ["unpack"]),
+            ):
+                called = launched(9, 0)
+                inference.packed_matmul(on_card(rows, 768, dtype=dtype), weight)
+                assert called == expected, rows
 
 
 @pytest.mark.parametrize(
@@ -141,8 +144,8 @@ def test_products_on_floats(launched, group, dtype):
     [
         ((6, 1), [], [], []),
         ((7, 5), ["packed_matmul"], ["unpack"], ["unpack"]),
-        ((8, 0), ["integer_matmul"], ["integer_matmul"], ["_int_mm", "scale_sums"]),
-        ((12, 0), ["integer_matmul"], ["integer_matmul"], ["_int_mm", "scale_sums"]),
+        ((8, 0), ["integer_matmul"], ["integer_matmul"], ["integer_matmul"]),
+        ((12, 0), ["integer_matmul"], ["integer_matmul"], ["integer_matmul"]),
     ],
 )
 def test_integer_products_by_card(launched, capability, one, several, many):

@@ -7,7 +7,7 @@ import torch
 from kernel_checks import relative
 
 from common.base import gpu
-from common.kernels import forms, inference
+from common.kernels import float_product_triton, forms, inference
 from common.kernels.dispatch import triton_works
 from common.kernels.forms import PackedWeight, Rounding
 from common.kernels.rounding import search_range
@@ -51,6 +51,25 @@ def test_packed_matmul(generator, rows, bits, group, asymmetric, dtype):
     assert torch.equal(
         inference.unpack(moved(weight), dtype).cpu(), inference.unpack(weight, dtype)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("group", "rows"), [(32, 3), (32, 128), (64, 70), (128, 128), (128, 200)])
+@pytest.mark.parametrize("out", [70, 5000])
+def test_weights_as_floats(generator, out, group, rows, scale_dtype, dtype):
+    """Of inputs that take one channel each, so that the product is the weights themselves: rounded
+    once, as those that are unpacked.
+    """
+    codes = torch.randint(-8, 8, (out, 256), generator=generator).to(torch.int8)
+    zero = torch.randint(-8, 8, (out, 256 // group), generator=generator).to(torch.int8)
+    scale = (0.01 * torch.rand(out, 256 // group, generator=generator)).to(scale_dtype)
+    weight = moved(forms.pack(codes, scale, zero, 4))
+    inputs = torch.zeros(rows, 256, dtype=dtype, device="cuda")
+    taken = torch.randint(256, (rows,), generator=generator).cuda()
+    inputs[torch.arange(rows).cuda(), taken] = 1
+    found = float_product_triton.float_matmul(inputs, weight)
+    assert torch.equal(found, inference.unpack(weight, dtype).T[taken])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -118,10 +137,11 @@ def test_row_matmul_with_rounded_inputs(generator, out):
     )
 
 
-@pytest.mark.parametrize("rows", [1, 8, 33, 64, 200])
-def test_integer_matmul(generator, rows):
-    codes = torch.randint(-128, 128, (192, 1152), generator=generator).to(torch.int8)
-    weight = forms.pack(codes, torch.rand(192, 1, generator=generator).bfloat16(), None, 8)
+@pytest.mark.parametrize("out", [192, 8320])
+@pytest.mark.parametrize("rows", [1, 8, 33, 64, 65, 200, 300])
+def test_integer_matmul(generator, rows, out):
+    codes = torch.randint(-128, 128, (out, 1152), generator=generator).to(torch.int8)
+    weight = forms.pack(codes, torch.rand(out, 1, generator=generator).bfloat16(), None, 8)
     rounded = inference.round_rows(
         torch.randn(rows, 1152, generator=generator).bfloat16().cuda(), Rounding(8)
     )

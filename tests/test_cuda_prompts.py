@@ -83,7 +83,10 @@ def test_prompts_read_through_graphs(architecture, form):
             place = (slice(None), slice(None), row, slice(None), slice(length))
             assert torch.equal(decoder.cache[place], cache[place])
         assert torch.equal(decoder.run(rows), written)
-        reference.check(first, asked)
+        # A single prompt's logits are few: chance decides how far off they are.
+        more = [random_prompts(*lengths, seed=100 + one) for one in range(7 if rows == 1 else 0)]
+        read = [first, *(decoder.start(one).clone() for one in more)]
+        reference.check(torch.cat(read), sum(more, asked))
     captured = [graph for graph, _ in decoder.reader._graphs.values()]
     assert len(captured) == len(PROMPTS)
     pools = {graph.pool() for graph in (*captured, *decoder._graphs.values())}

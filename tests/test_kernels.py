@@ -4,7 +4,6 @@ float64.
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -23,63 +22,9 @@ from common.kernels import (
     inference,
     products_triton,
     row_product_triton,
-    splits_triton,
 )
 from common.kernels import inference_triton as kernels
 from common.numerics import grid
-
-
-@pytest.mark.parametrize(
-    ("bits", "channels", "groups", "asymmetric"),
-    crossed([(4, 576, 9), (4, 1024, 1), (4, 96, 6), (8, 192, 3), (8, 64, 1)], (True, False)),
-)
-def test_packed_matmul(generator, bits, channels, groups, asymmetric):
-    packed, weight = packed_weights(generator, 21, channels, groups, bits, asymmetric)
-    assert packed.shape == weight.shape and packed.packed.nbytes == weight.numel() * bits // 8
-    assert torch.equal(inference.unpack(packed, torch.float64), weight)
-    assert torch.equal(products_triton.unpack(packed, torch.float32), weight.float())
-    some = torch.tensor([3, 20, 3])
-    assert torch.equal(inference.unpack(packed[some], torch.float64), weight[some])
-    for rows in (1, 3, 17):
-        inputs = torch.randn(rows, channels, generator=generator)
-        expected = inputs.double() @ weight.T
-        close(inference.packed_matmul(inputs, packed), expected, 1e-6)
-        close(products_triton.packed_matmul(inputs, packed), expected, 1e-6)
-        half = inputs.half()
-        close(products_triton.packed_matmul(half, packed), half.double() @ weight.T, 1e-3)
-
-
-@pytest.mark.parametrize("tuning", [products_triton.FLOATS, products_triton.INTEGERS])
-@pytest.mark.parametrize("out", [32, 64, 320, 4096, 4224, 16384, 128256])
-def test_partial_sums_are_no_more_than_is_counted(monkeypatch, tuning, out):
-    taken, empty = [], torch.empty
-    monkeypatch.setattr(
-        torch, "empty", lambda *size, **how: taken.append(size) or empty(*size, device="meta")
-    )
-    monkeypatch.setattr(splits_triton, "counters", lambda *_: None)
-    weight = forms.PackedWeight(empty(out, 4096, device="meta"), *[None] * 2, 4)
-    for block in (32, 128):
-        products_triton._product(
-            empty(3, 8192, device="meta"), weight, torch.bfloat16, block, *tuning
-        )
-    assert all(math.prod(size) <= 3 * inference.PARTIAL_SUMS for size in taken if len(size) == 3)
-    assert out > 4224 or any(len(size) == 3 for size in taken)
-
-
-@pytest.mark.parametrize("most", [1, 128 * 64 + 63, 1 << 26])
-def test_weights_are_unpacked_in_tiles(generator, monkeypatch, most):
-    """Of 300 rows: 128 each, or all at once."""
-    monkeypatch.setattr(inference, "UNPACKED_ELEMENTS", most)
-    packed, weight = packed_weights(generator, 300, 64, 2, 4, True)
-    sizes, original = [], inference.unpack
-    monkeypatch.setattr(
-        inference,
-        "unpack",
-        lambda part, dtype: sizes.append(part.shape[0]) or original(part, dtype),
-    )
-    inputs = torch.randn(2, 70, 64, generator=generator)
-    close(inference.packed_matmul(inputs, packed), inputs.double() @ weight.T, 1e-6)
-    assert sizes == ([300] if most == 1 << 26 else [128, 128, 44])
 
 
 @pytest.mark.parametrize(
@@ -159,18 +104,6 @@ def test_row_matmul_rounds_inputs_to_16_bits(generator, bits):
     assert not products_triton.row_matmul(
         torch.zeros(1, 576), packed, None, False, None, None
     ).any()
-
-
-@pytest.mark.parametrize("channels", [576, 1024, 48])
-def test_integer_matmul(generator, channels):
-    packed, weight = packed_weights(generator, 70, channels, 1, 8, False)
-    for rows in (1, 17):
-        rounded = inference.round_rows(
-            torch.randn(rows, channels, generator=generator), forms.Rounding(8)
-        )
-        expected = rounded.codes.double() * rounded.scale.double() @ weight.T
-        close(inference.integer_matmul(rounded, packed), expected, 1e-6)
-        close(products_triton.integer_matmul(rounded, packed), expected, 1e-6)
 
 
 def test_round_rows_of_every_size(generator):
@@ -295,18 +228,6 @@ def test_largest_index(generator):
     values[2, 4999] = values[2, 10] = 9.0
     for function in (inference.largest_index, kernels.largest_index):
         assert function(values).tolist() == [values[0].float().argmax().item(), 0, 10]
-
-
-def test_scale_sums(generator):
-    """Sums as large as they get, and channels of which the last program has few."""
-    sums = torch.randint(-(1 << 27), 1 << 27, (3, 2100), generator=generator).int()
-    rows, channels = (torch.rand(count, 1, generator=generator) for count in sums.shape)
-    expected = sums.double() * rows.double() * channels.double().T
-    for module in (inference, kernels):
-        close(module.scale_sums(sums, rows, channels), expected, 1e-6)
-        half = module.scale_sums(sums, rows.bfloat16() / 128, channels)
-        assert half.dtype == torch.bfloat16
-        close(half, expected / 128, 0.01)
 
 
 def test_round_rows(generator):

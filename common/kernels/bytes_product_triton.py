@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.kernels.forms import PackedWeight, TwoBytes
 from common.kernels.launch_triton import begin, launch, release, stages
-from common.kernels.splits_triton import WARPS, add_splits, split_sums
+from common.kernels.splits_triton import WARPS, add_splits, split_sums, tile_of_few_rows
 
 # Rows of a program at most; then of a product the programs (`split_sums`), and loads on their way.
 # Measured as the rest of its form.
@@ -28,7 +28,9 @@ def bytes_matmul(inputs: TwoBytes, weight: PackedWeight) -> Tensor:
     assert blocks * weight.block == channels == weight.shape[1]  # rounded for weights like these
     block_rows = min(BLOCK_ROWS, max(8, triton.next_power_of_2(rows)))
     row_tiles, device = triton.cdiv(rows, block_rows), inputs.codes.device
-    split = split_sums(rows, row_tiles, out, blocks, PROGRAMS, device, inputs.dtype)
+    split = split_sums(
+        rows, row_tiles, out, tile_of_few_rows(out), blocks, PROGRAMS, device, inputs.dtype
+    )
     bytes_of_stage = weight.block * (split.block_out * weight.bits // 8 + 2 * block_rows)
     _bytes_matmul[(split.tiles, split.splits, row_tiles)](
         inputs.codes,
@@ -147,4 +149,4 @@ def _bytes_matmul(
             found -= zero[:, None] * tl.load(sums + row_read * blocks + block)[None, :]
         total += found * step[:, None]
     release(OVERLAP)
-    add_splits(total, output, partial, counters, rows, out, channel, row, SPLITS)
+    add_splits(total, output, partial, counters, rows, out, channel, SPLITS)

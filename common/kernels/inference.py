@@ -16,19 +16,27 @@ from common.kernels.dispatch import triton_kernels, use_triton
 from common.kernels.forms import PackedWeight, Rotary, Rounded, Rounding, TwoBytes
 from common.numerics.grid import codes_per_token
 
-# Rows of activations up to which weights are unpacked inside the product: one of floats, and one
-# of integers in two bytes. For more rows they are unpacked before it, in tiles of so many weights.
-# Of a tile the rows are a multiple of ALIGNED: cuBLAS is slow on outputs at odd addresses.
-FUSED_ROWS, BYTES_ROWS = 64, 128
+# Rows of activations up to which weights are unpacked inside the product: by the weights' bits one
+# of integers in two bytes; one of floats of 16 bits with weights of 4, twice as many rows where the
+# weights are too many to stay in the cache unpacked; and any other of floats. For more they are
+# unpacked before it, in tiles of so many weights. Of a tile the rows are a multiple of ALIGNED:
+# cuBLAS is slow on outputs at odd addresses.
+BYTES_ROWS, FLOAT_ROWS, CACHED, FUSED_ROWS = {4: 64, 8: 128}, 128, 1 << 23, 64
 UNPACKED_ELEMENTS, ALIGNED = 1 << 26, 128
 # Of each row of a product that unpacks weights inside: sums in float32 that its programs leave to
 # be added up, at most (`splits_triton`: programs times output channels of one).
 PARTIAL_SUMS = 264 * 128
 
 
-def _fused(rows: int) -> bool:
-    """Whether weights are unpacked inside a product of floats with several rows."""
-    return rows <= FUSED_ROWS and supports(TENSOR_CORES)
+def _fused(rows: int, weight: PackedWeight, element: int) -> bool:
+    """Whether weights are unpacked inside a product with so many rows of floats of `element` bytes
+    on a GPU.
+    """
+    most = FUSED_ROWS
+    if weight.bits == 4 and element == 2:
+        out, channels = weight.shape
+        most = 2 * FLOAT_ROWS if out * channels > CACHED else FLOAT_ROWS
+    return rows <= most and supports(TENSOR_CORES)
 
 
 def _takes_bytes(rows: int, weight: PackedWeight, element: int) -> bool:
@@ -37,7 +45,7 @@ def _takes_bytes(rows: int, weight: PackedWeight, element: int) -> bool:
     """
     # Integers of 16 bits would be a loss to float32; of fewer channels there is no such product.
     fits = weight.block >= 64 and element == 2
-    return fits and 1 < rows <= BYTES_ROWS and supports(TENSOR_CORES)
+    return fits and 1 < rows <= BYTES_ROWS[weight.bits] and supports(TENSOR_CORES)
 
 
 def wanted_rounding(inputs: Tensor, weight: PackedWeight) -> Rounding | None:
@@ -65,7 +73,7 @@ def packed_matmul(inputs: Tensor | TwoBytes, weight: PackedWeight) -> Tensor:
         result = processor.product(rows, weight)
     elif (rounding := wanted_rounding(rows, weight)) is not None:
         result = packed_matmul(round_rows(rows, rounding), weight)
-    elif kernels and (len(rows) == 1 or _fused(len(rows))):
+    elif kernels and (len(rows) == 1 or _fused(len(rows), weight, rows.element_size())):
         result = kernels.products.packed_matmul(rows, weight)
     else:
         result = _by_tiles(rows, weight)
@@ -100,7 +108,7 @@ def product_bytes(rows: int, weight: PackedWeight, element: int) -> int:
     sums = rows * PARTIAL_SUMS * torch.float32.itemsize
     if _takes_bytes(rows, weight, element):
         return sums + rows * channels * 2 + rows * channels // weight.block * 8
-    if _fused(rows):
+    if _fused(rows, weight, element):
         return sums
     return min(out, _tile(channels)) * channels * element
 
@@ -144,24 +152,10 @@ def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
     """
     if weight.kernel_scale is not None:
         return processor.integer_product(inputs, weight)
-    rows, channels = inputs.codes.shape
     kernels = triton_kernels(inputs.codes)
-    if kernels and _fused(rows):
+    if kernels and supports(TENSOR_CORES):
         return kernels.products.integer_matmul(inputs, weight)
-    whole = supports(TENSOR_CORES) and rows > FUSED_ROWS
-    if inputs.codes.is_cuda and whole and len(weight.packed) % 8 == channels % 8 == 0:
-        sums = torch._int_mm(inputs.codes, weight.packed.T)
-        return scale_sums(sums, inputs.scale, weight.scale)
     return packed_matmul(inputs.values(), weight)
-
-
-def scale_sums(sums: Tensor, rows: Tensor, channels: Tensor) -> Tensor:
-    """Sums [rows, out] int32 times the scales of their rows [rows, 1] and channels [out, 1], in the
-    type of the rows' scales.
-    """
-    if kernels := triton_kernels(sums):
-        return kernels.inference.scale_sums(sums, rows, channels)
-    return (sums * rows.float()).mul_(channels.view(1, -1).float()).to(rows.dtype)
 
 
 def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:

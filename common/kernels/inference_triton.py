@@ -114,28 +114,6 @@ def _store(
         tl.store(scale + row, step.to(dtype))
 
 
-def scale_sums(sums: Tensor, rows: Tensor, channels: Tensor) -> Tensor:
-    count, out = sums.shape
-    result = torch.empty(count, out, device=sums.device, dtype=rows.dtype)
-    _scale_sums[(count, triton.cdiv(out, 2048))](
-        sums, rows, channels, result, out, BLOCK=2048, num_warps=4, **launch()
-    )
-    return result
-
-
-@triton.jit
-def _scale_sums(sums, rows, channels, result, out, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    begin(OVERLAP)
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < out
-    value = tl.load(sums + row * out + column, mask=mask, other=0).to(tl.float32)
-    value *= tl.load(rows + row).to(tl.float32)
-    value *= tl.load(channels + column, mask=mask, other=0.0).to(tl.float32)
-    release(OVERLAP)
-    tl.store(result + row * out + column, value.to(result.dtype.element_ty), mask=mask)
-
-
 def add_rms_norm(
     hidden: Tensor,
     update: Tensor | None,

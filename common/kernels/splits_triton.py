@@ -16,6 +16,13 @@ from common.kernels.launch_triton import counters
 # Output channels of a program, for few and for many of them, and its warps. Measured on an H200 for
 # the linears of the Llama-3.2-1B shape (benchmarks/packed_product_sweep.py).
 BLOCK_OUT, BLOCK_OUT_WIDE, WARPS = 64, 128, 4
+# Rows of a program where there are many.
+BLOCK_ROWS = 128
+
+
+def tile_of_few_rows(out: int) -> int:
+    """Output channels of a program."""
+    return BLOCK_OUT_WIDE if out > 4096 else BLOCK_OUT
 
 
 class Split(NamedTuple):
@@ -38,6 +45,7 @@ def split_sums(
     rows: int,
     row_tiles: int,
     out: int,
+    block_out: int,
     steps: int,
     programs: int,
     device: torch.device,
@@ -46,7 +54,6 @@ def split_sums(
     """Args: programs: up to how many there are where tiles, of `row_tiles` parts of the rows, too,
     are fewer.
     """
-    block_out = BLOCK_OUT_WIDE if out > 4096 else BLOCK_OUT
     tiles = triton.cdiv(out, block_out)
     each = triton.cdiv(steps, max(1, min(steps, programs // (tiles * row_tiles))))
     splits = triton.cdiv(steps, each)
@@ -58,12 +65,17 @@ def split_sums(
 
 
 @triton.jit
-def add_splits(total, output, partial, counters, rows, out, channel, row, SPLITS: tl.constexpr):
-    """Store a tile [channels, rows] of a product [rows, out]; where what is summed is split between
-    programs, along their second axis, the last one of the tile adds all up.
+def add_splits(total, output, partial, counters, rows, out, channel, SPLITS: tl.constexpr):
+    """Store a tile [channels, rows] of a product [rows, out], of the rows that the program's third
+    axis counts; where what is summed is split between programs, along their second axis, the last
+    one of the tile adds all up.
     """
-    mask = (row < rows)[None, :] & (channel < out)[:, None]
+    first = tl.program_id(2) * total.shape[1]
+    row = tl.arange(0, total.shape[1])
+    mask = (first + row < rows)[None, :] & (channel < out)[:, None]
     place = row[None, :] * out + channel[:, None]
+    output += first.to(tl.int64) * out
+    partial += first.to(tl.int64) * out
     if SPLITS == 1:
         tl.store(output + place, total.to(output.dtype.element_ty), mask=mask)
     else:

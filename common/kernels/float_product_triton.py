@@ -1,0 +1,204 @@
+"""The Triton kernel of a product with packed weights whose codes become floats as they are read.
+
+Weights are rounded to the inputs' type, as those that are unpacked before a product are. A sum goes
+on over all channels, and no scale is left for the end.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from common.kernels.forms import PackedWeight
+from common.kernels.launch_triton import begin, launch, release, stages
+from common.kernels.splits_triton import (
+    BLOCK_OUT,
+    BLOCK_ROWS,
+    WARPS,
+    add_splits,
+    split_sums,
+    tile_of_few_rows,
+)
+
+# Of a product: the programs (`split_sums`), and loads on their way. Then rows, output channels and
+# warps of a program where there are more than BLOCK_ROWS of the first and many of the second.
+# Measured as the rest of its form.
+PROGRAMS, STAGES = 264, 3
+LARGE = 256, 128, 8
+
+
+def float_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
+    """inputs [rows, in] times the transposed weight: [rows, out]."""
+    rows, channels = inputs.shape
+    out, block, element = len(weight.packed), weight.block, inputs.element_size()
+
+    def bytes_of_stage(block_rows: int, block_out: int) -> int:
+        return block * (block_out * weight.bits // 8 + block_rows * element)
+
+    # With fewer channels at once less than its sums take would do, when they are stored.
+    large = block >= 64 and stages(STAGES, bytes_of_stage(*LARGE[:2])) == STAGES
+    if rows <= BLOCK_ROWS // 2:
+        form = max(16, triton.next_power_of_2(rows)), tile_of_few_rows(out), WARPS
+    elif rows > BLOCK_ROWS and out > 4096 and large:
+        form = LARGE
+    else:
+        form = BLOCK_ROWS, BLOCK_OUT, WARPS
+    block_rows, block_out, warps = form
+    row_tiles, blocks = triton.cdiv(rows, block_rows), channels // block
+    split = split_sums(
+        rows, row_tiles, out, block_out, blocks, PROGRAMS, inputs.device, inputs.dtype
+    )
+    # What is the same type is computed in it, two numbers at a time.
+    pairs = inputs.is_cuda and torch.version.hip is None and weight.scale.dtype == inputs.dtype
+    _float_matmul[(split.tiles, split.splits, row_tiles)](
+        inputs,
+        weight.packed,
+        weight.scale,
+        weight.zero_point,
+        split.output,
+        split.partial,
+        split.counters,
+        rows,
+        out,
+        channels,
+        weight.packed.shape[1],
+        blocks,
+        blocks // weight.scale.shape[1],
+        split.each,
+        BITS=weight.bits,
+        HAS_ZERO=weight.zero_point is not None,
+        BLOCK=block,
+        BLOCK_OUT=block_out,
+        BLOCK_ROWS=block_rows,
+        SPLITS=split.splits,
+        ASSEMBLY=pairs and weight.bits == 4 and element == 2,
+        num_warps=warps,
+        num_stages=stages(STAGES, bytes_of_stage(block_rows, block_out)),
+        **launch(),
+    )
+    return split.output
+
+
+@triton.jit
+def _float_matmul(
+    inputs,
+    packed,
+    scale,
+    zero_point,
+    output,
+    partial,
+    counters,
+    rows,
+    out,
+    channels,
+    row_bytes,
+    blocks,
+    group_blocks,
+    each,
+    BITS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Weights are the left factor, so that they go from registers into tensor cores. Programs read
+    the last channel, and the last row, in place of those beyond.
+    """
+    begin(OVERLAP)
+    dtype: tl.constexpr = inputs.dtype.element_ty
+    BYTES: tl.constexpr = BLOCK * BITS // 8
+    channel = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    byte = tl.arange(0, BYTES)
+    channel_read, row_read = tl.minimum(channel, out - 1), tl.minimum(row, rows - 1)
+    weights = packed + channel_read.to(tl.int64)[:, None] * row_bytes + byte[None, :]
+    values = inputs + row_read.to(tl.int64)[None, :] * channels + byte[:, None]
+    total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
+    first = tl.program_id(1) * each
+    for block in range(first, tl.minimum(first + each, blocks)):
+        place = channel_read * (blocks // group_blocks) + block // group_blocks
+        step = tl.load(scale + place)[:, None]
+        # 4-bit codes are stored as that much more than they are; zero-points are taken off with it.
+        zero = tl.full((BLOCK_OUT, 1), 8.0 if BITS == 4 else 0.0, tl.float32)
+        if HAS_ZERO:
+            zero += tl.load(zero_point + place).to(tl.float32)[:, None]
+        codes = tl.load(weights + block * BYTES)
+        value = tl.load(values + block * BLOCK)
+        if BITS == 4:
+            second = tl.load(values + block * BLOCK + BYTES)
+            if ASSEMBLY:
+                low, high = _pairs(codes, zero, step)
+            else:
+                low = _float(codes & 15, zero, step, dtype)
+                high = _float(codes >> 4, zero, step, dtype)
+            total = tl.dot(low, value, total, input_precision="ieee")
+            total = tl.dot(high, second, total, input_precision="ieee")
+        else:
+            weight = _float(codes, zero, step, dtype)
+            total = tl.dot(weight, value, total, input_precision="ieee")
+    release(OVERLAP)
+    add_splits(total, output, partial, counters, rows, out, channel, SPLITS)
+
+
+@triton.jit
+def _float(codes, zero, step, dtype: tl.constexpr):
+    """The weights of codes."""
+    return ((codes.to(tl.float32) - zero) * step.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _pairs(codes, zero, step):
+    """The weights of the low and of the high halves of bytes, four at once, in the scale's 16-bit
+    type: a float with one of these exponents has a code as its last bits and is a power of two more
+    than it. Less that power and the zero-point it is exact, and rounded once, times the scale.
+    """
+    if step.dtype == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            _ASSEMBLY_BF16,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r",
+            [codes, (-128.0 - zero).to(tl.bfloat16), step],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low, high = tl.inline_asm_elementwise(
+            _ASSEMBLY_FP16,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r",
+            [codes, (-1024.0 - zero).to(tl.float16), step],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    return low, high
+
+
+def _assembly(dtype: str, exponent: str, one: str) -> tl.constexpr:
+    """Codes in $4, what is added in $5 and $6, the scales in $7 and $8."""
+    lines = [
+        ".reg .b32 low, high, exponent, one, none;",
+        f"mov.b32 exponent, 0x{exponent}{exponent};",
+        f"mov.b32 one, 0x{one}{one};",
+        "mov.b32 none, 0x80008000;",  # twice -0
+        "and.b32 low, $4, 0x0F0F0F0F;",
+        "shr.u32 high, $4, 4;",
+        "and.b32 high, high, 0x0F0F0F0F;",
+    ]
+    for result in range(4):
+        half, bytes_taken = ("low", "high")[result // 2], ("0x4140", "0x4342")[result % 2]
+        less, step = 5 + result % 2, 7 + result % 2
+        lines += [
+            f"prmt.b32 ${result}, {half}, exponent, {bytes_taken};",
+            f"fma.rn.{dtype} ${result}, ${result}, one, ${less};",
+            f"fma.rn.{dtype} ${result}, ${result}, ${step}, none;",
+        ]
+    return tl.constexpr("{" + "\n".join(lines) + "}")
+
+
+_ASSEMBLY_BF16 = _assembly("bf16x2", "4343", "3F80")
+_ASSEMBLY_FP16 = _assembly("f16x2", "6464", "3C00")
