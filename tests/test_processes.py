@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+import torch
 
 from common.run_all import processes
 
@@ -78,3 +79,18 @@ def test_nothing_is_imported_again(tmp_path, monkeypatch):
     )
     with processes.running(["script.py"], {}) as (output, process):
         assert output.read() == f"0 False 1 {300.0**3} True\n" and process.wait() == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a fork can use the GPU")
+def test_a_package_that_uses_the_gpu_when_it_is_imported(tmp_path, monkeypatch, capfd):
+    """Forks cannot use it then, as here, where there is none. Scripts start one by one, and one
+    line says so.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(processes, "_forking", processes._forking.__wrapped__)
+    monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: 1)
+    (tmp_path / "script.py").write_text("print('fine')")
+    with processes.running(["script.py"], {}) as (output, process):
+        assert output.read() == "fine\n" and process.wait() == 0
+    printed = capfd.readouterr()
+    assert "scripts start one by one here" in printed.out and "Traceback" not in printed.err

@@ -22,6 +22,8 @@ from typing import IO, Protocol, cast
 
 import torch
 
+from common.base.progress import say
+
 # What the process that is forked has imported.
 _IMPORTED = "common.run_all.imported"
 # Held while that process is started: configurations run in threads.
@@ -104,12 +106,20 @@ def _forking() -> ForkServerContext | None:
         trial.start()
         trial.join()
         if trial.exitcode:
+            say(
+                "scripts start one by one here, each importing all libraries, which takes some 20 s "
+                "more: an installed package uses the GPU when it is imported (torchao does)"
+            )
             return None
     return context
 
 
 def _use_gpu() -> None:
-    torch.zeros(1, device="cuda")
+    try:
+        torch.zeros(1, device="cuda")
+    except Exception:
+        # Of any type; the exit code says it.
+        sys.exit(1)
 
 
 def _run_script(words: list[str], environment: dict[str, str], writing: Connection) -> None:
