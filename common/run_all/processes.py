@@ -107,8 +107,8 @@ def _forking() -> ForkServerContext | None:
         trial.join()
         if trial.exitcode:
             say(
-                "scripts start one by one here, each importing all libraries, which takes 20 s more "
-                "and longer: an installed package uses the GPU when it is imported (torchao does)"
+                "scripts start one by one here and each imports all libraries, which takes some "
+                "20 s: an installed package uses the GPU when it is imported (torchao does)"
             )
             return None
     return context
