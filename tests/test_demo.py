@@ -72,6 +72,16 @@ def test_no_weight_is_left_on_the_files_grid():
     assert mild < 0.5 and chosen > 0.9
 
 
+def test_a_gguf_file_is_read_once(monkeypatch):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    read = []
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: read.append(path) or object())
+    reader = gguf.GGUFReader
+    with demo._read_once():
+        assert gguf.GGUFReader("a") is gguf.GGUFReader("a")
+    assert read == ["a"] and gguf.GGUFReader is reader
+
+
 def test_a_demo_model_of_an_earlier_version_is_made_anew(tmp_path, monkeypatch, capsys):
     """Its weights were others: figures of both would stand beside each other."""
     folder = tmp_path / "baseline"

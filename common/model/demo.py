@@ -10,7 +10,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -91,8 +94,11 @@ def _fetch_gguf(scratch: Path) -> Path:
 def _convert(gguf_folder: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=GGUF, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF)
+    with _read_once():
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf_folder, gguf_file=GGUF, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF)
     state = model.state_dict()
     take_off_grid(state, model.config)
     config = model.config
@@ -105,6 +111,19 @@ def _convert(gguf_folder: Path, folder: Path) -> None:
     plain.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _read_once() -> AbstractContextManager:
+    """transformers reads a GGUF file four times, for the configuration, the weights and the
+    tokenizer, and makes the table of names anew for each tensor: more than half of all the time.
+    """
+    import gguf
+
+    return mock.patch.multiple(
+        gguf,
+        GGUFReader=cache(gguf.GGUFReader),
+        get_tensor_name_map=cache(gguf.get_tensor_name_map),
+    )
 
 
 def take_off_grid(
