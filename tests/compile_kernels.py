@@ -135,8 +135,8 @@ GROWING = ("_float_matmul", "_integer_product", "_bytes_matmul", "_attend")
 
 
 def chosen(keys: Iterable[tuple], seen: set[tuple], most: int, every: bool) -> list[tuple]:
-    """A launch of each kernel, of those in GROWING that with the largest constants; and small ones
-    of up to `most` variants that are not in `seen`, which grows.
+    """A launch of each kernel, of those in GROWING that with the largest constants for each type;
+    and small ones of up to `most` variants that are not in `seen`, which grows.
 
     Args:
         every: also of kernels that are not in GROWING.
@@ -146,7 +146,8 @@ def chosen(keys: Iterable[tuple], seen: set[tuple], most: int, every: bool) -> l
         key=lambda key: math.prod(1 + abs(value) for _, value in key[2] if isinstance(value, int)),
     )
     large = [key for key in ordered if key[0] in GROWING]
-    first = {key[0]: key for key in [*(reversed(ordered) if every else ()), *large]}
+    first = {key[0]: key for key in reversed(ordered) if every and key[0] not in GROWING}
+    first |= {(key[0], key[1][0]): key for key in large}
     seen |= set(map(variant, first.values()))
     more = {variant(key): key for key in reversed(ordered) if variant(key) not in seen}
     more = dict(list(more.items())[:most])

@@ -80,6 +80,14 @@ def products(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable]:
                     )
 
 
+def products_in_float32(shape: tuple[int, ...], _: torch.dtype) -> Iterator[Callable]:
+    """Which has no tensor cores, and so another program."""
+    for form in FORMS:
+        weight = packed(2 * shape[1], shape[0], *form, torch.float32)
+        for rows in (2, 32):
+            yield partial(inference.packed_matmul, tensor(rows, shape[0]), weight)
+
+
 def other_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable]:
     """The rest of a decode step."""
     hidden, inner, heads, key_heads, size = shape
@@ -168,4 +176,4 @@ def tuning_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callabl
         yield partial(gradients_triton.divergence_and_slope, logits, logits, with_slope)
 
 
-STEPS = (products, other_steps, rounding_steps, tuning_steps)
+STEPS = (products, products_in_float32, other_steps, rounding_steps, tuning_steps)

@@ -40,7 +40,8 @@ def float_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     # With fewer channels at once less than its sums take would do, when they are stored.
     large = block >= 64 and stages(STAGES, bytes_of_stage(*LARGE[:2])) == STAGES
     if rows <= BLOCK_ROWS // 2:
-        form = max(16, triton.next_power_of_2(rows)), tile_of_few_rows(out), WARPS
+        few = tile_of_few_rows(out) if element == 2 else BLOCK_OUT
+        form = max(16, triton.next_power_of_2(rows)), few, WARPS
     elif rows > BLOCK_ROWS and out > 4096 and large:
         form = LARGE
     else:
@@ -50,6 +51,8 @@ def float_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     split = split_sums(
         rows, row_tiles, out, block_out, blocks, PROGRAMS, inputs.device, inputs.dtype
     )
+    # Without tensor cores for the type weights go through shared memory, a half of 4 bits at once.
+    kept = 0 if element == 2 else block_out * block * element * weight.bits // 8
     # What is the same type is computed in it, two numbers at a time.
     pairs = inputs.is_cuda and torch.version.hip is None and weight.scale.dtype == inputs.dtype
     _float_matmul[(split.tiles, split.splits, row_tiles)](
@@ -75,7 +78,7 @@ def float_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
         SPLITS=split.splits,
         ASSEMBLY=pairs and weight.bits == 4 and element == 2,
         num_warps=warps,
-        num_stages=stages(STAGES, bytes_of_stage(block_rows, block_out)),
+        num_stages=stages(STAGES, bytes_of_stage(block_rows, block_out), kept),
         **launch(),
     )
     return split.output

@@ -24,11 +24,12 @@ def launch() -> dict:
     return {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}
 
 
-def stages(most: int, size: int) -> int:
+def stages(most: int, size: int, kept: int = 0) -> int:
     """How many loads of `size` bytes may be on their way: at most `most`, and what a program's
-    shared memory has room for, which is less than half of a Hopper's on a desktop GPU.
+    shared memory has room for beside `kept` bytes, which is less than half of a Hopper's on a
+    desktop GPU.
     """
-    return max(1, min(most, (gpu.properties().shared_memory - (1 << 14)) // size))
+    return max(1, min(most, (gpu.properties().shared_memory - kept - (1 << 14)) // size))
 
 
 @triton.jit
