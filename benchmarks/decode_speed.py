@@ -26,7 +26,7 @@ from shape import SHAPE, random_model
 
 from common import metadata
 from common.base.device import resolve_device
-from common.cli import configure_torch, quiet_libraries
+from common.cli import configure_torch, run
 from common.kernels.forms import PackedWeight, pack
 from common.model.architecture import family_of
 from common.model.fused import fuse_layers
@@ -134,7 +134,6 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--output", type=Path, help="JSON of everything")
     options = parser.parse_args()
-    quiet_libraries()
     configure_torch(0)
     device = resolve_device("cuda")
     rate = bandwidth()
@@ -170,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

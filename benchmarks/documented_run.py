@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from common.base.files import json_or_none, write_json
 from common.base.libraries import INTERPRETER
+from common.cli import run
 from common.model.source import MODELS_FOLDER, resolve_folder
 from common.results.documents import (
     CONFIGURATIONS,
@@ -58,8 +59,8 @@ EVALUATION = [
 ]
 
 
-def document(model: str, options: argparse.Namespace) -> None:
-    """The comparison of one model."""
+def document(model: str, options: argparse.Namespace) -> bool:
+    """The comparison of one model. Returns whether all of it was done."""
     chosen = options.only.split(",")
     began = time.monotonic()
 
@@ -135,6 +136,7 @@ def document(model: str, options: argparse.Namespace) -> None:
     for configuration, state in status.items():
         if state["state"] != "done":
             print(f"{model} {configuration}: {state['reason']}")
+    return len(sound()) == len(chosen)
 
 
 def _name_model(results: Path, names: list[str], source: str, shown: bool) -> None:
@@ -165,7 +167,7 @@ def _coarser_divergences(model: str, configuration: str) -> None:
     write_samples(DOCUMENTED_FOLDER, model, configuration, kept)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -202,9 +204,9 @@ def main() -> None:
         options.only += "," + ",".join(PEERS)
     if set(options.only.split(",")) & set(PEERS):
         check_environment()
-    for model in options.models:
-        document(model, options)
+    done = [document(model, options) for model in options.models]
+    return 0 if all(done) else 1
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

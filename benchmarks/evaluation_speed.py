@@ -21,7 +21,7 @@ from shape import SHAPE, random_model
 
 from common import metadata
 from common.base.device import resolve_device, resolve_dtype
-from common.cli import configure_torch, quiet_libraries
+from common.cli import configure_torch, run
 from common.model.fused import fuse_layers
 from common.model.source import load_tokenizer, resolve_folder
 from common.tasks import arc, openmath, squad_v2
@@ -50,7 +50,6 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=int, help="samples per task, for a trial")
     options = parser.parse_args()
-    quiet_libraries()
     configure_torch(0)
     device = resolve_device("auto")
     dtype = resolve_dtype("auto", device)
@@ -76,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

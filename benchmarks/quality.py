@@ -30,11 +30,11 @@ from methods import method_options
 from peers import PEERS, Work
 from scripts import quantize
 
+from common import cli
 from common.base.arguments import positive, two_or_more
 from common.base.device import DTYPES, resolve_device
-from common.base.errors import first_line
+from common.base.errors import UserError, first_line
 from common.base.stopwatch import Stopwatch
-from common.cli import configure_torch, quiet_libraries
 from common.model.source import SourceModel, resolve_folder
 from common.results.documents import CONFIGURATIONS
 from common.results.peers import PEERS as KNOWN_PEERS
@@ -236,8 +236,9 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := [run for run in options.runs if run not in RUNS and _script(run) not in METHODS]:
         parser.error(f"unknown run {unknown[0]}; known are {', '.join([*RUNS, *METHODS])}")
-    quiet_libraries()
-    configure_torch(0)
+    if options.output and not options.output.parent.is_dir():
+        raise UserError(f"--output: there is no folder {options.output.parent}")
+    cli.configure_torch(0)
     records: list[dict] = []
     for model in options.models:
         subject = Subject(model, options)
@@ -246,14 +247,15 @@ def main() -> None:
             for seed in options.seeds if seeded else options.seeds[:1]:
                 try:
                     found, seconds = job(subject, seed)
-                except ImportError as error:
-                    print(f"{run}: not installed ({error})", flush=True)
-                    break
                 except Exception as error:
                     if run not in PEERS:
                         raise
                     # Another library's failure is not the others'.
-                    print(f"{run}: failed, {type(error).__name__}: {first_line(error)}", flush=True)
+                    missing = isinstance(error, ModuleNotFoundError)
+                    reason = "not installed" if missing else f"failed, {type(error).__name__}"
+                    print(f"{run}: {reason}: {first_line(error)}", flush=True)
+                    error.__traceback__ = None  # which holds what it had on the GPU
+                    gc.collect()
                     break
                 records.append(
                     {
@@ -280,4 +282,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -15,6 +15,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from common.base.errors import UserError
 
 
 def quantize(script: str, options: list[str]) -> float:
@@ -25,15 +28,15 @@ def quantize(script: str, options: list[str]) -> float:
 
 
 def run_script(script: str, options: list[str], fine: tuple[int, ...] = (0,)) -> None:
-    """Run a script of the project in this process. Raises RuntimeError where it ends with an exit
-    code that is not `fine`.
+    """Run a script of the project in this process. Raises UserError, after what it says itself,
+    where it ends with an exit code that is not `fine`.
     """
     sys.argv = [script, *options]
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as end:
         if (end.code or 0) not in fine:
-            raise RuntimeError(f"{' '.join(sys.argv)} ended with {end.code}") from None
+            raise UserError(f"{' '.join(sys.argv)} ended with {end.code}") from None
 
 
 @cache

@@ -1,6 +1,7 @@
 """Scripts that the batch runs, in processes forked from one that has everything imported."""
 
 import signal
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -81,16 +82,28 @@ def test_nothing_is_imported_again(tmp_path, monkeypatch):
         assert output.read() == f"0 False 1 {300.0**3} True\n" and process.wait() == 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a fork can use the GPU")
-def test_a_package_that_uses_the_gpu_when_it_is_imported(tmp_path, monkeypatch, capfd):
-    """Forks cannot use it then, as here, where there is none. Scripts start one by one, and one
-    line says so.
+@pytest.mark.parametrize(
+    ("imported", "why"),
+    [("common.run_all.imported", "a fork cannot use the GPU"), ("ends_the_process", "ended the")],
+)
+def test_where_nothing_can_be_forked(tmp_path, monkeypatch, capfd, imported, why):
+    """Where a package used the GPU when it was imported, which is here as if there were none, or
+    fails to be imported: a line says why, and scripts run all the same.
     """
+    if torch.cuda.is_available():
+        pytest.skip("a fork can use the GPU")
+    (tmp_path / "ends_the_process.py").write_text("raise RuntimeError('a broken package')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(processes, "_IMPORTED", imported)
     monkeypatch.setattr(processes, "_forking", processes._forking.__wrapped__)
     monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: 1)
+    server = forkserver.ForkServer()
+    for name in ("ensure_running", "connect_to_new_process", "set_forkserver_preload"):
+        monkeypatch.setattr(forkserver, name, getattr(server, name))
     (tmp_path / "script.py").write_text("print('fine')")
     with processes.running(["script.py"], {}) as (output, process):
         assert output.read() == "fine\n" and process.wait() == 0
-    printed = capfd.readouterr()
-    assert "scripts start one by one here" in printed.out and "Traceback" not in printed.err
+    said = capfd.readouterr().out
+    assert "each script imports all libraries anew" in said and why in said
+    server._stop()

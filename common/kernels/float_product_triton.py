@@ -22,31 +22,19 @@ from common.kernels.splits_triton import (
     tile_of_few_rows,
 )
 
-# Of a product: the programs (`split_sums`), and loads on their way. Then rows, output channels and
-# warps of a program where there are more than BLOCK_ROWS of the first and many of the second.
-# Measured as the rest of its form.
+# Of a product: the programs (`split_sums`), and loads on their way. Measured as the rest of its
+# form.
 PROGRAMS, STAGES = 264, 3
-LARGE = 256, 128, 8
 
 
 def float_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     """inputs [rows, in] times the transposed weight: [rows, out]."""
     rows, channels = inputs.shape
     out, block, element = len(weight.packed), weight.block, inputs.element_size()
-
-    def bytes_of_stage(block_rows: int, block_out: int) -> int:
-        return block * (block_out * weight.bits // 8 + block_rows * element)
-
-    # With fewer channels at once less than its sums take would do, when they are stored.
-    large = block >= 64 and stages(STAGES, bytes_of_stage(*LARGE[:2])) == STAGES
+    block_rows, block_out = BLOCK_ROWS, BLOCK_OUT
     if rows <= BLOCK_ROWS // 2:
-        few = tile_of_few_rows(out) if element == 2 else BLOCK_OUT
-        form = max(16, triton.next_power_of_2(rows)), few, WARPS
-    elif rows > BLOCK_ROWS and out > 4096 and large:
-        form = LARGE
-    else:
-        form = BLOCK_ROWS, BLOCK_OUT, WARPS
-    block_rows, block_out, warps = form
+        block_rows = max(16, triton.next_power_of_2(rows))
+        block_out = tile_of_few_rows(out) if element == 2 else BLOCK_OUT
     row_tiles, blocks = triton.cdiv(rows, block_rows), channels // block
     split = split_sums(
         rows, row_tiles, out, block_out, blocks, PROGRAMS, inputs.device, inputs.dtype
@@ -77,8 +65,10 @@ def float_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
         BLOCK_ROWS=block_rows,
         SPLITS=split.splits,
         ASSEMBLY=pairs and weight.bits == 4 and element == 2,
-        num_warps=warps,
-        num_stages=stages(STAGES, bytes_of_stage(block_rows, block_out), kept),
+        num_warps=WARPS,
+        num_stages=stages(
+            STAGES, block * (block_out * weight.bits // 8 + block_rows * element), kept
+        ),
         **launch(),
     )
     return split.output

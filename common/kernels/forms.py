@@ -40,7 +40,7 @@ class PackedWeight:
     def block(self) -> int:
         """Channels that a product takes at once: a power of two of them, all in one group."""
         size = self.shape[1] // self.scale.shape[1]
-        return max(2, min(128, size & -size))
+        return min(128, size & -size)
 
     def __getitem__(self, rows: slice | Tensor) -> PackedWeight:
         """The same for some of the rows."""
@@ -62,7 +62,9 @@ class PackedWeight:
 
 
 def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> PackedWeight:
-    """Codes [out, in] int8 of 4 or 8 bits with their scale and zero-point [out, groups]."""
+    """Codes [out, in] int8 of 4 or 8 bits with their scale and zero-point [out, groups]. Of 4 bits
+    groups have an even number of channels.
+    """
     zero_point = None if zero_point is None else zero_point.to(torch.int8).contiguous()
     whole = PackedWeight(codes.contiguous(), scale.contiguous(), zero_point, 8)
     if bits == 8:

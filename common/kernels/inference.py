@@ -4,6 +4,7 @@ embedding, attention, gate.
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -32,6 +33,10 @@ def _fused(rows: int, weight: PackedWeight, element: int) -> bool:
     """Whether weights are unpacked inside a product with so many rows of floats of `element` bytes
     on a GPU.
     """
+    if weight.block < 32:  # there is no product of so few channels
+        return False
+    if rows == 1:
+        return True
     most = FUSED_ROWS
     if weight.bits == 4 and element == 2:
         out, channels = weight.shape
@@ -67,17 +72,22 @@ def packed_matmul(inputs: Tensor | TwoBytes, weight: PackedWeight) -> Tensor:
             if kernels
             else packed_matmul(inputs.values(), weight)
         )
-    rows = inputs.reshape(-1, inputs.shape[-1])
+    rows = as_rows(inputs)
     kernels = triton_kernels(inputs)
     if weight.kernel_scale is not None:
         result = processor.product(rows, weight)
     elif (rounding := wanted_rounding(rows, weight)) is not None:
         result = packed_matmul(round_rows(rows, rounding), weight)
-    elif kernels and (len(rows) == 1 or _fused(len(rows), weight, rows.element_size())):
+    elif kernels and _fused(len(rows), weight, rows.element_size()):
         result = kernels.products.packed_matmul(rows, weight)
     else:
         result = _by_tiles(rows, weight)
-    return result.view(*inputs.shape[:-1], -1)
+    return result.view(*inputs.shape[:-1], result.shape[1])
+
+
+def as_rows(inputs: Tensor) -> Tensor:
+    """inputs [..., in] as [rows, in], one after the other, as kernels read them."""
+    return inputs.reshape(math.prod(inputs.shape[:-1]), inputs.shape[-1]).contiguous()
 
 
 def _by_tiles(rows: Tensor, weight: PackedWeight) -> Tensor:
@@ -98,14 +108,19 @@ def _tile(channels: int) -> int:
     return max(ALIGNED, UNPACKED_ELEMENTS // channels // ALIGNED * ALIGNED)
 
 
-def product_bytes(rows: int, weight: PackedWeight, element: int) -> int:
+def product_bytes(rows: int, weight: PackedWeight, element: int, integers: bool = False) -> int:
     """What a product with so many rows of numbers of `element` bytes takes of a GPU's memory, at
     most, beside what goes in and comes out.
+
+    Args:
+        integers: the rows are rounded to integers (`integer_matmul`).
     """
-    if rows == 1:
-        return 0
     out, channels = weight.shape
-    sums = rows * PARTIAL_SUMS * torch.float32.itemsize
+    sums = rows * PARTIAL_SUMS * torch.float32.itemsize if rows > 1 else 0
+    if integers:
+        if _multiplies_integers(channels):
+            return sums + rows * channels
+        return rows * channels * (1 + element) + product_bytes(rows, weight, element)
     if _takes_bytes(rows, weight, element):
         return sums + rows * channels * 2 + rows * channels // weight.block * 8
     if _fused(rows, weight, element):
@@ -153,9 +168,14 @@ def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
     if weight.kernel_scale is not None:
         return processor.integer_product(inputs, weight)
     kernels = triton_kernels(inputs.codes)
-    if kernels and supports(TENSOR_CORES):
+    if kernels and _multiplies_integers(weight.shape[1]):
         return kernels.products.integer_matmul(inputs, weight)
     return packed_matmul(inputs.values(), weight)
+
+
+def _multiplies_integers(channels: int) -> bool:
+    """Whether a GPU has a product of integers for so many input channels."""
+    return channels % 32 == 0 and supports(TENSOR_CORES)
 
 
 def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -171,7 +191,7 @@ def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 def round_rows(inputs: Tensor, rounding: Rounding) -> Rounded | TwoBytes:
     """Inputs [rows, in] as integers."""
     if kernels := triton_kernels(inputs):
-        return kernels.inference.round_rows(inputs, rounding)
+        return kernels.inference.round_rows(inputs.contiguous(), rounding)
     if rounding.block is None:
         codes, scale = codes_per_token(inputs, rounding.bits)
         return Rounded(codes.to(torch.int8), scale)

@@ -26,20 +26,10 @@ from common.kernels.splits_triton import (
 PROGRAMS, STAGES, STAGES_BYTES = 132, 5, 96 << 10
 
 
-def fits_integers(weight: PackedWeight) -> bool:
-    """Whether there is a product of so many channels."""
-    return _block(weight) >= 32
-
-
-def _block(weight: PackedWeight) -> int:
-    channels = weight.shape[1]
-    return min(128, channels & -channels)
-
-
-def integer_product(inputs: Rounded, weight: PackedWeight) -> Tensor:
-    """Rounded inputs [rows, in] times the transposed weight: [rows, out]."""
+def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
+    """Rounded inputs [rows, in] times the transposed weight: [rows, out]; 32 divides `in`."""
     rows, channels = inputs.codes.shape
-    out, block = len(weight.packed), _block(weight)
+    out, block = len(weight.packed), min(128, channels & -channels)
     if rows <= BLOCK_ROWS // 2:
         block_rows, block_out = max(16, triton.next_power_of_2(rows)), tile_of_few_rows(out)
     else:
@@ -51,7 +41,7 @@ def integer_product(inputs: Rounded, weight: PackedWeight) -> Tensor:
     row_tiles, blocks = triton.cdiv(rows, block_rows), channels // block
     device, dtype = inputs.codes.device, inputs.scale.dtype
     split = split_sums(rows, row_tiles, out, block_out, blocks, PROGRAMS, device, dtype)
-    _integer_product[(split.tiles, split.splits, row_tiles)](
+    _integer_matmul[(split.tiles, split.splits, row_tiles)](
         inputs.codes,
         inputs.scale,
         weight.packed,
@@ -76,7 +66,7 @@ def integer_product(inputs: Rounded, weight: PackedWeight) -> Tensor:
 
 
 @triton.jit
-def _integer_product(
+def _integer_matmul(
     inputs,
     input_scale,
     packed,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from common.kernels.bytes_product_triton import bytes_matmul
 from common.kernels.float_product_triton import float_matmul
-from common.kernels.forms import PackedWeight, Rounded, TwoBytes
-from common.kernels.integer_product_triton import fits_integers, integer_product
+from common.kernels.forms import PackedWeight, TwoBytes
+from common.kernels.integer_product_triton import integer_matmul
 from common.kernels.launch_triton import begin, launch
 from common.kernels.row_product_triton import fits_one_row, row_matmul
 
@@ -20,20 +20,15 @@ from common.kernels.row_product_triton import fits_one_row, row_matmul
 UNPACKED = 2048
 
 
+__all__ = ["fits_one_row", "integer_matmul", "packed_matmul", "row_matmul", "unpack"]
+
+
 def packed_matmul(inputs: Tensor | TwoBytes, weight: PackedWeight) -> Tensor:
     if isinstance(inputs, TwoBytes):
         return bytes_matmul(inputs, weight)
     if len(inputs) == 1 and fits_one_row(inputs, weight):
         return row_matmul(inputs, weight, early=False)
-    if weight.block < 32:  # no product of so few channels
-        return inputs @ unpack(weight, inputs.dtype).T
     return float_matmul(inputs, weight)
-
-
-def integer_matmul(inputs: Rounded, weight: PackedWeight) -> Tensor:
-    if fits_integers(weight):
-        return integer_product(inputs, weight)
-    return inputs.values() @ unpack(weight, inputs.scale.dtype).T
 
 
 def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:

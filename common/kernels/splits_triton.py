@@ -55,7 +55,7 @@ def split_sums(
     are fewer.
     """
     tiles = triton.cdiv(out, block_out)
-    each = triton.cdiv(steps, max(1, min(steps, programs // (tiles * row_tiles))))
+    each = triton.cdiv(steps, max(1, min(steps, programs // max(1, tiles * row_tiles))))
     splits = triton.cdiv(steps, each)
     output = partial = counts = torch.empty(rows, out, device=device, dtype=dtype)
     if splits > 1:

@@ -101,17 +101,25 @@ def _forking() -> ForkServerContext | None:
     context.set_forkserver_preload([_IMPORTED])
     with chdir(Path(__file__).parents[2]):  # where it looks modules up
         forkserver.ensure_running()
-    if torch.cuda.device_count():
-        trial = context.Process(target=_use_gpu)
+    trial = context.Process(target=_use_gpu if torch.cuda.device_count() else _do_nothing)
+    try:
         trial.start()
+    except (EOFError, OSError):
+        reason = "what they import ended the process that would be forked"
+    else:
         trial.join()
-        if trial.exitcode:
-            say(
-                "scripts start one by one here and each imports all libraries, which takes some "
-                "20 s: an installed package uses the GPU when it is imported (torchao does)"
-            )
-            return None
-    return context
+        if not trial.exitcode:
+            return context
+        reason = (
+            "a fork cannot use the GPU, as where an installed package uses it when it is imported "
+            "(torchao does)"
+        )
+    say(f"each script imports all libraries anew, which takes some 20 s: {reason}")
+    return None
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _use_gpu() -> None:

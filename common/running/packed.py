@@ -20,6 +20,7 @@ from common.checkpoint.tensors import stored_codes, stored_parts
 from common.kernels import processor
 from common.kernels.forms import PackedWeight, Rounded, Rounding, TwoBytes, pack
 from common.kernels.inference import (
+    as_rows,
     integer_matmul,
     packed_matmul,
     round_rows,
@@ -82,9 +83,9 @@ class PackedLinear(nn.Module):
         elif isinstance(inputs, TwoBytes) or self.activation_bits is None:
             output = packed_matmul(inputs, self.codes)
         else:
-            rows = inputs.reshape(-1, inputs.shape[-1])
-            rounded = cast(Rounded, round_rows(rows, Rounding(self.activation_bits)))
-            output = integer_matmul(rounded, self.codes).view(*inputs.shape[:-1], -1)
+            rounded = cast(Rounded, round_rows(as_rows(inputs), Rounding(self.activation_bits)))
+            output = integer_matmul(rounded, self.codes)
+            output = output.view(*inputs.shape[:-1], output.shape[1])
         return output if self.bias is None else output + self.bias
 
 
@@ -181,7 +182,10 @@ def can_be_packed(config: dict, names: Iterable[str]) -> bool:
     if CONFIG_KEY in config or unknown_form(config, names):
         return False
     stored = weight_format(config)
-    return all(grid.bits in PACKED_BITS for grid in (stored.grid, *stored.vocabulary.values()))
+    grids = stored.grid, *stored.vocabulary.values()
+    # Of 4 bits two channels of a group share a byte.
+    pairs = all(grid.bits == 8 or (grid.group_size or 2) % 2 == 0 for grid in grids)
+    return pairs and all(grid.bits in PACKED_BITS for grid in grids)
 
 
 def load_packed(folder: Path, device: torch.device, dtype: torch.dtype):

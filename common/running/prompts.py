@@ -162,7 +162,9 @@ class PromptReader:
         # All layers are alike. The head is given the last tokens alone.
         products = [(linear, tokens) for linear in self.model.joined_layers[0].linears]
         inside = max(
-            product_bytes(inputs, linear.codes, element) if isinstance(linear, PackedLinear) else 0
+            product_bytes(inputs, linear.codes, element, linear.activation_bits is not None)
+            if isinstance(linear, PackedLinear)
+            else 0
             for linear, inputs in [*products, (head, rows)]
         )
         # Of a graph, as they are given out, and beside those of other prompts.
