@@ -84,7 +84,7 @@ def test_nothing_is_imported_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("imported", "why"),
-    [("common.run_all.imported", "a fork cannot use the GPU"), ("ends_the_process", "ended the")],
+    [("json", "a fork cannot use the GPU"), ("ends_the_process", "ended the")],
 )
 def test_where_nothing_can_be_forked(tmp_path, monkeypatch, capfd, imported, why):
     """Where a package used the GPU when it was imported, which is here as if there were none, or
