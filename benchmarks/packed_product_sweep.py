@@ -89,7 +89,6 @@ def set_form(form: tuple[int, ...]) -> None:
     for module in (bytes_product_triton, float_product_triton, integer_product_triton):
         module.WARPS, module.PROGRAMS, module.STAGES = warps, programs, stages
     float_product_triton.BLOCK_OUT = block_out
-    float_product_triton.LARGE = 256, block_out, warps
     integer_product_triton.BLOCK_OUT = integer_product_triton.BLOCK_OUT_WIDE = block_out
     integer_product_triton.STAGES_BYTES = stages * 128 * (block_out + splits_triton.BLOCK_ROWS)
 

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.base.errors import UserError
+from common.run_all.processes import try_gpu
 
 
 def quantize(script: str, options: list[str]) -> float:
@@ -45,15 +46,10 @@ def processes() -> multiprocessing.context.BaseContext:
     touched the GPU while it was imported, a forked child cannot use it, and they are spawned
     instead.
     """
-    trial = multiprocessing.get_context("fork").Process(target=_use_device)
+    # Whether there is a GPU is looked up in the child as well: it may touch it.
+    trial = multiprocessing.get_context("fork").Process(
+        target=lambda: try_gpu(torch.cuda.is_available())
+    )
     trial.start()
     trial.join()
     return multiprocessing.get_context("spawn" if trial.exitcode else "fork")
-
-
-def _use_device() -> None:
-    try:
-        if torch.cuda.is_available():
-            torch.zeros(1, device="cuda")
-    except RuntimeError:
-        sys.exit(1)

@@ -82,7 +82,7 @@ def test_partial_sums_are_no_more_than_is_counted(monkeypatch, rows, out):
     [
         *[(rows, 70, 64, torch.float32) for rows in (2, 70, 130, 256)],
         *[(rows, 70, 32, torch.float16) for rows in (3, 130)],
-        (130, 4100, 64, torch.float16),  # the largest programs
+        (130, 4100, 64, torch.float16),
         (9, 4100, 32, torch.float16),
     ],
 )

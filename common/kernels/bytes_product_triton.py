@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.kernels.forms import PackedWeight, TwoBytes
 from common.kernels.launch_triton import begin, launch, release, stages
-from common.kernels.splits_triton import WARPS, add_splits, split_sums, tile_of_few_rows
+from common.kernels.splits_triton import WARPS, add_splits, read_tile, split_sums, tile_of_few_rows
 
 # Rows of a program at most; then of a product the programs (`split_sums`), and loads on their way.
 # Measured as the rest of its form.
@@ -28,10 +28,9 @@ def bytes_matmul(inputs: TwoBytes, weight: PackedWeight) -> Tensor:
     assert blocks * weight.block == channels == weight.shape[1]  # rounded for weights like these
     block_rows = min(BLOCK_ROWS, max(8, triton.next_power_of_2(rows)))
     row_tiles, device = triton.cdiv(rows, block_rows), inputs.codes.device
-    split = split_sums(
-        rows, row_tiles, out, tile_of_few_rows(out), blocks, PROGRAMS, device, inputs.dtype
-    )
-    bytes_of_stage = weight.block * (split.block_out * weight.bits // 8 + 2 * block_rows)
+    block_out, dtype = tile_of_few_rows(out), inputs.dtype
+    split = split_sums(rows, row_tiles, out, block_out, blocks, PROGRAMS, device, dtype)
+    bytes_of_stage = weight.block * (block_out * weight.bits // 8 + 2 * block_rows)
     _bytes_matmul[(split.tiles, split.splits, row_tiles)](
         inputs.codes,
         inputs.unit,
@@ -52,7 +51,7 @@ def bytes_matmul(inputs: TwoBytes, weight: PackedWeight) -> Tensor:
         BITS=weight.bits,
         HAS_ZERO=weight.zero_point is not None,
         BLOCK=weight.block,
-        BLOCK_OUT=split.block_out,
+        BLOCK_OUT=block_out,
         BLOCK_ROWS=block_rows,
         SPLITS=split.splits,
         ASSEMBLY=inputs.codes.is_cuda and torch.version.hip is None,
@@ -114,27 +113,25 @@ def _bytes_matmul(
 ):
     """Weights are the left factor, so that they go from registers into tensor cores. The low and
     the high bytes of a row are two neighbours in the right one, so that a thread has both of their
-    sums. Programs read the last channel, and the last row, in place of those beyond.
+    sums.
     """
     begin(OVERLAP)
     BYTES: tl.constexpr = BLOCK * BITS // 8
-    channel = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    row = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    channel, row = read_tile(rows, out, BLOCK_OUT, BLOCK_ROWS)
     half = tl.program_id(2) * 2 * BLOCK_ROWS + tl.arange(0, 2 * BLOCK_ROWS)
     byte = tl.arange(0, BYTES)
-    channel_read, row_read = tl.minimum(channel, out - 1), tl.minimum(row, rows - 1)
-    weights = packed + channel_read.to(tl.int64)[:, None] * row_bytes + byte[None, :]
+    weights = packed + channel.to(tl.int64)[:, None] * row_bytes + byte[None, :]
     values = inputs + tl.minimum(half, 2 * rows - 1)[None, :] * channels + byte[:, None]
     total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
     first = tl.program_id(1) * each
     for block in range(first, tl.minimum(first + each, blocks)):
-        place = channel_read * (blocks // group_blocks) + block // group_blocks
+        place = channel * (blocks // group_blocks) + block // group_blocks
         step = tl.load(scale + place).to(tl.float32)
         # 4-bit codes are stored as that much more than they are; zero-points are taken off with it.
         zero = tl.full((BLOCK_OUT,), 8.0 if BITS == 4 else 0.0, tl.float32)
         if HAS_ZERO:
             zero += tl.load(zero_point + place).to(tl.float32)
-        size = tl.load(unit + row_read * blocks + block)
+        size = tl.load(unit + row * blocks + block)
         codes = tl.load(weights + block * BYTES)
         if BITS == 4:
             low, high = _halves(codes, ASSEMBLY)
@@ -146,7 +143,7 @@ def _bytes_matmul(
         low_bytes, high_bytes = tl.split(tl.reshape(product, (BLOCK_OUT, BLOCK_ROWS, 2)))
         found = (high_bytes * 256 + low_bytes).to(tl.float32) * size[None, :]
         if HAS_ZERO or BITS == 4:
-            found -= zero[:, None] * tl.load(sums + row_read * blocks + block)[None, :]
+            found -= zero[:, None] * tl.load(sums + row * blocks + block)[None, :]
         total += found * step[:, None]
     release(OVERLAP)
-    add_splits(total, output, partial, counters, rows, out, channel, SPLITS)
+    add_splits(total, output, partial, counters, rows, out, SPLITS)

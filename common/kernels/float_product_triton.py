@@ -18,6 +18,7 @@ from common.kernels.splits_triton import (
     BLOCK_ROWS,
     WARPS,
     add_splits,
+    read_tile,
     split_sums,
     tile_of_few_rows,
 )
@@ -41,8 +42,8 @@ def float_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     )
     # Without tensor cores for the type weights go through shared memory, a half of 4 bits at once.
     kept = 0 if element == 2 else block_out * block * element * weight.bits // 8
-    # What is the same type is computed in it, two numbers at a time.
-    pairs = inputs.is_cuda and torch.version.hip is None and weight.scale.dtype == inputs.dtype
+    # Scales of the same 16-bit type: weights are computed in it, two at a time.
+    pairs = weight.bits == 4 and element == 2 and weight.scale.dtype == inputs.dtype
     _float_matmul[(split.tiles, split.splits, row_tiles)](
         inputs,
         weight.packed,
@@ -64,7 +65,7 @@ def float_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
         BLOCK_OUT=block_out,
         BLOCK_ROWS=block_rows,
         SPLITS=split.splits,
-        ASSEMBLY=pairs and weight.bits == 4 and element == 2,
+        ASSEMBLY=pairs and inputs.is_cuda and torch.version.hip is None,
         num_warps=WARPS,
         num_stages=stages(
             STAGES, block * (block_out * weight.bits // 8 + block_rows * element), kept
@@ -99,22 +100,18 @@ def _float_matmul(
     ASSEMBLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Weights are the left factor, so that they go from registers into tensor cores. Programs read
-    the last channel, and the last row, in place of those beyond.
-    """
+    """Weights are the left factor, so that they go from registers into tensor cores."""
     begin(OVERLAP)
     dtype: tl.constexpr = inputs.dtype.element_ty
     BYTES: tl.constexpr = BLOCK * BITS // 8
-    channel = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    row = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    channel, row = read_tile(rows, out, BLOCK_OUT, BLOCK_ROWS)
     byte = tl.arange(0, BYTES)
-    channel_read, row_read = tl.minimum(channel, out - 1), tl.minimum(row, rows - 1)
-    weights = packed + channel_read.to(tl.int64)[:, None] * row_bytes + byte[None, :]
-    values = inputs + row_read.to(tl.int64)[None, :] * channels + byte[:, None]
+    weights = packed + channel.to(tl.int64)[:, None] * row_bytes + byte[None, :]
+    values = inputs + row.to(tl.int64)[None, :] * channels + byte[:, None]
     total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
     first = tl.program_id(1) * each
     for block in range(first, tl.minimum(first + each, blocks)):
-        place = channel_read * (blocks // group_blocks) + block // group_blocks
+        place = channel * (blocks // group_blocks) + block // group_blocks
         step = tl.load(scale + place)[:, None]
         # 4-bit codes are stored as that much more than they are; zero-points are taken off with it.
         zero = tl.full((BLOCK_OUT, 1), 8.0 if BITS == 4 else 0.0, tl.float32)
@@ -135,7 +132,7 @@ def _float_matmul(
             weight = _float(codes, zero, step, dtype)
             total = tl.dot(weight, value, total, input_precision="ieee")
     release(OVERLAP)
-    add_splits(total, output, partial, counters, rows, out, channel, SPLITS)
+    add_splits(total, output, partial, counters, rows, out, SPLITS)
 
 
 @triton.jit
@@ -150,25 +147,16 @@ def _pairs(codes, zero, step):
     type: a float with one of these exponents has a code as its last bits and is a power of two more
     than it. Less that power and the zero-point it is exact, and rounded once, times the scale.
     """
-    if step.dtype == tl.bfloat16:
-        low, high = tl.inline_asm_elementwise(
-            _ASSEMBLY_BF16,
-            "=&r,=&r,=&r,=&r,r,r,r,r,r",
-            [codes, (-128.0 - zero).to(tl.bfloat16), step],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        low, high = tl.inline_asm_elementwise(
-            _ASSEMBLY_FP16,
-            "=&r,=&r,=&r,=&r,r,r,r,r,r",
-            [codes, (-1024.0 - zero).to(tl.float16), step],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
-    return low, high
+    BF16: tl.constexpr = step.dtype == tl.bfloat16
+    POWER: tl.constexpr = 128.0 if BF16 else 1024.0
+    return tl.inline_asm_elementwise(
+        _ASSEMBLY_BF16 if BF16 else _ASSEMBLY_FP16,
+        "=&r,=&r,=&r,=&r,r,r,r,r,r",
+        [codes, (-POWER - zero).to(step.dtype), step],
+        dtype=(step.dtype, step.dtype),
+        is_pure=True,
+        pack=4,
+    )
 
 
 def _assembly(dtype: str, exponent: str, one: str) -> tl.constexpr:

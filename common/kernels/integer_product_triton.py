@@ -16,6 +16,7 @@ from common.kernels.splits_triton import (
     BLOCK_ROWS,
     WARPS,
     add_splits,
+    read_tile,
     split_sums,
     tile_of_few_rows,
 )
@@ -85,21 +86,18 @@ def _integer_matmul(
     SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Programs read the last channel, and the last row, in place of those beyond."""
     begin(OVERLAP)
-    channel = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    row = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    channel, row = read_tile(rows, out, BLOCK_OUT, BLOCK_ROWS)
     byte = tl.arange(0, BLOCK)
-    channel_read, row_read = tl.minimum(channel, out - 1), tl.minimum(row, rows - 1)
-    weights = packed + channel_read.to(tl.int64)[:, None] * channels + byte[None, :]
-    values = inputs + row_read.to(tl.int64)[None, :] * channels + byte[:, None]
+    weights = packed + channel.to(tl.int64)[:, None] * channels + byte[None, :]
+    values = inputs + row.to(tl.int64)[None, :] * channels + byte[:, None]
     total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.int32)
     first = tl.program_id(1) * each
     for block in range(first, tl.minimum(first + each, blocks)):
         codes, value = tl.load(weights + block * BLOCK), tl.load(values + block * BLOCK)
         total = tl.dot(codes, value, total, out_dtype=tl.int32)
-    step = tl.load(scale + channel_read).to(tl.float32)
-    token = tl.load(input_scale + row_read).to(tl.float32)
+    step = tl.load(scale + channel).to(tl.float32)
+    token = tl.load(input_scale + row).to(tl.float32)
     release(OVERLAP)
     product = total.to(tl.float32) * step[:, None] * token[None, :]
-    add_splits(product, output, partial, counters, rows, out, channel, SPLITS)
+    add_splits(product, output, partial, counters, rows, out, SPLITS)

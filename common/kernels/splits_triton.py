@@ -26,13 +26,12 @@ def tile_of_few_rows(out: int) -> int:
 
 
 class Split(NamedTuple):
-    """tiles: of the output channels, `block_out` in each.
+    """tiles: of the output channels.
     splits: programs for a tile, with up to `each` steps of channels.
     partial: [splits, rows, out] float32, which they leave to be added up, and counters of those
         that have; anything where there is one.
     """
 
-    block_out: int
     tiles: int
     splits: int
     each: int
@@ -61,15 +60,25 @@ def split_sums(
     if splits > 1:
         partial = torch.empty(splits, rows, out, device=device)
         counts = counters(tiles * row_tiles, device)
-    return Split(block_out, tiles, splits, each, output, partial, counts)
+    return Split(tiles, splits, each, output, partial, counts)
 
 
 @triton.jit
-def add_splits(total, output, partial, counters, rows, out, channel, SPLITS: tl.constexpr):
-    """Store a tile [channels, rows] of a product [rows, out], of the rows that the program's third
-    axis counts; where what is summed is split between programs, along their second axis, the last
-    one of the tile adds all up.
+def read_tile(rows, out, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """Output channels and rows of a program, which its first and third axis count. Programs read
+    the last channel, and the last row, in place of those beyond.
     """
+    channel = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    return tl.minimum(channel, out - 1), tl.minimum(row, rows - 1)
+
+
+@triton.jit
+def add_splits(total, output, partial, counters, rows, out, SPLITS: tl.constexpr):
+    """Store a tile [channels, rows] of a product [rows, out]; where what is summed is split between
+    programs, along their second axis, the last one of the tile adds all up.
+    """
+    channel = tl.program_id(0) * total.shape[0] + tl.arange(0, total.shape[0])
     first = tl.program_id(2) * total.shape[1]
     row = tl.arange(0, total.shape[1])
     mask = (first + row < rows)[None, :] & (channel < out)[:, None]

@@ -101,7 +101,7 @@ def _forking() -> ForkServerContext | None:
     context.set_forkserver_preload([_IMPORTED])
     with chdir(Path(__file__).parents[2]):  # where it looks modules up
         forkserver.ensure_running()
-    trial = context.Process(target=_use_gpu if torch.cuda.device_count() else _do_nothing)
+    trial = context.Process(target=try_gpu, args=(torch.cuda.device_count() > 0,))
     try:
         trial.start()
     except (EOFError, OSError):
@@ -118,13 +118,11 @@ def _forking() -> ForkServerContext | None:
     return None
 
 
-def _do_nothing() -> None:
-    pass
-
-
-def _use_gpu() -> None:
+def try_gpu(wanted: bool) -> None:
+    """In a child: end with exit code 1 where a GPU is wanted and cannot be used."""
     try:
-        torch.zeros(1, device="cuda")
+        if wanted:
+            torch.zeros(1, device="cuda")
     except Exception:
         # Of any type; the exit code says it.
         sys.exit(1)
