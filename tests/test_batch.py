@@ -1,6 +1,7 @@
 """The batch that makes the results: what it runs, passes on, keeps and refuses."""
 
 import json
+import re
 
 import pytest
 from batch_stand_ins import STAND_INS
@@ -26,7 +27,11 @@ def test_a_failure_does_not_stop_the_rest(batch, capfd):
         "--group-size 32" in call and "--overwrite" not in call for call in calls
     )
     assert load_all(batch.folder / "nothing") == []
-    assert "failed: gptq-4bit, gptq-8bit" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "failed: gptq-4bit, gptq-8bit" in said
+    # Of what went well, how long it took: quantize, verify and evaluate of two, and the baseline.
+    took = re.findall(r"^--- (\w+): \d+ s$", said, re.MULTILINE)
+    assert sorted(took) == ["evaluate"] * 3 + ["quantize"] * 2 + ["verify"] * 2
 
 
 def test_what_is_there_is_not_made_again_until_overwrite(batch):

@@ -184,6 +184,7 @@ def test_answers_without_a_number_are_counted():
     assert summary["mean_absolute_difference"] == 1
     assert summary["within_tolerance"] == pytest.approx(1 / 3)
     assert summary["median_low"] is summary["median_high"] is None  # of two
+    assert summary["answer_length"] == 3  # of 1, 1 and 7 characters
     nothing = openmath.TASK.summary(samples[2:])
     assert nothing["no_number"] == 1 and nothing["median_absolute_difference"] is None
 

@@ -87,6 +87,7 @@ COLUMNS = {
         "openmath",
         lambda f: f["absolute_difference"].isna().mean() if "absolute_difference" in f else 1.0,
     ),
+    "OpenMath answer length": ("openmath", lambda f: f.text.str.len().mean()),
     "Ratio [95%]": ("perplexity", lambda frame: math.exp(frame.loss.mean())),
 }
 

@@ -63,6 +63,17 @@ def test_a_silent_model_gains_nothing():
     assert nothing["mean_absolute_difference"].verdict() == "cannot tell with n = 0"
 
 
+def test_answers_grow_shorter_or_longer_and_that_is_no_loss():
+    before, after = openmath([1.0] * 40), openmath([1.0] * 40)
+    for i, (one, other) in enumerate(zip(before["openmath"], after["openmath"], strict=True)):
+        one["text"], other["text"] = "4 + 3 = 7" * (1 + i % 5), "7" * (1 + i % 3)
+    for pair, word in (((before, after), "shorter"), ((after, before), "longer")):
+        found = {one.kind.key: one for one in compare_samples(*pair)}
+        assert found["answer_length"].verdict() == word
+    found = {one.kind.key: one for one in compare_samples(before, before)}
+    assert found["answer_length"].verdict() not in (LOSS, "shorter", "longer")
+
+
 @pytest.mark.parametrize("key", ["f1", "exact_match"])
 def test_losses_in_one_article_are_one_piece_of_evidence(key):
     """Twelve answers lost in one article of six and none elsewhere: McNemar's p would be 2^-12, an

@@ -47,6 +47,8 @@ class Comparison:
         where this is one of many comparisons.
         """
         word = self.word(p_loss, p_gain)
+        if self.kind.words:
+            return dict(zip((LOSS, GAIN), self.kind.words, strict=True)).get(word, word)
         if word == GAIN and self.kind.silence:
             return "less often"
         if word == GAIN and (belied := SILENT if self.silent else self.worse):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -100,7 +101,7 @@ def step(
     gpu: dict[str, str],
     interpreter: Path | None = None,
 ) -> str:
-    """`run_logged`, showing the script's output.
+    """`run_logged`, showing the script's output and, at the end, how long it took.
 
     Args:
         gpu: environment that says which GPU to use; lines are shown with the configuration's name
@@ -113,7 +114,10 @@ def step(
         sys.stdout.write(prefix + line)
         sys.stdout.flush()
 
-    return run_logged(words, log, gpu, interpreter, show)
+    began = time.monotonic()
+    wrecked = run_logged(words, log, gpu, interpreter, show)
+    say(f"{prefix}--- {title}: {time.monotonic() - began:.0f} s")
+    return wrecked
 
 
 def run_logged(

@@ -20,6 +20,10 @@ def _holds_a_number(sample: Record) -> bool:
     return sample["absolute_difference"] is not None
 
 
+def _lengths(samples: list[Record]) -> list[float]:
+    return [float(len(sample.get("text") or "")) for sample in samples]
+
+
 def _no_number(samples: list[Record]) -> metrics.Metric:
     return metrics.mean([float(not _holds_a_number(sample)) for sample in samples])
 
@@ -44,7 +48,9 @@ class OpenMath(HarnessTask):
         "no gain; `no number` is the share of answers that hold none. Look at the median, in "
         "square brackets with its own 95% interval: one answer of twenty digits makes the mean "
         f"what it is, which is why a mean above {LARGE:.0f} is not written out here (the CSV files "
-        "have it whole)."
+        "have it whole). `answer length` is the mean number of characters: a model may calculate "
+        "step by step, or in one line as the worked examples do, and how often it does which "
+        "decides much of how often it is right."
     )
     metrics = (
         MetricKind(
@@ -89,6 +95,16 @@ class OpenMath(HarnessTask):
             silence=True,
             column="OpenMath no number",
         ),
+        MetricKind(
+            name,
+            "answer_length",
+            "OpenMath answer length",
+            lambda samples: metrics.mean(_lengths(samples)),
+            margin=0.0,
+            share=False,
+            words=("shorter", "longer"),
+            column="OpenMath answer length",
+        ),
     )
 
     def usable(self, loaded: Rows) -> list[dict]:
@@ -130,7 +146,7 @@ class OpenMath(HarnessTask):
     def summary(self, samples: list[Record]) -> dict:
         """Mean and median of the absolute difference, and the median's 95% interval `median_low` to
         `median_high`, are over the answers that hold a number; the share of answers that hold none
-        is `no_number`.
+        is `no_number`, their mean number of characters `answer_length`.
         """
         differences = [
             sample["absolute_difference"] for sample in samples if _holds_a_number(sample)
@@ -147,6 +163,7 @@ class OpenMath(HarnessTask):
             "median_low": low,
             "median_high": high,
             "no_number": 1 - len(differences) / len(samples),
+            "answer_length": float(np.mean(_lengths(samples))),
         }
 
     def in_words(self, summary: dict) -> str:

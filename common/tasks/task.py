@@ -52,10 +52,10 @@ class MetricKind:
     its exponential, the difference as a ratio, and judged by Student's t; all others by swaps.
 
     silence: it is the share of samples that the model gives no answer to. rewards_silence: to give
-    none scores, so that this is not called a gain where that share rises. recovered: it stands for
-    its task in the mean recovery, unless the baseline is at `chance`. f1: it is one of the F1s
-    whose mean is shown. interval: the names of its interval's ends in the summary, where that has
-    one.
+    none scores, so that this is not called a gain where that share rises. words: what less and what
+    more of it are called, where neither is a loss. recovered: it stands for its task in the mean
+    recovery, unless the baseline is at `chance`. f1: it is one of the F1s whose mean is shown.
+    interval: the names of its interval's ends in the summary, where that has one.
 
     column: its heading in the table of scores, None where it has no column there. judged: it has
     one in the table of verdicts. plotted: against size.
@@ -74,6 +74,7 @@ class MetricKind:
     logarithmic: bool = False
     silence: bool = False
     rewards_silence: bool = False
+    words: tuple[str, str] | None = None
     recovered: bool = False
     chance: float = 0.0
     f1: bool = False
