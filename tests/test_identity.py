@@ -256,6 +256,9 @@ def test_missing_samples_and_a_baseline_run_once(made, tiny, tmp_path, capsys):
         and "results of perplexity used again" in found.stdout
     )
     assert set(document_of(tmp_path / "results", tiny, "baseline")["noise"]) == {"arc"}
+    # The first result does not wait for it.
+    said = [found.stdout.index(words) for words in (" baseline: ARC", "Once more in other batches")]
+    assert said == sorted(said)
     (tmp_path / "results" / tiny.name / "samples" / "baseline.jsonl.gz").unlink()
     found = run_script(*baseline)
     assert "used again" not in found.stdout and found.returncode == 0

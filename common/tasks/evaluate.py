@@ -43,7 +43,8 @@ def evaluate_model(
 
     Args:
         reuse: leave out tasks whose results are there and were made from the same (`identity`).
-        twice: run tasks a second time in other batches, for the noise floor of every comparison.
+        twice: run tasks a second time in other batches, for the noise floor of every comparison;
+            the results are said before.
         compared: the configuration that a baseline is evaluated for; with `reuse`, refused where
             others would lose theirs.
     Raises:
@@ -103,14 +104,11 @@ def evaluate_model(
         f"Evaluating {subject.name} {subject.configuration} on {device} in {dtype_name(dtype)}: "
         f"{', '.join(conditions)}"
     )
-    summaries, samples, noise = {}, {}, {}
-    for task in (task for task in tasks if task.per_sample):
+    summaries, samples = {}, {}
+    asked = [task for task in tasks if task.per_sample]
+    for task in asked:
         summary, samples[task.name] = task.run(model, prepared[task.name], evaluation)
         summaries[task.name] = {**summary, **conditions[task.name]}
-        if twice and (
-            again := task.noise(model, prepared[task.name], evaluation, samples[task.name])
-        ):
-            noise[task.name] = again
     document = {
         "format_version": 2,
         "model": subject.name,
@@ -120,15 +118,21 @@ def evaluate_model(
         "load_seconds": round(loading, 2),
         "quantization": facts,
         "tasks": summaries,
+        **alone,
     }
-    if noise:
-        document["noise"] = noise
-    document.update(alone)
     # Measuring the memory to run has reset the peaks.
     peaks = {key: max(memory[key], value) for key, value in metadata.peak_memory(device).items()}
     document["memory"] = {"weights_bytes": weight_bytes(model), **peaks}
     document["seconds"] = round(time.perf_counter() - started, 2)
     say(in_words(document))
+    # Last, as it is a newcomer's first result that it would keep waiting.
+    if varying := [task for task in asked if twice and task.varies]:
+        say("Once more in other batches: how far scores move by themselves")
+        document["noise"] = {
+            task.name: task.noise(model, prepared[task.name], evaluation, samples[task.name])
+            for task in varying
+        }
+        document["seconds"] = round(time.perf_counter() - started, 2)
     return write_results(results_dir, document, samples)
 
 

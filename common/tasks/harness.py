@@ -57,6 +57,7 @@ class HarnessTask(Task):
     columns: tuple[str, ...] | None = None
     fetch: int | None = None
     chat: bool = True
+    varies = True
     answer_score: str
 
     def prompt(self) -> dict:

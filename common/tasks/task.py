@@ -101,7 +101,8 @@ class Task:
     they are run and shown. limit: samples that are evaluated unless told. note: what the table of
     scores says of its columns. clustered: what samples share that are not independent, in words.
     per_sample: it has a record for each sample; one that has none is measured before the others,
-    while the model is alone on its device, and stands beside `tasks` in the results.
+    while the model is alone on its device, and stands beside `tasks` in the results. varies: its
+    records may change when it is run again in other batches.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Task:
     note: str = ""
     clustered: str | None = None
     per_sample: bool = True
+    varies: bool = False
     metrics: tuple[MetricKind, ...] = ()
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -148,13 +150,9 @@ class Task:
         """Its metrics for the results, from the records alone; empty where they tell nothing."""
         return {}
 
-    def noise(
-        self, model, prepared: Any, evaluation: Evaluation, samples: list[Record]
-    ) -> dict | None:
-        """How much of the records changes when the task is run again in other batches; None where
-        nothing can.
-        """
-        return None
+    def noise(self, model, prepared: Any, evaluation: Evaluation, samples: list[Record]) -> dict:
+        """How much of the records changes when a task that `varies` is run again in other batches."""
+        raise NotImplementedError
 
     def of(self, document: dict) -> dict:
         """Its part of a document of results; empty where it was not evaluated."""
