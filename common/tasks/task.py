@@ -151,7 +151,7 @@ class Task:
         return {}
 
     def noise(self, model, prepared: Any, evaluation: Evaluation, samples: list[Record]) -> dict:
-        """How much of the records changes when a task that `varies` is run again in other batches."""
+        """How much of the records changes when it is run again in other batches."""
         raise NotImplementedError
 
     def of(self, document: dict) -> dict:
