@@ -25,6 +25,8 @@ _ALL_SWAPS, _RANDOM_SWAPS = 13, 9999
 _RESAMPLES = 4000
 # Swaps or resamples that are worked on at once, so that thousands of samples need no gigabytes.
 _CHUNK = 1000
+# How many numbers of clusters have their swaps and resamples kept: a comparison has five or six.
+_SIZES = 8
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,15 @@ class Pair:
 
     def resampled(self, counts: np.ndarray) -> np.ndarray:
         """quantized - baseline where each cluster is there `counts` times [resamples, clusters]."""
+        counts = counts.astype(self.after.dtype)
         return self.of_sums(counts @ self.after) - self.of_sums(counts @ self.before)
 
     def swapped(self, swaps: np.ndarray) -> np.ndarray:
         """quantized - baseline after the models' answers were swapped in some clusters, 1 or 0
         [resamples, clusters]."""
-        moved = swaps @ (self.after - self.before)
+        # Most answers are the same, and swapping those moves nothing.
+        swaps = swaps[:, self.changed].astype(self.after.dtype)
+        moved = swaps @ (self.after - self.before)[self.changed]
         return self.of_sums(self.after.sum(0) - moved) - self.of_sums(self.before.sum(0) + moved)
 
 
@@ -262,7 +267,7 @@ def t_test(found: Difference) -> tuple[float, float]:
     return float(stats.t.cdf(t, found.degrees)), float(stats.t.sf(t, found.degrees))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=_SIZES)
 def _swaps(groups: int) -> list[np.ndarray]:
     """Which clusters are swapped, 1 or 0, in chunks [resamples, clusters]; the same for every
     metric.
@@ -274,7 +279,7 @@ def _swaps(groups: int) -> list[np.ndarray]:
     return np.split(whole.astype(np.uint8), range(_CHUNK, len(whole), _CHUNK))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=_SIZES)
 def _drawn(groups: int) -> list[np.ndarray]:
     """How often each cluster is drawn in each bootstrap resample, in chunks [resamples,
     clusters]."""

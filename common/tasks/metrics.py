@@ -80,7 +80,8 @@ def median(values: Sequence[float]) -> Metric:
         middle = support[(below >= half).argmax(-1)] + support[(below > half).argmax(-1)]
         return np.where(half[..., 0] > 0, middle / 2, np.nan)
 
-    return Metric(np.eye(len(support))[places], of_sums, smooth=False)
+    # Counts are exact in float32, which is summed in half the time.
+    return Metric(np.eye(len(support), dtype=np.float32)[places], of_sums, smooth=False)
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
