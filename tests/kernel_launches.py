@@ -30,8 +30,8 @@ GRIDS = (Grid(4, 128), Grid(4, 128, True), Grid(8, None), Grid(2, 64))
 
 
 def tensor(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor on a GPU; under `FakeTensorMode`, so that there is neither."""
-    return torch.empty(size, dtype=dtype, device="cuda")
+    """A tensor without values."""
+    return torch.empty(size, dtype=dtype, device="meta")
 
 
 def packed(
