@@ -169,7 +169,7 @@ def test_four_bits_keep_the_quality_of_the_first_layers(demo_model, tmp_path, mo
     words = ["--model", "demo", "--output", tmp_path / "out", *SHORT, "--calib-length", 256]
     assert run_script(ROOT / "quantize_gptq.py", *words).returncode == 130
     model, tokenizer = load_model(demo_model, torch.device("cpu"), torch.float32)
-    windows = evaluation_windows("demo", tokenizer, 12, 128)
+    windows = evaluation_windows("demo", tokenizer, 6, 128)
     before = perplexity(model, windows)[0]["perplexity"]
     shards = [load_file(file) for file in (tmp_path / "out.unfinished").glob("*.safetensors")]
     quantized = 0
