@@ -38,6 +38,8 @@ ERROR_BITS, OUTPUT_ERROR = 4, 0.5
 # a 16-bit type.
 LOGITS_TOLERANCE = {"float32": 1e-3, "other": 0.08}
 GENERATION_PROMPT, GENERATION_TOKENS = "The three most important things about water are", 24
+# What reading and unpacking damaged tensors ends with, here and in the library.
+_UNREADABLE = (UserError, RuntimeError, ValueError, IndexError, KeyError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def verify(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[C
             "are verified; common/evaluation.py tells what it is worth"
         )
     yield _unchanged(folder, record)
-    yield from _codes(config, tensors)
+    yield from _codes(config, tensors, device)
     try:
         model, tokenizer = load_model(folder, device, dtype)
     except UserError as error:
@@ -194,7 +196,7 @@ def _unchanged(folder: Path, record: dict | None) -> Check:
     )
 
 
-def _codes(config: dict, tensors: TensorReader) -> Iterator[Check]:
+def _codes(config: dict, tensors: TensorReader, device: torch.device) -> Iterator[Check]:
     stored, linears = weight_format(config), family_of_config(config).linears
     grids = {
         f"model.layers.{layer}.{linear}": stored.grid
@@ -206,33 +208,42 @@ def _codes(config: dict, tensors: TensorReader) -> Iterator[Check]:
         for name in _stored_vocabulary(config)
         if name in stored.vocabulary
     }
-    bad_codes, bad_scales, damaged = [], [], []
+    bad_codes, bad_scales, damaged, host = [], [], [], torch.device("cpu")
     for name, grid in {**grids, **vocabulary}.items():
-        try:
-            state = stored_parts(tensors.read, tensors, name)
-            if not _in_range(state, grid):
-                bad_codes.append(name)
-            scale = state["weight_scale"].float()
-            if not (torch.isfinite(scale).all() and (scale > 0).all()):
-                bad_scales.append(name)
-            # All of a vocabulary unpacked would take gigabytes.
-            elif name in grids and not torch.isfinite(decompress(state, grid)).all():
-                damaged.append(name)
-        except (
-            UserError,
-            RuntimeError,
-            ValueError,
-            IndexError,
-            KeyError,
-            AssertionError,
-        ) as error:
-            damaged.append(f"{name} ({first_line(error)[:80]})")
+        for place in (device, host) if name in grids else (host,):
+            try:
+                codes, scales, weights = _sound(tensors, name, grid, place, name in grids)
+            except torch.cuda.OutOfMemoryError:
+                continue  # where there is room
+            except _UNREADABLE as error:
+                damaged.append(f"{name} ({first_line(error)[:80]})")
+            else:
+                bad_codes += [] if codes else [name]
+                bad_scales += [] if scales else [name]
+                damaged += [] if weights else [name]
+            break
     total = " and ".join([f"{len(grids)} linears", *vocabulary])
     widths = f"{stored.grid.bits}-bit codes and zero-points of {len(grids)} linears"
     rounded = [f"{grid.bits}-bit codes of {name}" for name, grid in vocabulary.items()]
     yield _listed("tensors readable", damaged, f"{total} unpack")
     yield _listed("codes within range", bad_codes, " and ".join([widths, *rounded]))
     yield _listed("scales positive", bad_scales, f"scales of {total}")
+
+
+def _sound(
+    tensors: TensorReader, name: str, grid: Grid, device: torch.device, whole: bool
+) -> tuple[bool, bool, bool]:
+    """Whether a linear's codes lie in the grid's range, its scales are positive, and its weights
+    finite, where both are so. Not a `whole` vocabulary's: unpacked they would take gigabytes.
+
+    Raises:
+        one of _UNREADABLE: its tensors cannot be read or unpacked.
+    """
+    state = stored_parts(lambda part: tensors.read(part).to(device), tensors, name)
+    codes, scale = _in_range(state, grid), state["weight_scale"].float()
+    scales = bool(torch.isfinite(scale).all() and (scale > 0).all())
+    asked = whole and codes and scales
+    return codes, scales, not asked or bool(torch.isfinite(decompress(state, grid)).all())
 
 
 def _in_range(state: dict, grid: Grid) -> bool:
