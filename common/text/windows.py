@@ -227,7 +227,8 @@ def evaluation_windows(
     texts, source = load_texts(data, "evaluation", data_root)
     plain = [text for text in texts if isinstance(text, str)]
     if len(plain) == len(texts):
-        tokens = tokenizer("\n\n".join(plain), return_tensors="pt", verbose=False)["input_ids"][0]
+        # Made a tensor here: transformers goes over a text's tokens one by one for it.
+        tokens = torch.tensor(tokenizer("\n\n".join(plain), verbose=False)["input_ids"])
     else:
         start = start_tokens(tokenizer)
         documents = [encode_document(text, tokenizer, start) for text in texts if text]
