@@ -1,19 +1,34 @@
-"""JSON files read, and files and folders that change in one step: whoever reads sees the old one or
-the new one, whole.
+"""JSON files read, files hashed, and files and folders that change in one step: whoever reads sees
+the old one or the new one, whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from common.base.errors import UserError
+
+
+def sha256_of(files: Iterable[Path]) -> list[str]:
+    """SHA-256 of each file's content, of several at a time: hashing does not hold the
+    interpreter. Raises OSError for one that cannot be read.
+    """
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(digest, files))
 
 
 def load_json(path: Path):

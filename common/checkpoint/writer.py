@@ -8,7 +8,6 @@ complete.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from common.base.device import dtype_name
 from common.base.errors import UserError
-from common.base.files import json_or_none, replace_folder, why_not_writable
+from common.base.files import json_or_none, replace_folder, sha256_of, why_not_writable
 from common.checkpoint.format import (
     VOCABULARY,
     form_of_linears,
@@ -312,11 +311,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
         if file.suffix == ".safetensors"
         or file.name in ("config.json", INDEX_FILE, "tokenizer.json")
     )
-    hashes = {}
-    for name in names:
-        with (folder / name).open("rb") as file:
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    return dict(zip(names, sha256_of(folder / name for name in names), strict=True))
 
 
 def folder_bytes(folder: Path) -> int:

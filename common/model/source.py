@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -168,7 +169,6 @@ class SourceModel:
         self.folder = resolve_folder(model)
         self.config = load_config(self.folder)
         self.family = FAMILIES[self.config.model_type]
-        self.tokenizer = load_tokenizer(self.folder)
         self.device, self.dtype = device, dtype
         self.tensors = TensorReader(self.folder)
         self.storage_dtype = self.tensors.read("model.embed_tokens.weight").dtype
@@ -188,6 +188,11 @@ class SourceModel:
             self.model.lm_head.weight = decoder.embed_tokens.weight
         else:
             self._fill(self.model.lm_head, "lm_head.")
+
+    @cached_property
+    def tokenizer(self):
+        """Its tokenizer. Raises UserError as `load_tokenizer`."""
+        return load_tokenizer(self.folder)
 
     @property
     def num_layers(self) -> int:

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from common.base.errors import UserError
-from common.base.files import json_or_none, write_json
+from common.base.files import json_or_none, sha256_of, write_json
 from common.checkpoint.writer import METADATA_FILE
 from common.model.located import is_gguf
 from common.model.source import resolve_folder
@@ -63,29 +63,32 @@ def source_hash(folder: Path, results_dir: Path) -> str:
 def _hash_of_files(folder: Path, names: set[str], results_dir: Path) -> str:
     memory = results_dir / HASHES_FILE
     known = json_or_none(memory) or {}
-    found = {name: _file_hash(folder / name, known) for name in sorted(names)}
+    files = {name: (folder / name).resolve() for name in sorted(names)}
+    states = {file: _state(file) for file in files.values()}
+    found = {file: _remembered(known.get(str(file)), state) for file, state in states.items()}
+    new = [file for file, digest in found.items() if digest is None]
+    hashed = dict(zip(new, sha256_of(new), strict=True))
+    # Those that are young are not remembered yet.
     fresh = {
-        entry[0]: entry[1]
-        for entry in found.values()
-        if entry[1] is not None and known.get(entry[0]) != entry[1]
+        str(file): [*states[file], digest]
+        for file, digest in hashed.items()
+        if time.time_ns() - max(states[file][1:3]) > _SETTLED_SECONDS * 1e9
     }
     if fresh:
         with suppress(OSError):  # only ever saves time
             write_json(memory, {**(json_or_none(memory) or {}), **fresh})
-    return _digest({name: entry[2] for name, entry in found.items()})
+    return _digest({name: found[file] or hashed[file] for name, file in files.items()})
 
 
-def _file_hash(file: Path, known: dict) -> tuple[str, list | None, str]:
-    """A file's path, what to remember of it (None while it is too young), and its SHA-256."""
-    path, stat = str(file.resolve()), file.stat()
-    state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    entry = known.get(path)
-    if isinstance(entry, list) and entry[:-1] == state:
-        return path, entry, entry[-1]
-    with file.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    settled = time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_SECONDS
-    return path, [*state, found] if settled else None, found
+def _state(file: Path) -> list[int]:
+    """What tells one content of a file from another: size, times of change, inode."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _remembered(entry: object, state: list[int]) -> str | None:
+    """A file's SHA-256, if an entry of the memory is of this state of it."""
+    return entry[-1] if isinstance(entry, list) and entry[:-1] == state else None
 
 
 def _digest(content) -> str:

@@ -44,9 +44,7 @@ from common.text.probe import check_finite, probe_tokens
 DENSE_ROOM, UNPACKING_BYTES = 512 << 20, 10
 
 
-def load_for_running(
-    folder: Path, device: torch.device, dtype: torch.dtype, described: Path | None = None
-):
+def load_for_running(folder: Path, device: torch.device, dtype: torch.dtype, tokenizer=None):
     """Model and tokenizer as `load_model` gives them, but on packed weights where the device has
     kernels for them.
 
@@ -54,7 +52,7 @@ def load_for_running(
         UserError: as `load_model`; or the model's activations, on a fixed text, overflow in
             float16.
     """
-    model, tokenizer = _load_packed_or_dense(folder, device, dtype, described)
+    model, tokenizer = _load_packed_or_dense(folder, device, dtype, tokenizer)
     if dtype == torch.float16:
         with torch.inference_mode():
             tokens = probe_tokens(tokenizer).to(next(model.parameters()).device)
@@ -63,13 +61,11 @@ def load_for_running(
     return model, tokenizer
 
 
-def _load_packed_or_dense(
-    folder: Path, device: torch.device, dtype: torch.dtype, described: Path | None
-):
+def _load_packed_or_dense(folder: Path, device: torch.device, dtype: torch.dtype, tokenizer):
     if is_gguf(folder):
-        return load_model(folder, device, dtype, described)
+        return load_model(folder, device, dtype, tokenizer)
     if device.type != "cuda":
-        return _load_for_processor(folder, device, dtype, described)
+        return _load_for_processor(folder, device, dtype, tokenizer)
     content = read_config(folder)
     quantized = "quantization_config" in content
     if (
@@ -77,20 +73,19 @@ def _load_packed_or_dense(
         and not quantized
         and (dense_bytes(folder, dtype, working=True) > available(device))
     ):
-        return load_streamed(folder, device, dtype)
+        return load_streamed(folder, device, dtype, tokenizer)
     if quantized and triton_works() and can_be_packed(content, TensorReader(folder)):
-        model, tokenizer = load_packed(folder, device, dtype), load_tokenizer(folder)
+        tokenizer = tokenizer or load_tokenizer(folder)
+        model = load_packed(folder, device, dtype)
         let_head_finish_logits(model)
     else:
-        model, tokenizer = load_model(folder, device, dtype)
+        model, tokenizer = load_model(folder, device, dtype, tokenizer)
     if triton_works() and next(model.parameters()).is_cuda:
         fuse_layers(model)
     return model, tokenizer
 
 
-def _load_for_processor(
-    folder: Path, device: torch.device, dtype: torch.dtype, described: Path | None
-):
+def _load_for_processor(folder: Path, device: torch.device, dtype: torch.dtype, tokenizer):
     content = read_config(folder)
     if "quantization_config" in content and processor.is_worth_it(dtype):
         names = TensorReader(folder)
@@ -98,14 +93,14 @@ def _load_for_processor(
             model = load_packed(folder, device, dtype)
             if prepare_for_processor(model):
                 let_head_finish_logits(model)
-                return model, load_tokenizer(described or folder)
+                return model, tokenizer or load_tokenizer(folder)
         if not unknown_form(content, names):
             say(
                 f"{folder} runs on dense weights, no smaller and no faster than the 16-bit model: "
                 "on this CPU torch has no product of its form (it has 4 and 8 bits, groups of 32 "
                 "and more)"
             )
-    return load_model(folder, device, dtype, described)
+    return load_model(folder, device, dtype, tokenizer)
 
 
 def dense_bytes(folder: Path, dtype: torch.dtype, working: bool = False) -> int:
@@ -125,7 +120,7 @@ def dense_bytes(folder: Path, dtype: torch.dtype, working: bool = False) -> int:
     return weights + (working_bytes(model, dtype.itemsize) if working else 0)
 
 
-def load_streamed(folder: Path, device: torch.device, dtype: torch.dtype):
+def load_streamed(folder: Path, device: torch.device, dtype: torch.dtype, tokenizer=None):
     """Model and tokenizer of a 16-bit model that the device has no room for: the first decoder
     layers stay there, the others are read from the files for every forward pass and forgotten after
     it.
@@ -151,7 +146,7 @@ def load_streamed(folder: Path, device: torch.device, dtype: torch.dtype):
     )
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model, source.tokenizer
+    return model, tokenizer or source.tokenizer
 
 
 def _load(source: SourceModel, index: int, *_: object) -> None:
@@ -172,19 +167,17 @@ def kernels_of(model) -> str:
     return "dense" if is_plain(linear) else f"library's {type(linear).__name__}"
 
 
-def load_model(
-    folder: Path, device: torch.device, dtype: torch.dtype, described: Path | None = None
-):
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype, tokenizer=None):
     """Model and tokenizer of a checkpoint, a plain model folder or a GGUF file, ready to run:
     decompressed, but for those that run on another library's modules. It runs on the CPU, and a
     line says so, where the device has no room for the weights.
 
     Args:
-        described: the folder with the tokenizer, where that is another (`located.described_by`).
+        tokenizer: the model's, where it is there already; else that in the folder.
     Raises:
         UserError: there is no model that can be loaded.
     """
-    tokenizer, transforms = load_tokenizer(described or folder), None
+    tokenizer, transforms = tokenizer or load_tokenizer(folder), None
     if is_gguf(folder):
         model = _read(folder.parent, dtype, {"gguf_file": folder.name}, folder).to(device)
     elif runs_as_is(folder):

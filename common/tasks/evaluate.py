@@ -89,7 +89,7 @@ def evaluate_model(
         identity.spare(subject, results_dir, conditions, compared, refuse)
     prepared = {task.name: task.prepare(loaded[task.name], evaluation) for task in tasks}
     started = time.perf_counter()
-    model, _ = load_for_running(folder, device, dtype, described)
+    model, _ = load_for_running(folder, device, dtype, evaluation.tokenizer)
     loading, device = time.perf_counter() - started, next(model.parameters()).device
     _check_made_from(subject, model.config)
     memory = metadata.peak_memory(device)
