@@ -1,11 +1,12 @@
 """verify_model.py passes what is sound and finds what was tampered with."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
-from conftest import ROOT, run_quantize, run_script
+from conftest import ROOT, run_quantize, run_script, save_tiny
 from safetensors.torch import load_file, save_file
 
 from common import verification
@@ -23,11 +24,11 @@ def checkpoint(tiny, calibration_text, tmp_path_factory):
 SHARD, LINEAR = "model-00002-of-00003.safetensors", "model.layers.1.mlp.down_proj"
 
 
-def change_tensor(name, change):
+def change_tensor(name, change, shard=SHARD):
     def apply(folder):
-        tensors = load_file(folder / SHARD)
+        tensors = load_file(folder / shard)
         tensors[f"{LINEAR}.{name}"] = change(tensors[f"{LINEAR}.{name}"]).contiguous()
-        save_file(tensors, folder / SHARD, metadata={"format": "pt"})
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
 
     return apply
 
@@ -55,8 +56,8 @@ def without(entry):
     return apply
 
 
-def run(folder):
-    result = run_script(ROOT / "verify_model.py", "--model-path", folder)
+def run(folder, *options):
+    result = run_script(ROOT / "verify_model.py", "--model-path", folder, *options)
     assert "Traceback" not in result.stderr, result.stderr
     return result
 
@@ -102,6 +103,28 @@ def test_sound(checkpoint):
 )
 def test_tampered(checkpoint, tmp_path, change, failing):
     check_it_fails(checkpoint, tmp_path / "copy", change, failing)
+
+
+def test_rounded_inputs_tip_over_in_16_bits(tmp_path, calibration_text):
+    """Which moves the logits of a sound checkpoint by more than rounding weights alone can; what
+    one wrong linear does is still more.
+    """
+    sizes = dict(layers=12, hidden_size=256, intermediate_size=512, head_dim=64)
+    model, output = save_tiny(tmp_path / "model", "llama", True, **sizes), tmp_path / "out"
+    result = run_quantize("smoothquant", model, output, text=calibration_text)
+    assert result.returncode == 0, result.stderr
+
+    def difference() -> tuple[str, float]:
+        said = run(output, "--dtype", "bfloat16").stdout
+        verdict, found = re.search(r"(\w+)  recorded logits: differ by (\S+) of", said).groups()
+        return verdict, float(found)
+
+    verdict, moved = difference()
+    assert verdict == "PASS" and moved > 0.08
+    for part in ("weight", "weight_scale"):
+        change_tensor(part, lambda t: t.roll(1, 0), "model-00002-of-00013.safetensors")(output)
+    verdict, moved = difference()
+    assert verdict == "FAIL" and moved > 0.3
 
 
 @pytest.mark.parametrize(
