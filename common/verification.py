@@ -34,7 +34,7 @@ PERPLEXITY_RATIO = {8: 1.1, 4: 2.0, 3: 5.0, 2: 1000.0}
 # From so many bits on no linear's output may be off by more than this share of its size: something
 # else is wrong then.
 ERROR_BITS, OUTPUT_ERROR = 4, 0.5
-# Logits may differ from the recorded ones by this share of their spread: in float32, and in 16 bits,
+# Logits may differ from the recorded ones by this share of their spread: in float32, or in 16 bits,
 # whose rounding tips what inputs, keys and values are rounded to, by the bits of those. Sound ones
 # did by 0.04, 0.11 and 0.72, with one wrong linear of 12 layers by 0.39, independent ones by 1.4.
 EXACT_LOGITS, LOGITS = 1e-3, {16: 0.08, 8: 0.25, 4: 1.0}
