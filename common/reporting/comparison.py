@@ -48,7 +48,8 @@ class Comparison:
         """
         word = self.word(p_loss, p_gain)
         if self.kind.words:
-            return dict(zip((LOSS, GAIN), self.kind.words, strict=True)).get(word, word)
+            less, more = self.kind.words
+            return {LOSS: less, GAIN: more, NO_LOSS: "no change seen"}.get(word, word)
         if word == GAIN and self.kind.silence:
             return "less often"
         if word == GAIN and (belied := SILENT if self.silent else self.worse):

@@ -62,7 +62,7 @@ def source_hash(folder: Path, results_dir: Path) -> str:
 
 def _hash_of_files(folder: Path, names: set[str], results_dir: Path) -> str:
     memory = results_dir / HASHES_FILE
-    known = json_or_none(memory) or {}
+    known, now = json_or_none(memory) or {}, time.time_ns()
     files = {name: (folder / name).resolve() for name in sorted(names)}
     states = {file: _state(file) for file in files.values()}
     found = {file: _remembered(known.get(str(file)), state) for file, state in states.items()}
@@ -72,7 +72,7 @@ def _hash_of_files(folder: Path, names: set[str], results_dir: Path) -> str:
     fresh = {
         str(file): [*states[file], digest]
         for file, digest in hashed.items()
-        if time.time_ns() - max(states[file][1:3]) > _SETTLED_SECONDS * 1e9
+        if now - max(states[file][1:3]) > _SETTLED_SECONDS * 1e9
     }
     if fresh:
         with suppress(OSError):  # only ever saves time

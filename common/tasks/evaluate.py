@@ -125,6 +125,7 @@ def evaluate_model(
     document["memory"] = {"weights_bytes": weight_bytes(model), **peaks}
     document["seconds"] = round(time.perf_counter() - started, 2)
     say(in_words(document))
+    written = write_results(results_dir, document, samples)
     # Last, as it is a newcomer's first result that it would keep waiting.
     if varying := [task for task in asked if twice and task.varies]:
         say("Once more in other batches: how far scores move by themselves")
@@ -133,7 +134,8 @@ def evaluate_model(
             for task in varying
         }
         document["seconds"] = round(time.perf_counter() - started, 2)
-    return write_results(results_dir, document, samples)
+        written = write_results(results_dir, document, samples)
+    return written
 
 
 def on_demo_data(data: str, source: str, data_root: Path | None) -> bool:

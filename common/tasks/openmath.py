@@ -20,8 +20,12 @@ def _holds_a_number(sample: Record) -> bool:
     return sample["absolute_difference"] is not None
 
 
+def _has_text(sample: Record) -> bool:
+    return sample.get("text") is not None
+
+
 def _lengths(samples: list[Record]) -> list[float]:
-    return [float(len(sample.get("text") or "")) for sample in samples]
+    return [float(len(sample["text"])) for sample in samples]
 
 
 def _no_number(samples: list[Record]) -> metrics.Metric:
@@ -101,6 +105,7 @@ class OpenMath(HarnessTask):
             "OpenMath answer length",
             lambda samples: metrics.mean(_lengths(samples)),
             margin=0.0,
+            only=_has_text,
             share=False,
             words=("shorter", "longer"),
             column="OpenMath answer length",
