@@ -34,7 +34,7 @@ PERPLEXITY_RATIO = {8: 1.1, 4: 2.0, 3: 5.0, 2: 1000.0}
 # From so many bits on no linear's output may be off by more than this share of its size: something
 # else is wrong then.
 ERROR_BITS, OUTPUT_ERROR = 4, 0.5
-# Logits may differ from the recorded ones by this share of their spread: in float32, in 16 bits, and
+# Logits may differ from the recorded ones by this share of their spread: in float32, in 16 bits, or
 # in any type where its rounding, or another processor's, tips what inputs, keys and values are
 # rounded to, by the bits of those. Sound ones did by 0.04 in 16 bits, by 0.11 and 0.72 with 8 and
 # 4 bits, with one wrong linear of 12 by 0.39, independent ones by 1.4: with 4 it tells little.
