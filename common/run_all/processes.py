@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from functools import cache
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -26,7 +26,8 @@ from common.base.progress import say
 
 # What the process that is forked has imported.
 _IMPORTED = "common.run_all.imported"
-# Held while that process is started: configurations run in threads.
+# Held while a process is started, and while one that has ended is asked for its exit code:
+# configurations run in threads.
 _starting = threading.Lock()
 
 
@@ -72,7 +73,8 @@ def running(
             child = context.Process(
                 target=_run_script, args=(words, {**os.environ, **environment}, writing)
             )
-            child.start()
+            with _starting:
+                child.start()
         yield output, _Child(child)
 
 
@@ -83,8 +85,12 @@ class _Child:
         self._process = process
 
     def wait(self) -> int:
-        self._process.join()
-        return self._process.exitcode
+        connection.wait([self._process.sentinel])
+        # Whoever starts a process asks all others for their exit codes, which only one can read:
+        # the other would take it for 255.
+        with _starting:
+            self._process.join()
+            return self._process.exitcode
 
     def kill(self) -> None:
         self._process.kill()
