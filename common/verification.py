@@ -206,9 +206,10 @@ def _codes(config: dict, tensors: TensorReader, device: torch.device) -> Iterato
     }
     bad_codes, bad_scales, damaged, host = [], [], [], torch.device("cpu")
     for name, grid in {**grids, **vocabulary}.items():
-        for place in (device, host) if name in grids else (host,):
+        whole = name in grids
+        for place in (device, host) if whole else (host,):
             try:
-                codes, scales, weights = _sound(tensors, name, grid, place, name in grids)
+                codes, scales, weights = _sound(tensors, name, grid, place, whole)
             except torch.cuda.OutOfMemoryError:
                 continue  # where there is room
             except _UNREADABLE as error:

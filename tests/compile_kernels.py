@@ -31,7 +31,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from common.base import gpu
-from common.kernels import dispatch, inference
+from common.kernels import dispatch
 
 # Compute capabilities of RTX 20, A100, RTX 30, RTX 40, H100, B200, RTX 50, and the KiB of shared
 # memory that a program may take there.
@@ -61,8 +61,6 @@ def launches(
     gpu.properties = lambda: gpu.Properties(capability, CARDS[capability] << 10)
     dispatch.triton_works = lambda: True
     Tensor.is_cuda = property(lambda tensor: True)  # none holds values, and none is on a GPU
-    # In one tile: a torch without CUDA cannot take slices of such tensors.
-    inference.UNPACKED_ELEMENTS = 1 << 40
     triton.runtime.driver.set_active(_Driver(capability))
     found: dict[tuple, Callable[[], CompiledKernel]] = {}
 

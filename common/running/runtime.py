@@ -52,7 +52,8 @@ def load_for_running(folder: Path, device: torch.device, dtype: torch.dtype, tok
         UserError: as `load_model`; or the model's activations, on a fixed text, overflow in
             float16.
     """
-    model, tokenizer = _load_packed_or_dense(folder, device, dtype, tokenizer)
+    tokenizer = tokenizer or load_tokenizer(folder)
+    model = _load_packed_or_dense(folder, device, dtype, tokenizer)
     if dtype == torch.float16:
         with torch.inference_mode():
             tokens = probe_tokens(tokenizer).to(next(model.parameters()).device)
@@ -63,7 +64,7 @@ def load_for_running(folder: Path, device: torch.device, dtype: torch.dtype, tok
 
 def _load_packed_or_dense(folder: Path, device: torch.device, dtype: torch.dtype, tokenizer):
     if is_gguf(folder):
-        return load_model(folder, device, dtype, tokenizer)
+        return load_model(folder, device, dtype, tokenizer)[0]
     if device.type != "cuda":
         return _load_for_processor(folder, device, dtype, tokenizer)
     content = read_config(folder)
@@ -73,16 +74,15 @@ def _load_packed_or_dense(folder: Path, device: torch.device, dtype: torch.dtype
         and not quantized
         and (dense_bytes(folder, dtype, working=True) > available(device))
     ):
-        return load_streamed(folder, device, dtype, tokenizer)
+        return load_streamed(folder, device, dtype, tokenizer)[0]
     if quantized and triton_works() and can_be_packed(content, TensorReader(folder)):
-        tokenizer = tokenizer or load_tokenizer(folder)
         model = load_packed(folder, device, dtype)
         let_head_finish_logits(model)
     else:
-        model, tokenizer = load_model(folder, device, dtype, tokenizer)
+        model = load_model(folder, device, dtype, tokenizer)[0]
     if triton_works() and next(model.parameters()).is_cuda:
         fuse_layers(model)
-    return model, tokenizer
+    return model
 
 
 def _load_for_processor(folder: Path, device: torch.device, dtype: torch.dtype, tokenizer):
@@ -93,14 +93,14 @@ def _load_for_processor(folder: Path, device: torch.device, dtype: torch.dtype, 
             model = load_packed(folder, device, dtype)
             if prepare_for_processor(model):
                 let_head_finish_logits(model)
-                return model, tokenizer or load_tokenizer(folder)
+                return model
         if not unknown_form(content, names):
             say(
                 f"{folder} runs on dense weights, no smaller and no faster than the 16-bit model: "
                 "on this CPU torch has no product of its form (it has 4 and 8 bits, groups of 32 "
                 "and more)"
             )
-    return load_model(folder, device, dtype, tokenizer)
+    return load_model(folder, device, dtype, tokenizer)[0]
 
 
 def dense_bytes(folder: Path, dtype: torch.dtype, working: bool = False) -> int:
