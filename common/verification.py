@@ -141,8 +141,7 @@ def _complete(folder: Path, config: dict, tensors: TensorReader) -> Check:
     described = ("tokenizer.json", "tokenizer_config.json")
     wanted = [file for file in described if not (folder / file).is_file()]
     layers, family = config["num_hidden_layers"], family_of_config(config)
-    stored = weight_format(config)
-    parts = REQUIRED_PARTS[stored.form]
+    parts = REQUIRED_PARTS[(stored := weight_format(config)).form]
     names = [
         f"model.layers.{i}.{linear}.{part}"
         for i in range(layers)
@@ -204,10 +203,10 @@ def _codes(config: dict, tensors: TensorReader, device: torch.device) -> Iterato
         for name in _stored_vocabulary(config)
         if name in stored.vocabulary
     }
-    bad_codes, bad_scales, damaged, host = [], [], [], torch.device("cpu")
+    bad_codes, bad_scales, damaged = [], [], []
     for name, grid in {**grids, **vocabulary}.items():
         whole = name in grids
-        for place in (device, host) if whole else (host,):
+        for place in (device, "cpu") if whole else ("cpu",):
             try:
                 codes, scales, weights = _sound(tensors, name, grid, place, whole)
             except torch.cuda.OutOfMemoryError:
@@ -220,15 +219,15 @@ def _codes(config: dict, tensors: TensorReader, device: torch.device) -> Iterato
                 damaged += [] if weights else [name]
             break
     total = " and ".join([f"{len(grids)} linears", *vocabulary])
-    widths = f"{stored.grid.bits}-bit codes and zero-points of {len(grids)} linears"
-    rounded = [f"{grid.bits}-bit codes of {name}" for name, grid in vocabulary.items()]
+    widths = [f"{stored.grid.bits}-bit codes and zero-points of {len(grids)} linears"]
+    widths += [f"{grid.bits}-bit codes of {name}" for name, grid in vocabulary.items()]
     yield _listed("tensors readable", damaged, f"{total} unpack")
-    yield _listed("codes within range", bad_codes, " and ".join([widths, *rounded]))
+    yield _listed("codes within range", bad_codes, " and ".join(widths))
     yield _listed("scales positive", bad_scales, f"scales of {total}")
 
 
 def _sound(
-    tensors: TensorReader, name: str, grid: Grid, device: torch.device, whole: bool
+    tensors: TensorReader, name: str, grid: Grid, device: torch.device | str, whole: bool
 ) -> tuple[bool, bool, bool]:
     """Whether a linear's codes lie in the grid's range, its scales are positive, and its weights
     finite, where both are so. Not a `whole` vocabulary's: unpacked they would take gigabytes.
@@ -239,8 +238,8 @@ def _sound(
     state = stored_parts(lambda part: tensors.read(part).to(device), tensors, name)
     codes, scale = _in_range(state, grid), state["weight_scale"].float()
     scales = bool(torch.isfinite(scale).all() and (scale > 0).all())
-    asked = whole and codes and scales
-    return codes, scales, not asked or bool(torch.isfinite(decompress(state, grid)).all())
+    fine = not (whole and codes and scales) or torch.isfinite(decompress(state, grid)).all()
+    return codes, scales, bool(fine)
 
 
 def _in_range(state: dict, grid: Grid) -> bool:
