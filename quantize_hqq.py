@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from common import cli
+from common.kernels.dispatch import triton_kernels
 from common.kernels.rounding import search_range
 from common.numerics.grid import (
     Grid,
@@ -58,6 +59,10 @@ def half_quadratic(
     """Improve scale and zero-point [out, groups] of weights [out, groups, group]; the l_p error
     never rises.
     """
+    if kernels := triton_kernels(groups):
+        return kernels.half_quadratic.half_quadratic(
+            groups, scale, zero_point, grid, lp_norm, steps, scale_dtype
+        )
     best_scale, best_zero, best_loss = scale, zero_point, torch.full_like(scale, torch.inf)
     # High powers of small weights would be nothing in float32.
     unit = reciprocal_size(groups)

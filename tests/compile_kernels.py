@@ -128,7 +128,7 @@ def variant(key: tuple) -> tuple:
 
 
 # Those whose shared memory grows with their constants.
-GROWING = ("_float_matmul", "_integer_product", "_bytes_matmul", "_attend")
+GROWING = ("_float_matmul", "_integer_product", "_bytes_matmul", "_attend", "_take_best_range")
 
 
 def chosen(keys: Iterable[tuple], seen: set[tuple], most: int, every: bool) -> list[tuple]:
@@ -186,7 +186,7 @@ def main() -> int:
             keys = list(found)
         else:
             # The same launches for the same generation give the same programs.
-            keys = [] if same in done else chosen(found, seen, 12, capability in ends)
+            keys = [] if same in done else chosen(found, seen, 14, capability in ends)
         done.add(same)
         for key in keys:
             try:

@@ -10,7 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from common.kernels import gradients_triton, inference, rounding_triton
+from common.kernels import (
+    gradients_triton,
+    half_quadratic_triton,
+    inference,
+    ranges_triton,
+    rounding_triton,
+    sums_triton,
+)
 from common.kernels.forms import PackedWeight, Rotary, Rounded, Rounding
 from common.numerics.grid import Grid
 
@@ -142,9 +149,25 @@ def rounding_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Calla
         )
         for importance, norm in ((tensor(inner), 2.0), (None, 8.0)):
             yield partial(
-                rounding_triton.search_range, weight, grid, importance, norm, dtype, [1.0, 0.9]
+                ranges_triton.search_range, weight, grid, importance, norm, dtype, [1.0, 0.9]
             )
         scale = tensor(hidden, grid.groups(inner))
+        groups = weight.unflatten(1, (scale.shape[1], -1))
+        if grid.group_size and ranges_triton.fits_best_range(grid.group_size):
+            span, one = weight[:, : grid.group_size], scale[:, 0]
+            block = tensor(inner, inner)[: grid.group_size, : grid.group_size]
+            yield partial(
+                ranges_triton.take_best_range,
+                *[span] * 3,
+                one,
+                one,
+                block,
+                grid,
+                dtype,
+                tensor(16),
+            )
+        given = groups, scale, scale, grid
+        yield partial(half_quadratic_triton.half_quadratic, *given, 8.0, 4, dtype)
         for beta in (None, 2.0):
             yield partial(
                 rounding_triton.learning_step,
@@ -159,6 +182,13 @@ def rounding_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Calla
                 beta,
                 0.1,
             )
+
+
+def statistics_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable]:
+    """What reads the inputs of linears beside products."""
+    inputs = tensor(8192, shape[1], dtype=dtype)
+    yield partial(sums_triton.channel_sums, inputs, tensor(8192), True)
+    yield partial(sums_triton.channel_sums, inputs, None, False)
 
 
 def tuning_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable]:
@@ -176,4 +206,11 @@ def tuning_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callabl
         yield partial(gradients_triton.divergence_and_slope, logits, logits, with_slope)
 
 
-STEPS = (products, products_in_float32, other_steps, rounding_steps, tuning_steps)
+STEPS = (
+    products,
+    products_in_float32,
+    other_steps,
+    rounding_steps,
+    statistics_steps,
+    tuning_steps,
+)

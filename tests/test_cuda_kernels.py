@@ -11,10 +11,13 @@ from common.kernels import float_product_triton, forms, inference
 from common.kernels.dispatch import triton_works
 from common.kernels.forms import PackedWeight, Rounding
 from common.kernels.rounding import search_range
+from common.kernels.sums import channel_sums
 from common.numerics import grid
 from common.numerics.grid import Grid
 from common.solvers import adaround, rounding
+from common.solvers.ranges import choose_ranges
 from common.walk.inputs import InputSums
+from quantize_hqq import half_quadratic
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")
@@ -251,3 +254,47 @@ def test_rounding_kernels(generator, form):
         expected = function(weight, gram, scale, zero)
         found = function(weight.cuda(), gram.cuda(), scale.cuda(), zero.cuda()).cpu()
         assert (found == expected).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("form", [Grid(4, 64), Grid(4, 128, True), Grid(3, 32)], ids=str)
+def test_ranges_by_the_output_error(generator, form):
+    inputs = torch.randn(4000, 256, generator=generator) * torch.rand(256, generator=generator)
+    gram, weight = inputs.T @ inputs / 4000, torch.randn(300, 256, generator=generator)
+    losses = []
+    for device in ("cpu", "cuda"):
+        found = choose_ranges(weight.to(device), gram.to(device), form, torch.bfloat16)
+        codes = grid.QuantizedLinear.nearest(weight.to(device), *found, form)
+        error = codes.dequantize().cpu() - weight
+        losses.append(((error @ gram) * error).sum(1))
+    assert relative(losses[1], losses[0]) < 0.01
+    assert abs(losses[1].sum() / losses[0].sum() - 1) < 0.003
+
+
+@pytest.mark.parametrize("norm", [0.7, 4.0, 8.0])
+@pytest.mark.parametrize("form", [Grid(4, 64), Grid(3, 48, True), Grid(8, None)], ids=str)
+def test_half_quadratic(generator, form, norm):
+    """As on the CPU, but where two codes are equally near."""
+    weight = torch.randn(300, 768, generator=generator).pow(3)
+    start = search_range(weight, form, norm=norm)
+    rest = form, norm, 4, torch.bfloat16
+    expected = half_quadratic(grid.grouped(weight, form), *start, *rest)
+    on_card = (tensor.cuda() for tensor in start)
+    found = half_quadratic(grid.grouped(weight.cuda(), form), *on_card, *rest)
+    losses = [
+        grid.rounding_error(grid.grouped(weight, form), scale.cpu(), zero.cpu(), form)
+        .abs()
+        .pow(norm)
+        for scale, zero in (found, expected)
+    ]
+    assert relative(losses[0].sum(-1), losses[1].sum(-1)) < 0.02
+    assert (found[0].cpu() == expected[0]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_channel_sums(generator, dtype):
+    rows = torch.randn(3000, 1100, generator=generator).to(dtype)
+    weights = torch.rand(3000, generator=generator)
+    exact = rows.double()
+    expected = weights.double() @ exact.square(), exact.abs().amax(0), exact.abs().sum(0)
+    for found, wanted in zip(channel_sums(rows.cuda(), weights.cuda()), expected, strict=True):
+        assert relative(found, wanted) < 1e-5

@@ -1,4 +1,4 @@
-"""Triton kernels that round weights, in the interpreter, against their twins in plain torch."""
+"""Triton kernels that quantization uses, in the interpreter, against their twins in plain torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ from kernel_checks import close, skip_without_the_interpreter
 
 skip_without_the_interpreter()
 
-from common.kernels import rounding, rounding_triton
+from common.kernels import (
+    half_quadratic_triton,
+    ranges_triton,
+    rounding,
+    rounding_triton,
+    sums,
+    sums_triton,
+)
 from common.kernels.rounding import search_range
 from common.numerics import grid
 from common.numerics.grid import Grid
-from common.solvers import adaround
+from common.solvers import adaround, ranges
+from quantize_hqq import half_quadratic
 
 GRIDS = [Grid(4, 32), Grid(4, 32, True), Grid(8, None), Grid(3, 48)]
 
@@ -78,7 +86,7 @@ def test_search_range(generator, form, weighted, norm, stored, size):
     first, last, steps = rounding.SEARCH.get(form.bits, rounding.SEARCH[4])
     candidates = [1.0, *torch.linspace(first, last, steps).tolist()]
     expected = search_range(weight, form, importance, norm, stored)
-    found = rounding_triton.search_range(weight, form, importance, norm, stored, candidates)
+    found = ranges_triton.search_range(weight, form, importance, norm, stored, candidates)
     assert ((found[0] == 1) == (grid.grouped(weight, form).abs().amax(-1) == 0)).all()
 
     def losses(scale, zero_point):
@@ -127,3 +135,111 @@ def test_learning_step(generator, form):
         )
         close(other.soft.v, twin.soft.v, 1e-4)
         close(other.difference, twin.difference, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("norm", "stored", "size", "form"),
+    sampled(
+        [
+            (*case, form)
+            for case in (
+                (8.0, torch.bfloat16, 1.0),
+                (4.0, torch.float16, 2e-3),
+                (2.0, torch.float32, 1.0),
+                (0.7, torch.bfloat16, 1e-6),
+            )
+            for form in GRIDS
+        ],
+        lambda *case: int(case[0]) % 3 == GRIDS.index(case[3]) % 3,
+    ),
+    ids=str,
+)
+def test_half_quadratic(generator, form, norm, stored, size):
+    weight = torch.randn(21, 96, generator=generator).pow(3) * size
+    weight[3] = 0
+    groups, start = (
+        grid.grouped(weight, form),
+        search_range(weight, form, norm=norm, scale_dtype=stored),
+    )
+    given = groups, *start, form, norm, 4, stored
+    expected, found = (
+        half_quadratic(*given),
+        half_quadratic_triton.half_quadratic(*given),
+    )
+
+    def losses(scale, zero_point):
+        error = grid.rounding_error(groups, scale, zero_point, form).double() / size
+        return error.abs().pow(norm).sum(-1)
+
+    assert torch.equal(found[0], grid.round_scale(found[0], stored))
+    assert torch.equal(found[1], found[1].round())
+    assert (losses(*found) <= losses(*start) * (1 + 1e-5)).all()
+    # Where two codes are equally near, the two go ways of their own from there on.
+    assert torch.isclose(found[0], expected[0], rtol=1e-5, atol=0).float().mean() > 0.9
+    close(losses(*found).sum(), losses(*expected).sum(), 0.01)
+
+
+@pytest.mark.parametrize(
+    ("form", "stored"),
+    [
+        (Grid(4, 32), torch.bfloat16),
+        (Grid(3, 64, True), torch.float16),
+        (Grid(4, 16), torch.float32),
+    ],
+    ids=str,
+)
+def test_take_best_range(generator, form, stored):
+    size, group = form.group_size, 1
+    weight, inputs = (torch.randn(count, 4 * size, generator=generator) for count in (21, 300))
+    gram = inputs.T @ (inputs * torch.rand(4 * size, generator=generator)) / 300
+    gram = gram + gram.T
+    weight[3] = 0
+    start = search_range(weight, form, scale_dtype=stored)
+    candidates, span = torch.tensor([1.04, 0.9, 0.75, 0.6]), slice(group * size, (group + 1) * size)
+    before = grid.QuantizedLinear.nearest(weight, *start, form).dequantize() - weight
+    before[:7, span] *= 0.01  # better than any nearest rounding: it stays
+    results = []
+    for function in (ranges.take_best_range, ranges_triton.take_best_range):
+        error, scale, zero_point = before.clone(), *(tensor.clone() for tensor in start)
+        function(
+            weight[:, span],
+            error[:, span],
+            error @ gram[:, span],
+            scale[:, group],
+            zero_point[:, group],
+            gram[span, span],
+            form,
+            stored,
+            candidates,
+        )
+        results.append((error, scale, zero_point))
+    for error, scale, zero_point in results:
+        left = torch.ones(4 * size, dtype=torch.bool)
+        left[span] = False
+        assert torch.equal(error[:, left], before[:, left])
+        assert torch.equal(error[:7], before[:7])
+        found = grid.QuantizedLinear.nearest(weight[7:], scale[7:], zero_point[7:], form)
+        torch.testing.assert_close(found.dequantize() - weight[7:], error[7:], atol=1e-6, rtol=0)
+        losses = ((error @ gram) * error).sum(1)
+        assert (losses <= ((before @ gram) * before).sum(1) * (1 + 1e-5)).all()
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(results[0][1], start[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("tokens", "channels", "weighted"), [(300, 130, True), (5, 64, False)])
+def test_channel_sums(generator, dtype, tokens, channels, weighted):
+    rows = torch.randn(tokens, channels, generator=generator).to(dtype)
+    weights = torch.rand(tokens, generator=generator) + 0.1 if weighted else None
+    exact = rows.double()
+    counts = torch.ones(tokens) if weights is None else weights
+    expected = counts.double() @ exact.square(), exact.abs().amax(0), exact.abs().sum(0)
+    for function in (sums.channel_sums, sums_triton.channel_sums):
+        for found, wanted in zip(function(rows, weights, True), expected, strict=True):
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+        assert function(rows, weights, False)[0] is None
+    rows[3, 1] = torch.nan
+    for function in (sums.channel_sums, sums_triton.channel_sums):
+        for found in function(rows, weights, True):
+            assert found[1].isnan() and torch.isfinite(found[[0, 2]]).all()

@@ -28,8 +28,11 @@ class TritonKernels(NamedTuple):
     inference: ModuleType
     attention: ModuleType
     products: ModuleType
+    ranges: ModuleType
     rounding: ModuleType
     gradients: ModuleType
+    sums: ModuleType
+    half_quadratic: ModuleType
 
 
 def triton_kernels(tensor: Tensor) -> TritonKernels | None:
@@ -45,13 +48,23 @@ def _import_kernels() -> TritonKernels:
     from common.kernels import (
         attention_triton,
         gradients_triton,
+        half_quadratic_triton,
         inference_triton,
         products_triton,
+        ranges_triton,
         rounding_triton,
+        sums_triton,
     )
 
     return TritonKernels(
-        inference_triton, attention_triton, products_triton, rounding_triton, gradients_triton
+        inference_triton,
+        attention_triton,
+        products_triton,
+        ranges_triton,
+        rounding_triton,
+        gradients_triton,
+        sums_triton,
+        half_quadratic_triton,
     )
 
 

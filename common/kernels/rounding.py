@@ -45,9 +45,7 @@ def search_range(
     candidates = [1.0, *torch.linspace(first, last, steps).tolist()]
     kernels = triton_kernels(weight)
     if kernels and norm in (2.0, 4.0, 8.0):
-        return kernels.rounding.search_range(
-            weight, grid, importance, norm, scale_dtype, candidates
-        )
+        return kernels.ranges.search_range(weight, grid, importance, norm, scale_dtype, candidates)
     groups = grouped(weight, grid)  # [out, groups, group]
     factor = None if importance is None else grouped(importance.float().unsqueeze(0), grid)
     shares = torch.tensor(candidates, device=weight.device).view(-1, 1, 1)

@@ -1,19 +1,14 @@
-"""The Triton kernels behind `rounding.search_range`, `rounding.round_block` and the steps of
-`adaround.learn_rounding`.
-"""
+"""The Triton kernels behind `rounding.round_block` and the steps of `adaround.learn_rounding`."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from common.kernels import learning
 from common.kernels.launch_triton import nearest
-from common.numerics.grid import Grid, smallest_scale
-
-_STORED = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+from common.numerics.grid import Grid
 
 
 def round_block(
@@ -98,134 +93,6 @@ def _round_block(
         tl.store(codes + place, code.to(tl.int8), mask=mine)
         tl.store(error + place, left, mask=mine)
         pull, step, zero, start, goal = next_pull, next_step, next_zero, next_start, next_goal
-
-
-def search_range(
-    weight: Tensor,
-    grid: Grid,
-    importance: Tensor | None,
-    norm: float,
-    scale_dtype: torch.dtype,
-    candidates: list[float],
-) -> tuple[Tensor, Tensor]:
-    """`rounding.search_range` for the norms 2, 4 and 8; a program keeps some groups in registers
-    and tries all candidates.
-    """
-    rows, channels = weight.shape
-    # Kernels read memory as it lies, and the importance is often a diagonal.
-    weight, importance = (
-        weight.contiguous(),
-        None if importance is None else importance.contiguous(),
-    )
-    groups = grid.groups(channels)
-    size = channels // groups
-    scale = torch.empty(rows, groups, device=weight.device)
-    zero_point = torch.empty_like(scale)
-    block_size = triton.next_power_of_2(size)
-    block_groups = max(1, 2048 // block_size)
-    _search_range[(triton.cdiv(rows * groups, block_groups),)](
-        weight,
-        importance,
-        torch.tensor(candidates, device=weight.device),
-        scale,
-        zero_point,
-        rows * groups,
-        groups,
-        size,
-        len(candidates),
-        smallest_scale(scale_dtype),
-        STORED=_STORED[scale_dtype],
-        HAS_IMPORTANCE=importance is not None,
-        NORM=int(norm),
-        SYMMETRIC=grid.symmetric,
-        BITS=grid.bits,
-        BLOCK_GROUPS=block_groups,
-        BLOCK_SIZE=block_size,
-        num_warps=4,
-    )
-    return scale, zero_point
-
-
-@triton.jit
-def _search_range(
-    weight,
-    importance,
-    candidates,
-    scale,
-    zero_point,
-    total,
-    groups,
-    size,
-    count,
-    smallest,
-    STORED: tl.constexpr,
-    HAS_IMPORTANCE: tl.constexpr,
-    NORM: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    LEVELS: tl.constexpr = (1 << BITS) - 1
-    CODE_MIN: tl.constexpr = -(1 << (BITS - 1))
-    CODE_MAX: tl.constexpr = (1 << (BITS - 1)) - 1
-    group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
-    member = tl.arange(0, BLOCK_SIZE)
-    mask = (group < total)[:, None] & (member < size)[None, :]
-    values = tl.load(weight + group[:, None] * size + member[None, :], mask=mask, other=0.0).to(
-        tl.float32
-    )
-    if HAS_IMPORTANCE:
-        factor = tl.load(
-            importance + (group % groups)[:, None] * size + member[None, :], mask=mask, other=0.0
-        )
-    lowest = tl.minimum(tl.min(values, 1), 0.0)
-    highest = tl.maximum(tl.max(values, 1), 0.0)
-    largest = tl.max(tl.abs(values), 1)
-    # High powers of small weights would be nothing in float32.
-    unit = 1.0 / tl.where(largest > 0, largest, 1.0)
-    best_error = tl.full((BLOCK_GROUPS,), float("inf"), tl.float32)
-    best_scale = tl.full((BLOCK_GROUPS,), 1.0, tl.float32)
-    best_zero = tl.zeros((BLOCK_GROUPS,), tl.float32)
-    for index in range(0, count):
-        shrink = tl.load(candidates + index)
-        if SYMMETRIC:
-            step = tl.div_rn(largest * shrink * 2.0, LEVELS + 0.0 * largest)
-        else:
-            low, high = lowest * shrink, highest * shrink
-            step = tl.div_rn(high - low, LEVELS + 0.0 * largest)
-        rounded = step
-        if STORED != tl.float32:
-            # To bfloat16, which float16's scales fit in too; by hand, as not every GPU and
-            # interpreter rounds to it.
-            word = step.to(tl.int32, bitcast=True)
-            rounded = ((word + 0x7FFF + (word >> 16 & 1)) & -0x10000).to(tl.float32, bitcast=True)
-        rounded = tl.maximum(rounded.to(STORED).to(tl.float32), smallest)
-        step = tl.where(step > 0, rounded, 1.0)
-        if SYMMETRIC:
-            zero = tl.zeros((BLOCK_GROUPS,), tl.float32)
-        else:
-            zero = nearest(CODE_MIN - tl.div_rn(low, step))
-            zero = tl.minimum(tl.maximum(zero, CODE_MIN), CODE_MAX)
-        code = nearest(values * (1.0 / step)[:, None]) + zero[:, None]
-        code = tl.minimum(tl.maximum(code, CODE_MIN), CODE_MAX)
-        error = (code - zero[:, None]) * step[:, None] - values
-        if NORM > 2:
-            error *= unit[:, None]
-        error *= error
-        if NORM >= 4:
-            error *= error
-        if NORM == 8:
-            error *= error
-        if HAS_IMPORTANCE:
-            error *= factor
-        loss = tl.sum(error, 1)
-        better = loss < best_error
-        best_error = tl.where(better, loss, best_error)
-        best_scale = tl.where(better, step, best_scale)
-        best_zero = tl.where(better, zero, best_zero)
-    tl.store(scale + group, best_scale, mask=group < total)
-    tl.store(zero_point + group, best_zero, mask=group < total)
 
 
 def learning_step(

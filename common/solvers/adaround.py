@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.base import parallel
+from common.base.gpu import BFLOAT16, supports
 from common.kernels.dispatch import triton_kernels, use_triton
 from common.kernels.learning import EPSILON, MOMENT_DECAY, OFFSET, STRETCH, VARIANCE_DECAY
 from common.numerics.grid import Grid, QuantizedLinear, grouped
@@ -104,6 +105,10 @@ class Learning:
         self.unit = parallel.mean(steps.square() * gram.diagonal())
         # Before Adam's state, as it takes intermediate tensors of its own.
         self.difference = soft.weight(soft.h()) - self.target
+        if use_triton(soft.v) and supports(BFLOAT16):
+            # Three to four times as fast. Of the second model's linears in layer 0, 0.2 to 0.4% of
+            # codes are others than by float32, and the loss is 0.2% lower to 0.2% higher.
+            self.gram, self.difference = gram.bfloat16(), self.difference.bfloat16()
         self.moment, self.variance = torch.zeros_like(soft.v), torch.zeros_like(soft.v)
         if not use_triton(soft.v):
             low = grouped(soft.low, soft.grid) + soft.zero_point.unsqueeze(-1)
@@ -113,7 +118,13 @@ class Learning:
 
     def gradient(self, strength: float, beta: float | None) -> Tensor:
         """The loss's derivative by v [out, in]; beta None leaves the regulariser out."""
-        return self._by_v(self.difference @ self.gram, strength, beta)
+        return self._by_v(self._product(), strength, beta)
+
+    def _product(self) -> Tensor:
+        """D G [out, in] float32."""
+        if self.difference.dtype == torch.bfloat16:
+            return torch.mm(self.difference, self.gram, out_dtype=torch.float32)
+        return self.difference @ self.gram
 
     def _by_v(self, product: Tensor, strength: float, beta: float | None) -> Tensor:
         """The same from D G [out, in]."""
@@ -127,7 +138,7 @@ class Learning:
     def step(self, strength: float, beta: float | None, rate: float) -> None:
         """One step; `rate` holds the learning rate and Adam's corrections for its start from
         zero."""
-        soft, product = self.soft, self.difference @ self.gram
+        soft, product = self.soft, self._product()
         if kernels := triton_kernels(soft.v):
             kernels.rounding.learning_step(
                 soft.v,

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from common.kernels.dispatch import triton_kernels
 from common.kernels.rounding import TILE_ELEMENTS, search_range
 from common.numerics.grid import Grid, QuantizedLinear, min_max, round_scale, rounding_error
 from common.solvers.rounding import damped
@@ -41,59 +42,71 @@ def choose_ranges(
     scale, zero_point = search_range(weight, grid, gram.diagonal(), scale_dtype=scale_dtype)
     difference = QuantizedLinear.nearest(weight, scale, zero_point, grid).dequantize() - weight
     size = weight.shape[1] // scale.shape[1]
+    candidates = torch.tensor(RANGE_CANDIDATES, device=weight.device)
     for _ in range(sweeps):
         for group in range(scale.shape[1]):
             span = slice(group * size, (group + 1) * size)
-            values, block = weight[:, span], gram[span, span]
-            current = difference[:, span]
-            # The pull of the other groups' errors.
-            others = difference @ gram[:, span] - current @ block
-            best = _best_range(
-                values,
-                current,
+            take_best_range(
+                weight[:, span],
+                difference[:, span],
+                difference @ gram[:, span],
                 scale[:, group],
                 zero_point[:, group],
-                block,
-                others,
+                gram[span, span],
                 grid,
                 scale_dtype,
+                candidates,
             )
-            difference[:, span], scale[:, group], zero_point[:, group] = best
     return scale, zero_point
 
 
-def _best_range(
+def take_best_range(
     values: Tensor,
-    current: Tensor,
+    error: Tensor,
+    pull: Tensor,
     scale: Tensor,
     zero_point: Tensor,
     block: Tensor,
-    others: Tensor,
     grid: Grid,
     scale_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The best of the current range and all candidates for one group: error [out, group], scale and
-    zero_point [out].
+    candidates: Tensor,
+) -> None:
+    """Give one group the best of its current range and those candidates, by the output error;
+    error, scale and zero-point change in place.
 
     All candidates are tried at once, so that a GPU sees few large operations; rows go in tiles that
     fit a CPU's cache.
+
+    Args:
+        values, error: [out, group], weights and what the represented ones are off by.
+        pull: [out, group], the errors of all groups, this one's as it is, times the Gram matrix.
+        scale, zero_point: [out].
+        block: [group, group], the group's own part of the Gram matrix.
+        candidates: shares of the full range.
     """
-    results = []
-    shares = torch.tensor(RANGE_CANDIDATES, device=values.device).unsqueeze(1)
-    rows = max(1, TILE_ELEMENTS[values.device.type] // (len(RANGE_CANDIDATES) * values.shape[1]))
-    tensors = values, current, scale, zero_point, others
+    kernels = triton_kernels(values)
+    if kernels and kernels.ranges.fits_best_range(values.shape[1]):
+        kernels.ranges.take_best_range(
+            values, error, pull, scale, zero_point, block, grid, scale_dtype, candidates
+        )
+        return
+    shares = candidates.unsqueeze(1)
+    others = pull - error @ block
+    rows = max(1, TILE_ELEMENTS[values.device.type] // (len(shares) * values.shape[1]))
+    tensors = values, error, scale, zero_point, others
     for tile in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
-        part, part_current, part_scale, part_zero, pull = tile
+        part, part_error, part_scale, part_zero, part_pull = tile
         scales, zeros = min_max(part.unsqueeze(0), grid, shares, scale_dtype)  # [candidates, rows]
         scales = torch.cat([scales, part_scale.unsqueeze(0)])
         zeros = torch.cat([zeros, part_zero.unsqueeze(0)])
         errors = rounding_error(part.unsqueeze(0), scales, zeros, grid)
         # What is there now may not be nearest rounding's error; it stays a candidate as it is.
-        errors[-1] = part_current
-        best = ((errors @ block + 2 * pull) * errors).sum(-1).argmin(0)
+        errors[-1] = part_error
+        best = ((errors @ block + 2 * part_pull) * errors).sum(-1).argmin(0)
         row = torch.arange(len(part), device=part.device)
-        results.append((errors[best, row], scales[best, row], zeros[best, row]))
-    return tuple(torch.cat(column) for column in zip(*results, strict=True))
+        part_error.copy_(errors[best, row])
+        part_scale.copy_(scales[best, row])
+        part_zero.copy_(zeros[best, row])
 
 
 # Bits from which `restore_gain` acts. With fewer the demo model gets worse by it (3 bits, KL: HQQ

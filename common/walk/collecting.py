@@ -85,7 +85,8 @@ def token_weights(hidden: Tensor) -> Tensor:
     """One over the size of each token's hidden state [..., hidden], the root of its mean square:
     [...].
     """
-    return hidden.float().square().mean(-1).clamp(min=1e-12).rsqrt()
+    length = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
+    return (length / hidden.shape[-1] ** 0.5).clamp(min=1e-6).reciprocal()
 
 
 def output_weights(layer: Layer, group: LinearGroup, inputs: Tensor) -> Tensor:

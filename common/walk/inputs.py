@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common.base import parallel
+from common.kernels.sums import channel_sums
 from common.model.architecture import LinearGroup, family_of
 
 # Inputs of each batch that are kept as they are.
@@ -117,19 +118,28 @@ class InputSums:
                 short of the original model's.
         """
         rows = inputs.detach().reshape(-1, self.in_features)
-        weights = None if token_weights is None else token_weights.reshape(-1, 1)
-        lag = None if lag is None else lag.reshape(len(rows), -1)
+        weights = None if token_weights is None else token_weights.reshape(-1)
         # All that needs memory comes first: when there is none left, nothing has been added.
-        absolute = None if self._magnitudes is None else rows.abs()
-        if rows.is_cuda and rows.dtype != torch.float32:
-            self._add_products_of_halves(rows, weights, lag)
+        sums = None
+        if self._gram is None or self._magnitudes is not None:
+            sums = channel_sums(rows, weights, squares=self._squares is not None)
+        if self._gram is None:
+            assert lag is None  # nothing can be made of it
+            self._weight += len(rows) if weights is None else weights.sum()
         else:
-            self._add_products(rows.float(), weights, lag)
+            column = None if weights is None else weights.unsqueeze(1)
+            lag = None if lag is None else lag.reshape(len(rows), -1)
+            if rows.is_cuda and rows.dtype != torch.float32:
+                self._add_products_of_halves(rows, column, lag)
+            else:
+                self._add_products(rows.float(), column, lag)
         self._tokens += len(rows)
-        if absolute is not None:
+        if self._squares is not None:
+            self._squares += sums.squares
+        if self._magnitudes is not None:
             largest, total = self._magnitudes
-            torch.maximum(largest, absolute.amax(0), out=largest)
-            total += absolute.sum(0, dtype=torch.float32)
+            torch.maximum(largest, sums.largest, out=largest)
+            total += sums.magnitudes
         if Needs.SAMPLES in self.needs:
             self._samples.append(rows[:: max(1, len(rows) // SAMPLES_PER_BATCH)].float())
 
@@ -137,7 +147,7 @@ class InputSums:
         """Where the Gram matrix's blocks begin. It is symmetric: the upper ones suffice until all
         batches are in.
         """
-        return range(0, 0 if self._gram is None else self.in_features, self._block)
+        return range(0, self.in_features, self._block)
 
     def _add_products(self, rows: Tensor, weights: Tensor | None, lag: Tensor | None) -> None:
         weighted = rows if weights is None else rows * weights
@@ -147,8 +157,6 @@ class InputSums:
         for start in self._starts():
             stop = start + self._block
             self._gram[start:stop, start:].addmm_(weighted[:, start:stop].T, rows[:, start:])
-        if self._squares is not None:
-            self._squares += (weighted * rows).sum(0)
 
     def _add_products_of_halves(
         self, rows: Tensor, weights: Tensor | None, lag: Tensor | None
@@ -170,8 +178,6 @@ class InputSums:
         if lag is not None:
             weighted = lag if root is None else lag * root
             product = torch.mm(weighted.T, scaled, out_dtype=torch.float32)
-        if self._squares is not None:
-            self._squares += scaled.float().square().sum(0)
         self._parts = parts
         if product is not None:
             self._add_lag(product)
