@@ -22,6 +22,8 @@ from common.numerics.grid import Grid, QuantizedLinear, grouped
 BETA_START, BETA_END = 20.0, 2.0
 # Share of the iterations before the regulariser sets in.
 WARM_UP = 0.2
+# Elements that a CPU updates at once: a dozen tensors of them stay in its cache.
+TILE_ELEMENTS = 1 << 18
 
 
 @dataclass
@@ -83,9 +85,11 @@ def beta_at(step: int, iterations: int) -> float | None:
 
 
 def regulariser_gradient(h: Tensor, beta: float) -> Tensor:
-    """Derivative by h of sum(1 - |2h - 1|^beta)."""
+    """Derivative by h of sum(1 - |2h - 1|^beta), for beta above 1."""
     centred = 2 * h - 1
-    return -2 * beta * centred.abs().pow(beta - 1) * centred.sign()
+    # A fifth of the time of the general power.
+    power = centred.abs().log_().mul_(beta - 1).exp_()
+    return power.copysign_(centred).mul_(-2 * beta)
 
 
 class Learning:
@@ -111,14 +115,16 @@ class Learning:
             self.gram, self.difference = gram.bfloat16(), self.difference.bfloat16()
         self.moment, self.variance = torch.zeros_like(soft.v), torch.zeros_like(soft.v)
         if not use_triton(soft.v):
-            low = grouped(soft.low, soft.grid) + soft.zero_point.unsqueeze(-1)
+            self._low = grouped(soft.low, soft.grid) + soft.zero_point.unsqueeze(-1)
             # Where both neighbours are clipped to the same code, h has no effect.
-            inside = ((low >= soft.grid.code_min) & (low < soft.grid.code_max)).flatten(1)
-            self._factor = 2 * steps / self.unit * inside
+            inside = (self._low >= soft.grid.code_min) & (self._low < soft.grid.code_max)
+            self._factor = 2 * steps / self.unit * inside.flatten(1)
+            self._sigmoid = torch.sigmoid(soft.v)
+            self._tile = max(1, TILE_ELEMENTS // soft.v.shape[1])
 
     def gradient(self, strength: float, beta: float | None) -> Tensor:
         """The loss's derivative by v [out, in]; beta None leaves the regulariser out."""
-        return self._by_v(self._product(), strength, beta)
+        return self._by_v(self._product(), slice(None), strength, beta)
 
     def _product(self) -> Tensor:
         """D G [out, in] float32."""
@@ -126,14 +132,19 @@ class Learning:
             return torch.mm(self.difference, self.gram, out_dtype=torch.float32)
         return self.difference @ self.gram
 
-    def _by_v(self, product: Tensor, strength: float, beta: float | None) -> Tensor:
-        """The same from D G [out, in]."""
-        sigmoid = torch.sigmoid(self.soft.v)
-        h = (STRETCH * sigmoid + OFFSET).clamp_(0.0, 1.0)
-        gradient = product.mul_(self._factor)
+    def _by_v(self, product: Tensor, rows: slice, strength: float, beta: float | None) -> Tensor:
+        """The same for some rows [rows, in], from their D G, which makes way for it."""
+        h, sigmoid = self._h(rows), self._sigmoid[rows]
+        gradient = product.mul_(self._factor[rows])
         if beta is not None:
-            gradient += strength * regulariser_gradient(h, beta)
-        return gradient.mul_(STRETCH * sigmoid * (1 - sigmoid) * ((h > 0) & (h < 1)))
+            gradient.add_(regulariser_gradient(h, beta), alpha=strength)
+        # h(1 - h) is zero where h is clipped; masks take several times as long.
+        unclipped = torch.addcmul(h, h, h, value=-1).sign_()
+        slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1)
+        return gradient.mul_(slope.mul_(unclipped).mul_(STRETCH))
+
+    def _h(self, rows: slice) -> Tensor:
+        return (self._sigmoid[rows] * STRETCH).add_(OFFSET).clamp_(0.0, 1.0)
 
     def step(self, strength: float, beta: float | None, rate: float) -> None:
         """One step; `rate` holds the learning rate and Adam's corrections for its start from
@@ -157,11 +168,23 @@ class Learning:
                 rate,
             )
             return
-        gradient = self._by_v(product, strength, beta)
-        self.moment.lerp_(gradient, 1 - MOMENT_DECAY)
-        self.variance.lerp_(gradient.square_(), 1 - VARIANCE_DECAY)
-        soft.v.addcdiv_(self.moment, self.variance.sqrt().add_(EPSILON), value=-rate)
-        self.difference = soft.weight(soft.h()).sub_(self.target)
+        for start in range(0, len(product), self._tile):
+            rows = slice(start, start + self._tile)
+            self._update(rows, self._by_v(product[rows], rows, strength, beta), rate)
+
+    def _update(self, rows: slice, gradient: Tensor, rate: float) -> None:
+        """Adam's step of some rows, and what their weights are off by after it."""
+        soft, v, sigmoid = self.soft, self.soft.v[rows], self._sigmoid[rows]
+        moment, variance = self.moment[rows], self.variance[rows]
+        moment.lerp_(gradient, 1 - MOMENT_DECAY)
+        variance.lerp_(gradient.square_(), 1 - VARIANCE_DECAY)
+        v.addcdiv_(moment, variance.sqrt().add_(EPSILON), value=-rate)
+        # Until the next step it is that of the same v.
+        torch.sigmoid(v, out=sigmoid)
+        codes = grouped(self._h(rows), soft.grid).add_(self._low[rows])
+        codes.clamp_(soft.grid.code_min, soft.grid.code_max)
+        codes.sub_(soft.zero_point[rows].unsqueeze(-1)).mul_(soft.scale[rows].unsqueeze(-1))
+        torch.sub(codes.flatten(1), self.target[rows], out=self.difference[rows])
 
 
 def learn_rounding(
