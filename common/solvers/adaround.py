@@ -110,8 +110,8 @@ class Learning:
         # Before Adam's state, as it takes intermediate tensors of its own.
         self.difference = soft.weight(soft.h()) - self.target
         if use_triton(soft.v) and supports(BFLOAT16):
-            # Several times as fast. Of 20 linears of two models 0.1 to 0.5% of codes are others than
-            # by float32, and the loss is within 0.2%, higher or lower (docs/performance.md).
+            # Several times as fast. Of 20 linears of two models 0.1 to 0.5% of the codes are not
+            # float32's, and the loss is within 0.2%, higher or lower (docs/performance.md).
             self.gram, self.difference = gram.bfloat16(), self.difference.bfloat16()
         self.moment, self.variance = torch.zeros_like(soft.v), torch.zeros_like(soft.v)
         if not use_triton(soft.v):
