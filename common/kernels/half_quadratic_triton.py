@@ -28,13 +28,14 @@ def half_quadratic(
 ) -> tuple[Tensor, Tensor]:
     """`quantize_hqq.half_quadratic`; a program keeps some groups in registers through all steps."""
     groups, size = groups.contiguous(), groups.shape[-1]
+    scale, zero_point = scale.contiguous(), zero_point.contiguous()
     best_scale, best_zero = torch.empty_like(scale), torch.empty_like(zero_point)
     block_size = triton.next_power_of_2(size)
     block_groups = max(1, PROGRAM // block_size)
     _half_quadratic[(triton.cdiv(scale.numel(), block_groups),)](
         groups,
-        scale.contiguous(),
-        zero_point.contiguous(),
+        scale,
+        zero_point,
         best_scale,
         best_zero,
         scale.numel(),
