@@ -4,7 +4,9 @@ import pytest
 import torch
 from layer_problems import problem
 
+from common.kernels.learning import MOMENT_DECAY, VARIANCE_DECAY
 from common.numerics.grid import Grid, dequantize, quantize
+from common.solvers import adaround
 from common.solvers.adaround import (
     BETA_END,
     BETA_START,
@@ -75,6 +77,34 @@ def test_schedule():
     values = [beta_at(step, 100) for step in range(20, 100)]
     assert values[0] == BETA_START and values == sorted(values, reverse=True)
     assert values[-1] == pytest.approx(BETA_END, abs=0.1)
+
+
+def test_tiles_learn_as_the_whole(generator, monkeypatch):
+    """Against Adam on the written-out loss, too: v after a few steps."""
+    grid = Grid(4, 64)
+    weight, _, gram, scale, zero_point = problem(24, 128, grid, generator)
+    weight, gram, scale, zero_point = (t.double() for t in (weight, gram, scale, zero_point))
+    given = weight, gram, scale, zero_point, grid, 12, 0.7, 0.5
+    whole = learn_rounding(*given).v
+    monkeypatch.setattr(adaround, "TILE_ELEMENTS", 5 * 128)
+    torch.testing.assert_close(learn_rounding(*given).v, whole)
+
+    soft = SoftRounding.start(weight, scale, zero_point, grid)
+    v = soft.v.clone().requires_grad_(True)
+    optimiser = torch.optim.Adam([v], lr=0.5, betas=(MOMENT_DECAY, VARIANCE_DECAY), eps=1e-8)
+    steps = widened(scale, 128)
+    for step in range(12):
+        h = (1.2 * torch.sigmoid(v) - 0.1).clamp(0, 1)
+        difference = SoftRounding(soft.low, scale, zero_point, grid, v).weight(h) - weight
+        loss = ((difference @ gram) * difference).sum() / (steps.square() * gram.diagonal()).mean()
+        beta = beta_at(step, 12)
+        if beta is not None:
+            loss = loss + 0.7 * (1 - (2 * h - 1).abs().pow(beta)).sum()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    # Ours weighs Adam's epsilon otherwise, which moves v where a derivative is next to nothing.
+    assert ((v - whole).abs() < 0.02).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("grid", [Grid(4, 64), Grid(2, 64), Grid(3, 64, True)], ids=str)

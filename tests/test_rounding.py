@@ -22,6 +22,7 @@ from common.solvers.rounding import (
     refine,
     solve,
 )
+from common.walk.collecting import token_weights
 from common.walk.inputs import InputStatistics, InputSums, Needs
 
 
@@ -233,6 +234,28 @@ def test_catching_up_brings_the_model_nearer_to_the_original(
     same = [torch.equal(a, b) for a, b in zip(*weights, strict=True)]
     # In the first layer nothing lags yet, so both have the same codes there.
     assert all(same)
+
+
+def test_token_weights_count_in_squares_and_not_in_magnitudes():
+    generator = torch.Generator().manual_seed(14)
+    inputs = torch.randn(2, 15, 8, generator=generator)
+    weights = torch.rand(2, 15, generator=generator) + 0.1
+    sums = InputSums(8, torch.device("cpu"), Needs.MAGNITUDES)
+    for part, counts in zip(inputs, weights, strict=True):
+        sums.add(part, counts)
+    statistics = sums.finish()
+    squares = torch.einsum("bt,bti->i", weights.double(), inputs.double().square())
+    torch.testing.assert_close(statistics.mean_square.double(), squares / weights.sum())
+    torch.testing.assert_close(statistics.abs_mean, inputs.abs().mean((0, 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_token_weights(dtype):
+    hidden = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(15)).to(dtype)
+    hidden[0, 0] *= 300
+    hidden[1, 2] = 0
+    expected = hidden.double().square().mean(-1).clamp(min=1e-12).rsqrt()
+    torch.testing.assert_close(token_weights(hidden).double(), expected, rtol=1e-5, atol=0)
 
 
 def test_statistics_hold_what_was_asked_for_and_say_what_was_not():

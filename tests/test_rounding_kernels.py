@@ -155,28 +155,37 @@ def test_learning_step(generator, form):
     ids=str,
 )
 def test_half_quadratic(generator, form, norm, stored, size):
-    weight = torch.randn(21, 96, generator=generator).pow(3) * size
+    weight = torch.randn(21, 96, generator=generator).pow(3)
     weight[3] = 0
-    groups, start = (
-        grid.grouped(weight, form),
-        search_range(weight, form, norm=norm, scale_dtype=stored),
-    )
-    given = groups, *start, form, norm, 4, stored
-    expected, found = (
-        half_quadratic(*given),
-        half_quadratic_triton.half_quadratic(*given),
-    )
+    weight[4] = torch.arange(96) % 4 - 1.0  # exact on a grid
+    weight[5] += 40  # far from zero: a zero-point at the end of the grid
+    weight[6, ::8] = 1e-28  # next to nothing
+    weight *= size
+    # In any layout.
+    groups = grid.grouped(weight, form).transpose(0, 1).contiguous().transpose(0, 1)
+    start = search_range(weight, form, norm=norm, scale_dtype=stored)
+    turned = [tensor.t().contiguous().t() for tensor in start]
 
     def losses(scale, zero_point):
         error = grid.rounding_error(groups, scale, zero_point, form).double() / size
         return error.abs().pow(norm).sum(-1)
 
-    assert torch.equal(found[0], grid.round_scale(found[0], stored))
-    assert torch.equal(found[1], found[1].round())
-    assert (losses(*found) <= losses(*start) * (1 + 1e-5)).all()
-    # Where two codes are equally near, the two go ways of their own from there on.
-    assert torch.isclose(found[0], expected[0], rtol=1e-5, atol=0).float().mean() > 0.9
-    close(losses(*found).sum(), losses(*expected).sum(), 0.01)
+    before, moved = losses(*start), []
+    for steps in (1, 4):
+        rest = form, norm, steps, stored
+        expected = half_quadratic(groups, *start, *rest)
+        found = half_quadratic_triton.half_quadratic(groups, *turned, *rest)
+        assert torch.equal(found[0], grid.round_scale(found[0], stored))
+        assert torch.equal(found[1], found[1].round().clamp(form.code_min, form.code_max))
+        assert (losses(*found) <= before * (1 + 1e-5)).all()
+        # Where two codes are equally near, the two go ways of their own from there on.
+        assert torch.isclose(found[0], expected[0], rtol=1e-5, atol=0).float().mean() > 0.9
+        close(losses(*found).sum(), losses(*expected).sum(), 0.01)
+        # No step is left out: what the twin's steps gain is gained.
+        gain = (before - losses(*expected)).sum()
+        assert (before - losses(*found)).sum() >= 0.8 * gain
+        moved.append(gain)
+    assert 0 <= moved[0] <= moved[1] and (form.bits == 8 or moved[0] > 0)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +213,7 @@ def test_take_best_range(generator, form, stored):
         function(
             weight[:, span],
             error[:, span],
-            error @ gram[:, span],
+            (error @ gram[:, span]).t().contiguous().t(),
             scale[:, group],
             zero_point[:, group],
             gram[span, span],
@@ -225,6 +234,20 @@ def test_take_best_range(generator, form, stored):
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     assert not torch.equal(results[0][1], start[0])
+    # Where no loss is finite all stays.
+    large, scale, zero_point = weight * 1e25, start[0] * 1e25, start[1].clone()
+    ranges_triton.take_best_range(
+        large[:, span],
+        before[:, span] * 1e25,
+        large[:, span] * 1e10,
+        scale[:, group],
+        zero_point[:, group],
+        gram[span, span],
+        form,
+        stored,
+        candidates,
+    )
+    assert (zero_point == zero_point.clamp(form.code_min, form.code_max)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -236,10 +259,11 @@ def test_channel_sums(generator, dtype, tokens, channels, weighted):
     counts = torch.ones(tokens) if weights is None else weights
     expected = counts.double() @ exact.square(), exact.abs().amax(0), exact.abs().sum(0)
     for function in (sums.channel_sums, sums_triton.channel_sums):
-        for found, wanted in zip(function(rows, weights, True), expected, strict=True):
+        turned = rows.t().contiguous().t()
+        for found, wanted in zip(function(turned, weights, True), expected, strict=True):
             torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
         assert function(rows, weights, False)[0] is None
-    rows[3, 1] = torch.nan
+    rows[2, 3], rows[3, 1] = torch.inf, torch.nan
     for function in (sums.channel_sums, sums_triton.channel_sums):
         for found in function(rows, weights, True):
-            assert found[1].isnan() and torch.isfinite(found[[0, 2]]).all()
+            assert found[1].isnan() and found[3].isinf() and torch.isfinite(found[[0, 2]]).all()

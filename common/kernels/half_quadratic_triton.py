@@ -8,13 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from common.kernels.launch_triton import nearest
-from common.kernels.ranges_triton import STORED_TYPES, stored_scale
+from common.kernels.ranges_triton import STORED_TYPES, nearest_codes, stored_scale
 from common.numerics.grid import Grid, smallest_scale
 
 # Weights of a program.
 PROGRAM = 2048
-# Norms whose powers are products.
-PRODUCTS = (2.0, 4.0, 8.0)
+# Norms whose powers are products of a few factors.
+EVEN = (2.0, 4.0, 6.0, 8.0)
 
 
 def half_quadratic(
@@ -44,10 +44,9 @@ def half_quadratic(
         lp_norm,
         smallest_scale(scale_dtype),
         STORED=STORED_TYPES[scale_dtype],
-        NORM=int(lp_norm) if lp_norm in PRODUCTS else 0,
+        EVEN=int(lp_norm) if lp_norm in EVEN else -1,
         SYMMETRIC=grid.symmetric,
-        CODE_MIN=grid.code_min,
-        CODE_MAX=grid.code_max,
+        BITS=grid.bits,
         BLOCK_GROUPS=block_groups,
         BLOCK_SIZE=block_size,
         num_warps=4,
@@ -56,18 +55,23 @@ def half_quadratic(
 
 
 @triton.jit
-def _powers(size, lp_norm, NORM: tl.constexpr):
-    """|e|^(p - 2) and |e|^2 of magnitudes above zero, whose product is |e|^p."""
+def _power(size, exponent, EVEN: tl.constexpr):
+    """Magnitudes above zero to a power; EVEN is the exponent where that is 0, 2, 4, 6 or 8."""
     square = size * size
-    if NORM == 2:
-        share = tl.full(size.shape, 1.0, tl.float32)
-    elif NORM == 4:
-        share = square
-    elif NORM == 8:
-        share = square * square * square
+    if EVEN == 0:
+        power = tl.full(size.shape, 1.0, tl.float32)
+    elif EVEN == 2:
+        power = square
+    elif EVEN == 4:
+        power = square * square
+    elif EVEN == 6:
+        power = square * square * square
+    elif EVEN == 8:
+        power = square * square
+        power = power * power
     else:
-        share = tl.exp2((lp_norm - 2.0) * tl.log2(size))
-    return share, square
+        power = tl.exp2(exponent * tl.log2(size))
+    return power
 
 
 @triton.jit
@@ -83,10 +87,9 @@ def _half_quadratic(
     lp_norm,
     smallest,
     STORED: tl.constexpr,
-    NORM: tl.constexpr,
+    EVEN: tl.constexpr,
     SYMMETRIC: tl.constexpr,
-    CODE_MIN: tl.constexpr,
-    CODE_MAX: tl.constexpr,
+    BITS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -104,20 +107,19 @@ def _half_quadratic(
     found_step, found_zero = step, zero
     least = tl.full((BLOCK_GROUPS,), float("inf"), tl.float32)
     for _step in range(0, steps + 1):
-        code = nearest(values * (1.0 / step)[:, None]) + zero[:, None]
-        code = tl.minimum(tl.maximum(code, CODE_MIN), CODE_MAX)
+        code = nearest_codes(values, step, zero, BITS)
         represented = (code - zero[:, None]) * step[:, None]
         magnitude = tl.abs(represented - values) * unit[:, None]
         # An error of zero has no logarithm, and counts as next to nothing.
-        share, square = _powers(tl.maximum(magnitude, 1e-30), lp_norm, NORM)
-        loss = tl.sum(tl.where(mask & (magnitude > 0), share * square, 0.0), 1)
+        power = _power(tl.maximum(magnitude, 1e-30), lp_norm, EVEN)
+        loss = tl.sum(tl.where(mask & (magnitude > 0), power, 0.0), 1)
         better = loss < least
         least = tl.where(better, loss, least)
         found_step = tl.where(better, step, found_step)
         found_zero = tl.where(better, zero, found_zero)
         # Errors near zero would get unbounded weight at p < 2.
         floor = (1e-3 * step * unit)[:, None]
-        share, _ = _powers(tl.maximum(magnitude, floor), lp_norm, NORM)
+        share = _power(tl.maximum(magnitude, floor), lp_norm - 2.0, EVEN - 2)
         share = tl.where(mask, share, 0.0)
         share = share / tl.sum(share, 1)[:, None]
         if SYMMETRIC:
@@ -130,6 +132,6 @@ def _half_quadratic(
         step = stored_scale(fitted, smallest, STORED)
         if not SYMMETRIC:
             zero = nearest(code_mean - weight_mean / step)
-            zero = tl.minimum(tl.maximum(zero, CODE_MIN), CODE_MAX)
+            zero = tl.minimum(tl.maximum(zero, -(1 << (BITS - 1))), (1 << (BITS - 1)) - 1)
     tl.store(best_scale + group, found_step, mask=here)
     tl.store(best_zero + group, found_zero, mask=here)

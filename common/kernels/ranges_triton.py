@@ -57,6 +57,13 @@ def shrunk_range(
     return step, zero
 
 
+@triton.jit
+def nearest_codes(values, step, zero, BITS: tl.constexpr):
+    """Codes, as floats, of groups of weights."""
+    code = nearest(values * (1.0 / step)[:, None]) + zero[:, None]
+    return tl.minimum(tl.maximum(code, -(1 << (BITS - 1))), (1 << (BITS - 1)) - 1)
+
+
 def search_range(
     weight: Tensor,
     grid: Grid,
@@ -123,8 +130,6 @@ def _search_range(
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    CODE_MIN: tl.constexpr = -(1 << (BITS - 1))
-    CODE_MAX: tl.constexpr = (1 << (BITS - 1)) - 1
     group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
     member = tl.arange(0, BLOCK_SIZE)
     mask = (group < total)[:, None] & (member < size)[None, :]
@@ -148,8 +153,7 @@ def _search_range(
         step, zero = shrunk_range(
             lowest, highest, largest, shrink, smallest, STORED, SYMMETRIC, BITS
         )
-        code = nearest(values * (1.0 / step)[:, None]) + zero[:, None]
-        code = tl.minimum(tl.maximum(code, CODE_MIN), CODE_MAX)
+        code = nearest_codes(values, step, zero, BITS)
         error = (code - zero[:, None]) * step[:, None] - values
         if NORM > 2:
             error *= unit[:, None]
@@ -194,7 +198,7 @@ def take_best_range(
 ) -> None:
     """`ranges.take_best_range` for groups that fit; a program tries all candidates for some rows.
 
-    Products of errors are as exact as the GPU's float32 products are set to be (TF32).
+    Errors are multiplied in TF32 where a GPU has it, as `cli` lets all of float32 be.
     """
     rows, size = values.shape
     assert values.stride(1) == error.stride(1) == block.stride(1) == 1
@@ -246,8 +250,6 @@ def _take_best_range(
     BLOCK_ROWS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    CODE_MIN: tl.constexpr = -(1 << (BITS - 1))
-    CODE_MAX: tl.constexpr = (1 << (BITS - 1)) - 1
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     member = tl.arange(0, SIZE)
     here = row < rows
@@ -263,14 +265,15 @@ def _take_best_range(
     lowest, highest = tl.minimum(tl.min(weight, 1), 0.0), tl.maximum(tl.max(weight, 1), 0.0)
     largest = tl.max(tl.abs(weight), 1)
     least = tl.full((BLOCK_ROWS,), float("inf"), tl.float32)
-    best, best_step, best_zero = current, largest, largest
+    best = current
+    best_step = tl.load(scale + row * scale_stride, mask=here, other=1.0)
+    best_zero = tl.load(zero_point + row * zero_stride, mask=here, other=0.0)
     for index in range(0, count):
         shrink = tl.load(candidates + index)
         step, zero = shrunk_range(
             lowest, highest, largest, shrink, smallest, STORED, SYMMETRIC, BITS
         )
-        code = nearest(weight * (1.0 / step)[:, None]) + zero[:, None]
-        code = tl.minimum(tl.maximum(code, CODE_MIN), CODE_MAX)
+        code = nearest_codes(weight, step, zero, BITS)
         found = (code - zero[:, None]) * step[:, None] - weight
         loss = tl.sum((tl.dot(found, gram) + others) * found, 1)
         better = loss < least

@@ -35,7 +35,7 @@ def channel_sums(
     )
     magnitudes = found[2].sum(0)
     # A program's largest value leaves NaN out.
-    largest = found[1].amax(0) + magnitudes * 0.0
+    largest = torch.where(magnitudes.isnan(), magnitudes, found[1].amax(0))
     return found[0].sum(0) if squares else None, largest, magnitudes
 
 
@@ -57,7 +57,8 @@ def _channel_sums(
     channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     inside = channel < channels
     square = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
-    most, total = square, square
+    most = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     first = tl.program_id(1) * PROGRAM_ROWS
     for start in range(0, PROGRAM_ROWS, BLOCK_ROWS):
         row = first + start + tl.arange(0, BLOCK_ROWS)

@@ -49,7 +49,7 @@ class SoftRounding:
         return cls(low, scale, zero_point, grid, torch.logit(share))
 
     def h(self) -> Tensor:
-        return (STRETCH * torch.sigmoid(self.v) + OFFSET).clamp(0.0, 1.0)
+        return stretched(torch.sigmoid(self.v))
 
     def weight(self, h: Tensor) -> Tensor:
         """The weights [out, in] for some h."""
@@ -73,6 +73,11 @@ class SoftRounding:
         """Share of h within 0.01 of 0 or 1."""
         h = self.h()
         return ((h < 0.01) | (h > 0.99)).float().mean().item()
+
+
+def stretched(sigmoid: Tensor) -> Tensor:
+    """h, of the sigmoid of v."""
+    return (sigmoid * STRETCH).add_(OFFSET).clamp_(0.0, 1.0)
 
 
 def beta_at(step: int, iterations: int) -> float | None:
@@ -120,10 +125,13 @@ class Learning:
             inside = (self._low >= soft.grid.code_min) & (self._low < soft.grid.code_max)
             self._factor = 2 * steps / self.unit * inside.flatten(1)
             self._sigmoid = torch.sigmoid(soft.v)
-            self._tile = max(1, TILE_ELEMENTS // soft.v.shape[1])
+            on_cpu = soft.v.device.type == "cpu"
+            self._tile = max(1, TILE_ELEMENTS // soft.v.shape[1]) if on_cpu else len(soft.v)
 
     def gradient(self, strength: float, beta: float | None) -> Tensor:
-        """The loss's derivative by v [out, in]; beta None leaves the regulariser out."""
+        """The loss's derivative by v [out, in]; beta None leaves the regulariser out. Where a
+        kernel does the steps it is not to be had.
+        """
         return self._by_v(self._product(), slice(None), strength, beta)
 
     def _product(self) -> Tensor:
@@ -133,8 +141,9 @@ class Learning:
         return self.difference @ self.gram
 
     def _by_v(self, product: Tensor, rows: slice, strength: float, beta: float | None) -> Tensor:
-        """The same for some rows [rows, in], from their D G, which makes way for it."""
-        h, sigmoid = self._h(rows), self._sigmoid[rows]
+        """The loss's derivative by v for some rows [rows, in], from their D G, which makes way."""
+        sigmoid = self._sigmoid[rows]
+        h = stretched(sigmoid)
         gradient = product.mul_(self._factor[rows])
         if beta is not None:
             gradient.add_(regulariser_gradient(h, beta), alpha=strength)
@@ -142,9 +151,6 @@ class Learning:
         unclipped = torch.addcmul(h, h, h, value=-1).sign_()
         slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1)
         return gradient.mul_(slope.mul_(unclipped).mul_(STRETCH))
-
-    def _h(self, rows: slice) -> Tensor:
-        return (self._sigmoid[rows] * STRETCH).add_(OFFSET).clamp_(0.0, 1.0)
 
     def step(self, strength: float, beta: float | None, rate: float) -> None:
         """One step; `rate` holds the learning rate and Adam's corrections for its start from
@@ -181,7 +187,7 @@ class Learning:
         v.addcdiv_(moment, variance.sqrt().add_(EPSILON), value=-rate)
         # Until the next step it is that of the same v.
         torch.sigmoid(v, out=sigmoid)
-        codes = grouped(self._h(rows), soft.grid).add_(self._low[rows])
+        codes = grouped(stretched(sigmoid), soft.grid).add_(self._low[rows])
         codes.clamp_(soft.grid.code_min, soft.grid.code_max)
         codes.sub_(soft.zero_point[rows].unsqueeze(-1)).mul_(soft.scale[rows].unsqueeze(-1))
         torch.sub(codes.flatten(1), self.target[rows], out=self.difference[rows])

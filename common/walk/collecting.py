@@ -85,7 +85,8 @@ def token_weights(hidden: Tensor) -> Tensor:
     """One over the size of each token's hidden state [..., hidden], the root of its mean square:
     [...].
     """
-    length = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    length = torch.linalg.vector_norm(hidden, dim=-1, dtype=dtype)
     return (length / hidden.shape[-1] ** 0.5).clamp(min=1e-6).reciprocal()
 
 
