@@ -117,7 +117,8 @@ def main() -> None:
             for results in map(of_one_card, map(of_one_size, load_all(folder, documented)))
         ]
     )
-    if not models:
+    # The documented run does not answer for a folder that is not there.
+    if not models or (options.results_dir != RESULTS_FOLDER and not options.results_dir.is_dir()):
         raise UserError(
             f"{options.results_dir} holds no results; run common/evaluation.py or "
             f"run_all_quantization.sh first"

@@ -160,6 +160,11 @@ def test_another_results_folder_leaves_the_documented_run_in_the_readme(results)
         text = (results / "README.md").read_text()
         shown = {kind for kind in ("local", "documented") if f"### tiny ({kind} run)" in text}
         assert shown == titles
+    before = (results / "README.md").read_text()
+    missing = run_script(ROOT / "analyze_results.py", "--results-dir", "typo", cwd=results)
+    assert_user_error(missing, "typo holds no results")
+    assert (results / "README.md").read_text() == before
+    assert not (results / "typo").exists()
 
 
 @pytest.mark.usefixtures("undrawn")
