@@ -304,3 +304,37 @@ def test_a_batch_marks_a_wrecked_checkpoint_without_metadata(batch, monkeypatch)
     assert calls == ["quantize_hqq.py"]  # neither made again nor evaluated
     (batch.folder / "quantize_hqq.py").write_text(STAND_INS["quantize_hqq.py"])
     assert batch("--only", "hqq-4bit", "--no-save-metadata", "--overwrite") == 0
+
+
+def test_a_batch_hashes_a_new_checkpoint_once_it_is_verified(batch, monkeypatch):
+    """By then its files are old enough for the evaluation to find their hashes remembered. What an
+    earlier checkpoint without metadata was does not count.
+    """
+    calls = batch.folder / "calls"
+    hashed = []
+
+    def checkpoint_hash(*_):
+        hashed.append(len(calls.read_text().splitlines()))
+        return "1" * 64
+
+    monkeypatch.setattr("common.run_all.steps.checkpoint_hash", checkpoint_hash)
+    monkeypatch.setattr("common.run_all.steps.made_from", lambda *_: {})
+    script, verify = batch.folder / "quantize_hqq.py", batch.folder / "verify_model.py"
+    verify.write_text(STAND_INS["common/evaluation.py"])  # which notes that it ran
+    script.write_text(
+        f"{STAND_INS['quantize_hqq.py']}; print('warning: lm_head is wrecked'); print('more')"
+    )
+    assert batch("--only", "hqq-4bit", "--no-save-metadata") == 1
+    script.write_text(
+        STAND_INS["quantize_hqq.py"]
+        + "; (pathlib.Path(a[a.index('--output') + 1]) / 'quantization_metadata.json')"
+        + ".write_text('{}')"
+    )
+    calls.write_text("")
+    hashed.clear()
+    assert batch("--only", "hqq-4bit", "--overwrite") == 0
+    names = [line.split()[0] for line in calls.read_text().splitlines()]
+    assert names == ["quantize_hqq.py", "verify_model.py", "common/evaluation.py"]
+    assert hashed == [2]
+    status = json.loads((batch.folder / "results/tiny/status.json").read_text())["hqq-4bit"]
+    assert status["verified"] == status["made"]["checkpoint"] == "1" * 64

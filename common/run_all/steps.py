@@ -222,6 +222,7 @@ def _run_steps(
         words += ["--output", str(folder), *batch.device, *batch.passed_on.get(method, [])]
         # What is there is not made again: --resume ends at once, or refuses it for its options.
         begun = not folder.is_dir() and unfinished_of(folder).is_dir()
+        new = batch.overwrite or not folder.is_dir()
         extra = ["--overwrite"] if batch.overwrite else []
         if not extra and (begun or folder.is_dir()):
             extra = ["--resume"]
@@ -233,11 +234,10 @@ def _run_steps(
                 raise
             say(f"{configuration}: started again, as {failure}")
             wrecked = step("quantize", words, log, gpu)
-        found = _hash(batch, folder)
-        made: dict = {"checkpoint": found, "options": batch.quantization_options(method)}
-        if found and not (folder / METADATA_FILE).is_file():
-            made.update(made_from=made_from(batch.model, method, batch.results), wrecked=wrecked)
-        batch.note(configuration, "running", made=made)
+        if new and (folder / METADATA_FILE).is_file():
+            batch.note(configuration, "running", made={})  # not what one before it was
+        else:
+            found = _note_made(batch, configuration, method, folder, wrecked)
     # Noted where there is no metadata for verification to read it from.
     if reason := batch.status[configuration].get("made", {}).get("wrecked"):
         raise StepFailed(reason)
@@ -250,6 +250,10 @@ def _run_steps(
         )
     else:
         say(f"{configuration}: verified before")
+    if found is None:
+        # Only now are the files old enough for their hashes to be remembered (`hashes`), which the
+        # evaluation would make anew.
+        found = _note_made(batch, configuration, method, folder, None)
     step(
         "evaluate",
         [
@@ -263,6 +267,22 @@ def _run_steps(
         log,
         gpu,
     )
+    return found
+
+
+def _note_made(
+    batch: Batch, configuration: str, method: str, folder: Path, wrecked: str | None
+) -> str | None:
+    """Note what a checkpoint is made with, and return its hash.
+
+    Args:
+        wrecked: the part of it that is, as its script said.
+    """
+    found = _hash(batch, folder)
+    made: dict = {"checkpoint": found, "options": batch.quantization_options(method)}
+    if found and not (folder / METADATA_FILE).is_file():
+        made.update(made_from=made_from(batch.model, method, batch.results), wrecked=wrecked)
+    batch.note(configuration, "running", made=made)
     return found
 
 
