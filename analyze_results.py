@@ -117,8 +117,9 @@ def main() -> None:
             for results in map(of_one_card, map(of_one_size, load_all(folder, documented)))
         ]
     )
-    # The documented run does not answer for a folder that is not there.
-    if not models or (options.results_dir != RESULTS_FOLDER and not options.results_dir.is_dir()):
+    # The documented run, where it was not asked for, does not answer for a folder that is not there.
+    named = options.results_dir != RESULTS_FOLDER and options.documented_dir is None
+    if not models or (named and not options.results_dir.is_dir()):
         raise UserError(
             f"{options.results_dir} holds no results; run common/evaluation.py or "
             f"run_all_quantization.sh first"
