@@ -117,7 +117,7 @@ def main() -> None:
             for results in map(of_one_card, map(of_one_size, load_all(folder, documented)))
         ]
     )
-    # The documented run, where it was not asked for, does not answer for a folder that is not there.
+    # A documented run that was not asked for does not answer for a folder that is not there.
     named = options.results_dir != RESULTS_FOLDER and options.documented_dir is None
     if not models or (named and not options.results_dir.is_dir()):
         raise UserError(
