@@ -207,21 +207,18 @@ def test_take_best_range(generator, form, stored):
     candidates, span = torch.tensor([1.04, 0.9, 0.75, 0.6]), slice(group * size, (group + 1) * size)
     before = grid.QuantizedLinear.nearest(weight, *start, form).dequantize() - weight
     before[:7, span] *= 0.01  # better than any nearest rounding: it stays
+
+    def take(function, weight, error, pull, scale, zero_point):
+        ranges_of_group = scale[:, group], zero_point[:, group]
+        rest = gram[span, span], form, stored, candidates
+        function(weight[:, span], error[:, span], pull, *ranges_of_group, *rest)
+        return error, scale, zero_point
+
     results = []
     for function in (ranges.take_best_range, ranges_triton.take_best_range):
         error, scale, zero_point = before.clone(), *(tensor.clone() for tensor in start)
-        function(
-            weight[:, span],
-            error[:, span],
-            (error @ gram[:, span]).t().contiguous().t(),
-            scale[:, group],
-            zero_point[:, group],
-            gram[span, span],
-            form,
-            stored,
-            candidates,
-        )
-        results.append((error, scale, zero_point))
+        pull = (error @ gram[:, span]).t().contiguous().t()
+        results.append(take(function, weight, error, pull, scale, zero_point))
     for error, scale, zero_point in results:
         left = torch.ones(4 * size, dtype=torch.bool)
         left[span] = False
@@ -236,17 +233,8 @@ def test_take_best_range(generator, form, stored):
     assert not torch.equal(results[0][1], start[0])
     # Where no loss is finite all stays.
     large, scale, zero_point = weight * 1e25, start[0] * 1e25, start[1].clone()
-    ranges_triton.take_best_range(
-        large[:, span],
-        before[:, span] * 1e25,
-        large[:, span] * 1e10,
-        scale[:, group],
-        zero_point[:, group],
-        gram[span, span],
-        form,
-        stored,
-        candidates,
-    )
+    given = large, before * 1e25, large[:, span] * 1e10, scale, zero_point
+    take(ranges_triton.take_best_range, *given)
     assert (zero_point == zero_point.clamp(form.code_min, form.code_max)).all()
 
 

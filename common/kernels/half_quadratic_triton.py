@@ -7,12 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.kernels.launch_triton import nearest
-from common.kernels.ranges_triton import STORED_TYPES, nearest_codes, stored_scale
+from common.kernels.ranges_triton import (
+    STORED_TYPES,
+    blocks_of,
+    nearest_codes,
+    nearest_zero,
+    stored_scale,
+)
 from common.numerics.grid import Grid, smallest_scale
 
-# Weights of a program.
-PROGRAM = 2048
 # Norms whose powers are products of a few factors.
 EVEN = (2.0, 4.0, 6.0, 8.0)
 
@@ -30,8 +33,7 @@ def half_quadratic(
     groups, size = groups.contiguous(), groups.shape[-1]
     scale, zero_point = scale.contiguous(), zero_point.contiguous()
     best_scale, best_zero = torch.empty_like(scale), torch.empty_like(zero_point)
-    block_size = triton.next_power_of_2(size)
-    block_groups = max(1, PROGRAM // block_size)
+    block_groups, block_size = blocks_of(size)
     _half_quadratic[(triton.cdiv(scale.numel(), block_groups),)](
         groups,
         scale,
@@ -131,7 +133,6 @@ def _half_quadratic(
             fitted = tl.where(fitted > 0, fitted, step)
         step = stored_scale(fitted, smallest, STORED)
         if not SYMMETRIC:
-            zero = nearest(code_mean - weight_mean / step)
-            zero = tl.minimum(tl.maximum(zero, -(1 << (BITS - 1))), (1 << (BITS - 1)) - 1)
+            zero = nearest_zero(code_mean - weight_mean / step, BITS)
     tl.store(best_scale + group, found_step, mask=here)
     tl.store(best_zero + group, found_zero, mask=here)

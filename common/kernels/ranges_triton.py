@@ -14,6 +14,14 @@ from common.kernels.launch_triton import nearest
 from common.numerics.grid import Grid, smallest_scale
 
 STORED_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+# Weights of a program that keeps whole groups.
+PROGRAM = 2048
+
+
+def blocks_of(size: int) -> tuple[int, int]:
+    """How many groups of `size` weights a program keeps, and the power of two for each."""
+    block_size = triton.next_power_of_2(size)
+    return max(1, PROGRAM // block_size), block_size
 
 
 @triton.jit
@@ -30,6 +38,19 @@ def stored_scale(step, smallest, STORED: tl.constexpr):
 
 
 @triton.jit
+def nearest_zero(value, BITS: tl.constexpr):
+    """The zero-point nearest to a value."""
+    return tl.minimum(tl.maximum(nearest(value), -(1 << (BITS - 1))), (1 << (BITS - 1)) - 1)
+
+
+@triton.jit
+def ends(values):
+    """The smallest and the largest of each group of weights and zero, and the largest magnitude."""
+    lowest, highest = tl.minimum(tl.min(values, 1), 0.0), tl.maximum(tl.max(values, 1), 0.0)
+    return lowest, highest, tl.max(tl.abs(values), 1)
+
+
+@triton.jit
 def shrunk_range(
     lowest,
     highest,
@@ -40,10 +61,8 @@ def shrunk_range(
     SYMMETRIC: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """`grid.min_max` of groups whose smallest, largest and largest absolute weight are given."""
+    """`grid.min_max` of groups of which the `ends` are given."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
-    CODE_MIN: tl.constexpr = -(1 << (BITS - 1))
-    CODE_MAX: tl.constexpr = (1 << (BITS - 1)) - 1
     if SYMMETRIC:
         step = tl.div_rn(largest * shrink * 2.0, LEVELS + 0.0 * largest)
         step = stored_scale(step, smallest, STORED)
@@ -52,8 +71,7 @@ def shrunk_range(
         low, high = lowest * shrink, highest * shrink
         step = tl.div_rn(high - low, LEVELS + 0.0 * largest)
         step = stored_scale(step, smallest, STORED)
-        zero = nearest(CODE_MIN - tl.div_rn(low, step))
-        zero = tl.minimum(tl.maximum(zero, CODE_MIN), CODE_MAX)
+        zero = nearest_zero(-(1 << (BITS - 1)) - tl.div_rn(low, step), BITS)
     return step, zero
 
 
@@ -85,8 +103,7 @@ def search_range(
     size = channels // groups
     scale = torch.empty(rows, groups, device=weight.device)
     zero_point = torch.empty_like(scale)
-    block_size = triton.next_power_of_2(size)
-    block_groups = max(1, 2048 // block_size)
+    block_groups, block_size = blocks_of(size)
     _search_range[(triton.cdiv(rows * groups, block_groups),)](
         weight,
         importance,
@@ -140,9 +157,7 @@ def _search_range(
         factor = tl.load(
             importance + (group % groups)[:, None] * size + member[None, :], mask=mask, other=0.0
         )
-    lowest = tl.minimum(tl.min(values, 1), 0.0)
-    highest = tl.maximum(tl.max(values, 1), 0.0)
-    largest = tl.max(tl.abs(values), 1)
+    lowest, highest, largest = ends(values)
     # High powers of small weights would be nothing in float32.
     unit = 1.0 / tl.where(largest > 0, largest, 1.0)
     best_error = tl.full((BLOCK_GROUPS,), float("inf"), tl.float32)
@@ -262,8 +277,7 @@ def _take_best_range(
     others = tl.load(pull + row[:, None] * SIZE + member[None, :], mask=mask, other=0.0)
     own = tl.dot(current, gram)
     others = 2.0 * (others - own)
-    lowest, highest = tl.minimum(tl.min(weight, 1), 0.0), tl.maximum(tl.max(weight, 1), 0.0)
-    largest = tl.max(tl.abs(weight), 1)
+    lowest, highest, largest = ends(weight)
     least = tl.full((BLOCK_ROWS,), float("inf"), tl.float32)
     best = current
     best_step = tl.load(scale + row * scale_stride, mask=here, other=1.0)

@@ -53,11 +53,8 @@ class SoftRounding:
 
     def weight(self, h: Tensor) -> Tensor:
         """The weights [out, in] for some h."""
-        zero = self.zero_point.unsqueeze(-1)
-        codes = (grouped(self.low + h, self.grid) + zero).clamp(
-            self.grid.code_min, self.grid.code_max
-        )
-        return ((codes - zero) * self.scale.unsqueeze(-1)).flatten(1)
+        codes = grouped(self.low + h, self.grid) + self.zero_point.unsqueeze(-1)
+        return represented_(codes, self.scale, self.zero_point, self.grid)
 
     def codes(self) -> Tensor:
         """The hard codes [out, in] int8: up where v >= 0."""
@@ -78,6 +75,12 @@ class SoftRounding:
 def stretched(sigmoid: Tensor) -> Tensor:
     """h, of the sigmoid of v."""
     return (sigmoid * STRETCH).add_(OFFSET).clamp_(0.0, 1.0)
+
+
+def represented_(codes: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """The weights [out, in] that codes [out, groups, group], clipped, stand for, in their place."""
+    codes.clamp_(grid.code_min, grid.code_max).sub_(zero_point.unsqueeze(-1))
+    return codes.mul_(scale.unsqueeze(-1)).flatten(1)
 
 
 def beta_at(step: int, iterations: int) -> float | None:
@@ -188,9 +191,8 @@ class Learning:
         # Until the next step it is that of the same v.
         torch.sigmoid(v, out=sigmoid)
         codes = grouped(stretched(sigmoid), soft.grid).add_(self._low[rows])
-        codes.clamp_(soft.grid.code_min, soft.grid.code_max)
-        codes.sub_(soft.zero_point[rows].unsqueeze(-1)).mul_(soft.scale[rows].unsqueeze(-1))
-        torch.sub(codes.flatten(1), self.target[rows], out=self.difference[rows])
+        weight = represented_(codes, soft.scale[rows], soft.zero_point[rows], soft.grid)
+        torch.sub(weight, self.target[rows], out=self.difference[rows])
 
 
 def learn_rounding(
