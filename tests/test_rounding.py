@@ -23,7 +23,7 @@ from common.solvers.rounding import (
     solve,
 )
 from common.walk.collecting import token_weights
-from common.walk.inputs import InputStatistics, InputSums, Needs
+from common.walk.inputs import FIRST_TOKEN, SAMPLES, InputStatistics, InputSums, Needs
 
 
 def gptq_by_the_paper(weight, gram, scale, zero_point, grid, damping):
@@ -249,6 +249,24 @@ def test_token_weights_count_in_squares_and_not_in_magnitudes():
     torch.testing.assert_close(statistics.abs_mean, inputs.abs().mean((0, 1)))
 
 
+def test_the_sample_is_drawn_from_each_sequence_and_weighted():
+    generator = torch.Generator().manual_seed(21)
+    inputs = torch.randn(3, 500, 8, generator=generator).to(torch.bfloat16)
+    weights = torch.rand(3, 500, generator=generator) + 0.1
+    drawn = range(0, 500, 3)
+    for counts in (None, weights):
+        sums = InputSums(8, torch.device("cpu"), Needs.SAMPLES, 3 * SAMPLES - 100)
+        sums.add(inputs, counts)
+        expected = [
+            inputs[i, j].double()
+            * (1 if counts is None else counts[i, j].double() ** 0.5)
+            * (1 if j else (len(drawn) * FIRST_TOKEN) ** 0.5)
+            for i in range(3)
+            for j in drawn
+        ]
+        torch.testing.assert_close(sums.finish().sample.double(), torch.stack(expected))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_token_weights(dtype):
     hidden = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(15)).to(dtype)
@@ -267,10 +285,13 @@ def test_statistics_hold_what_was_asked_for_and_say_what_was_not():
             sums.add(part)
         return sums.finish()
 
+    counts = torch.ones(40, 1)
+    counts[0], counts[25] = 25 * FIRST_TOKEN, 15 * FIRST_TOKEN
+
     values = {
         Needs.GRAM: {"gram": inputs.T @ inputs / 40},
         Needs.MAGNITUDES: {"abs_max": inputs.abs().amax(0), "abs_mean": inputs.abs().mean(0)},
-        Needs.SAMPLES: {"sample": inputs},
+        Needs.SAMPLES: {"sample": inputs * counts.sqrt()},
     }
     scale = torch.rand(8) + 0.5
     for needs in (Needs.GRAM, Needs.MAGNITUDES, Needs.SAMPLES, ~Needs.NOTHING):

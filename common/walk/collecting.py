@@ -36,7 +36,8 @@ def collect_statistics(
     Args:
         originals: hidden states of the original model before the layer; they become those after it.
     """
-    sums = new_sums(layer.module, device, method.needs)
+    tokens = sum(parallel.gather(sum(chunk.shape[:-1].numel() for chunk in layer.inputs)))
+    sums = new_sums(layer.module, device, method.needs, tokens)
     family = layer.family
     inputs: dict[LinearGroup, Tensor] = {}
     attention, mlp = family.writing

@@ -17,8 +17,11 @@ from common.base import parallel
 from common.kernels.sums import channel_sums
 from common.model.architecture import LinearGroup, family_of
 
-# Inputs of each batch that are kept as they are.
-SAMPLES_PER_BATCH = 64
+# Inputs that are kept, of all batches. Where a scale has to fit the largest values of tokens, 256
+# were too few for 4864 channels (docs/Quantization_Methods_Deep_Dive.md, SmoothQuant).
+SAMPLES = 3072
+# What the first token of a sequence counts in a sample, as a share of all that are drawn from it.
+FIRST_TOKEN = 1 / 16
 
 
 class Needs(Flag):
@@ -65,7 +68,10 @@ class InputStatistics:
 
     @property
     def sample(self) -> Tensor:
-        """Some of the inputs, evenly drawn, [n, in]."""
+        """Some of the inputs, evenly drawn from each sequence, [n, in], each times the root of its
+        token's weight. A sequence's first token, on which all others rest much of their attention,
+        is among them and counts FIRST_TOKEN of all.
+        """
         return self._get("sample")
 
     def _get(self, name: str) -> Tensor:
@@ -87,8 +93,16 @@ class InputStatistics:
 class InputSums:
     """Sums over the input x [tokens, in] of a linear group, to make `InputStatistics` of."""
 
-    def __init__(self, in_features: int, device: torch.device, needs: Needs = Needs.GRAM):
+    def __init__(
+        self,
+        in_features: int,
+        device: torch.device,
+        needs: Needs = Needs.GRAM,
+        tokens: int = SAMPLES,
+    ):
+        """tokens: how many there will be in all, of which `InputStatistics.sample` is drawn."""
         self.in_features, self.needs = in_features, needs
+        self._every = -(-tokens // SAMPLES)
         self._device = device
         self._tokens = 0
         self._weight = self._zeros()
@@ -113,7 +127,8 @@ class InputSums:
         """Take in one more batch [..., in].
 
         Args:
-            token_weights: [...], how much each token counts in the Gram matrix.
+            token_weights: [...], how much each token counts in squares, the Gram matrix and the
+                sample.
             lag: [..., hidden], by how much the stream that the group's output was added to falls
                 short of the original model's.
         """
@@ -141,7 +156,7 @@ class InputSums:
             torch.maximum(largest, sums.largest, out=largest)
             total += sums.magnitudes
         if Needs.SAMPLES in self.needs:
-            self._samples.append(rows[:: max(1, len(rows) // SAMPLES_PER_BATCH)].float())
+            self._samples.append(_drawn(inputs.detach(), token_weights, self._every))
 
     def _starts(self) -> range:
         """Where the Gram matrix's blocks begin. It is symmetric: the upper ones suffice until all
@@ -267,6 +282,15 @@ def root_weights(weights: Tensor, rows: Tensor, lag: Tensor | None) -> Tensor:
     return root.to(rows.dtype)
 
 
+def _drawn(inputs: Tensor, token_weights: Tensor | None, every: int) -> Tensor:
+    """`InputStatistics.sample` of a batch [..., length, in] with token weights [..., length]."""
+    rows = inputs[..., ::every, :].to(torch.float32, copy=True)
+    if token_weights is not None:
+        rows *= token_weights[..., ::every, None].sqrt()
+    rows[..., 0, :] *= (rows.shape[-2] * FIRST_TOKEN) ** 0.5
+    return rows.reshape(-1, inputs.shape[-1])
+
+
 @contextmanager
 def group_inputs(
     layer: nn.Module,
@@ -293,9 +317,10 @@ def new_sums(
     layer: nn.Module,
     device: torch.device,
     needs: Needs,
+    tokens: int = SAMPLES,
 ) -> dict[LinearGroup, InputSums]:
-    """Empty sums for each linear group of a layer."""
+    """Empty sums for each linear group of a layer, for so many tokens."""
     return {
-        group: InputSums(group.in_features(layer), device, needs)
+        group: InputSums(group.in_features(layer), device, needs, tokens)
         for group in family_of(layer).groups
     }

@@ -71,11 +71,13 @@ def _exact(tensor: Tensor) -> Tensor:
 
 
 def power_ratio(activation: Tensor, weight: Tensor, exponent: float) -> Tensor:
-    """activation^exponent / weight^(1 - exponent), centred so that its largest times its smallest
-    value is one. All [in].
-    """
+    """activation^exponent / weight^(1 - exponent), `centred`. All [in]."""
     scale = activation.clamp(min=1e-5).pow(exponent) / weight.clamp(min=1e-5).pow(1 - exponent)
-    scale = scale.clamp(min=1e-4)
+    return centred(scale.clamp(min=1e-4))
+
+
+def centred(scale: Tensor) -> Tensor:
+    """A scale [in] whose largest times its smallest value is one."""
     return scale / (scale.max() * scale.min()).sqrt()
 
 
