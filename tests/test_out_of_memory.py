@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_user_error, run_script
 
+from common.walk import inputs as inputs_module
 from common.walk import layers, streams
 from common.walk.inputs import InputSums, Needs, add_in_parts
 
@@ -79,7 +80,7 @@ def test_statistics_added_in_halves(generator, monkeypatch):
         torch.rand(6, 10, generator=generator),
     )
     lag = torch.randn(6, 10, 8, generator=generator)
-    needs = Needs.GRAM | Needs.MAGNITUDES
+    needs = Needs.GRAM | Needs.MAGNITUDES | Needs.SAMPLES
     whole, parts = (InputSums(24, torch.device("cpu"), needs) for _ in range(2))
     whole.add(inputs, weights, lag)
     original = InputSums.add
@@ -92,5 +93,22 @@ def test_statistics_added_in_halves(generator, monkeypatch):
     monkeypatch.setattr(InputSums, "add", limited)
     add_in_parts(parts, inputs, weights, lag)
     whole, parts = whole.finish(), parts.finish()
-    for name in ("gram", "lag", "abs_max", "abs_mean"):
+    for name in ("gram", "lag", "abs_max", "abs_mean", "sample"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+
+
+def test_nothing_is_added_twice_where_the_sample_has_no_room(generator, monkeypatch):
+    inputs, drawn = torch.randn(4, 10, 8, generator=generator), inputs_module._drawn
+
+    def limited(batch, *rest):
+        if len(batch) > 2:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return drawn(batch, *rest)
+
+    monkeypatch.setattr(inputs_module, "_drawn", limited)
+    sums = InputSums(8, torch.device("cpu"), Needs.MAGNITUDES | Needs.SAMPLES)
+    add_in_parts(sums, inputs, None, None)
+    found = sums.finish()
+    torch.testing.assert_close(found.abs_mean, inputs.abs().mean((0, 1)))
+    torch.testing.assert_close(found.mean_square, inputs.square().mean((0, 1)))
+    assert sums._tokens == 40

@@ -1,16 +1,22 @@
 """The smoothing scale of the least expected error, of rounding inputs and weights."""
 
+from collections import namedtuple
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+import quantize_smoothquant
 from common.numerics.grid import round_per_token
 from common.walk.scaling import centred, largest_weight, power_ratio
-from quantize_smoothquant import ACTIVATION_BITS, ALPHA, least_error_scale
+from quantize_smoothquant import ACTIVATION_BITS, ALPHA, ROWS, least_error_scale, smoothing_scale
 
-TOKENS, ROWS, CHANNELS = 200, 96, 24
+TOKENS, CHANNELS = 200, 24
+
+
+Group = namedtuple("Group", ["linears", "by_head", "heads"])
 
 
 def problem(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,7 +25,7 @@ def problem(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(TOKENS, CHANNELS, generator=generator) ** 3
-    weight = torch.randn(ROWS, CHANNELS, generator=generator)
+    weight = torch.randn(96, CHANNELS, generator=generator)
     inputs *= (1.5 * torch.randn(CHANNELS, generator=generator)).exp()
     inputs[0, 3] *= 500
     return weight, inputs, power_ratio(inputs.abs().amax(0), largest_weight([weight]), ALPHA)
@@ -44,7 +50,7 @@ def by_two(values: Tensor) -> Tensor:
 def test_no_other_scale_has_a_smaller_expected_error(seed, share):
     weight, inputs, start = problem(seed)
     start = share(start) if share else start
-    shared = {"share": share} if share else {}
+    shared = {"shared": share} if share else {}
     found = least_error_scale(weight, inputs, start, **shared)
     least = expected_error(weight, inputs, found)
     assert least < 0.9 * expected_error(weight, inputs, start)
@@ -78,15 +84,53 @@ def test_the_same_function_gets_the_same_scale():
     weight, inputs, start = problem(5)
     factors = (0.7 * torch.randn(CHANNELS, generator=torch.Generator().manual_seed(6))).exp()
     found = least_error_scale(weight, inputs, start)
-    other = least_error_scale(weight / factors, inputs * factors, start * factors)
+    # Far below one: no floor is in the way.
+    other = least_error_scale(1e-5 * weight / factors, 1e-4 * inputs * factors, start * factors)
     torch.testing.assert_close(other, centred(found * factors), rtol=1e-3, atol=0)
 
 
-def test_channels_of_zeros_and_many_rows():
+def test_channels_that_are_next_to_nothing_get_scales_that_16_bits_hold():
     weight, inputs, start = problem(7)
     weight = weight.repeat(50, 1)
     inputs[:, 4], weight[:, 9] = 0, 0
+    inputs[:, 5] *= 1e-20  # behind a gate that is shut
     found = least_error_scale(weight, inputs, start)
-    assert found.isfinite().all() and (found > 0).all()
+    assert found.isfinite().all() and found.min() > 1e-4 and found.max() < 1e4
     least = expected_error(weight, inputs, found)
     assert least < 0.9 * expected_error(weight, inputs, start)
+
+
+def test_a_group_gets_the_scale_of_all_its_linears_and_of_its_heads(monkeypatch):
+    """For no α; for one it gets equation 4."""
+    generator = torch.Generator().manual_seed(8)
+    weights = {
+        name: size * torch.randn(ROWS, CHANNELS, generator=generator)
+        for name, size in (("gate", 0.1), ("up", 3.0))
+    }
+    _, inputs, _ = problem(8)
+    for by_head in (False, True):
+        group = Group(tuple(weights), by_head, lambda size, _: (size // 4, 2, 2))
+        layer = SimpleNamespace(
+            statistics={group: SimpleNamespace(abs_max=inputs.abs().amax(0), sample=inputs)},
+            weight=weights.__getitem__,
+            config=None,
+        )
+        given = []
+
+        def kept(*arguments, given=given):
+            given.append(arguments)
+            return least_error_scale(*arguments)
+
+        monkeypatch.setattr(quantize_smoothquant, "least_error_scale", kept)
+        rule = smoothing_scale(layer, group, ALPHA)
+        assert not given
+        found = smoothing_scale(layer, group, None)
+        (rows, sample, start, _), whole = given[0], torch.cat(list(weights.values()))
+        # Every second row of both.
+        assert torch.equal(rows, torch.cat([weight[::2] for weight in weights.values()]))
+        assert sample is inputs and torch.equal(start, rule)
+        for scale in (rule, found):
+            heads = scale.view(-1, 2, 2)
+            assert torch.equal(heads[:, 0], heads[:, 1]) == by_head
+        least = expected_error(whole[::64], inputs, found)
+        assert least < 0.95 * expected_error(whole[::64], inputs, rule)

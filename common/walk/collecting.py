@@ -12,7 +12,7 @@ from torch import Tensor
 from common.base import parallel
 from common.model.architecture import LinearGroup
 from common.solvers.rounding import catch_up
-from common.walk.inputs import InputStatistics, add_in_parts, group_inputs, new_sums
+from common.walk.inputs import InputStatistics, Needs, add_in_parts, group_inputs, new_sums
 from common.walk.method import Layer, Method
 from common.walk.streams import each_chunk
 
@@ -36,7 +36,9 @@ def collect_statistics(
     Args:
         originals: hidden states of the original model before the layer; they become those after it.
     """
-    tokens = sum(parallel.gather(sum(chunk.shape[:-1].numel() for chunk in layer.inputs)))
+    tokens = sum(chunk.shape[:-1].numel() for chunk in layer.inputs)
+    if Needs.SAMPLES in method.needs:
+        tokens = sum(parallel.gather(tokens))
     sums = new_sums(layer.module, device, method.needs, tokens)
     family = layer.family
     inputs: dict[LinearGroup, Tensor] = {}

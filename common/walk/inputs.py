@@ -17,10 +17,13 @@ from common.base import parallel
 from common.kernels.sums import channel_sums
 from common.model.architecture import LinearGroup, family_of
 
-# Inputs that are kept, of all batches. Where a scale has to fit the largest values of tokens, 256
-# were too few for 4864 channels (docs/Quantization_Methods_Deep_Dive.md, SmoothQuant).
+# Inputs that are kept, of all batches, or a few more of many short sequences. Where a scale has to
+# fit the largest values of tokens, 256 were too few for 4864 channels
+# (docs/Quantization_Methods_Deep_Dive.md, SmoothQuant).
 SAMPLES = 3072
-# What the first token of a sequence counts in a sample, as a share of all that are drawn from it.
+# From each sequence at least so many.
+FROM_EACH = 8
+# What the first token of a sequence counts for in a sample, as a share of all drawn from it.
 FIRST_TOKEN = 1 / 16
 
 
@@ -135,7 +138,9 @@ class InputSums:
         rows = inputs.detach().reshape(-1, self.in_features)
         weights = None if token_weights is None else token_weights.reshape(-1)
         # All that needs memory comes first: when there is none left, nothing has been added.
-        sums = None
+        sums = drawn = None
+        if Needs.SAMPLES in self.needs:
+            drawn = _drawn(inputs.detach(), token_weights, self._every)
         if self._gram is None or self._magnitudes is not None:
             sums = channel_sums(rows, weights, squares=self._squares is not None)
         if self._gram is None:
@@ -155,8 +160,8 @@ class InputSums:
             largest, total = self._magnitudes
             torch.maximum(largest, sums.largest, out=largest)
             total += sums.magnitudes
-        if Needs.SAMPLES in self.needs:
-            self._samples.append(_drawn(inputs.detach(), token_weights, self._every))
+        if drawn is not None:
+            self._samples.append(drawn)
 
     def _starts(self) -> range:
         """Where the Gram matrix's blocks begin. It is symmetric: the upper ones suffice until all
@@ -284,6 +289,7 @@ def root_weights(weights: Tensor, rows: Tensor, lag: Tensor | None) -> Tensor:
 
 def _drawn(inputs: Tensor, token_weights: Tensor | None, every: int) -> Tensor:
     """`InputStatistics.sample` of a batch [..., length, in] with token weights [..., length]."""
+    every = max(1, min(every, inputs.shape[-2] // FROM_EACH))
     rows = inputs[..., ::every, :].to(torch.float32, copy=True)
     if token_weights is not None:
         rows *= token_weights[..., ::every, None].sqrt()
