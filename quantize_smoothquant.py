@@ -66,12 +66,12 @@ def least_error_scale(
         shared: of values [in] makes those equal that have to be (`shared_by_heads`).
     """
     inputs, weights = inputs.square(), weight.square()
+    mean, total = inputs.mean(0), weights.sum(0)
     log_scale = start.log()
     for step in range(STEPS):
         power = (2 * log_scale).exp()
-        divided, multiplied = inputs / power, weights * power
-        size, peak = divided.mean(0), _sums_of_largest(divided) / len(divided)
-        weight_size, weight_peak = multiplied.sum(0), _sums_of_largest(multiplied)
+        size, peak = mean / power, _sums_of_largest(inputs / power) / len(inputs)
+        weight_size, weight_peak = total * power, _sums_of_largest(weights * power)
         falling = _floored(shared(peak * weight_size.sum() + size * weight_peak.sum()))
         rising = _floored(shared(weight_size * peak.sum() + weight_peak * size.sum()))
         log_scale += 0.5 * (1 - step / STEPS) * (falling / rising).log()
@@ -85,7 +85,9 @@ def _floored(shares: Tensor) -> Tensor:
 
 def _sums_of_largest(values: Tensor) -> Tensor:
     """Of each column the sum of those values [rows, in] that are the largest of their row: [in]."""
-    largest, column = values.max(1)
+    # On a CPU numpy's takes a quarter of the time of torch's.
+    column = torch.from_numpy(values.numpy().argmax(1)) if values.is_cpu else values.argmax(1)
+    largest = values.gather(1, column.unsqueeze(1)).squeeze(1)
     # In float64 the order of the additions, which a GPU leaves open, does not show.
     sums = largest.new_zeros(values.shape[1], dtype=torch.float64)
     return sums.index_add_(0, column, largest.double()).to(values.dtype)
