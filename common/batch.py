@@ -15,6 +15,7 @@ from pathlib import Path
 from common.base.arguments import DEFAULT_MODEL, DTYPE_NAMES, gibibytes, positive
 from common.results.documents import CONFIGURATIONS, RESULTS_FOLDER
 from common.results.peers import PEERS
+from common.run_all import processes
 from common.run_all.unchanged import Unchanged
 
 
@@ -91,9 +92,12 @@ def main() -> int:
     return todo() if todo else 0
 
 
-def _todo() -> Callable[[], int] | None:
+def _todo(early: bool = False) -> Callable[[], int] | None:
     """What there is to do; None where all is as an earlier batch left it, which is said. To find
     out imports nothing large.
+
+    Args:
+        early: begin at once with the process that scripts are forked from.
     """
     options, passed_on = parse()
     unchanged, chosen = Unchanged(options, passed_on), _chosen(options)
@@ -103,6 +107,8 @@ def _todo() -> Callable[[], int] | None:
             "with these options left them (--overwrite makes them again)"
         )
         return None
+    if early and not options.check:
+        processes.begin()
 
     def run() -> int:
         from common.run_all.whole import run_all
@@ -123,7 +129,7 @@ def _chosen(options: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    if todo := _todo():
+    if todo := _todo(early=True):
         # Only now, as it takes seconds: torch and transformers.
         from common import cli
 

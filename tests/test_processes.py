@@ -97,7 +97,7 @@ def test_where_nothing_can_be_forked(tmp_path, monkeypatch, capfd, imported, why
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(processes, "_IMPORTED", imported)
     monkeypatch.setattr(processes, "_forking", processes._forking.__wrapped__)
-    monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     server = forkserver.ForkServer()
     for name in ("ensure_running", "connect_to_new_process", "set_forkserver_preload"):
         monkeypatch.setattr(forkserver, name, getattr(server, name))

@@ -306,9 +306,10 @@ def test_a_batch_marks_a_wrecked_checkpoint_without_metadata(batch, monkeypatch)
     assert batch("--only", "hqq-4bit", "--no-save-metadata", "--overwrite") == 0
 
 
-def test_a_batch_hashes_a_new_checkpoint_once_it_is_verified(batch, monkeypatch):
-    """By then its files are old enough for the evaluation to find their hashes remembered. What an
-    earlier checkpoint without metadata was does not count.
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_a_batch_hashes_a_new_checkpoint_once_it_is_evaluated(batch, monkeypatch, evaluated):
+    """Which has hashed it beside other work; also where that failed. What an earlier checkpoint
+    without metadata was does not count.
     """
     calls = batch.folder / "calls"
     hashed = []
@@ -332,9 +333,13 @@ def test_a_batch_hashes_a_new_checkpoint_once_it_is_verified(batch, monkeypatch)
     )
     calls.write_text("")
     hashed.clear()
-    assert batch("--only", "hqq-4bit", "--overwrite") == 0
+    if not evaluated:
+        evaluation = batch.folder / "common/evaluation.py"
+        evaluation.write_text(f"{evaluation.read_text()}sys.exit(1)")
+    assert batch("--only", "hqq-4bit", "--overwrite") == (0 if evaluated else 1)
     names = [line.split()[0] for line in calls.read_text().splitlines()]
     assert names == ["quantize_hqq.py", "verify_model.py", "common/evaluation.py"]
-    assert hashed == [2]
+    assert hashed == [3]
     status = json.loads((batch.folder / "results/tiny/status.json").read_text())["hqq-4bit"]
-    assert status["verified"] == status["made"]["checkpoint"] == "1" * 64
+    assert status["made"]["checkpoint"] == "1" * 64
+    assert status.get("verified") == ("1" * 64 if evaluated else None)

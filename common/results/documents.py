@@ -204,5 +204,7 @@ def write_samples(
     lines = [
         json.dumps({"task": task, **sample}) for task, rows in samples.items() for sample in rows
     ]
+    # The usual 9 saves 6% of the bytes in up to 18 times the time.
+    content = gzip.compress("\n".join([*lines, ""]).encode(), compresslevel=6, mtime=0)
     with replacing(_samples_file(results_dir, model, configuration)) as unfinished:
-        unfinished.write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))
+        unfinished.write_bytes(content)

@@ -20,10 +20,6 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import IO, Protocol, cast
 
-import torch
-
-from common.base.progress import say
-
 # What the process that is forked has imported.
 _IMPORTED = "common.run_all.imported"
 # Held while a process is started, and while one that has ended is asked for its exit code:
@@ -96,10 +92,10 @@ class _Child:
         self._process.kill()
 
 
-@cache
-def _forking() -> ForkServerContext | None:
-    """How processes are forked; None where they cannot be, or cannot use the GPU, which is so when
-    some package has touched it while it was imported.
+def begin() -> ForkServerContext | None:
+    """Start the process that others are forked from, if it is not there, and wait for nothing: its
+    imports take as long as those of whoever goes on to import the same. None where nothing can be
+    forked.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return None
@@ -107,6 +103,22 @@ def _forking() -> ForkServerContext | None:
     context.set_forkserver_preload([_IMPORTED])
     with chdir(Path(__file__).parents[2]):  # where it looks modules up
         forkserver.ensure_running()
+    return context
+
+
+@cache
+def _forking() -> ForkServerContext | None:
+    """How processes are forked; None where they cannot be, or cannot use the GPU, which is so when
+    some package has touched it while it was imported.
+    """
+    # Not before `begin`.
+    import torch
+
+    from common.base.progress import say
+
+    context = begin()
+    if context is None:
+        return None
     trial = context.Process(target=try_gpu, args=(torch.cuda.device_count() > 0,))
     try:
         trial.start()
@@ -126,6 +138,8 @@ def _forking() -> ForkServerContext | None:
 
 def try_gpu(wanted: bool) -> None:
     """In a child: end with exit code 1 where a GPU is wanted and cannot be used."""
+    import torch
+
     try:
         if wanted:
             torch.zeros(1, device="cuda")

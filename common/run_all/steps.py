@@ -242,31 +242,18 @@ def _run_steps(
     if reason := batch.status[configuration].get("made", {}).get("wrecked"):
         raise StepFailed(reason)
     if found is None or found != verified or batch.overwrite:
-        step(
-            "verify",
-            ["verify_model.py", "--model-path", str(folder), *batch.device],
-            log,
-            gpu,
-        )
+        words = ["verify_model.py", "--model-path", str(folder), *batch.device]
+        step("verify", words, log, gpu)
     else:
         say(f"{configuration}: verified before")
-    if found is None:
-        # Only now are the files old enough for their hashes to be remembered (`hashes`), which the
-        # evaluation would make anew.
-        found = _note_made(batch, configuration, method, folder, None)
-    step(
-        "evaluate",
-        [
-            "common/evaluation.py",
-            "--model-path",
-            str(folder),
-            "--baseline",
-            batch.model,
-            *evaluate,
-        ],
-        log,
-        gpu,
-    )
+    words = ["common/evaluation.py", "--model-path", str(folder), "--baseline", batch.model]
+    try:
+        step("evaluate", [*words, *evaluate], log, gpu)
+    finally:
+        if found is None:
+            # The evaluation has hashed the checkpoint beside other work, and its files were old
+            # enough by then for that to be remembered.
+            found = _note_made(batch, configuration, method, folder, None)
     return found
 
 

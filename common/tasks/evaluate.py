@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common.base.device import device_and_dtype, dtype_name
@@ -60,16 +61,18 @@ def evaluate_model(
     described = described_by(folder, subject.original)
     original = _original_tensors(subject)
     facts = metadata.quantization_facts(folder, original)
-    evaluation = Evaluation(
-        subject, described, options, demo, device, dtype, load_tokenizer(described)
-    )
     tasks = [task for task in all_tasks() if task.name in options.tasks]
-    # Data first: a missing data set should not cost the time it takes to load the model.
-    loaded = {task.name: task.load(evaluation) for task in tasks}
-    _check_overlap(tasks, loaded, evaluation)
+    with ThreadPoolExecutor(1) as beside:
+        # What is read meanwhile takes the interpreter, which hashing leaves free.
+        checkpoint = beside.submit(hashes.checkpoint_hash, folder, results_dir)
+        tokenizer = load_tokenizer(described)
+        evaluation = Evaluation(subject, described, options, demo, device, dtype, tokenizer)
+        # Data first: a missing data set should not cost the time it takes to load the model.
+        loaded = {task.name: task.load(evaluation) for task in tasks}
+        _check_overlap(tasks, loaded, evaluation)
     shared = {
         "source": subject.source,
-        "checkpoint": hashes.checkpoint_hash(folder, results_dir),
+        "checkpoint": checkpoint.result(),
         "code": hashes.code_hash(),
         "demo_data": demo,
         "versions": metadata.versions(),
