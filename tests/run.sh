@@ -9,9 +9,10 @@ if [ ! -d .venv/oracle/hqq ]; then
     DISABLE_CUDA=1 "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/oracle \
         hqq==0.2.8.post1 einops termcolor || echo "the hqq package cannot be installed; its tests are skipped" >&2
 fi
-# Two files at a time, each with half of the cores; the longest first (conftest.py).
+# Three files at a time, as tests wait for processes and disks in between; half of the cores each;
+# the longest first (conftest.py).
 cores=$(nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( cores > 1 ? cores / 2 : 1 ))}"
 # Where it is set, as in many containers, each of a dozen processes compiles this project's files anew.
 unset PYTHONDONTWRITEBYTECODE
-exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests "$@"
+exec "$PYTHON" -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests "$@"

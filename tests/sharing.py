@@ -86,6 +86,16 @@ def long_texts_encoded_once():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_generations():
+    """Nobody reads what tiny models say when they are verified."""
+    from common import verification
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "GENERATION_TOKENS", 4)
+        yield
+
+
 def leave_plots_empty(patch: pytest.MonkeyPatch) -> None:
     """analyze_results.py lays its plots out and leaves their files empty, as drawing takes most of
     its time.
