@@ -67,10 +67,10 @@ class Pair:
 
     def swapped(self, swaps: np.ndarray) -> np.ndarray:
         """quantized - baseline after the models' answers were swapped in some clusters, 1 or 0
-        [clusters, resamples]."""
+        [resamples, clusters]."""
         # Most answers are the same, and swapping those moves nothing.
-        swaps = swaps[self.changed].astype(self.after.dtype)
-        moved = swaps.T @ (self.after - self.before)[self.changed]
+        swaps = swaps[:, self.changed].astype(self.after.dtype)
+        moved = swaps @ (self.after - self.before)[self.changed]
         return self.of_sums(self.after.sum(0) - moved) - self.of_sums(self.before.sum(0) + moved)
 
 
@@ -269,15 +269,14 @@ def t_test(found: Difference) -> tuple[float, float]:
 
 @lru_cache(maxsize=_SIZES)
 def _swaps(groups: int) -> list[np.ndarray]:
-    """Which clusters are swapped, 1 or 0, in chunks [clusters, resamples]; the same for every
-    metric. A cluster's lie side by side: of most only some are looked at.
+    """Which clusters are swapped, 1 or 0, in chunks [resamples, clusters]; the same for every
+    metric.
     """
     if groups <= _ALL_SWAPS:
         whole = np.arange(2**groups)[:, None] >> np.arange(groups) & 1
     else:
         whole = np.random.default_rng(0).integers(0, 2, (_RANDOM_SWAPS, groups), np.uint8)
-    chunks = np.split(whole.astype(np.uint8), range(_CHUNK, len(whole), _CHUNK))
-    return [np.ascontiguousarray(chunk.T) for chunk in chunks]
+    return np.split(whole.astype(np.uint8), range(_CHUNK, len(whole), _CHUNK))
 
 
 @lru_cache(maxsize=_SIZES)
