@@ -92,12 +92,9 @@ def main() -> int:
     return todo() if todo else 0
 
 
-def _todo(early: bool = False) -> Callable[[], int] | None:
+def _todo() -> Callable[[], int] | None:
     """What there is to do; None where all is as an earlier batch left it, which is said. To find
     out imports nothing large.
-
-    Args:
-        early: begin at once with the process that scripts are forked from.
     """
     options, passed_on = parse()
     unchanged, chosen = Unchanged(options, passed_on), _chosen(options)
@@ -107,8 +104,8 @@ def _todo(early: bool = False) -> Callable[[], int] | None:
             "with these options left them (--overwrite makes them again)"
         )
         return None
-    if early and not options.check:
-        processes.begin()
+    if not options.check:
+        processes.begin()  # it imports what scripts need while the batch imports its own
 
     def run() -> int:
         from common.run_all.whole import run_all
@@ -129,7 +126,7 @@ def _chosen(options: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    if todo := _todo(early=True):
+    if todo := _todo():
         # Only now, as it takes seconds: torch and transformers.
         from common import cli
 

@@ -6,6 +6,7 @@ from multiprocessing import forkserver
 import pytest
 import torch
 
+from common import batch
 from common.run_all import processes
 
 ENDINGS = {
@@ -107,3 +108,12 @@ def test_where_nothing_can_be_forked(tmp_path, monkeypatch, capfd, imported, why
     said = capfd.readouterr().out
     assert "each script imports all libraries anew" in said and why in said
     server._stop()
+
+
+@pytest.mark.parametrize(("extra", "times"), [([], 1), (["--check"], 0)])
+def test_it_is_begun_before_the_batch_imports_its_own(tmp_path, monkeypatch, extra, times):
+    begun = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(processes, "begin", lambda: begun.append(1))
+    monkeypatch.setattr("sys.argv", ["batch", "--model", "owner/tiny", *extra])
+    assert batch._todo() is not None and len(begun) == times

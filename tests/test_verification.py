@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, run_quantize, run_script, save_tiny
+from conftest import ROOT, run_quantize, run_script, save_tiny, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 from common import verification
 from common.checkpoint.writer import METADATA_FILE
+from common.text import probe
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,12 @@ def test_sound(checkpoint):
 )
 def test_tampered(checkpoint, tmp_path, change, failing):
     check_it_fails(checkpoint, tmp_path / "copy", change, failing)
+
+
+def test_a_tokenizer_of_single_bytes_reads_the_beginning_of_the_probe():
+    tokenizer = tiny_tokenizer()
+    tokens, whole = probe.probe_tokens(tokenizer), tokenizer(probe.TEXT)["input_ids"]
+    assert len(whole) > probe.MOST_TOKENS and tokens.tolist() == [whole[: probe.MOST_TOKENS]]
 
 
 def test_rounded_inputs_tip_over_in_16_bits(tmp_path, calibration_text):

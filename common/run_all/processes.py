@@ -93,9 +93,8 @@ class _Child:
 
 
 def begin() -> ForkServerContext | None:
-    """Start the process that others are forked from, if it is not there, and wait for nothing: its
-    imports take as long as those of whoever goes on to import the same. None where nothing can be
-    forked.
+    """Start the process that others are forked from, if it is not there, without waiting for its
+    imports. None where nothing can be forked.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return None
