@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from common.base import interrupts
 from common.base.arguments import (
     DEFAULT_MODEL,
     gibibytes,
@@ -34,6 +35,7 @@ def run(main: Callable[[], int | None]) -> None:
     """
     quiet_libraries()
     try:
+        interrupts.raise_again()
         code = main() or 0
     except UserError as error:
         code = fail(str(error))
@@ -51,7 +53,7 @@ def run(main: Callable[[], int | None]) -> None:
         )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = interrupts.CODE
     sys.stdout.flush()
     sys.exit(code)
 

@@ -1,10 +1,15 @@
 """Scripts that the batch runs, in processes forked from one that has everything imported."""
 
+import os
 import signal
+import subprocess
+import sys
+import time
 from multiprocessing import forkserver
 
 import pytest
 import torch
+from conftest import ROOT
 
 from common import batch
 from common.run_all import processes
@@ -117,3 +122,71 @@ def test_it_is_begun_before_the_batch_imports_its_own(tmp_path, monkeypatch, ext
     monkeypatch.setattr(processes, "begin", lambda: begun.append(1))
     monkeypatch.setattr("sys.argv", ["batch", "--model", "owner/tiny", *extra])
     assert batch._todo() is not None and len(begun) == times
+
+
+def interrupted(words, seconds, folder):
+    """What a process of the project says that gets Ctrl-C with all that it started, as in a
+    terminal: after some seconds, or for 0 by itself.
+    """
+    with subprocess.Popen(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # Whatever the tests were started with.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        if seconds:
+            time.sleep(seconds)
+            os.killpg(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said and said.rstrip().endswith("interrupted")
+    return said
+
+
+# Interrupted as the process that others are forked from starts.
+BEGUN = """
+import os, signal, time
+from common.base import interrupts
+from common.run_all import processes
+interrupts.end_at_once()
+processes.begin()
+os.killpg(0, signal.SIGINT)
+time.sleep(30)
+"""
+# In the middle of its work.
+AT_WORK = """
+import os, signal, time
+from common import cli
+from common.base import interrupts
+
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(30)
+    finally:
+        print("cleaned up", flush=True)
+
+interrupts.end_at_once()
+cli.run(main)
+"""
+
+
+def test_interrupted_while_all_is_imported(tmp_path):
+    batch = ["-m", "common.batch", "--demo", "--only", "baseline"]
+    for words, seconds in ((["-c", BEGUN], 0), ([*batch, "--results-dir", str(tmp_path)], 3)):
+        interrupted(words, seconds, tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
+def test_interrupted_at_work(tmp_path):
+    assert interrupted(["-c", AT_WORK], 0, tmp_path).startswith("cleaned up")
+
+
+def test_a_script_answers_an_interrupt(run):
+    code, output = run("import os, signal; os.kill(os.getpid(), signal.SIGINT); print('deaf')")
+    assert code and output.rstrip().endswith("KeyboardInterrupt")

@@ -4,7 +4,13 @@ neither outlasts a fork.
 
 import atexit
 import gc
+import signal
 
+# Until all is imported Ctrl-C ends this process without a word, unless it is ignored anyway; then
+# the fork server ignores it.
+if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 gc.disable()  # to look for garbage takes a tenth of the time, and imports leave little
 
 import lm_eval.evaluator  # noqa: F401

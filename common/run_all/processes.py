@@ -8,17 +8,20 @@ import io
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from functools import cache
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker, util
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import IO, Protocol, cast
+
+from common.base import interrupts
 
 # What the process that is forked has imported.
 _IMPORTED = "common.run_all.imported"
@@ -100,8 +103,16 @@ def begin() -> ForkServerContext | None:
         return None
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([_IMPORTED])
-    with chdir(Path(__file__).parents[2]):  # where it looks modules up
-        forkserver.ensure_running()
+    resource_tracker.ensure_running()  # first: it lets Ctrl-C through once it is started
+    # Ctrl-C waits, and what is started inherits that, until `imported` lets it through: a Python
+    # that starts would show where it was.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with chdir(Path(__file__).parents[2]):  # where it looks modules up
+            forkserver.ensure_running()
+        interrupts.remove_then(util.get_temp_dir())  # its socket is in it
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
@@ -149,6 +160,7 @@ def try_gpu(wanted: bool) -> None:
 
 def _run_script(words: list[str], environment: dict[str, str], writing: Connection) -> None:
     """In the child: become the script."""
+    interrupts.let_through()
     with writing:
         for descriptor in (1, 2):
             os.dup2(writing.fileno(), descriptor)
