@@ -25,7 +25,7 @@ from common.checkpoint.writer import METADATA_FILE, CheckpointWriter, check_outp
 from common.cli import configure_torch, resolve_sizes
 from common.exporting.gguf_file import check_file, check_source, export_beside, file_beside
 from common.model.origin import origin_of
-from common.model.source import MODELS_FOLDER, SourceModel
+from common.model.source import MODELS_FOLDER, SourceModel, resolve_folder
 from common.numerics.divergence import (
     divergence_of_logits,
     perplexity_of_logits,
@@ -59,7 +59,6 @@ def quantize(
     Raises:
         UserError: any mistake of the user's, before anything is written.
     """
-    started = time.perf_counter()
     if options.bits not in bits:
         raise UserError(
             f"{method.name} does not support {options.bits} bits; "
@@ -81,6 +80,9 @@ def quantize(
             say(export_beside(output, True))
         return output
     check_output(output, options.overwrite)
+    # What is made once, for all methods, counts for none.
+    resolve_folder(options.model)
+    started = time.perf_counter()
     if options.gguf:
         check_file(file_beside(output), options.overwrite)
     whole = _Run.begin(options, method, output, device, dtype)
@@ -99,7 +101,8 @@ def quantize(
         with whole.watch("write"):
             writer.write_rest(rounding.codes)
         document = whole.document(result, rounding.records, writer.folder)
-        document["seconds"]["total"] = round(time.perf_counter() - started, 3)
+        seconds = time.perf_counter() - started + writer.unfinished.earlier_seconds
+        document["seconds"]["total"] = round(seconds, 3)
         write_card(writer.folder, document, before=output)
         writer.finish(document if options.save_metadata else None)
     say(_summary(output, document))
@@ -165,18 +168,9 @@ class _Run:
         if method.needs_calibration:
             with watch("calibration text"):
                 windows = windows_of(options, source.tokenizer, source.config)
+        tokens = probe.probe_tokens(source.tokenizer)
         return cls(
-            options,
-            method,
-            output,
-            device,
-            dtype,
-            watch,
-            made_from,
-            source,
-            grid,
-            windows,
-            probe.probe_tokens(source.tokenizer),
+            options, method, output, device, dtype, watch, made_from, source, grid, windows, tokens
         )
 
     def check_export(self) -> None:

@@ -23,6 +23,7 @@ from conftest import (
 )
 from methods import method_options
 
+from common.base import progress
 from common.base.errors import UserError
 from common.checkpoint.writer import METADATA_FILE, CheckpointWriter
 from common.walk import layers as walk
@@ -61,6 +62,7 @@ def content(folder):
     record = json.loads(files.pop(METADATA_FILE))
     for key in ("seconds", "memory", "options"):
         del record[key]
+    del record["bytes"]["quantized_folder"]  # the metadata are in it
     return files, record
 
 
@@ -81,16 +83,32 @@ def test_resumed_is_bit_identical(five, calibration_text, tmp_path, monkeypatch,
     """Ended once or twice on the way."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_script(*command(method, five, whole, calibration_text)).returncode == 0
+    seconds, quick = 0, []
+
+    def counted(*arguments, **options):
+        quick.append(options["quick"])
+        return progress.track(*arguments, **options)
+
+    monkeypatch.setattr(walk, "track", counted)
     for layers in stops:
         with monkeypatch.context() as patch:
             interrupt_after(patch, layers)
             result = run_script(*command(method, five, parts, calibration_text, "--resume"))
         assert result.returncode == 130 and "--resume goes on from there" in result.stdout
         assert not parts.exists() and (tmp_path / "parts.unfinished").is_dir()
+        file = tmp_path / "parts.unfinished" / "progress.json"
+        noted = json.loads(file.read_text())
+        assert noted["seconds"] > seconds
+        # As if it had taken long.
+        noted["seconds"] = seconds = noted["seconds"] + 1000
+        file.write_text(json.dumps(noted))
     result = run_script(*command(method, five, parts, calibration_text, "--resume"))
     assert result.returncode == 0, result.stderr
     assert f"after {stops[-1]} layers" in result.stdout
     assert content(parts) == content(whole)
+    # All runs count, not the last alone; and of time left those layers tell that took some.
+    assert json.loads((parts / METADATA_FILE).read_text())["seconds"]["total"] > seconds
+    assert quick == [0, *stops]
     assert not (tmp_path / "parts.unfinished").exists()
     if len(stops) == 1:  # of a method in the quick run
         return

@@ -25,7 +25,11 @@ def say(text: str) -> None:
 
 
 def track(
-    items: Iterable[Item], description: str, unit: str = "it", total: int | None = None
+    items: Iterable[Item],
+    description: str,
+    unit: str = "it",
+    total: int | None = None,
+    quick: int = 0,
 ) -> Iterator[Item]:
     """Iterate over `items` and show how far it is and how many seconds are left.
 
@@ -33,6 +37,8 @@ def track(
         items: what to iterate over; `total` is its length where it has none of its own.
         description: what is being worked on, such as "layers".
         unit: the name of one item.
+        quick: how many of the first are done in next to no time, as layers that are taken over
+            are: they say nothing of how long the others take. A bar forgets them by itself.
     """
     if not parallel.first():
         yield from items
@@ -41,16 +47,19 @@ def track(
     if sys.stderr.isatty():
         yield from tqdm(items, desc=description, unit=unit, total=total, dynamic_ncols=True)
         return
-    start = last = time.monotonic()
+    start = last = slow = time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
         now = time.monotonic()
+        if done <= quick:
+            slow = now
         if now - last >= SECONDS_BETWEEN_LINES and total and done < total:
             last = now
-            left = (now - start) / done * (total - done)
+            left = ""
+            if done > quick:
+                left = f", about {(now - slow) / (done - quick) * (total - done):.0f} s left"
             print(
-                f"  {description}: {done}/{total} {unit}, {now - start:.0f} s so far, about "
-                f"{left:.0f} s left",
+                f"  {description}: {done}/{total} {unit}, {now - start:.0f} s so far{left}",
                 file=sys.stderr,
                 flush=True,
             )

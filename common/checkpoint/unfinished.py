@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 from common.base.errors import UserError
@@ -25,7 +26,9 @@ CANNOT_RESUME = "cannot resume"
 
 class UnfinishedFolder:
     """The folder of one run. records: of the layers that are finished, by index; tuned: what tuning
-    the scales of all layers found, where the shards have the new ones.
+    the scales of all layers found, where the shards have the new ones; earlier_seconds: how long
+    the runs took that this one goes on with, from when they took the folder to their last finished
+    layer.
 
     Args:
         output: where the finished checkpoint will be.
@@ -40,6 +43,8 @@ class UnfinishedFolder:
         self.resume = resume
         self.records: list[dict] = []
         self.tuned: dict | None = None
+        self.earlier_seconds = 0.0
+        self._begun = time.perf_counter()
         self._lock: int | None = None
 
     def open(self) -> None:
@@ -89,6 +94,7 @@ class UnfinishedFolder:
             )
         self.records, self.tuned = progress["layers"], progress.get("tuned")
         if self.records:
+            self.earlier_seconds = progress.get("seconds", 0.0)
             say(f"resuming {self.path} after {len(self.records)} layers")
 
     def finish_layer(self, record: dict) -> None:
@@ -118,12 +124,14 @@ class UnfinishedFolder:
         self._write_progress()
 
     def _write_progress(self) -> None:
+        seconds = self.earlier_seconds + time.perf_counter() - self._begun
         with replacing(self.path / PROGRESS_FILE) as unfinished:
             unfinished.write_text(
                 json.dumps(
                     {
                         "fingerprint": self.fingerprint,
                         "layers": self.records,
+                        "seconds": round(seconds, 3),
                         **({"tuned": self.tuned} if self.tuned else {}),
                     }
                 )

@@ -102,7 +102,10 @@ def quantize_model(
         streams = _start(source, method, windows, probe, round_embedding_and_head, tunes)
         source.move_vocabulary(torch.device("cpu"))
     for index in track(
-        range(source.num_layers), f"{method.name} {grid.bits}-bit layers", unit="layers"
+        range(source.num_layers),
+        f"{method.name} {grid.bits}-bit layers",
+        unit="layers",
+        quick=resumed,
     ):
         with watch("load"):
             module = source.load_layer(index)
