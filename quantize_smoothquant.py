@@ -65,9 +65,9 @@ def least_error_scale(
         start: [in].
         shared: of values [in] makes those equal that have to be (`shared_by_heads`).
     """
-    inputs, weights = inputs.square(), weight.square()
+    inputs, weights = (_scaled_down(values).square() for values in (inputs, weight))
     mean, total = inputs.mean(0), weights.sum(0)
-    log_scale = start.log()
+    log_scale = start.to(inputs.dtype).log()
     for step in range(STEPS):
         power = (2 * log_scale).exp()
         size, peak = mean / power, _sums_of_largest(inputs / power) / len(inputs)
@@ -78,9 +78,17 @@ def least_error_scale(
     return centred(log_scale.exp())
 
 
+def _scaled_down(values: Tensor) -> Tensor:
+    """In float32 or wider, the largest one: no square or sum of them overflows."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    return values / values.abs().amax().clamp(min=torch.finfo(values.dtype).tiny)
+
+
 def _floored(shares: Tensor) -> Tensor:
-    """Shares [in], none next to nothing: such a channel gets no scale that 16 bits do not hold."""
-    return shares.clamp(min=1e-6 * shares.mean())
+    """Shares [in], none next to nothing: such a channel gets no scale that 16 bits do not hold.
+    Where all are nothing, as those of weights or inputs that are zero, they count alike.
+    """
+    return shares.clamp(min=1e-6 * shares.mean()).clamp(min=torch.finfo(shares.dtype).tiny)
 
 
 def _sums_of_largest(values: Tensor) -> Tensor:
@@ -127,7 +135,10 @@ def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
 
 
 def _alpha(text: str) -> float | None:
-    return None if text == "auto" else share(text)
+    try:
+        return None if text == "auto" else share(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; give one, or auto") from None
 
 
 class _NoGGUF(argparse.Action):

@@ -100,6 +100,27 @@ def test_channels_that_are_next_to_nothing_get_scales_that_16_bits_hold():
     assert least < 0.9 * expected_error(weight, inputs, start)
 
 
+@pytest.mark.parametrize("nothing", ["weights", "inputs", "both"])
+def test_where_nothing_is_rounded_the_scale_stays(nothing):
+    """As behind linears that a model's maker has set to zero."""
+    weight, inputs, start = problem(9)
+    weight = weight * (nothing == "inputs")
+    inputs = inputs * (nothing == "weights")
+    torch.testing.assert_close(least_error_scale(weight, inputs, start), centred(start))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_inputs_of_any_size_and_type(dtype):
+    weight, inputs, start = (values.to(dtype) for values in problem(10))
+    found = least_error_scale(weight, inputs, start.float())
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    if dtype.itemsize < 4:
+        torch.testing.assert_close(found, least_error_scale(*problem(10)), rtol=0.1, atol=0)
+        return
+    large = least_error_scale(1e15 * weight, 1e18 * inputs, start)
+    torch.testing.assert_close(large, found, rtol=1e-4, atol=0)
+
+
 def test_a_group_gets_the_scale_of_all_its_linears_and_of_its_heads(monkeypatch):
     """For no α; for one it gets equation 4."""
     generator = torch.Generator().manual_seed(8)
