@@ -9,7 +9,9 @@ Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs",
 https://arxiv.org/abs/2404.00456. The gain of every RMSNorm is multiplied into the linears that read
 it; then a random Hadamard rotation R1 of the hidden state is multiplied into all that reads or
 writes it, and a Hadamard rotation R2 of each value head into v_proj and o_proj. What is left free,
-the scales between v_proj and o_proj and between up_proj and down_proj, is balanced first. All of
+the scales between v_proj and o_proj and between up_proj and down_proj, is balanced first. Where a
+family normalises what is added to the hidden state (Gemma 3), R1 does not fold: R2 alone is, and
+else channels are balanced and ranges searched as GPTQ's are (common/walk/balancing.py). All of
 this folds into the weights, in float64: the rotated model is a plain model with the same function.
 Its embedding and head are no longer the same matrix, so a tied head is stored on its own. Weights
 are quantized to W4A16.
@@ -43,8 +45,8 @@ from common.numerics.grid import QuantizedLinear
 from common.numerics.hadamard import factors, rotate, rotation
 from common.quantization import quantize
 from common.results.naming import filed_as
-from common.walk.balancing import pair_scale, usable
-from common.walk.gptq import SWEEPS, gptq_layer, ranges_of_rotated_weights
+from common.walk.balancing import balance, pair_scale, usable
+from common.walk.gptq import SWEEPS, gptq_layer, ranges_of_rotated_weights, searched_ranges
 from common.walk.inputs import group_inputs
 from common.walk.method import Layer, Method
 from common.walk.scaling import fold_into_weights, fold_scale
@@ -288,6 +290,8 @@ def method(options: argparse.Namespace) -> Method:
             align(layer)
             rotate_values(layer.module, rotations["value"])
         else:
+            if "hidden" not in rotations:
+                balance(layer)  # as GPTQ, where R1 evens nothing out
             rotate_layer(layer.module, rotations.get("hidden"), rotations["value"])
         if transforms:
             form = None
@@ -296,7 +300,10 @@ def method(options: argparse.Namespace) -> Method:
             rotate_online(layer.module, transforms, form)
 
     def quantize_layer(layer: Layer) -> dict[str, QuantizedLinear]:
-        return gptq_layer(layer, options.damping, options.sweeps, ranges_of_rotated_weights)
+        # By the hidden state's rotation, which most weights read.
+        rotated = options.act_bits or "hidden" in rotations
+        ranges = ranges_of_rotated_weights if rotated else searched_ranges
+        return gptq_layer(layer, options.damping, options.sweeps, ranges)
 
     return Method(
         "quarot",

@@ -2,17 +2,22 @@
 one model, which rounds as the most even one.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import ARCHITECTURES
 from test_rotation_and_scaling import all_logits
 
+import quantize_quarot
+from common.model.architecture import family_of
 from common.model.source import SourceModel
 from common.numerics.grid import Grid, QuantizedLinear, grouped, min_max
 from common.walk import balancing
 from common.walk.balancing import pair_scale
+from common.walk.gptq import ranges_of_rotated_weights, searched_ranges
 from common.walk.inputs import Needs, new_sums
-from common.walk.method import Layer
+from common.walk.method import Layer, Method
 from common.walk.scaling import fold_into_weights, fold_scale, shared_by_heads
 
 CPU, GRID = torch.device("cpu"), Grid(4, 32)
@@ -51,8 +56,25 @@ def test_the_function_stays(tiny_models, architecture, tied):
     assert not torch.allclose(*weights)
 
 
-@pytest.mark.parametrize(("architecture", "tied"), ARCHITECTURES)
-def test_models_with_the_same_function_become_one(tiny_models, architecture, tied):
+def quarot(source: SourceModel, *options: str) -> Method:
+    """The method, once it has rewritten what is around the layers."""
+    method = quantize_quarot.method(quantize_quarot.argument_parser().parse_args(options))
+    method.rewrite_model(source)
+    return method
+
+
+def rotated(index: int, module: torch.nn.Module) -> None:
+    """As QuaRot rewrites a layer of a family that its rotation does not fold into."""
+    model = SimpleNamespace(model=SimpleNamespace(layers=[module]))
+    method = quarot(SimpleNamespace(model=model, family=family_of(module)))
+    method.rewrite_layer(Layer(index, module, GRID, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied", "balanced"),
+    [*((*one, balanced) for one in ARCHITECTURES), ("gemma3_text", True, rotated)],
+)
+def test_models_with_the_same_function_become_one(tiny_models, architecture, tied, balanced):
     """Relative to a row's length, which no rounding minds, weights are the same."""
     found = []
     for changes in ((balanced,), (rescaled, balanced)):
@@ -66,6 +88,24 @@ def test_models_with_the_same_function_become_one(tiny_models, architecture, tie
         first, second = (weight / weight.norm(dim=1, keepdim=True) for weight in (one, other))
         # Gains are rounded to bfloat16, each model's to its own.
         assert (first - second).norm() < 0.01 * first.norm()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "ranges"),
+    [
+        ("llama", (), ranges_of_rotated_weights),
+        ("gemma3_text", (), searched_ranges),
+        ("gemma3_text", ("--kv-bits", "4"), searched_ranges),
+        ("gemma3_text", ("--act-bits", "4"), ranges_of_rotated_weights),
+    ],
+)
+def test_weights_that_are_not_rotated_get_searched_ranges(
+    tiny_models, monkeypatch, architecture, options, ranges
+):
+    used = []
+    monkeypatch.setattr(quantize_quarot, "gptq_layer", lambda *given: used.append(given[-1]))
+    quarot(source_of(tiny_models, architecture, True), *options).quantize_layer(None)
+    assert used == [ranges]
 
 
 def with_statistics(module):
