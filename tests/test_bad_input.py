@@ -85,7 +85,7 @@ def edit_config(**values):
             lambda folder: (folder / "model.safetensors").write_bytes(
                 (folder / "model.safetensors").read_bytes()[:5000]
             ),
-            ["incomplete or damaged"],
+            ["incomplete or damaged", "copy or download them again"],
         ),
         (
             lambda folder: (folder / "tokenizer.json").write_text("{}"),
@@ -126,6 +126,12 @@ def test_an_output_that_is_no_checkpoint_is_never_replaced(tiny, tmp_path):
         run_script(HQQ, "--model", tiny, "--output", output, "--overwrite"), "not a checkpoint"
     )
     assert (output / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_output_below_a_file(tiny, tmp_path):
+    (tmp_path / "notes").write_text("")
+    result = run_script(HQQ, "--model", tiny, "--output", tmp_path / "notes" / "out" / "put")
+    assert_user_error(result, f"{tmp_path / 'notes'} is a file", "choose another")
 
 
 def test_a_model_that_is_not_quantized_is_never_replaced(tiny, tmp_path):

@@ -83,14 +83,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Make a folder and try a file in it. Returns what the system says against it, None if that
-    goes.
+    """Make a folder and try a file in it. Returns what is in the way or what the system says
+    against it, None if that goes.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
+        for path in (folder, *folder.parents):
+            if os.path.isfile(path):  # which is no error where it cannot be looked at
+                return f"{path} is a file"
         return error.strerror or str(error)
 
 

@@ -71,7 +71,7 @@ def check_output(output: Path, overwrite: bool) -> None:
                 "choose another --output"
             )
     if reason := why_not_writable(output.parent):
-        raise UserError(f"output {output} cannot be written ({reason})")
+        raise UserError(f"output {output} cannot be written ({reason}); choose another")
 
 
 class CheckpointWriter:

@@ -84,7 +84,7 @@ def check_file(file: Path, overwrite: bool) -> None:
             f"output {file} exists already; use --overwrite to replace it, or move it away first"
         )
     if reason := why_not_writable(file.parent):
-        raise UserError(f"output {file} cannot be written ({reason})")
+        raise UserError(f"output {file} cannot be written ({reason}); choose another")
 
 
 def check_source(source: SourceModel, form: WeightFormat, online: bool) -> None:

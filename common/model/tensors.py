@@ -43,7 +43,8 @@ class TensorReader:
                     pass
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{folder}: weights are incomplete or damaged ({first_line(error)})"
+                f"{folder}: weights are incomplete or damaged ({first_line(error)}); copy or "
+                "download them again, or make them anew"
             ) from None
         self._weight_map = weight_map
         self._folder = folder
