@@ -92,9 +92,13 @@ def _fetch_gguf(scratch: Path) -> Path:
 
 
 def _convert(gguf_folder: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
-    with _read_once():
+    # Of two seconds it draws a bar, in a log twenty lines.
+    silent = mock.patch.object(
+        modeling_gguf_pytorch_utils, "tqdm", lambda tensors, **_: tensors, create=True
+    )
+    with _read_once(), silent:
         model = AutoModelForCausalLM.from_pretrained(
             gguf_folder, gguf_file=GGUF, dtype=torch.float32
         )
