@@ -69,6 +69,16 @@ def test_no_other_scale_has_a_smaller_expected_error(seed, share):
 
 
 @pytest.mark.parametrize("seed", range(3))
+def test_many_more_steps_gain_next_to_nothing(monkeypatch, seed):
+    """From the worst beginning: no scale at all."""
+    weight, inputs, start = problem(seed)
+    few = least_error_scale(weight, inputs, torch.ones_like(start))
+    monkeypatch.setattr(quantize_smoothquant, "STEPS", 64)
+    many = least_error_scale(weight, inputs, torch.ones_like(start))
+    assert expected_error(weight, inputs, few) < 1.001 * expected_error(weight, inputs, many)
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_rounding_at_that_scale_changes_outputs_less_than_at_that_of_equation_4(seed):
     weight, inputs, start = problem(seed)
 
