@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 
 from common import cli
+from common.base.arguments import Parser
 from common.base.errors import UserError
 from common.base.progress import say, track
 from common.model.source import MODELS_FOLDER
@@ -59,9 +60,7 @@ def say_what_is_stale(results: ModelResults, results_dir: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--results-dir", type=Path, default=RESULTS_FOLDER, help="local runs (default: %(default)s)"
     )

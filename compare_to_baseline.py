@@ -17,6 +17,7 @@ import json
 import sys
 
 from common import cli
+from common.base.arguments import Parser
 from common.base.errors import UserError
 from common.base.progress import say
 from common.evaluation import add_evaluation_arguments
@@ -34,9 +35,7 @@ from common.tasks.perplexity import divergence_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--quantized",
         required=True,

@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from common import cli
+from common.base.arguments import Parser
 from common.base.device import device_and_dtype
 from common.base.progress import say
 from common.checkpoint.publish import check_publishing, publish
@@ -23,9 +24,7 @@ MARKS = {True: "PASS", False: "FAIL", None: "SKIP"}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", type=Path, required=True, help="checkpoint folder")
     parser.add_argument(
         "--push-to-hub",

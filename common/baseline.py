@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import argparse
 
 from common import cli
-from common.base.arguments import DEFAULT_MODEL
+from common.base.arguments import DEFAULT_MODEL, Parser
 from common.evaluation import add_evaluation_arguments, add_reuse_argument
 from common.model.source import load_config, resolve_folder
 from common.results.naming import baseline_of
@@ -27,9 +27,7 @@ from common.tasks.evaluate import evaluate_model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help="hub id, folder, or demo (default: %(default)s)"
     )

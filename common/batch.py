@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.base import interrupts
-from common.base.arguments import DEFAULT_MODEL, DTYPE_NAMES, gibibytes, positive
+from common.base.arguments import DEFAULT_MODEL, DTYPE_NAMES, Parser, gibibytes, positive
 from common.results.documents import CONFIGURATIONS, RESULTS_FOLDER
 from common.results.peers import PEERS
 from common.run_all import processes
@@ -21,7 +21,7 @@ from common.run_all.unchanged import Unchanged
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="run_all_quantization.sh",
         allow_abbrev=False,
         description="Baseline and all quantization methods: quantized, verified, evaluated, README "

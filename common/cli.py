@@ -17,6 +17,7 @@ import torch
 from common.base import interrupts
 from common.base.arguments import (
     DEFAULT_MODEL,
+    Parser,
     gibibytes,
     not_negative,
     positive,
@@ -140,7 +141,7 @@ def quantization_parser(description: str, bits: int) -> argparse.ArgumentParser:
     """A parser with the arguments of every quantize script; `bits` is the method's default
     width."""
     # A method may say anew, after these, what it takes of an option.
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         conflict_handler="resolve",

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 import argparse
 
 from common import cli
-from common.base.arguments import positive
+from common.base.arguments import Parser, positive
 from common.cli import add_device_arguments
 from common.reporting.card import refresh_card
 from common.results.documents import RESULTS_FOLDER
@@ -92,9 +92,7 @@ def _tasks(text: str) -> tuple[str, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model-path",
         required=True,

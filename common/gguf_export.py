@@ -21,15 +21,14 @@ if __name__ == "__main__":
 
 import argparse
 
+from common.base.arguments import Parser
 from common.base.progress import say
 from common.cli import run
 from common.exporting.gguf_file import check_file, export, file_beside
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", type=Path, required=True, help="checkpoint folder")
     parser.add_argument(
         "--output", type=Path, help="the file (default: the folder's name with .gguf, beside it)"

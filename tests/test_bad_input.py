@@ -118,6 +118,26 @@ def test_foreign_folders_given_to_verify_and_compare(tiny, tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("quantize_gptq.py", ["--bist", "4"]),
+        ("quantize_smoothquant.py", ["--alpha", "Auto"]),
+        ("verify_model.py", []),
+        ("compare_to_baseline.py", ["--quantized"]),
+        ("analyze_results.py", ["--nothing"]),
+        ("common/evaluation.py", ["--limit", "none"]),
+        ("common/baseline.py", ["--nothing"]),
+        ("common/gguf_export.py", []),
+    ],
+)
+def test_a_mistyped_command_is_answered_with_one_line(script, words):
+    result = run_script(ROOT / script, *words)
+    assert result.returncode == 2 and not result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and "--help" in line
+
+
 def test_an_output_that_is_no_checkpoint_is_never_replaced(tiny, tmp_path):
     output = tmp_path / "precious"
     output.mkdir()

@@ -1,14 +1,22 @@
-"""Numbers on the command line, for argparse's `type`: each raises its ArgumentTypeError, in one
-line, for what is not one.
+"""The command line: a parser, and numbers for argparse's `type`, each of which raises its
+ArgumentTypeError, in one line, for what is not one.
 """
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
+from typing import NoReturn
 
 DEFAULT_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
 # Of types to compute in, torch's.
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
+
+
+class Parser(ArgumentParser):
+    """Answers a mistake with one line, where argparse shows all options first."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help shows the options)\n")
 
 
 def share(text: str) -> float:
