@@ -11,6 +11,7 @@ import quantize_quarot
 from common.model.architecture import family_of
 from common.model.source import SourceModel
 from common.numerics.grid import Grid, QuantizedLinear, grouped, min_max
+from common.walk import ordering
 from common.walk.method import Layer
 from common.walk.ordering import order_channels
 
@@ -59,6 +60,16 @@ def test_one_group_has_no_order(tiny):
     ordered(0, module, Grid(4, size))
     assert torch.equal(module.self_attn.o_proj.weight, before["self_attn.o_proj.weight"])
     assert not torch.equal(module.mlp.down_proj.weight, before["mlp.down_proj.weight"])
+
+
+@torch.no_grad()
+def test_all_processes_take_the_first_ones_order(tiny, monkeypatch):
+    """Each rounds rows of its own, which have to fit the others' columns."""
+    monkeypatch.setattr(ordering.parallel, "from_first", lambda order: order.flip(-1))
+    module = source_of(tiny).load_layer(0)
+    ordered(0, module)
+    for group in family_of(module).writing:
+        assert lengths(module, group).diff().max() <= 0
 
 
 def rounding_error(module: torch.nn.Module) -> float:

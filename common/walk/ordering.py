@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from common.base import parallel
 from common.model.architecture import LinearGroup, family_of
 from common.walk.method import Layer
 
@@ -23,7 +24,9 @@ def order_channels(layer: Layer) -> None:
     for group in layer.family.writing:
         heads = group.heads(group.in_features(layer.module), layer.config)
         if layer.grid.groups(heads[2]) > 1:
-            reorder(layer.module, group, order_of_lengths(layer.weight(group.linears[0]), heads))
+            order = order_of_lengths(layer.weight(group.linears[0]), heads)
+            # Lengths that are almost equal may compare otherwise on another card.
+            reorder(layer.module, group, parallel.from_first(order))
 
 
 def order_of_lengths(weight: Tensor, heads: tuple[int, int, int]) -> Tensor:
