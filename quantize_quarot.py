@@ -277,6 +277,11 @@ def method(options: argparse.Namespace) -> Method:
             rotations["hidden"] = rotation(source.config.hidden_size, options.seed)
             rotate_vocabulary(source, rotations["hidden"])
         elif options.head_bits:
+            if source.tied:
+                say(
+                    "the head is the embedding's matrix; --head-bits gives it one of its own, by "
+                    "which the checkpoint grows"
+                )
             source.untie()
         if not folds and not options.act_bits:
             say(

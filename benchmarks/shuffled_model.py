@@ -26,7 +26,7 @@ from common import cli
 from common.base.errors import UserError
 from common.base.files import why_not_writable
 from common.model.architecture import family_of
-from common.model.source import resolve_folder
+from common.model.source import load_config, resolve_folder
 from common.walk.ordering import reorder
 
 
@@ -67,6 +67,7 @@ def main() -> None:
     if reason := why_not_writable(options.output.parent):
         raise UserError(f"{options.output} cannot be written ({reason}); choose another folder")
     folder = resolve_folder(options.model)
+    load_config(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     shuffle(model, options.seed)
     model.save_pretrained(options.output)

@@ -16,6 +16,7 @@ from common.model import fused
 from common.numerics.grid import Grid, codes_per_token
 from common.running.runtime import load_for_running, load_model
 from common.tasks.language_model import HarnessModel
+from common.text.probe import overflow
 from common.walk.inputs import root_weights
 
 CPU = torch.device("cpu")
@@ -313,6 +314,11 @@ def test_a_model_beyond_float16_is_refused_before_it_runs(overflowing, monkeypat
     harness = HarnessModel(model, tokenizer)
     with pytest.raises(UserError, match="question's choices.*float16"):
         harness._loglikelihood_tokens([(("", ""), [5, 6], [7])])
+
+
+def test_float32_is_no_way_out_of_float32():
+    assert "--dtype float32" in str(overflow("a layer", torch.bfloat16))
+    assert "--dtype" not in str(overflow("a layer", torch.float32))
 
 
 def test_quantizing_a_model_whose_end_leaves_float16(overflowing, tmp_path):

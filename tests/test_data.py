@@ -1,6 +1,7 @@
 """Where rows and token windows come from."""
 
 import json
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,8 +10,12 @@ import torch
 from conftest import tiny_tokenizer
 
 from common.base.errors import UserError
-from common.text.data import DataName, load_rows
+from common.text import hub_data
+from common.text.data import DataName, load_rows, locate_rows
 from common.text.windows import calibration_windows, evaluation_windows
+
+# Arguments of `locate_rows` that say which rows.
+UNSET = ("limit", "seed", "columns", "budget")
 
 
 def test_addresses():
@@ -35,6 +40,26 @@ def test_data_root_comes_before_the_hub(tmp_path):
     assert part.rows == [{"text": "own/part/default"}] and "sample" in part.source
     with pytest.raises(UserError, match="not a folder"):
         load_rows("own/plain", tmp_path / "missing")
+
+
+def test_what_the_data_root_has_of_a_data_set_is_named(tmp_path, monkeypatch):
+    """Where the config is left out or the split mistyped, and there is no hub to ask."""
+    for folder, split in (("own/er/en", "train_sample"), ("own/er/de", "test")):
+        (tmp_path / folder).mkdir(parents=True)
+        pq.write_table(pa.table({"text": [folder]}), tmp_path / folder / f"{split}.parquet")
+
+    def no_hub(*_):
+        raise UserError("no network")
+
+    monkeypatch.setattr(hub_data, "hub_rows", no_hub)
+    monkeypatch.setattr(hub_data, "locate", no_hub)
+    for address in ("own/er", "own/er/en:trian"):
+        for read in (load_rows, partial(locate_rows, **dict.fromkeys(UNSET))):
+            with pytest.raises(UserError, match="no network.* has own/er/de:test, own/er/en:train"):
+                read(address, data_root=tmp_path)
+    for data_root in (tmp_path, None):
+        with pytest.raises(UserError, match="^no network$"):
+            load_rows("other/one", data_root)
 
 
 def test_local_files(tmp_path):

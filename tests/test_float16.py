@@ -6,7 +6,14 @@ import pytest
 import torch
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-from conftest import ROOT, build_tiny, run_script, tiny_tokenizer
+from conftest import (
+    ROOT,
+    assert_user_error,
+    build_tiny,
+    run_quantize,
+    run_script,
+    tiny_tokenizer,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods import method_options
@@ -186,6 +193,19 @@ def test_the_whole_chain(sources, calibration_text, tmp_path, method):
         match=r"scales of model.layers.1.self_attn.k_proj; use --dtype bfloat16 or float32",
     ):
         load_model(output, CPU, torch.float16)
+
+
+def test_what_float16_does_not_hold_once_rotated_is_refused(tmp_path, calibration_text):
+    """A row of the embedding that float16 just holds is longer than its largest number, and a
+    rotation may lay all its length on one channel.
+    """
+    model = build_tiny("llama", False).half()
+    model.model.embed_tokens.weight.data[0] = 60000.0
+    model.save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    result = run_quantize("quarot", tmp_path / "source", tmp_path / "out", text=calibration_text)
+    assert_user_error(result, "model.embed_tokens.weight", "float16", "convert the model to bf")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_ordinary_model_stays_float16(tmp_path):

@@ -24,7 +24,7 @@ from recomputed import (
     tables,
 )
 
-from common.reporting.tables import efficiency_table
+from common.reporting.tables import efficiency_table, size_table
 from common.results.documents import ModelResults
 from common.running.runtime import load_model
 from common.running.speed import measure_speed
@@ -286,6 +286,17 @@ def test_compare_prints_the_same(evaluated):
         )
     assert content["divergence"]["kl_mean"] > 0
     assert Path(content["chart"]).stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("facts", "bits"), [({}, "16"), ({"all": 16.0}, "16"), ({"all": 32.0}, "32")]
+)
+def test_the_baseline_has_the_bits_of_its_type(facts, bits):
+    baseline = document("baseline", 0.5)
+    if facts:
+        baseline["quantization"]["bits_per_weight"] = facts
+    (row,) = size_table(ModelResults("tiny", {"baseline": baseline})).rows
+    assert row[1] == bits
 
 
 def test_speed_is_shown_with_its_range():

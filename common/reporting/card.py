@@ -196,7 +196,7 @@ def _what(record: dict, base: str, stored: WeightFormat) -> str:
         f"Their inputs are rounded to {activations} bits as they come." if activations else "",
         f"Rounded besides: {', '.join(rounded)}." if rounded else "",
         f"{record['bytes']['quantized_weights'] / 1e6:.1f} MB of weights, "
-        f"{record['compression_ratio']:.2f} times smaller than the 16-bit model's{_bits(record)}.",
+        f"{record['compression_ratio']:.2f} times smaller than the original's{_bits(record)}.",
     ]
     return " ".join(filter(None, sentences))
 

@@ -102,7 +102,7 @@ def size_table(results: ModelResults) -> Table:
         rows.append(
             [
                 name,
-                str(grid["bits"]) if grid else "16" if name == BASELINE else NONE,
+                str(grid["bits"]) if grid else number(whole, 0) if name == BASELINE else NONE,
                 str(grid["group_size"] or "channel") if grid and "group_size" in grid else NONE,
                 number(coded, 2),
                 number(whole, 2),

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +35,8 @@ class DataName:
         parts = path.split("/")
         if len(parts) not in (2, 3) or not all(parts):
             raise UserError(
-                f"{text} is neither a file ({', '.join(LOCAL_SUFFIXES)}) nor a data set; write "
-                "owner/name, owner/name/config or owner/name/config:split, or demo"
+                f"{text or 'an empty name'} is neither a file ({', '.join(LOCAL_SUFFIXES)}) nor a "
+                "data set; write owner/name, owner/name/config or owner/name/config:split, or demo"
             )
         return cls("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split or "train")
 
@@ -82,7 +84,8 @@ def load_rows(
         return Rows(_read_file(local, limit, seed, columns, budget), f"{name}{sample}")
     from common.text.hub_data import Sample, hub_rows
 
-    rows, revision = hub_rows(name, Sample(limit, seed, columns, budget))
+    with _naming_others(data_root, name):
+        rows, revision = hub_rows(name, Sample(limit, seed, columns, budget))
     return Rows(rows, f"{name}@{revision}")
 
 
@@ -112,7 +115,8 @@ def locate_rows(
         return f"in {data_root}"
     from common.text.hub_data import Sample, locate
 
-    return locate(name, Sample(limit, seed, columns, budget), timeout)
+    with _naming_others(data_root, name):
+        return locate(name, Sample(limit, seed, columns, budget), timeout)
 
 
 def is_under(data_root: Path, address: str) -> bool:
@@ -135,6 +139,23 @@ def _find_under(data_root: Path, name: DataName) -> Path | None:
         if file.is_file():
             return file
     return None
+
+
+@contextmanager
+def _naming_others(data_root: Path | None, name: DataName) -> Iterator[None]:
+    """While open, an error says which configs and splits of the data set `data_root` has."""
+    try:
+        yield
+    except UserError as error:
+        if data_root is None:
+            raise
+        there = [
+            f"{file.parent.relative_to(data_root).as_posix()}:{file.stem.removesuffix('_sample')}"
+            for file in sorted((data_root / name.repository).rglob("*.parquet"))
+        ]
+        if not there:
+            raise
+        raise UserError(f"{error}. {data_root} has {', '.join(there)}") from None
 
 
 def _read_file(

@@ -56,7 +56,10 @@ def overflow(where: str, dtype: torch.dtype) -> UserError:
     of times the usual.
     """
     kind = dtype_name(dtype)
-    return UserError(f"{where}: its inputs or outputs overflow in {kind}; use --dtype float32")
+    way_out = "use --dtype float32"
+    if dtype == torch.float32:
+        way_out = "check the model's weights, as those of usual models do not"
+    return UserError(f"{where}: its inputs or outputs overflow in {kind}; {way_out}")
 
 
 def check_finite(values: Tensor, where: str, dtype: torch.dtype) -> None:

@@ -118,7 +118,7 @@ def quantize_model(
         if method.rewrite_layer:
             with watch("statistics"):
                 method.rewrite_layer(layer)
-                round_to_storage(module, source.family, source.storage_dtype)
+                round_to_storage(module, source.family, source.storage_dtype, layer.where(""))
         if index < resumed:
             with watch("resume"):
                 codes = replay(layer, method, streams, source.device, resumption.restore)
@@ -253,7 +253,7 @@ def _quantize_layer(
         layer.choose_scale_type(source.storage_dtype)
         if method.prepare_layer:
             method.prepare_layer(layer)
-            round_to_storage(module, source.family, source.storage_dtype)
+            round_to_storage(module, source.family, source.storage_dtype, layer.where(""))
             layer.choose_scale_type(source.storage_dtype)
     with watch("record"):
         inputs: dict[LinearGroup, Tensor] = {}
@@ -305,14 +305,30 @@ def _exchange(layer: Layer, codes: dict[str, QuantizedLinear]) -> dict[str, Quan
     return whole
 
 
-def round_to_storage(module: nn.Module, family: Family, dtype: torch.dtype) -> None:
+def round_to_storage(
+    module: nn.Module, family: Family, dtype: torch.dtype, where: str = ""
+) -> None:
     """Round what is stored as it is (norms, biases, embedding, head) to the stored type, so that
-    memory equals file.
+    memory equals file. where: before their names, for the message.
+
+    Raises:
+        UserError: what a method made of them is more than float16 holds.
     """
     quantized = {f"{name}.weight" for name in family.linears}
+    rounded = {}
     for name, parameter in module.named_parameters():
         if not parameter.is_meta and name not in quantized:
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+            rounded[name] = parameter
+    if dtype != torch.float16 or not rounded:
+        return
+    largest = torch.stack([values.abs().amax().float() for values in rounded.values()])
+    for name, size in zip(rounded, largest.tolist(), strict=True):
+        if not math.isfinite(size):
+            raise UserError(
+                f"{where}{name}: once it is rewritten, float16, in which the model is stored, does "
+                "not hold it; convert the model to bfloat16 first"
+            )
 
 
 def _install(
