@@ -89,7 +89,7 @@ def quantize(
     if options.gguf:
         whole.check_export()
     say(whole.headline())
-    if options.embedding_bits:
+    if options.embedding_bits and not method.online:
         say(f"note: {INT8_EMBEDDING}")
     # The first of several processes writes.
     with whole.writer() if parallel.first() else nullcontext() as writer:

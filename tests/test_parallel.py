@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from conftest import ROOT, run_script
 from forks import forks
 from methods import method_options
 from safetensors.torch import load_file
+from torch import distributed
 
 from common.base import parallel
 from common.base.errors import UserError
@@ -220,3 +223,26 @@ def test_windows_are_shared_out(monkeypatch):
     assert torch.equal(torch.cat(shares), windows) and {len(part) for part in shares} == {2, 3}
     with pytest.raises(UserError, match="raise --calib-samples"):
         parallel.own_windows(windows[:1])
+
+
+def test_that_another_process_has_ended_is_said(monkeypatch):
+    """In one line, by whatever is being exchanged; one's own lack of memory stays what it is."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    rows = torch.ones(3, 2)
+    exchanges = {
+        "all_reduce": (parallel.add, parallel.largest, parallel.mean),
+        "all_gather": (lambda rows: parallel.join_rows(rows, 6),),
+        "broadcast": (parallel.from_first,),
+        "all_gather_object": (parallel.gather, parallel.join_rows),
+    }
+    for error, seen in (
+        (RuntimeError("Connection closed by peer\nmore"), UserError),
+        (torch.OutOfMemoryError("no room"), torch.OutOfMemoryError),
+    ):
+        for exchange, functions in exchanges.items():
+            monkeypatch.setattr(distributed, exchange, Mock(side_effect=error))
+            for function in functions:
+                with pytest.raises(seen) as raised:
+                    function(rows)
+                if seen is UserError:
+                    assert re.search(r"\(Connection closed by peer\).*--resume", str(raised.value))

@@ -9,11 +9,13 @@ between GPUs, gloo between CPUs.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, distributed
 
-from common.base.errors import UserError
+from common.base.errors import UserError, first_line
 
 
 def rank() -> int:
@@ -45,9 +47,8 @@ def start(device: torch.device) -> None:
     try:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:150]
         raise UserError(
-            f"the other processes cannot be reached ({reason}); start with torchrun"
+            f"the other processes cannot be reached ({first_line(error)}); start with torchrun"
         ) from None
 
 
@@ -75,17 +76,33 @@ def own_rows(tensor: Tensor) -> Tensor:
     return tensor.tensor_split(size())[rank()]
 
 
+@contextmanager
+def _together() -> Iterator[None]:
+    """While open, it is said in one line that another process has ended meanwhile."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # what gloo raises, and NCCL's error is one
+        raise UserError(
+            f"another process has ended or is out of reach ({first_line(error)}); what it said "
+            "tells why, and --resume takes up the layers that are finished"
+        ) from None
+
+
 def add(tensor: Tensor) -> Tensor:
     """The sum over all processes, in place."""
     if size() > 1:
-        distributed.all_reduce(tensor)
+        with _together():
+            distributed.all_reduce(tensor)
     return tensor
 
 
 def largest(tensor: Tensor) -> Tensor:
     """The largest over all processes, element by element, in place."""
     if size() > 1:
-        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+        with _together():
+            distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
     return tensor
 
 
@@ -114,7 +131,8 @@ def join_rows(tensor: Tensor, count: int | None = None) -> Tensor:
     padded = tensor.new_zeros(max(numbers), *tensor.shape[1:])
     padded[: len(tensor)] = tensor
     parts = [torch.empty_like(padded) for _ in numbers]
-    distributed.all_gather(parts, padded)
+    with _together():
+        distributed.all_gather(parts, padded)
     return torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])
 
 
@@ -122,7 +140,8 @@ def from_first(tensor: Tensor) -> Tensor:
     """The first process's tensor, in all of them; each has one of that form."""
     if size() > 1:
         tensor = tensor.contiguous()
-        distributed.broadcast(tensor, src=0)
+        with _together():
+            distributed.broadcast(tensor, src=0)
     return tensor
 
 
@@ -131,5 +150,6 @@ def gather(value: object) -> list:
     if size() == 1:
         return [value]
     values: list = [None] * size()
-    distributed.all_gather_object(values, value)
+    with _together():
+        distributed.all_gather_object(values, value)
     return values
