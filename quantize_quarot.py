@@ -9,13 +9,13 @@ Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs",
 https://arxiv.org/abs/2404.00456. The gain of every RMSNorm is multiplied into the linears that read
 it; then a random Hadamard rotation R1 of the hidden state is multiplied into all that reads or
 writes it, and a Hadamard rotation R2 of each value head into v_proj and o_proj. What is left free,
-the scales between v_proj and o_proj and between up_proj and down_proj, is balanced first, and the
-channels in between are put in an order (common/walk/ordering.py). Where a family normalises what is
-added to the hidden state (Gemma 3), R1 does not fold: R2 alone is, and else channels are balanced
-and ranges searched as GPTQ's are (common/walk/balancing.py). All of this folds into the weights, in
-float64: the rotated model is a plain model with the same function.
-Its embedding and head are no longer the same matrix, so a tied head is stored on its own. Weights
-are quantized to W4A16.
+the scales between v_proj and o_proj and between up_proj and down_proj, is balanced first, and in
+W4A16 the channels in between are put in an order (common/walk/ordering.py). Where a family
+normalises what is added to the hidden state (Gemma 3), R1 does not fold: R2 alone is, and else
+channels are balanced and ranges searched as GPTQ's are (common/walk/balancing.py). All of this
+folds into the weights, in float64: the rotated model is a plain model with the same function. Its
+embedding and head are no longer the same matrix, so a tied head is stored on its own. Weights are
+quantized to W4A16.
 
 With --act-bits or --kv-bits the inputs of the linears and the key-value cache are rounded as the
 model runs, after the paper's online rotations R3 of queries and keys and R4 of down_proj's input.
@@ -300,7 +300,8 @@ def method(options: argparse.Namespace) -> Method:
             if "hidden" not in rotations:
                 balance(layer)  # as GPTQ, where R1 evens nothing out
             rotate_layer(layer.module, rotations.get("hidden"), rotations["value"])
-            order_channels(layer)
+            if not transforms:  # R4 mixes the channels, in whatever order they are
+                order_channels(layer)
         if transforms:
             form = None
             if options.kv_bits:

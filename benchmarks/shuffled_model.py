@@ -4,11 +4,11 @@
     python benchmarks/shuffled_model.py models/other/baseline models/other-shuffled/baseline
 
 Models that come from a GGUF file of 4 bits lie on that file's grid: blocks of 32 neighbours share a
-scale and a real offset. A grid whose groups are whole blocks, and whose zero-points are real as
-those offsets, finds it again, and loses less on such a model than on any that was never rounded.
-Channels of the hidden state, of the MLP and of each value head are drawn in another order here, and
-groups hold neighbours of many blocks. Weights change places and nothing else: the function stays
-and so does every weight, to the last bit.
+scale and, in Q4_1 and Q4_K, a real offset. A grid whose groups are whole blocks, and whose
+zero-points are real as those offsets, finds it again, and loses less on such a model than on any
+that was never rounded. Channels of the hidden state, of the MLP and of each value head are drawn in
+another order here, and groups hold neighbours of many blocks. Weights change places and nothing
+else: the function stays and so does every weight, to the last bit.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main() -> None:
     if reason := why_not_writable(options.output.parent):
         raise UserError(f"{options.output} cannot be written ({reason}); choose another folder")
     folder = resolve_folder(options.model)
-    load_config(folder)
+    load_config(folder)  # refuses what is no model of a family, or quantized already
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     shuffle(model, options.seed)
     model.save_pretrained(options.output)

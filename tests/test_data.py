@@ -44,8 +44,14 @@ def test_data_root_comes_before_the_hub(tmp_path):
 
 def test_what_the_data_root_has_of_a_data_set_is_named(tmp_path, monkeypatch):
     """Where the config is left out or the split mistyped, and there is no hub to ask."""
-    for folder, split in (("own/er/en", "train_sample"), ("own/er/de", "test")):
-        (tmp_path / folder).mkdir(parents=True)
+    for folder, split in (
+        ("own/er/en", "train_sample"),
+        ("own/er/en", "train"),
+        ("own/er/de", "test"),
+        ("own/er/too/deep", "train"),
+        *((f"man/y/{number}", "train") for number in range(12)),
+    ):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"text": [folder]}), tmp_path / folder / f"{split}.parquet")
 
     def no_hub(*_):
@@ -53,10 +59,13 @@ def test_what_the_data_root_has_of_a_data_set_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub_data, "hub_rows", no_hub)
     monkeypatch.setattr(hub_data, "locate", no_hub)
+    named = "no network.* has own/er/de:test, own/er/en:train$"
     for address in ("own/er", "own/er/en:trian"):
         for read in (load_rows, partial(locate_rows, **dict.fromkeys(UNSET))):
-            with pytest.raises(UserError, match="no network.* has own/er/de:test, own/er/en:train"):
+            with pytest.raises(UserError, match=named):
                 read(address, data_root=tmp_path)
+    with pytest.raises(UserError, match="man/y/0:train, .*:train and 4 more$"):
+        load_rows("man/y", tmp_path)
     for data_root in (tmp_path, None):
         with pytest.raises(UserError, match="^no network$"):
             load_rows("other/one", data_root)

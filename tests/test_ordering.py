@@ -100,11 +100,14 @@ def test_short_columns_get_finer_steps(tiny, spread, share):
     assert rounding_error(module) < share * before
 
 
-@pytest.mark.parametrize(("options", "sorted_"), [((), True), (("--act-bits", "4"), False)])
+@pytest.mark.parametrize(
+    ("options", "sorted_"), [((), True), (("--act-bits", "4"), False), (("--kv-bits", "4"), False)]
+)
 @torch.no_grad()
 def test_quarot_orders_what_it_does_not_rotate(tiny, monkeypatch, options, sorted_):
-    """What down_proj reads is rotated as it comes, where activations are rounded."""
-    monkeypatch.setattr(quantize_quarot, "align", lambda layer: None)
+    """What down_proj reads is rotated as it comes, where activations or cache are rounded."""
+    for name in ("align", "key_form"):
+        monkeypatch.setattr(quantize_quarot, name, lambda layer: None)
     source = source_of(tiny)
     method = quantize_quarot.method(quantize_quarot.argument_parser().parse_args(options))
     method.rewrite_model(source)
@@ -114,17 +117,18 @@ def test_quarot_orders_what_it_does_not_rotate(tiny, monkeypatch, options, sorte
     assert (steps.min() >= 0) == sorted_
 
 
-def test_quarot_says_what_a_head_of_its_own_costs(tiny, capsys):
-    """Where its rotation does not fold the head stays the embedding's, but for --head-bits."""
-    for options, said in (
-        (("--act-bits", "4"), False),
-        (("--act-bits", "4", "--head-bits", "8"), True),
-    ):
-        source = source_of(tiny)
-        method = quantize_quarot.method(quantize_quarot.argument_parser().parse_args(options))
-        method.rewrite_model(source)
-        assert ("gives it one of its own" in capsys.readouterr().out) == said
-        assert source.tied != said
+@pytest.mark.parametrize(
+    ("tied", "options", "said"),
+    [(True, (), False), (True, ("--head-bits", "8"), True), (False, ("--head-bits", "8"), False)],
+)
+def test_quarot_says_what_a_head_of_its_own_costs(tiny_models, capsys, tied, options, said):
+    """Where its rotation does not fold a tied head stays so, but for --head-bits."""
+    source = source_of(tiny_models["llama", tied])
+    words = ["--act-bits", "4", *options]
+    method = quantize_quarot.method(quantize_quarot.argument_parser().parse_args(words))
+    method.rewrite_model(source)
+    assert ("gives it one of its own" in capsys.readouterr().out) == said
+    assert source.tied == (tied and not said)
 
 
 def test_what_is_quantized_already_is_not_shuffled(tmp_path, monkeypatch):

@@ -226,7 +226,7 @@ def test_windows_are_shared_out(monkeypatch):
 
 
 def test_that_another_process_has_ended_is_said(monkeypatch):
-    """In one line, by whatever is being exchanged; one's own lack of memory stays what it is."""
+    """In one line, by whatever is being exchanged; a GPU's own errors stay what they are."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     rows = torch.ones(3, 2)
     exchanges = {
@@ -238,6 +238,7 @@ def test_that_another_process_has_ended_is_said(monkeypatch):
     for error, seen in (
         (RuntimeError("Connection closed by peer\nmore"), UserError),
         (torch.OutOfMemoryError("no room"), torch.OutOfMemoryError),
+        (torch.AcceleratorError("a kernel's"), torch.AcceleratorError),
     ):
         for exchange, functions in exchanges.items():
             monkeypatch.setattr(distributed, exchange, Mock(side_effect=error))

