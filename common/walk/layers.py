@@ -315,16 +315,11 @@ def round_to_storage(
         UserError: what a method made of them is more than float16 holds.
     """
     quantized = {f"{name}.weight" for name in family.linears}
-    rounded = {}
     for name, parameter in module.named_parameters():
-        if not parameter.is_meta and name not in quantized:
-            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
-            rounded[name] = parameter
-    if dtype != torch.float16 or not rounded:
-        return
-    largest = torch.stack([values.abs().amax().float() for values in rounded.values()])
-    for name, size in zip(rounded, largest.tolist(), strict=True):
-        if math.isinf(size):
+        if parameter.is_meta or name in quantized:
+            continue
+        parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+        if dtype == torch.float16 and torch.isinf(parameter).any():
             raise UserError(
                 f"{where}{name}: once it is rewritten, float16, in which the model is stored, does "
                 "not hold it; convert the model to bfloat16 first"
