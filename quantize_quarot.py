@@ -34,6 +34,7 @@ from common import cli
 from common.base import parallel
 from common.base.progress import say
 from common.model.architecture import Family, LinearGroup, family_of
+from common.model.channels import turn_values
 from common.model.online import (
     KeyForm,
     OnlineTransforms,
@@ -131,16 +132,8 @@ def rotate_values(module: nn.Module, value: Tensor) -> None:
     """Balance and rotate, head by head, what v_proj hands to o_proj. value: R2 [head size, head
     size].
     """
-    group = family_of(module).writing[0]
-    v_proj, o_proj = module.get_submodule(group.fed_by), module.get_submodule(group.linears[0])
-    balance_group(module, group)
-    count, size = module.self_attn.config.num_key_value_heads, len(value)
-    values = slice(-count * size, None)  # in a linear of q, k and v the last rows
-    by_head = v_proj.weight[values].T.unflatten(1, (-1, size))
-    v_proj.weight.data[values] = times(by_head, value).flatten(1).T
-    if v_proj.bias is not None:
-        v_proj.bias.data[values] = times(v_proj.bias[values].view(-1, size), value).flatten()
-    o_proj.weight.data = times(o_proj.weight.unflatten(1, (-1, size)), value).flatten(1)
+    balance_group(module, family_of(module).writing[0])
+    turn_values(module, value)
 
 
 def align(layer: Layer) -> None:

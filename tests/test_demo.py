@@ -1,76 +1,20 @@
-"""The demo model in depth: its scaling keeps the function, and quantizing it keeps most of its
-quality.
-"""
+"""The demo model in depth: it is made once, and quantizing it keeps most of its quality."""
 
 import json
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, ROOT, build_tiny, interrupt_after, oracle, run_script
+from conftest import ROOT, interrupt_after, oracle, run_script
 from safetensors.torch import load_file
 
 from common.checkpoint.tensors import decompress, stored_parts
 from common.model import demo as demo
-from common.model.demo import take_off_grid
 from common.model.from_gguf import reading_gguf
 from common.numerics.grid import Grid
 from common.running.runtime import load_model
 from common.tasks.perplexity import perplexity
 from common.text.data import demo_rows, demo_text
 from common.text.windows import evaluation_windows
-
-
-@pytest.mark.parametrize(
-    "architecture, tied", [(a, t) for a, t in ARCHITECTURES if a in ("llama", "mistral")]
-)
-def test_off_grid_scaling_leaves_logits_unchanged(architecture, tied):
-    model = build_tiny(architecture, tied).double()
-    tokens = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        before = model(tokens).logits
-        state = model.state_dict()
-        original = {name: tensor.clone() for name, tensor in state.items()}
-        take_off_grid(state, model.config)
-        after = model(tokens).logits
-    assert (before - after).abs().max() < 1e-6 * before.abs().max()
-    changed = [name for name in state if not torch.equal(state[name], original[name])]
-    assert len(changed) == 2 * 9  # seven linears and two norms of each layer
-
-
-def on_file_grid(weight: torch.Tensor) -> torch.Tensor:
-    """A weight [out, in] rounded as the demo model's file is: groups of 32, 16 levels from the
-    least to the largest value.
-    """
-    groups = weight.unflatten(1, (-1, 32))
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    return (((groups - low) / (high - low) * 15).round() / 15 * (high - low) + low).flatten(1)
-
-
-def squared_steps(weight: torch.Tensor) -> float:
-    """Mean squared error of rounding to the file's grid, in units of that of weights that lie
-    anywhere: a step²/12. What the grid holds by construction, each group's ends, is left out."""
-    groups = weight.unflatten(1, (-1, 32))
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    error = (on_file_grid(weight).unflatten(1, (-1, 32)) - groups) / ((high - low) / 15)
-    return (12 * error.square()[(groups != low) & (groups != high)].mean()).item()
-
-
-def test_no_weight_is_left_on_the_files_grid():
-    """Nearest rounding in the file's own form would else be free, for whoever has that form."""
-    model = build_tiny("llama", False).float()
-    state = {
-        name: on_file_grid(tensor) if tensor.dim() == 2 else tensor.clone()
-        for name, tensor in model.state_dict().items()
-    }
-    names = [name for name in state if "_proj" in name]
-    assert max(squared_steps(state[name]) for name in names) < 1e-6
-    mild, chosen = ({name: tensor.clone() for name, tensor in state.items()} for _ in range(2))
-    take_off_grid(mild, model.config, spread=0.02)
-    take_off_grid(chosen, model.config)
-    mild, chosen = (
-        sum(squared_steps(scaled[name]) for name in names) / len(names) for scaled in (mild, chosen)
-    )
-    assert mild < 0.5 and chosen > 0.9
 
 
 def test_a_gguf_file_is_read_once(monkeypatch):

@@ -1,18 +1,11 @@
 """Channels in another order: the function stays, and groups hold channels that are alike."""
 
-import json
-import sys
-
 import pytest
-import shuffled_model
 import torch
 from conftest import ARCHITECTURES
-from shuffled_model import shuffle
 from test_rotation_and_scaling import all_logits
-from transformers import AutoModelForCausalLM
 
 import quantize_quarot
-from common.base.errors import UserError
 from common.model.architecture import family_of
 from common.model.source import SourceModel
 from common.numerics.grid import Grid, QuantizedLinear, grouped, min_max
@@ -129,39 +122,3 @@ def test_quarot_says_what_a_head_of_its_own_costs(tiny_models, capsys, tied, opt
     method.rewrite_model(source)
     assert ("gives it one of its own" in capsys.readouterr().out) == said
     assert source.tied == (tied and not said)
-
-
-def test_what_is_quantized_already_is_not_shuffled(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "llama", "quantization_config": {"quant_method": "x"}})
-    )
-    monkeypatch.setattr(
-        sys, "argv", ["shuffled_model.py", str(tmp_path), str(tmp_path / "out" / "folder")]
-    )
-    with pytest.raises(UserError, match="quantized already"):
-        shuffled_model.main()
-
-
-@pytest.mark.parametrize(("architecture", "tied"), ARCHITECTURES)
-@torch.no_grad()
-def test_a_shuffled_model_has_the_same_weights_and_function(tiny_models, architecture, tied):
-    model = AutoModelForCausalLM.from_pretrained(
-        tiny_models[architecture, tied], dtype=torch.float32
-    )
-    tokens = torch.arange(2, 40)[None]
-    logits = model(tokens).logits
-    before = {name: weight.clone() for name, weight in model.named_parameters()}
-    shuffle(model, seed=0)
-    torch.testing.assert_close(model(tokens).logits, logits, rtol=1e-4, atol=1e-4)
-    for number, layer in enumerate(model.model.layers):
-        for group in family_of(layer).writing:  # rows of v and up as well, whatever their columns
-            name = f"model.layers.{number}.{group.fed_by}.weight"
-            rows = layer.get_submodule(group.fed_by).weight.norm(dim=1)
-            assert not torch.allclose(rows, before[name].norm(dim=1))
-    names = {name for name, weight in model.named_parameters() if not weight.equal(before[name])}
-    q_k = {name for name in before if "q_norm" in name or "k_norm" in name}
-    # Rows of q and k stay where they are, and so do their norms and biases; norms may be all ones.
-    assert names >= {name for name in before if name.endswith("proj.weight")}
-    assert not names & q_k
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight.flatten().sort().values, before[name].flatten().sort().values)

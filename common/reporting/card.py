@@ -42,8 +42,8 @@ from common.tasks.task import all_metrics
 _RESULTS = "\n## Results\n"
 _SIGNATURE = "<!-- Kept up to date until it is edited by hand; SHA-256 of the text above: "
 _DEMO = (
-    "The base was unpacked from a 4-bit package and its channels rescaled, which leaves its "
-    "function as it is: a model to compare methods on, not to use."
+    "The base was unpacked from a 4-bit package and its channels put in another order, which "
+    "leaves its function as it is: a model to compare methods on, not to use."
 )
 _LOADING = {
     TRANSFORMERS: """```python
