@@ -20,6 +20,9 @@ learned on top of uneven channels keeps their error; the scales are AWQ's
 
 import argparse
 
+import common  # noqa: F401  # says in one line where libraries are missing
+
+# isort: split
 import torch
 from torch import Tensor
 

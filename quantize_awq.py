@@ -24,6 +24,9 @@ is chosen serves other text too.
 
 import argparse
 
+import common  # noqa: F401  # says in one line where libraries are missing
+
+# isort: split
 from torch import Tensor
 
 from common import cli

@@ -19,6 +19,9 @@ channels that stand out because of how a file shares them out are brought near t
 
 import argparse
 
+import common  # noqa: F401  # says in one line where libraries are missing
+
+# isort: split
 import torch
 from torch import Tensor
 

@@ -27,6 +27,9 @@ plainly, by intent; verify_model.py and common/evaluation.py run it.
 
 import argparse
 
+import common  # noqa: F401  # says in one line where libraries are missing
+
+# isort: split
 import torch
 from torch import Tensor, nn
 

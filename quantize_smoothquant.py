@@ -19,6 +19,9 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 
+import common  # noqa: F401  # says in one line where libraries are missing
+
+# isort: split
 import torch
 from torch import Tensor
 

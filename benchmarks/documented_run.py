@@ -12,6 +12,7 @@ Results go to docs/results/, which analyze_results.py makes the tables of.
 """
 
 import argparse
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from common.base.errors import UserError
 from common.base.files import json_or_none, write_json
 from common.base.libraries import INTERPRETER
 from common.cli import run
@@ -204,6 +206,12 @@ def main() -> int:
         options.only += "," + ",".join(PEERS)
     if set(options.only.split(",")) & set(PEERS):
         check_environment()
+    # Found before everything is quantized, not after.
+    if options.stages != "quantize" and not importlib.util.find_spec("lm_eval"):
+        raise UserError(
+            "evaluating needs lm-eval, which is not installed: python -m pip install -r "
+            "requirements.txt, or give --stages quantize"
+        )
     done = [document(model, options) for model in options.models]
     return 0 if all(done) else 1
 

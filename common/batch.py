@@ -12,7 +12,6 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from common.base import interrupts
 from common.base.arguments import DEFAULT_MODEL, DTYPE_NAMES, Parser, gibibytes, positive
 from common.results.documents import CONFIGURATIONS, RESULTS_FOLDER
 from common.results.peers import PEERS
@@ -127,7 +126,6 @@ def _chosen(options: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    interrupts.end_at_once()
     if todo := _todo():
         # Only now, as it takes seconds: torch and transformers.
         from common import cli

@@ -6,6 +6,7 @@ import sys
 import documented_run
 import pytest
 
+from common.base.errors import UserError
 from common.results.documents import load_samples
 from common.results.naming import source_of
 from common.tasks.evaluate import write_results
@@ -56,3 +57,16 @@ def test_a_stage_of_its_own_keeps_what_another_found(project, monkeypatch, calls
     assert [record["id"] for record in load_samples(results, "Other", "gptq-4bit")] == ["1"]
     status = json.loads((results / "Other" / "status.json").read_text())
     assert status == {"gptq-4bit": {"state": "done", "source": "models/Other/baseline"}}
+
+
+def test_what_evaluating_needs_is_looked_for_first(project, monkeypatch):
+    """Not after an hour of quantizing."""
+    started = []
+    monkeypatch.setattr(documented_run, "document", lambda model, _: started.append(model) or True)
+    monkeypatch.setattr(documented_run.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["documented_run.py", "--data-root", "data"])
+    with pytest.raises(UserError, match=r"lm-eval.*requirements\.txt"):
+        documented_run.main()
+    assert not started
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--stages", "quantize"])
+    assert documented_run.main() == 0 and started == ["demo"]
