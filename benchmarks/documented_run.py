@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from common.base.environment import missing
 from common.base.errors import UserError
 from common.base.files import json_or_none, write_json
 from common.base.libraries import INTERPRETER
@@ -206,12 +207,9 @@ def main() -> int:
         options.only += "," + ",".join(PEERS)
     if set(options.only.split(",")) & set(PEERS):
         check_environment()
-    # Found before everything is quantized, not after.
+    # Found before everything is quantized, not after. Measuring speed is an evaluation, too.
     if options.stages != "quantize" and not importlib.util.find_spec("lm_eval"):
-        raise UserError(
-            "evaluating needs lm-eval, which is not installed: python -m pip install -r "
-            "requirements.txt, or give --stages quantize"
-        )
+        raise UserError(f"{missing('lm_eval')}; or give --stages quantize")
     done = [document(model, options) for model in options.models]
     return 0 if all(done) else 1
 

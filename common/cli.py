@@ -25,7 +25,7 @@ from common.base.arguments import (
     two_or_more,
 )
 from common.base.device import DTYPES, resolve_device
-from common.base.environment import missing
+from common.base.environment import is_required, missing
 from common.base.errors import UserError
 from common.solvers.rounding import CATCH_UP
 from common.text import windows
@@ -47,9 +47,9 @@ def run(main: Callable[[], int | None]) -> None:
             "--device-memory if you set it, close other programs on the GPU, or use --device cpu"
         )
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "common":
+        if not is_required(error.name):  # a module of ours, or of a library that is there
             raise
-        code = fail(missing(error.name))
+        code = fail(missing(str(error.name)))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise

@@ -10,6 +10,7 @@ from conftest import ARCHITECTURES, build_tiny
 from transformers import AutoModelForCausalLM
 
 from common.base.errors import UserError
+from common.model import channels
 from common.model.architecture import family_of
 from common.model.channels import shuffle, turn_values
 from common.numerics.grid import Grid, QuantizedLinear, grouped, min_max
@@ -77,8 +78,23 @@ def test_turned_values_have_the_same_product(shape, dtype):
     turn_values(layer, turn)
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     assert (products() - before).norm() < tolerance * before.norm()
-    expected = turn.expand(2, 16, 16).mT @ rows.view(2, 16, -1)
-    assert (attention.v_proj.weight - expected.view(32, -1)).norm() < tolerance * expected.norm()
+    expected = (turn.expand(2, 16, 16).mT @ rows.view(2, 16, -1)).view(32, -1)
+    assert torch.equal(attention.v_proj.weight, expected.to(dtype))  # rounded once
+
+
+@torch.no_grad()
+def test_each_head_has_a_turn_of_its_own(tiny, monkeypatch):
+    """Orthogonal, whatever the size of a head."""
+    turns = []
+    monkeypatch.setattr(channels, "turn_values", lambda layer, turn: turns.append(turn))
+    shuffle(AutoModelForCausalLM.from_pretrained(tiny), seed=0)
+    turns = torch.stack(turns)  # [layers, heads, size, size]
+    assert len(turns.flatten(0, 1).unique(dim=0)) == len(turns) * 2
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 5, 64):
+        turn = channels._turn(size, generator)
+        assert (turn @ turn.mT - torch.eye(size)).abs().max() < 1e-12
+        assert size == 1 or not torch.equal(turn, turn.round())
 
 
 def on_file_grid(weight: torch.Tensor) -> torch.Tensor:

