@@ -54,7 +54,7 @@ def test_whoever_imports_the_project_is_left_alone(tmp_path, place):
 
 @pytest.mark.parametrize("library", ["torch", "transformers", "compressed_tensors"])
 def test_each_library_is_looked_for(monkeypatch, capsys, library):
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / "quantize_gptq.py"))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / "quantize_gptq.py"), False)
     monkeypatch.setattr(environment.interrupts, "end_at_once", lambda: None)
     monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: name != library)
     with pytest.raises(SystemExit, match="2"):

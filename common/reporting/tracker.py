@@ -88,7 +88,7 @@ def _title(method: str) -> tuple[str, str]:
     """Name and kind of a method, or of a configuration that stands for itself."""
     if method in PEERS:
         return PEERS[method].title, PEERS[method].kind
-    return METHODS.get(method, (method, "16-bit" if method == BASELINE else NONE))
+    return METHODS.get(method, (method, "not quantized" if method == BASELINE else NONE))
 
 
 def size_table(results: ModelResults, rows: list[Row]) -> Table:
