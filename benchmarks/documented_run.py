@@ -205,6 +205,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.with_peers:
         options.only += "," + ",".join(PEERS)
+    if unknown := set(options.only.split(",")) - {*CONFIGURATIONS, *PEERS}:
+        known = ", ".join([*CONFIGURATIONS, *PEERS])
+        parser.error(f"--only: there is no {min(unknown)}; there are {known}")
     if set(options.only.split(",")) & set(PEERS):
         check_environment()
     # Found before everything is quantized, not after. Measuring speed is an evaluation, too.

@@ -70,3 +70,11 @@ def test_what_evaluating_needs_is_looked_for_first(project, monkeypatch):
     assert not started
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--stages", "quantize"])
     assert documented_run.main() == 0 and started == ["demo"]
+
+
+def test_a_configuration_that_there_is_not(monkeypatch, capsys):
+    words = ["documented_run.py", "--data-root", "data", "--only", "gptq-4bit,nosuch"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="2"):
+        documented_run.main()
+    assert "there is no nosuch; there are baseline, gptq-4bit" in capsys.readouterr().err

@@ -55,7 +55,8 @@ def test_tables(results):
     assert status["GPTQ"]["4-bit"] == status["GPTQ"]["Status"] == "⚠️ Check"
     assert status["GPTQ"]["Notes"] == "4-bit: FAIL / perplexity"
     assert status["AdaRound"]["Status"] == "🔄 In part"
-    assert status["baseline"]["Type"] == "not quantized" and status["baseline"]["Status"] == "✅ Done"
+    baseline = status["baseline"]
+    assert (baseline["Type"], baseline["Status"]) == ("not quantized", "✅ Done")
     methods = {found[0] for found in CONFIGURATIONS.values() if found}
     assert set(status) == {"baseline", *(METHODS[method][0] for method in methods)}
     assert tables(text)["Model sizes"]["gptq-4bit"] == {

@@ -21,20 +21,20 @@ _LATER = (
 
 
 def check_script() -> None:
-    """End a script of the project, benchmarks apart, with one line where its Python has not the
-    libraries, and let Ctrl-C end it without a traceback while they are imported; `common.cli.run`
-    takes over then. Whoever imports the project for something else is left alone.
+    """End a script of the project with one line where its Python has not the libraries, and let
+    Ctrl-C end it without a traceback while they are imported; `common.cli.run` takes over then,
+    which not all benchmarks end with. Whoever imports the project for something else is left alone.
     """
     script = getattr(sys.modules["__main__"], "__file__", None)
-    if sys.argv[0] != "-m" and (
-        script is None or Path(script).resolve().parent not in (ROOT, ROOT / "common")
-    ):
+    folder = ROOT if sys.argv[0] == "-m" else script and Path(script).resolve().parent
+    if folder not in (ROOT, ROOT / "common", ROOT / "benchmarks"):
         return
     for name in _FIRST:
         if not importlib.util.find_spec(name):
             print(f"error: {missing(name)}", file=sys.stderr)
             sys.exit(2)
-    interrupts.end_at_once()
+    if folder != ROOT / "benchmarks":
+        interrupts.end_at_once()
 
 
 def is_required(library: str | None) -> bool:
