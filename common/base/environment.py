@@ -26,7 +26,7 @@ def check_script() -> None:
     which not all benchmarks end with. Whoever imports the project for something else is left alone.
     """
     script = getattr(sys.modules["__main__"], "__file__", None)
-    folder = ROOT if sys.argv[0] == "-m" else script and Path(script).resolve().parent
+    folder = ROOT if sys.argv[:1] == ["-m"] else script and Path(script).resolve().parent
     if folder not in (ROOT, ROOT / "common", ROOT / "benchmarks"):
         return
     for name in _FIRST:
