@@ -19,7 +19,7 @@ TURN = 0.3
 def shuffle(model: nn.Module, seed: int) -> None:
     """Take the weights of a causal LM off the grid of a 4-bit file, in place: draw another order of
     the channels of the hidden state and of the MLP, so that no group is a block of the file, and
-    for those of a value head, of which all are in one group, another order and a turn of each two
+    for those of a value head, which may all be in one group, another order and a turn of each two
     neighbours. Weights but v_proj's and o_proj's stay what they are, to the last bit.
     """
     generator, decoder = torch.Generator().manual_seed(seed), model.model
