@@ -43,7 +43,8 @@ def float_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
     # Without tensor cores for the type weights go through shared memory, a half of 4 bits at once.
     kept = 0 if element == 2 else block_out * block * element * weight.bits // 8
     # Scales of the same 16-bit type: weights are computed in it, two at a time.
-    pairs = weight.bits == 4 and element == 2 and weight.scale.dtype == inputs.dtype
+    cuda = inputs.is_cuda and torch.version.hip is None
+    pairs = cuda and weight.bits == 4 and element == 2 and weight.scale.dtype == inputs.dtype
     _float_matmul[(split.tiles, split.splits, row_tiles)](
         inputs,
         weight.packed,
@@ -65,7 +66,8 @@ def float_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
         BLOCK_OUT=block_out,
         BLOCK_ROWS=block_rows,
         SPLITS=split.splits,
-        ASSEMBLY=pairs and inputs.is_cuda and torch.version.hip is None,
+        PAIRS=pairs,
+        CUDA=cuda,
         num_warps=WARPS,
         num_stages=stages(
             STAGES, block * (block_out * weight.bits // 8 + block_rows * element), kept
@@ -97,7 +99,8 @@ def _float_matmul(
     BLOCK_OUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    PAIRS: tl.constexpr,
+    CUDA: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Weights are the left factor, so that they go from registers into tensor cores."""
@@ -121,7 +124,7 @@ def _float_matmul(
         value = tl.load(values + block * BLOCK)
         if BITS == 4:
             second = tl.load(values + block * BLOCK + BYTES)
-            if ASSEMBLY:
+            if PAIRS:
                 low, high = _pairs(codes, zero, step)
             else:
                 low = _float(codes & 15, zero, step, dtype)
@@ -131,8 +134,20 @@ def _float_matmul(
         else:
             weight = _float(codes, zero, step, dtype)
             total = tl.dot(weight, value, total, input_precision="ieee")
+        if CUDA:
+            total = _awaited(total)
     release(OVERLAP)
     add_splits(total, output, partial, counters, rows, out, SPLITS)
+
+
+@triton.jit
+def _awaited(total):
+    """The same sums, once their products are done: a Hopper's units read weights from registers
+    while a program goes on, and what Triton 3.6 compiles wrote to them too early (its issue 9433).
+    """
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
