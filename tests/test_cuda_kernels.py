@@ -77,6 +77,25 @@ def test_weights_as_floats(generator, out, group, rows, scale_dtype, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
+    ("out", "channels", "group"), [(3072, 576, 64), (9728, 896, 128), (4096, 2048, 32)]
+)
+def test_products_of_several_blocks_are_the_same_every_time(generator, out, channels, group, dtype):
+    """Where a program adds up several blocks of channels, what Triton 3.6 compiled was a race."""
+    codes = torch.randint(-8, 8, (out, channels), generator=generator).to(torch.int8)
+    zero = torch.randint(-8, 8, (out, channels // group), generator=generator).to(torch.int8)
+    scale = (0.01 * torch.rand(out, channels // group, generator=generator)).to(dtype)
+    weight = forms.pack(codes, scale, zero, 4)
+    inputs = torch.randn(128, channels, generator=generator).to(dtype)
+    exact = inputs.double() @ inference.unpack(weight, torch.float64).T
+    given, weight = inputs.cuda(), moved(weight)
+    first = float_product_triton.float_matmul(given, weight)
+    assert relative(first, exact) < 6e-3
+    again = [float_product_triton.float_matmul(given, weight) for _ in range(300)]
+    assert all(torch.equal(one, first) for one in again)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
     ("bits", "groups", "asymmetric"), [(4, 9, True), (4, 18, False), (8, 1, False)]
 )
 @pytest.mark.parametrize("out", [192, 8192])

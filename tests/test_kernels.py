@@ -4,6 +4,7 @@ float64.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -222,12 +223,16 @@ def test_silu_mul(generator):
         )
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of NaN
 def test_largest_index(generator):
-    values = torch.randn(3, 5000, generator=generator).bfloat16()
-    values[1] = values[1, 0]
-    values[2, 4999] = values[2, 10] = 9.0
-    for function in (inference.largest_index, kernels.largest_index):
-        assert function(values).tolist() == [values[0].float().argmax().item(), 0, 10]
+    for size in (5000, 4096):  # the second in whole parts
+        values = torch.randn(5, size, generator=generator).bfloat16()
+        values[1] = values[1, 0]
+        values[2, size - 1] = values[2, 10] = 9.0
+        values[3], values[4, 7] = math.nan, math.inf
+        for function in (inference.largest_index, kernels.largest_index):
+            expected = [values[0].float().argmax().item(), 0, 10, -1, 7]
+            assert function(values).tolist() == expected
 
 
 def test_round_rows(generator):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import WORDS, build_tiny, sampled, tiny_tokenizer
 
+from common.base.errors import UserError
 from common.model.architecture import let_head_finish_logits
 from common.running.decoding import STEPS_AT_ONCE, Decoder
 from common.running.runtime import load_model
@@ -99,3 +100,21 @@ def test_decoding_in_rounds_gives_the_same_answers(tiny_models):
             decoder = Decoder(model, 8, len(prefix) + 9 + 20 + STEPS_AT_ONCE)
             assert harness._decode(decoder, prompts, shared, until, most) == expected
             assert harness._decode(decoder, prompts[2:], shared, until, most) == expected[2:]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_answers_that_overflow_are_one_line(tiny_models, at_once):
+    """From the prompt's end on, or from the first token of the answer."""
+    model, tokenizer = load_model(tiny_models["llama", False], torch.device("cpu"), torch.float32)
+    harness, asked = HarnessModel(model, tokenizer), [[5, 6, 7], [8, 9]]
+    decoder = Decoder(model, 2, 40)
+    with torch.inference_mode():
+        decoder.start(asked)
+        broken = model.model.norm if at_once else model.model.embed_tokens
+        broken.weight.data[... if at_once else decoder.tokens] = torch.inf
+        for answers in (
+            lambda: harness._decode(decoder, asked, None, [], 12),
+            lambda: harness._generate(asked, 0, None, [], 12),
+        ):
+            with pytest.raises(UserError, match="answers to .* overflow in float32; check the"):
+                answers()

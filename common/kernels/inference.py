@@ -314,8 +314,10 @@ def silu_mul(
 
 
 def largest_index(values: Tensor) -> Tensor:
-    """The index of the largest of each row of values [rows, size], the first of equal ones:
-    [rows]."""
+    """The index of the largest of each row of values [rows, size], the first of equal ones, -1 of
+    values that are NaN: [rows].
+    """
     if kernels := triton_kernels(values):
         return kernels.inference.largest_index(values)
-    return values.argmax(-1)
+    largest, index = values.max(-1)
+    return index.masked_fill(largest.isnan(), -1)

@@ -136,8 +136,9 @@ class Decoder:
             logits = row_matmul(hidden, head.codes, (gain, epsilon))
         else:
             logits = head(add_rms_norm(hidden, update, gain, epsilon))
-        tokens.copy_(largest_index(logits))
-        self.written[index, :rows] = tokens
+        found = largest_index(logits)
+        self.written[index, :rows] = found
+        torch.clamp(found, min=0, out=tokens)
         positions.add_(1).clamp_(max=self.length - 1)
 
     def _attend(
@@ -155,7 +156,7 @@ class Decoder:
 
     def run(self, rows: int) -> Tensor:
         """Let the first `rows` rows go on by STEPS_AT_ONCE steps. Returns the new tokens [steps,
-        rows].
+        rows]; -1 after logits that are NaN.
         """
         if self.device.type == "cuda" and rows not in self._graphs:
             self._graphs[rows] = self._capture(rows)

@@ -23,7 +23,7 @@ from common.model.memory import (
 from common.running.decoding import STEPS_AT_ONCE, Decoder, cache_after, decodes_faster
 from common.tasks.batching import batches, common_prefix, cut_at_stops, row_length, tree_mask
 from common.text import chat
-from common.text.probe import check_finite
+from common.text.probe import check_finite, overflow
 
 # Tokens in one batch of questions, and answers that are generated at once.
 SCORING_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -32,6 +32,8 @@ GENERATION_BATCH = {"cpu": 32, "cuda": 128}
 LOGITS_POSITIONS = {"cpu": 256, "cuda": 1024}
 # Share of what this process has left of a GPU that the cache of generated answers may take.
 CACHE_SHARE = 0.4
+# What overflows, in an error.
+ANSWERS = "answers to a task's questions"
 
 
 class HarnessModel(TemplateLM):
@@ -229,7 +231,8 @@ class HarnessModel(TemplateLM):
         max_new: int,
     ) -> list[str]:
         """As `_generate`, on a card: several steps between two looks at what was written."""
-        decoder.start(prompts, shared)
+        logits = decoder.start(prompts, shared)
+        check_finite(logits.amax(1), ANSWERS, logits.dtype)
         stops = self._stop_tokens()
         written: list[list[int]] = [[] for _ in prompts]
         slots: list[int | None] = list(range(len(prompts)))  # which prompt is in which row
@@ -264,6 +267,8 @@ class HarnessModel(TemplateLM):
         for token in new:
             if token in stops or len(written) >= max_new:
                 return True
+            if token < 0:
+                raise overflow(ANSWERS, self.model.model.norm.weight.dtype)
             written.append(token)
         return len(written) >= max_new or bool(until) and self._stopped(written, until)
 
@@ -305,7 +310,9 @@ class HarnessModel(TemplateLM):
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state[:, -1]
-            chosen = self.model.lm_head(hidden).argmax(-1)
+            logits = self.model.lm_head(hidden)
+            check_finite(logits.amax(1), ANSWERS, logits.dtype)
+            chosen = logits.argmax(-1)
             going = []
             for row, (sample, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
                 if token in stops:
