@@ -113,6 +113,12 @@ def shared_changes(
     ]
 
 
+def stand_beside(subject: Subject, results_dir: Path, shared: dict) -> bool:
+    """Whether results that are there, if any, may stand beside new ones, which have `shared`."""
+    file = results_dir / subject.name / f"{subject.configuration}.json"
+    return not file.is_file() or not shared_changes(read_document(file), shared)
+
+
 def _changes(label: str, then, now) -> Iterator[str]:
     if isinstance(then, dict) and isinstance(now, dict):
         for key in sorted({*then, *now}):

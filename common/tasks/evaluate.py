@@ -107,26 +107,37 @@ def evaluate_model(
         f"Evaluating {subject.name} {subject.configuration} on {device} in {dtype_name(dtype)}: "
         f"{', '.join(conditions)}"
     )
-    summaries, samples = {}, {}
+    summaries: dict[str, dict] = {}
+    samples: dict[str, list[Record]] = {}
     asked = [task for task in tasks if task.per_sample]
+
+    def so_far() -> dict:
+        # Measuring the memory to run has reset the peaks.
+        peaks = metadata.peak_memory(device)
+        peaks = {key: max(memory[key], value) for key, value in peaks.items()}
+        return {
+            "format_version": 2,
+            "model": subject.name,
+            "configuration": subject.configuration,
+            **shared,
+            "date": time.strftime("%Y-%m-%d"),
+            "load_seconds": round(loading, 2),
+            "quantization": facts,
+            "tasks": dict(summaries),
+            **alone,
+            "memory": {"weights_bytes": weight_bytes(model), **peaks},
+            "seconds": round(time.perf_counter() - started, 2),
+        }
+
+    # What is done stays if the rest is not; but results that do not answer for this one are not
+    # replaced by a part.
+    in_parts = identity.stand_beside(subject, results_dir, shared)
     for task in asked:
+        if in_parts and (summaries or alone):
+            write_results(results_dir, so_far(), samples)
         summary, samples[task.name] = task.run(model, prepared[task.name], evaluation)
         summaries[task.name] = {**summary, **conditions[task.name]}
-    document = {
-        "format_version": 2,
-        "model": subject.name,
-        "configuration": subject.configuration,
-        **shared,
-        "date": time.strftime("%Y-%m-%d"),
-        "load_seconds": round(loading, 2),
-        "quantization": facts,
-        "tasks": summaries,
-        **alone,
-    }
-    # Measuring the memory to run has reset the peaks.
-    peaks = {key: max(memory[key], value) for key, value in metadata.peak_memory(device).items()}
-    document["memory"] = {"weights_bytes": weight_bytes(model), **peaks}
-    document["seconds"] = round(time.perf_counter() - started, 2)
+    document = so_far()
     say(in_words(document))
     written = write_results(results_dir, document, samples)
     # Last, as it is a newcomer's first result that it would keep waiting.
