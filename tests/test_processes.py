@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 from common import batch
-from common.run_all import processes
+from common.run_all import processes, steps
 
 ENDINGS = {
     "print('fine')": (0, "fine"),
@@ -48,6 +48,27 @@ def test_how_a_script_ends(run, content):
     code, said = ENDINGS[content]
     found, output = run(content)
     assert found == code and (output.strip().endswith(said) if said else not output)
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (
+            r"raise RuntimeError('CUDA error: odd\nCompile with more to see more.')",
+            "CUDA error: odd",
+        ),
+        ("import sys; print('ValueError: seen'); sys.exit('error: mine')", "mine"),
+        ("print('so far'); raise SystemExit(3)", "so far"),
+    ],
+)
+def test_why_a_step_failed(tmp_path, monkeypatch, content, reason):
+    """Its error, and not how a library explains that."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(processes, "_forking", lambda: None)
+    (tmp_path / "script.py").write_text(content)
+    with pytest.raises(steps.StepFailed) as failure:
+        steps.run_logged(["script.py"], tmp_path / "logs" / "a.log", {})
+    assert str(failure.value).removeprefix("RuntimeError: ") == reason
 
 
 def test_what_a_script_is_given(run, tmp_path, monkeypatch):
@@ -152,7 +173,7 @@ def interrupted(words, seconds, folder):
 BEGUN = """
 import os, signal, time
 from common.base import interrupts
-from common.run_all import processes
+from common.run_all import processes, steps
 interrupts.end_at_once()
 processes.begin()
 os.killpg(0, signal.SIGINT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import re
 import sys
 import threading
 import time
@@ -24,6 +25,8 @@ from common.results.reuse import WITHOUT_EFFECT, changed_sources, made_from
 from common.run_all.processes import running
 
 _REASON_LENGTH = 200
+# What a traceback ends with; libraries may explain it in further lines.
+_RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception)\b")
 
 
 @dataclass
@@ -91,7 +94,7 @@ def _has_no_effect(word: str) -> bool:
 
 
 class StepFailed(Exception):
-    """A step of a configuration ended with an error; the message is its last line."""
+    """A step of a configuration ended with an error; the message is its line."""
 
 
 def step(
@@ -137,7 +140,7 @@ def run_logged(
         show: is given every line as it comes.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    last, error, wrecked = "", "", ""
+    last, raised, error, wrecked = "", "", "", ""
     # Line by line: whoever looks into it sees how far the script is.
     with (
         log.open("a", buffering=1) as file,
@@ -147,6 +150,8 @@ def run_logged(
             show(line)
             file.write(line)
             last = line.strip() or last
+            if _RAISED.match(line):
+                raised = line.strip()
             if line.startswith(("error: ", "FAIL")):
                 error = line.strip().removeprefix("error: ")
             if line.startswith("warning: ") and " is wrecked" in line:
@@ -157,7 +162,7 @@ def run_logged(
             error = error or f"killed by signal {-code}" + (
                 " (out of memory?)" if code == -9 else ""
             )
-        raise StepFailed((error or last or f"exit code {code}")[:_REASON_LENGTH])
+        raise StepFailed((error or raised or last or f"exit code {code}")[:_REASON_LENGTH])
     return wrecked
 
 
