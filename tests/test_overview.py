@@ -255,15 +255,21 @@ def test_results_of_an_earlier_version(tmp_path):
     folder = tmp_path / "results/tiny"
     folder.mkdir(parents=True)
     (tmp_path / "README.md").write_text(README)
-    for name, samples in (("baseline", before), ("gptq-4bit", after), ("hqq-4bit", after)):
+    for name, samples in (
+        ("baseline", before),
+        ("gptq-4bit", after),
+        ("hqq-4bit", after),
+        ("hqq-8bit", before),  # nothing lost in what was evaluated
+    ):
         content = document(name, 0.5)
         content["tasks"] = {
             "squad_v2": {"samples": 400, "f1": 0.5, "exact_match": 0.25, "data": "demo"},
             "arc_easy": {"samples": 400, "accuracy": 0.5, "macro_f1": 0.5, "data": "demo"},
         }
-        if name == "hqq-4bit":
-            samples = {"squad_v2": samples["squad_v2"]}
-            del content["tasks"]["arc_easy"]
+        if name.startswith("hqq"):
+            task, other = ("squad_v2", "arc_easy")[:: 1 if name == "hqq-4bit" else -1]
+            samples = {task: samples[task]}
+            del content["tasks"][other]
         (folder / f"{name}.json").write_text(json.dumps(content))
         write_samples(tmp_path / "results", "tiny", name, samples)
     result = analyze(tmp_path)
@@ -280,8 +286,12 @@ def test_results_of_an_earlier_version(tmp_path):
     assert found["Accuracy"]["hqq-4bit"]["F1"] == "–"
     assert (
         "the mean over ARC-Easy accuracy, SQuAD v2 answerable F1 (gptq-4bit); "
-        "SQuAD v2 answerable F1 (hqq-4bit)." in text
+        "SQuAD v2 answerable F1 (hqq-4bit); ARC-Easy accuracy (hqq-8bit)." in text
     )
+    verdicts = {name: row["Verdict"] for name, row in found["At a glance"].items()}
+    assert verdicts["hqq-8bit"] == f"{NO_LOSS}; not evaluated: SQuAD v2"
+    assert verdicts["hqq-4bit"].startswith("loss: ") and "evaluated" not in verdicts["gptq-4bit"]
+    assert found["Which one?"]["Smallest without measurable loss"]["Take"] == "none"
     # Of perplexity nothing is known, so that recovery decides.
     choice = found["Which one?"]["Best quality, size budget from 0.5 MB"]
     assert choice["Rule"] == "highest recovery of those that fit"

@@ -87,6 +87,7 @@ def rows_of(results: ModelResults, comparisons: Comparisons) -> list[Row]:
             (task, key): found for (one, task, key), found in adjusted.items() if one == name
         }
         verdict = verdict_of(compared, p_values, divergence.get("kl_mean"))
+        verdict = _in_part(verdict, evaluated[0][1], document)
         by, first = whose(results, name), evaluated[0][1]["quantization"]
         rows.append(
             Row(
@@ -183,6 +184,20 @@ def verdict_of(
     if not known and not {NO_LOSS, GAIN} & set(words.values()):
         return Verdict(UNKNOWN, None)
     return Verdict(NO_LOSS, False)
+
+
+def _in_part(verdict: Verdict, first: dict, document: dict) -> Verdict:
+    """A verdict that says what the first document was evaluated on and this one not, an evaluation
+    that was stopped for one: nothing lost so far is no "no loss seen".
+    """
+    left = [
+        task.title
+        for task in all_tasks()
+        if task.name in first["tasks"] and task.name not in document["tasks"]
+    ]
+    if not left:
+        return verdict
+    return Verdict(f"{verdict.words}; not evaluated: {', '.join(left)}", verdict.lost or None)
 
 
 def overview_table(rows: list[Row]) -> Table:
