@@ -134,6 +134,7 @@ def check_steps(decoder, plain, asked: list[list[int]], allowed: float, rounds: 
     decoder.start(asked)
     first = decoder.tokens[:rows, None].clone()
     written = torch.cat([first, *[decoder.run(rows).T.clone() for _ in range(rounds)]], dim=1)
+    assert (written >= 0).all()  # the logits were finite
     for prompt, tokens in zip(asked, written.tolist(), strict=True):
         logits = exact(torch.tensor([[*prompt, *tokens]], device=CUDA)).logits[0]
         logits = logits[len(prompt) - 1 : -1]

@@ -226,12 +226,17 @@ def test_silu_mul(generator):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of NaN
 def test_largest_index(generator):
     for size in (5000, 4096):  # the second in whole parts
-        values = torch.randn(5, size, generator=generator).bfloat16()
+        values = torch.randn(7, size, generator=generator).bfloat16()
         values[1] = values[1, 0]
         values[2, size - 1] = values[2, 10] = 9.0
-        values[3], values[4, 7] = math.nan, math.inf
+        values[3], values[4], values[5, 7], values[6, 2500] = (
+            math.nan,
+            -math.inf,
+            math.inf,
+            math.nan,
+        )
         for function in (inference.largest_index, kernels.largest_index):
-            expected = [values[0].float().argmax().item(), 0, 10, -1, 7]
+            expected = [values[0].float().argmax().item(), 0, 10, -1, -1, -1, -1]
             assert function(values).tolist() == expected
 
 
@@ -245,6 +250,33 @@ def test_round_rows(generator):
     # The interpreter cuts where a GPU rounds to bfloat16.
     half = inputs.bfloat16()
     close(kernels.round_rows(half, forms.Rounding(8)).values(), grid.round_per_token(half, 8), 0.02)
+
+
+LOOP = """
+scf.for %i = %a to %b step %c iter_args(%t = %z) -> (tensor<64x128xf32, #mma>)  : i32 {{
+  %1 = ttng.warp_group_dot %w, %v, %t {{isAsync = true}} : {left} * !ttg.memdesc<32x128xbf16> -> f32
+  {wait}
+  scf.yield %1 : tensor<64x128xf32, #mma>
+}}
+"""
+REGISTERS, SHARED = "tensor<64x32xbf16, #ttg.dot_op<{opIdx = 0}>>", "!ttg.memdesc<64x32xbf16>"
+WAIT = "%2:2 = ttng.warp_group_dot_wait %1, %v {pendings = "
+
+
+@pytest.mark.parametrize(
+    "left, wait, runs",
+    [
+        (REGISTERS, "", True),
+        (REGISTERS, WAIT + "1 : i32}", True),
+        (REGISTERS, WAIT + "0 : i32}", False),
+        (SHARED, "", False),
+    ],
+)
+def test_products_that_a_loop_leaves_running_are_found(left, wait, runs):
+    """As Triton 3.6 and 3.9 write a Hopper's: what is not awaited still reads registers."""
+    from compile_kernels import leaves_product_running
+
+    assert leaves_product_running(LOOP.format(left=left, wait=wait)) is runs
 
 
 @pytest.mark.parametrize(

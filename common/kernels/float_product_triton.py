@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from common.base import gpu
 from common.kernels.forms import PackedWeight
 from common.kernels.launch_triton import begin, launch, release, stages
 from common.kernels.splits_triton import (
@@ -67,7 +68,7 @@ def float_matmul(inputs: Tensor, weight: PackedWeight) -> Tensor:
         BLOCK_ROWS=block_rows,
         SPLITS=split.splits,
         PAIRS=pairs,
-        CUDA=cuda,
+        HOPPER=cuda and gpu.properties().capability[0] == 9,
         num_warps=WARPS,
         num_stages=stages(
             STAGES, block * (block_out * weight.bits // 8 + block_rows * element), kept
@@ -100,7 +101,7 @@ def _float_matmul(
     BLOCK_ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     PAIRS: tl.constexpr,
-    CUDA: tl.constexpr,
+    HOPPER: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Weights are the left factor, so that they go from registers into tensor cores."""
@@ -134,7 +135,7 @@ def _float_matmul(
         else:
             weight = _float(codes, zero, step, dtype)
             total = tl.dot(weight, value, total, input_precision="ieee")
-        if CUDA:
+        if HOPPER:
             total = _awaited(total)
     release(OVERLAP)
     add_splits(total, output, partial, counters, rows, out, SPLITS)

@@ -314,10 +314,10 @@ def silu_mul(
 
 
 def largest_index(values: Tensor) -> Tensor:
-    """The index of the largest of each row of values [rows, size], the first of equal ones, -1 of
-    values that are NaN: [rows].
+    """The index of the largest of each row of values [rows, size], the first of equal ones, -1
+    where that is infinite or any is NaN: [rows].
     """
     if kernels := triton_kernels(values):
         return kernels.inference.largest_index(values)
     largest, index = values.max(-1)
-    return index.masked_fill(largest.isnan(), -1)
+    return (index + 1) * largest.isfinite() - 1

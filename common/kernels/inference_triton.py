@@ -236,14 +236,7 @@ def largest_index(values: Tensor) -> Tensor:
         values, best, index, size, parts, BLOCK=2048, num_warps=4, **launch()
     )
     _largest_of_parts[(rows,)](
-        best,
-        index,
-        result,
-        size,
-        parts,
-        BLOCK=triton.next_power_of_2(parts),
-        num_warps=1,
-        **launch(),
+        best, index, result, parts, BLOCK=triton.next_power_of_2(parts), num_warps=1, **launch()
     )
     return result
 
@@ -256,19 +249,21 @@ def _largest_in_part(values, best, index, size, parts, BLOCK: tl.constexpr, OVER
     found = tl.load(values + row * size + column, mask=column < size, other=float("-inf")).to(
         tl.float32
     )
-    largest = tl.max(found, 0)
+    # A maximum leaves NaN out.
+    odd = tl.sum((found != found).to(tl.int32), 0) > 0
+    largest = tl.where(odd, float("inf"), tl.max(found, 0))
     release(OVERLAP)
-    # `size` where none is as large: all are NaN.
     tl.store(best + row * parts + part, largest)
     tl.store(index + row * parts + part, tl.min(tl.where(found == largest, column, size), 0))
 
 
 @triton.jit
-def _largest_of_parts(best, index, result, size, parts, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def _largest_of_parts(best, index, result, parts, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     begin(OVERLAP)
     row = tl.program_id(0)
     part = tl.arange(0, BLOCK)
     found = tl.load(best + row * parts + part, mask=part < parts, other=float("-inf"))
-    first = tl.min(tl.where(found == tl.max(found, 0), part, BLOCK), 0)
+    largest = tl.max(found, 0)
+    first = tl.min(tl.where(found == largest, part, BLOCK), 0)
     chosen = tl.load(index + row * parts + tl.minimum(first, parts - 1)).to(tl.int64)
-    tl.store(result + row, tl.where(chosen < size, chosen, -1))
+    tl.store(result + row, tl.where(tl.abs(largest) < float("inf"), chosen, -1))

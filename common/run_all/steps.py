@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import re
 import sys
 import threading
 import time
@@ -25,8 +24,6 @@ from common.results.reuse import WITHOUT_EFFECT, changed_sources, made_from
 from common.run_all.processes import running
 
 _REASON_LENGTH = 200
-# What a traceback ends with; libraries may explain it in further lines.
-_RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception)\b")
 
 
 @dataclass
@@ -140,7 +137,7 @@ def run_logged(
         show: is given every line as it comes.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    last, raised, error, wrecked = "", "", "", ""
+    last, raised, error, wrecked, in_traceback = "", "", "", "", False
     # Line by line: whoever looks into it sees how far the script is.
     with (
         log.open("a", buffering=1) as file,
@@ -150,8 +147,11 @@ def run_logged(
             show(line)
             file.write(line)
             last = line.strip() or last
-            if _RAISED.match(line):
-                raised = line.strip()
+            if line.startswith("Traceback ("):
+                in_traceback = True
+            elif in_traceback and not line[0].isspace():
+                # What was raised; libraries may explain it in further lines.
+                raised, in_traceback = line.strip(), False
             if line.startswith(("error: ", "FAIL")):
                 error = line.strip().removeprefix("error: ")
             if line.startswith("warning: ") and " is wrecked" in line:

@@ -156,7 +156,7 @@ class Decoder:
 
     def run(self, rows: int) -> Tensor:
         """Let the first `rows` rows go on by STEPS_AT_ONCE steps. Returns the new tokens [steps,
-        rows]; -1 after logits that are NaN.
+        rows]; -1 after logits that are not finite.
         """
         if self.device.type == "cuda" and rows not in self._graphs:
             self._graphs[rows] = self._capture(rows)

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from common.base.device_memory import available, halved_to_fit
 from common.base.progress import track
+from common.kernels.inference import largest_index
 from common.model.memory import (
     TOKENS_SHARE,
     cache_bytes,
@@ -33,7 +34,7 @@ LOGITS_POSITIONS = {"cpu": 256, "cuda": 1024}
 # Share of what this process has left of a GPU that the cache of generated answers may take.
 CACHE_SHARE = 0.4
 # What overflows, in an error.
-ANSWERS = "answers to a task's questions"
+ANSWERS = "answers: the last layer or the head"
 
 
 class HarnessModel(TemplateLM):
@@ -267,10 +268,14 @@ class HarnessModel(TemplateLM):
         for token in new:
             if token in stops or len(written) >= max_new:
                 return True
-            if token < 0:
-                raise overflow(ANSWERS, self.model.model.norm.weight.dtype)
+            self._check(token)
             written.append(token)
         return len(written) >= max_new or bool(until) and self._stopped(written, until)
+
+    def _check(self, token: int) -> None:
+        """Raises UserError where a token follows from logits that are not finite."""
+        if token < 0:
+            raise overflow(ANSWERS, self.model.model.norm.weight.dtype)
 
     def _prefix_cache(self, tokens: list[int]) -> DynamicCache:
         cache = DynamicCache()
@@ -310,11 +315,10 @@ class HarnessModel(TemplateLM):
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state[:, -1]
-            logits = self.model.lm_head(hidden)
-            check_finite(logits.amax(1), ANSWERS, logits.dtype)
-            chosen = logits.argmax(-1)
+            chosen = largest_index(self.model.lm_head(hidden))
             going = []
             for row, (sample, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
+                self._check(token)
                 if token in stops:
                     continue
                 written[sample].append(token)
