@@ -289,9 +289,10 @@ def test_results_of_an_earlier_version(tmp_path):
         "SQuAD v2 answerable F1 (hqq-4bit); ARC-Easy accuracy (hqq-8bit)." in text
     )
     verdicts = {name: row["Verdict"] for name, row in found["At a glance"].items()}
-    assert verdicts["hqq-8bit"] == f"{NO_LOSS}; not evaluated: SQuAD v2"
-    assert verdicts["hqq-4bit"].startswith("loss: ") and "evaluated" not in verdicts["gptq-4bit"]
-    assert found["Which one?"]["Smallest without measurable loss"]["Take"] == "none"
+    assert verdicts["hqq-8bit"] == f"{NO_LOSS}; not compared: SQuAD v2"
+    assert verdicts["hqq-4bit"].startswith("loss: ") and "compared" not in verdicts["gptq-4bit"]
+    smallest = found["Which one?"]["Smallest without measurable loss"]
+    assert smallest["Take"] == "none" and smallest["Rule"].endswith("is said of all tasks")
     # Of perplexity nothing is known, so that recovery decides.
     choice = found["Which one?"]["Best quality, size budget from 0.5 MB"]
     assert choice["Rule"] == "highest recovery of those that fit"

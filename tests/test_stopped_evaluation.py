@@ -9,8 +9,9 @@ import pytest
 from conftest import save_tiny
 
 from common import evaluation
+from common.results import documents
 from common.results.naming import Subject
-from common.tasks import perplexity
+from common.tasks import harness, perplexity
 from common.tasks.evaluate import evaluate_model
 
 WORDS = ["--tasks", "arc,perplexity", "--limit", "2", "--data", "demo", "--windows", "2"]
@@ -33,12 +34,13 @@ def evaluate(tiny, tmp_path):
     )
     subject = Subject(tiny, str(tiny), "tiny", "baseline")
 
-    def run(reuse: bool, fails: bool = False) -> list[str]:
+    def run(reuse: bool, fails: bool = False, **changes) -> list[str]:
+        vars(options).update(changes)
         if fails:
             with pytest.raises(KeyboardInterrupt):
-                evaluate_model(subject, options, reuse)
+                evaluate_model(subject, options, reuse, twice=True)
         else:
-            evaluate_model(subject, options, reuse)
+            evaluate_model(subject, options, reuse, twice=True)
         return list(json.loads((tmp_path / "tiny" / "baseline.json").read_text())["tasks"])
 
     return run
@@ -46,34 +48,78 @@ def evaluate(tiny, tmp_path):
 
 @pytest.fixture
 def stopped(monkeypatch):
-    """A function that says whether Ctrl-C comes at the first window of perplexity."""
-    original = perplexity.perplexity
+    """A function that says when Ctrl-C comes: at perplexity's first window, in the second run of
+    ARC, while records are written, or never."""
+    places = {
+        "perplexity": (perplexity, "perplexity"),
+        "noise": (harness.HarnessTask, "noise"),
+        "writing": (documents.gzip, "compress"),
+    }
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    return lambda comes: monkeypatch.setattr(
-        perplexity, "perplexity", interrupt if comes else original
-    )
+    def stop(place: str | None) -> None:
+        monkeypatch.undo()
+        if place:
+            monkeypatch.setattr(*places[place], interrupt)
+
+    return stop
 
 
-def test_what_was_done_is_kept(evaluate, stopped, capsys):
-    stopped(True)
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "tiny" / "baseline.json"
+
+
+def test_what_was_done_is_kept(evaluate, stopped, file, capsys):
+    """The baseline's second run, for the noise floor, too: it is of the records that are there."""
+    stopped("perplexity")
     assert evaluate(reuse=False, fails=True) == ["arc"]
-    stopped(False)
-    assert evaluate(reuse=True) == ["arc", "perplexity"]
+    stopped("noise")
+    capsys.readouterr()
+    assert evaluate(reuse=True, fails=True) == ["arc", "perplexity"]
     said = capsys.readouterr().out
-    assert "results of arc used again" in said and "perplexity was not evaluated yet" in said
+    assert "arc was run once, not twice" in said and "perplexity was not evaluated yet" in said
+    assert "Evaluating tiny baseline on cpu in float32: perplexity\n" in said
+    before = json.loads(file.read_text())
+    stopped(None)
+    evaluate(reuse=True)
+    assert "Evaluating" not in capsys.readouterr().out
+    after = json.loads(file.read_text())
+    assert "noise" not in before and set(after["noise"]) == {"arc"}
+    assert after["noise"]["arc"]["changed"] == 0
+    assert {**after, "seconds": before["seconds"]} == {**before, "noise": after["noise"]}
+    evaluate(reuse=True)
+    assert "results of arc, perplexity used again" in capsys.readouterr().out
 
 
-def test_results_of_another_code_stay_until_all_is_done(evaluate, stopped, tmp_path):
+def test_speed_is_kept_before_the_first_task(evaluate, stopped, file):
+    stopped("perplexity")
+    assert evaluate(reuse=False, fails=True, tasks=("perplexity", "speed")) == []
+    assert json.loads(file.read_text())["speed"]["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("change", ["code", "limit"])
+def test_other_results_stay_until_all_is_done(evaluate, stopped, file, change):
     evaluate(reuse=False)
-    file = tmp_path / "tiny" / "baseline.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "code": "0" * 64}))
+    changes = {}
+    if change == "code":
+        file.write_text(json.dumps({**json.loads(file.read_text()), "code": "0" * 64}))
+    else:
+        changes = {"limit": 3}
     before = file.read_bytes()
-    stopped(True)
-    evaluate(reuse=False, fails=True)
+    stopped("perplexity")
+    evaluate(reuse=False, fails=True, **changes)
     assert file.read_bytes() == before
-    stopped(False)
-    evaluate(reuse=False)
+    stopped(None)
+    evaluate(reuse=False, **changes)
     assert file.read_bytes() != before
+
+
+def test_the_same_results_stay_beside_parts_and_while_they_are_written(evaluate, stopped, file):
+    assert evaluate(reuse=False) == ["arc", "perplexity"]
+    stopped("perplexity")
+    assert evaluate(reuse=False, fails=True) == ["arc", "perplexity"]
+    stopped("writing")
+    assert evaluate(reuse=False, fails=True) == ["arc", "perplexity"]

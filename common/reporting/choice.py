@@ -126,11 +126,13 @@ def _smallest(quantized: list[Row]) -> list[Choice]:
         return min(known, key=lambda one: one[:2], default=(None,))[-1]
 
     within = [row for row in quantized if row.lost is False]
+    in_part = any(row.lost is None and NO_LOSS in row.verdict for row in quantized)
+    whole = " of all tasks" if in_part else ""
     return [
         Choice(
             "Smallest without measurable loss",
             smallest(row for row in within if not row.measurable),
-            f'fewest MB of those of which "{NO_LOSS}" is said',
+            f'fewest MB of those of which "{NO_LOSS}" is said{whole}',
         ),
         Choice(
             "Smallest with at most 1% of loss",

@@ -87,7 +87,9 @@ def rows_of(results: ModelResults, comparisons: Comparisons) -> list[Row]:
             (task, key): found for (one, task, key), found in adjusted.items() if one == name
         }
         verdict = verdict_of(compared, p_values, divergence.get("kl_mean"))
-        verdict = _in_part(verdict, evaluated[0][1], document)
+        # What one of the two was evaluated on alone, or on other sizes.
+        left = {*evaluated[0][1]["tasks"]} ^ {*document["tasks"]}
+        verdict = _in_part(verdict, left | {*results.left_out.get(name, ())})
         by, first = whose(results, name), evaluated[0][1]["quantization"]
         rows.append(
             Row(
@@ -186,18 +188,14 @@ def verdict_of(
     return Verdict(NO_LOSS, False)
 
 
-def _in_part(verdict: Verdict, first: dict, document: dict) -> Verdict:
-    """A verdict that says what the first document was evaluated on and this one not, an evaluation
-    that was stopped for one: nothing lost so far is no "no loss seen".
+def _in_part(verdict: Verdict, left: set[str]) -> Verdict:
+    """A verdict that says which tasks it is not of, for one as an evaluation was stopped: nothing
+    lost so far is no "no loss seen".
     """
-    left = [
-        task.title
-        for task in all_tasks()
-        if task.name in first["tasks"] and task.name not in document["tasks"]
-    ]
-    if not left:
+    titles = [task.title for task in all_tasks() if task.name in left]
+    if not titles or verdict.words == NONE:
         return verdict
-    return Verdict(f"{verdict.words}; not evaluated: {', '.join(left)}", verdict.lost or None)
+    return Verdict(f"{verdict.words}; not compared: {', '.join(titles)}", verdict.lost or None)
 
 
 def overview_table(rows: list[Row]) -> Table:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -198,9 +199,17 @@ def samples_digest(results_dir: Path, model: str, configuration: str) -> str:
 
 
 def write_samples(
-    results_dir: Path, model: str, configuration: str, samples: dict[str, list[dict]]
+    results_dir: Path,
+    model: str,
+    configuration: str,
+    samples: dict[str, list[dict]],
+    before: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write per-sample records as compressed JSON lines, byte for byte reproducible."""
+    """Write per-sample records as compressed JSON lines, byte for byte reproducible.
+
+    Args:
+        before: called just before they take the place of those that are there.
+    """
     lines = [
         json.dumps({"task": task, **sample}) for task, rows in samples.items() for sample in rows
     ]
@@ -208,3 +217,4 @@ def write_samples(
     content = gzip.compress("\n".join([*lines, ""]).encode(), compresslevel=6, mtime=0)
     with replacing(_samples_file(results_dir, model, configuration)) as unfinished:
         unfinished.write_bytes(content)
+        before()

@@ -57,8 +57,9 @@ def _deciding_answers(value):
 
 def left_to_do(
     subject: Subject, results_dir: Path, shared: dict, tasks: dict[str, dict], twice: bool
-) -> tuple[str, ...]:
-    """The tasks without results that answer for them. Says what is used again, and why others not.
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The tasks without results that answer for them, and those with such results that have still
+    to be run a second time. Says what is used again, and why others not.
 
     Args:
         shared: by the keys of SHARED, what results have to agree with.
@@ -71,7 +72,7 @@ def left_to_do(
     title = f"{subject.name} {subject.configuration}"
     file = results_dir / subject.name / f"{subject.configuration}.json"
     if not file.is_file() or not has_samples(results_dir, subject.name, subject.configuration):
-        return tuple(tasks)
+        return tuple(tasks), ()
     document = read_document(file)
     original, now = _original_of(document.get("tasks", {})), _original_of(tasks)
     same = document.get("checkpoint") == shared["checkpoint"]
@@ -83,22 +84,23 @@ def left_to_do(
     changes = shared_changes(document, shared)
     if changes:
         say(f"{title}: evaluated again, as its results are of another {'; '.join(changes)}")
-        return tuple(tasks)
-    left = []
+        return tuple(tasks), ()
+    left, once = [], []
     for task, wanted in tasks.items():
         reason = _task_change(task, document, wanted)
-        if not reason and twice and "samples" in wanted and task not in document.get("noise", {}):
-            reason = "was run once, not twice"
         if reason:
             left.append(task)
             say(f"{title}: {task} {reason}")
+        elif twice and "samples" in wanted and task not in document.get("noise", {}):
+            once.append(task)
+            say(f"{title}: {task} was run once, not twice")
     used = [task for task in tasks if task not in left]
     if used:
         say(
             f"{title}: results of {', '.join(used)} used again: same checkpoint, data, device and "
             "code"
         )
-    return tuple(left)
+    return tuple(left), tuple(once)
 
 
 def shared_changes(
@@ -113,10 +115,21 @@ def shared_changes(
     ]
 
 
-def stand_beside(subject: Subject, results_dir: Path, shared: dict) -> bool:
-    """Whether results that are there, if any, may stand beside new ones, which have `shared`."""
+def may_be_in_parts(
+    subject: Subject, results_dir: Path, shared: dict, tasks: dict[str, dict]
+) -> bool:
+    """Whether new results may be written task by task: those that are there, if any, would not be
+    replaced by a part that is of something else.
+    """
     file = results_dir / subject.name / f"{subject.configuration}.json"
-    return not file.is_file() or not shared_changes(read_document(file), shared)
+    if not file.is_file() or not has_samples(results_dir, subject.name, subject.configuration):
+        return True
+    document = read_document(file)
+    return not shared_changes(document, shared) and not any(
+        _task_change(task, document, wanted)
+        for task, wanted in tasks.items()
+        if task in document.get("tasks", {})
+    )
 
 
 def _changes(label: str, then, now) -> Iterator[str]:

@@ -23,6 +23,7 @@ from common.results.documents import (
     has_samples,
     load_samples,
     read_document,
+    samples_by_task,
     write_samples,
 )
 from common.results.naming import BASELINE, Subject
@@ -81,16 +82,20 @@ def evaluate_model(
     }
     found = {task.name: task.conditions(loaded[task.name], evaluation) for task in tasks}
     conditions = {name: found[name] for name in options.tasks}
+    file, once = results_dir / subject.name / f"{subject.configuration}.json", list[Task]()
     if reuse:
-        left = identity.left_to_do(subject, results_dir, shared, conditions, twice)
-        if not left:
-            return read_document(results_dir / subject.name / f"{subject.configuration}.json")
+        left, half = identity.left_to_do(subject, results_dir, shared, conditions, twice)
+        if not left and not half:
+            return read_document(file)
         conditions = {name: conditions[name] for name in left}
+        once = [task for task in tasks if task.name in half]
         tasks = [task for task in tasks if task.name in left]
     if subject.configuration == BASELINE:
         refuse = reuse and compared is not None
         identity.spare(subject, results_dir, conditions, compared, refuse)
-    prepared = {task.name: task.prepare(loaded[task.name], evaluation) for task in tasks}
+    # What is done stays if the rest is not, but no results are replaced by a part of others.
+    in_parts = identity.may_be_in_parts(subject, results_dir, shared, conditions)
+    prepared = {task.name: task.prepare(loaded[task.name], evaluation) for task in [*tasks, *once]}
     started = time.perf_counter()
     model, _ = load_for_running(folder, device, dtype, evaluation.tokenizer)
     loading, device = time.perf_counter() - started, next(model.parameters()).device
@@ -103,10 +108,9 @@ def evaluate_model(
         if not task.per_sample
     }
     unpack_for_prompts(model)  # most of what follows is reading prompts
-    say(
-        f"Evaluating {subject.name} {subject.configuration} on {device} in {dtype_name(dtype)}: "
-        f"{', '.join(conditions)}"
-    )
+    if tasks:
+        what = f"{subject.name} {subject.configuration} on {device} in {dtype_name(dtype)}"
+        say(f"Evaluating {what}: {', '.join(conditions)}")
     summaries: dict[str, dict] = {}
     samples: dict[str, list[Record]] = {}
     asked = [task for task in tasks if task.per_sample]
@@ -129,25 +133,29 @@ def evaluate_model(
             "seconds": round(time.perf_counter() - started, 2),
         }
 
-    # What is done stays if the rest is not; but results that do not answer for this one are not
-    # replaced by a part.
-    in_parts = identity.stand_beside(subject, results_dir, shared)
     for task in asked:
         if in_parts and (summaries or alone):
             write_results(results_dir, so_far(), samples)
         summary, samples[task.name] = task.run(model, prepared[task.name], evaluation)
         summaries[task.name] = {**summary, **conditions[task.name]}
-    document = so_far()
-    say(in_words(document))
-    written = write_results(results_dir, document, samples)
+    if tasks:
+        document = so_far()
+        say(in_words(document))
+        written = write_results(results_dir, document, samples)
+    else:
+        document = written = read_document(file)
     # Last, as it is a newcomer's first result that it would keep waiting.
-    if varying := [task for task in asked if twice and task.varies]:
+    again = [task for task in [*asked, *once] if twice and task.varies]
+    if again:
         say("Once more in other batches: how far scores move by themselves")
-        document["noise"] = {
-            task.name: task.noise(model, prepared[task.name], evaluation, samples[task.name])
-            for task in varying
-        }
-        document["seconds"] = round(time.perf_counter() - started, 2)
+    if once:
+        stored = samples_by_task(results_dir, subject.name, subject.configuration)
+        samples = {task: samples.get(task, records) for task, records in stored.items()}
+    for task in again:
+        began = time.perf_counter()
+        moved = task.noise(model, prepared[task.name], evaluation, samples[task.name])
+        document["noise"] = {**document.get("noise", {}), task.name: moved}
+        document["seconds"] = round(document["seconds"] + time.perf_counter() - began, 2)
         written = write_results(results_dir, document, samples)
     return written
 
@@ -212,8 +220,8 @@ def write_results(results_dir: Path, document: dict, samples: dict[str, list[Rec
     if path.is_file() and has_samples(results_dir, name, configuration):
         earlier = read_document(path)
         if not identity.shared_changes(earlier, document):
-            old = load_samples(results_dir, name, configuration)
             missing = {task for task in earlier["tasks"] if task not in document["tasks"]}
+            old = load_samples(results_dir, name, configuration) if missing else []
             kept = {
                 task: [
                     {key: value for key, value in sample.items() if key != "task"}
@@ -232,11 +240,15 @@ def write_results(results_dir: Path, document: dict, samples: dict[str, list[Rec
                 "tasks": {**earlier["tasks"], **document["tasks"]},
                 "noise": {**noise, **document.get("noise", {})},
             }
+            if not document["noise"]:
+                del document["noise"]
     order = [task for task in task_names() if task in document["tasks"]]
     document["tasks"] = {task: document["tasks"][task] for task in order}
+    records = {task: samples[task] for task in order}
     # Nothing answers for samples of another run, should this one end here.
-    path.unlink(missing_ok=True)
-    write_samples(results_dir, name, configuration, {task: samples[task] for task in order})
+    write_samples(
+        results_dir, name, configuration, records, before=lambda: path.unlink(missing_ok=True)
+    )
     write_json(path, document)
     return document
 
