@@ -164,6 +164,11 @@ class _Run:
                 )
             size = resolve_group_size(options.group_size, source.in_features())
             grid = Grid(options.bits, size, options.symmetric)
+            if grid.stored_bits >= 16:
+                raise UserError(
+                    f"groups of {size} take {grid.stored_bits:g} bits a weight with their scales, "
+                    "no less than the model's own 16; use --group-size 32 or more"
+                )
         windows = None
         if method.needs_calibration:
             with watch("calibration text"):

@@ -23,6 +23,8 @@ NO_NETWORK = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent-cache"}
             ["--group-size", "48"],
             ["group size 48 does not divide", "q_proj", "64 or 32 or auto or channel"],
         ),
+        (["--group-size", "1"], ["groups of 1 take 24 bits a weight", "use --group-size 32"]),
+        (["--bits", "8", "--group-size", "2"], ["groups of 2 take 16 bits a weight"]),
         (["--calib-samples", "100000"], ["calibration data", "use at most --calib-samples"]),
         (["--calib-data", "missing.txt"], ["missing.txt does not exist"]),
         (["--calib-data", "nonsense"], ["nonsense is neither a file"]),

@@ -42,6 +42,12 @@ class Grid:
         """Number of groups in a row of `in_features` weights."""
         return 1 if self.group_size is None else in_features // self.group_size
 
+    @property
+    def stored_bits(self) -> float:
+        """Bits of a weight with its share of a group's 16-bit scale and zero-point."""
+        own = 16 + (0 if self.symmetric else self.bits)
+        return self.bits + (0 if self.group_size is None else own / self.group_size)
+
 
 @dataclass
 class QuantizedLinear:
