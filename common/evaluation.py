@@ -85,9 +85,8 @@ def _tasks(text: str) -> tuple[str, ...]:
     known = task_names()
     unknown = [task for task in chosen if task not in known]
     if unknown or not chosen:
-        raise argparse.ArgumentTypeError(
-            f"unknown task {', '.join(unknown)}; known are {', '.join(known)}"
-        )
+        what = f"unknown task {', '.join(unknown)}" if unknown else "no task"
+        raise argparse.ArgumentTypeError(f"{what}; known are {', '.join(known)}")
     return chosen
 
 

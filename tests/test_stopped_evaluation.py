@@ -9,6 +9,7 @@ import pytest
 from conftest import save_tiny
 
 from common import evaluation
+from common.base.errors import UserError
 from common.results import documents
 from common.results.naming import Subject
 from common.tasks import harness, perplexity
@@ -34,13 +35,13 @@ def evaluate(tiny, tmp_path):
     )
     subject = Subject(tiny, str(tiny), "tiny", "baseline")
 
-    def run(reuse: bool, fails: bool = False, **changes) -> list[str]:
+    def run(reuse: bool, fails: bool = False, twice: bool = True, **changes) -> list[str]:
         vars(options).update(changes)
         if fails:
             with pytest.raises(KeyboardInterrupt):
-                evaluate_model(subject, options, reuse, twice=True)
+                evaluate_model(subject, options, reuse, twice)
         else:
-            evaluate_model(subject, options, reuse, twice=True)
+            evaluate_model(subject, options, reuse, twice)
         return list(json.loads((tmp_path / "tiny" / "baseline.json").read_text())["tasks"])
 
     return run
@@ -76,8 +77,8 @@ def test_what_was_done_is_kept(evaluate, stopped, file, capsys):
     """The baseline's second run, for the noise floor, too: it is of the records that are there."""
     stopped("perplexity")
     assert evaluate(reuse=False, fails=True) == ["arc"]
+    assert "kept: arc; --reuse, which a batch does itself, goes on" in capsys.readouterr().out
     stopped("noise")
-    capsys.readouterr()
     assert evaluate(reuse=True, fails=True) == ["arc", "perplexity"]
     said = capsys.readouterr().out
     assert "arc was run once, not twice" in said and "perplexity was not evaluated yet" in said
@@ -101,7 +102,7 @@ def test_speed_is_kept_before_the_first_task(evaluate, stopped, file):
 
 
 @pytest.mark.parametrize("change", ["code", "limit"])
-def test_other_results_stay_until_all_is_done(evaluate, stopped, file, change):
+def test_other_results_stay_until_all_is_done(evaluate, stopped, file, capsys, change):
     evaluate(reuse=False)
     changes = {}
     if change == "code":
@@ -112,6 +113,8 @@ def test_other_results_stay_until_all_is_done(evaluate, stopped, file, change):
     stopped("perplexity")
     evaluate(reuse=False, fails=True, **changes)
     assert file.read_bytes() == before
+    said = capsys.readouterr().out
+    assert "nothing of these is kept until all is done" in said and "kept: " not in said
     stopped(None)
     evaluate(reuse=False, **changes)
     assert file.read_bytes() != before
@@ -123,3 +126,21 @@ def test_the_same_results_stay_beside_parts_and_while_they_are_written(evaluate,
     assert evaluate(reuse=False, fails=True) == ["arc", "perplexity"]
     stopped("writing")
     assert evaluate(reuse=False, fails=True) == ["arc", "perplexity"]
+
+
+def test_a_single_run_of_the_same_keeps_the_noise_floor(evaluate, file):
+    evaluate(reuse=False)
+    noise = json.loads(file.read_text())["noise"]
+    assert noise and evaluate(reuse=False, twice=False) == ["arc", "perplexity"]
+    assert json.loads(file.read_text())["noise"] == noise
+    evaluate(reuse=False, twice=False, limit=3)
+    assert "noise" not in json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("place", ["", "tiny", "tiny/samples"])
+def test_results_that_cannot_be_written_are_found_first(evaluate, tmp_path, place):
+    wrong = tmp_path / "results" / place
+    wrong.parent.mkdir(parents=True, exist_ok=True)
+    wrong.write_text("a file")
+    with pytest.raises(UserError, match="results cannot be written to .*choose another"):
+        evaluate(reuse=False, results_dir=tmp_path / "results")

@@ -195,7 +195,8 @@ def _in_part(verdict: Verdict, left: set[str]) -> Verdict:
     titles = [task.title for task in all_tasks() if task.name in left]
     if not titles or verdict.words == NONE:
         return verdict
-    return Verdict(f"{verdict.words}; not compared: {', '.join(titles)}", verdict.lost or None)
+    words = f"{verdict.words}; not compared: {', '.join(titles)}"
+    return Verdict(words if verdict.lost else f"in part: {words}", verdict.lost or None)
 
 
 def overview_table(rows: list[Row]) -> Table:

@@ -74,12 +74,13 @@ class ModelResults:
         ]
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder for results that cannot be made or written to. Raises UserError."""
-    if reason := why_not_writable(folder):
-        raise UserError(
-            f"results cannot be written to {folder} ({reason}); choose another --results-dir"
-        )
+def check_folder(folder: Path, model: str) -> None:
+    """Refuse a folder where results of a model cannot be written. Raises UserError."""
+    for place in (folder, folder / model, folder / model / "samples"):
+        if reason := why_not_writable(place):
+            raise UserError(
+                f"results cannot be written to {place} ({reason}); choose another --results-dir"
+            )
 
 
 def read_document(path: Path) -> dict:

@@ -17,7 +17,7 @@ from common import cli
 from common.base.errors import UserError
 from common.base.progress import say
 from common.model.source import resolve_folder
-from common.results.documents import CONFIGURATIONS, STATUS_FILE, read_document
+from common.results.documents import CONFIGURATIONS, STATUS_FILE, check_folder, read_document
 from common.results.naming import filed_as, source_of
 from common.results.peers import PEERS
 from common.run_all import check
@@ -114,6 +114,7 @@ def run_all(
         for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
     ]
     name = filed_as(options.model, options.results_dir)
+    check_folder(options.results_dir, name)
     status_file = options.results_dir / name / STATUS_FILE
     batch = Batch(
         options.model,

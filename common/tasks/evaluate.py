@@ -53,7 +53,7 @@ def evaluate_model(
         UserError: no data, or evaluation data that the model was calibrated on.
     """
     folder, results_dir = subject.folder, options.results_dir
-    check_folder(results_dir)
+    check_folder(results_dir, subject.name)
     device, dtype = device_and_dtype(options)
     configure_torch(0)
     demo = on_demo_data(options.data, subject.source, options.data_root)
@@ -95,22 +95,15 @@ def evaluate_model(
         identity.spare(subject, results_dir, conditions, compared, refuse)
     # What is done stays if the rest is not, but no results are replaced by a part of others.
     in_parts = identity.may_be_in_parts(subject, results_dir, shared, conditions)
+    if not in_parts:
+        say(f"{file}: there are other results, so nothing of these is kept until all is done")
     prepared = {task.name: task.prepare(loaded[task.name], evaluation) for task in [*tasks, *once]}
     started = time.perf_counter()
     model, _ = load_for_running(folder, device, dtype, evaluation.tokenizer)
     loading, device = time.perf_counter() - started, next(model.parameters()).device
     _check_made_from(subject, model.config)
     memory = metadata.peak_memory(device)
-    # Here the model is alone on the device.
-    alone = {
-        task.name: task.run(model, prepared[task.name], evaluation)[0]
-        for task in tasks
-        if not task.per_sample
-    }
-    unpack_for_prompts(model)  # most of what follows is reading prompts
-    if tasks:
-        what = f"{subject.name} {subject.configuration} on {device} in {dtype_name(dtype)}"
-        say(f"Evaluating {what}: {', '.join(conditions)}")
+    alone: dict[str, dict] = {}
     summaries: dict[str, dict] = {}
     samples: dict[str, list[Record]] = {}
     asked = [task for task in tasks if task.per_sample]
@@ -133,11 +126,28 @@ def evaluate_model(
             "seconds": round(time.perf_counter() - started, 2),
         }
 
-    for task in asked:
-        if in_parts and (summaries or alone):
-            write_results(results_dir, so_far(), samples)
-        summary, samples[task.name] = task.run(model, prepared[task.name], evaluation)
-        summaries[task.name] = {**summary, **conditions[task.name]}
+    # Here the model is alone on the device.
+    alone |= {
+        task.name: task.run(model, prepared[task.name], evaluation)[0]
+        for task in tasks
+        if not task.per_sample
+    }
+    if alone and in_parts:
+        write_results(results_dir, so_far(), samples)
+    unpack_for_prompts(model)  # most of what follows is reading prompts
+    if asked:
+        what = f"{subject.name} {subject.configuration} on {device} in {dtype_name(dtype)}"
+        say(f"Evaluating {what}: {', '.join(task.name for task in asked)}")
+    try:
+        for task in asked:
+            summary, samples[task.name] = task.run(model, prepared[task.name], evaluation)
+            summaries[task.name] = {**summary, **conditions[task.name]}
+            if in_parts and task is not asked[-1]:
+                write_results(results_dir, so_far(), samples)
+    except KeyboardInterrupt:
+        if in_parts and (kept := [*alone, *summaries]):
+            say(f"kept: {', '.join(kept)}; --reuse, which a batch does itself, goes on from there")
+        raise
     if tasks:
         document = so_far()
         say(in_words(document))
@@ -232,7 +242,9 @@ def write_results(results_dir: Path, document: dict, samples: dict[str, list[Rec
             }
             samples = {**kept, **samples}
             noise = {
-                task: found for task, found in earlier.get("noise", {}).items() if task in missing
+                task: found
+                for task, found in earlier.get("noise", {}).items()
+                if task in missing or _same_rows(earlier["tasks"][task], document["tasks"][task])
             }
             document = {
                 **earlier,
@@ -251,6 +263,11 @@ def write_results(results_dir: Path, document: dict, samples: dict[str, list[Rec
     )
     write_json(path, document)
     return document
+
+
+def _same_rows(one: dict, other: dict) -> bool:
+    """Whether two summaries of a task are of the same rows of data."""
+    return all(one.get(key) == other.get(key) for key in ("data", "fingerprint", "samples"))
 
 
 def in_words(document: dict) -> str:
