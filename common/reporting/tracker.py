@@ -44,7 +44,16 @@ def status_of(results: ModelResults, configuration: str) -> tuple[str, str]:
     known = results.status.get(configuration)
     if known:
         return known["state"], known.get("reason", "")
-    return ("done", "") if configuration in results.documents else ("not started", "")
+    if configuration not in results.documents:
+        return "not started", ""
+    # Of no batch, whose status would tell.
+    tasks = {
+        name: {*one["tasks"], *results.left_out.get(name, ())}
+        for name, one in results.documents.items()
+    }
+    left = set().union(*tasks.values()) - tasks[configuration]
+    titles = [task.title for task in all_tasks() if task.name in left]
+    return ("warning", f"not evaluated: {', '.join(titles)}") if titles else ("done", "")
 
 
 def status_table(results: ModelResults) -> Table:
