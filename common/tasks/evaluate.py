@@ -132,8 +132,10 @@ def evaluate_model(
         for task in tasks
         if not task.per_sample
     }
+    kept: list[str] = []
     if alone and in_parts:
         write_results(results_dir, so_far(), samples)
+        kept = [*alone]
     unpack_for_prompts(model)  # most of what follows is reading prompts
     if asked:
         what = f"{subject.name} {subject.configuration} on {device} in {dtype_name(dtype)}"
@@ -144,8 +146,9 @@ def evaluate_model(
             summaries[task.name] = {**summary, **conditions[task.name]}
             if in_parts and task is not asked[-1]:
                 write_results(results_dir, so_far(), samples)
+                kept.append(task.name)
     except KeyboardInterrupt:
-        if in_parts and (kept := [*alone, *summaries]):
+        if kept:
             say(f"kept: {', '.join(kept)}; --reuse, which a batch does itself, goes on from there")
         raise
     if tasks:
