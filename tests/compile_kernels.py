@@ -159,6 +159,8 @@ def check(capability: tuple[int, int], key: tuple, compiled: CompiledKernel) -> 
         return f"{compiled.metadata.shared} bytes of shared memory, the card has {limit}"
     if capability < (9, 0) and "griddepcontrol" in compiled.asm["ptx"]:
         return "waits for the kernel before, which this card cannot"
+    if dict(key[2]).get("HOPPER", capability[0] == 9) is not (capability[0] == 9):
+        return "awaits products, or does not, as a card of another generation should"
     if leaves_product_running(compiled.asm["ttgir"]):
         return "an iteration ends before a product has read its left factor's registers"
     return None

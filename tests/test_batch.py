@@ -7,6 +7,7 @@ import pytest
 from batch_stand_ins import STAND_INS
 from conftest import ROOT, interrupt_after, run_script
 
+from common.base.errors import UserError
 from common.results.documents import load_all
 from common.run_all.steps import Batch
 
@@ -32,6 +33,13 @@ def test_a_failure_does_not_stop_the_rest(batch, capfd):
     # Of what went well, how long it took: quantize, verify and evaluate of two, and the baseline.
     took = re.findall(r"^--- (\w+): \d+ s$", said, re.MULTILINE)
     assert sorted(took) == ["evaluate"] * 3 + ["quantize"] * 2 + ["verify"] * 2
+
+
+def test_a_folder_for_results_that_is_none(batch, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(UserError, match="results cannot be written to"):
+        batch("--only", "baseline", "--results-dir", str(tmp_path / "taken"))
+    assert not (batch.folder / "calls").exists()
 
 
 def test_what_is_there_is_not_made_again_until_overwrite(batch):

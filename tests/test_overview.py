@@ -291,6 +291,9 @@ def test_results_of_an_earlier_version(tmp_path):
     verdicts = {name: row["Verdict"] for name, row in found["At a glance"].items()}
     assert verdicts["hqq-8bit"] == f"in part: {NO_LOSS}; not compared: SQuAD v2"
     assert verdicts["hqq-4bit"].startswith("loss: ") and "compared" not in verdicts["gptq-4bit"]
+    assert "excludes a loss of 0.02. In" in text and "right or wrong. " in text.replace(
+        "; for", ". "
+    )
     state = found["Status"]["HQQ"]
     assert state["Status"].endswith("Check") and "8-bit: not evaluated: SQuAD v2" in state["Notes"]
     smallest = found["Which one?"]["Smallest without measurable loss"]

@@ -220,7 +220,8 @@ def verdict_table(comparisons: Comparisons) -> Table:
 def _verdict_note(judged: list[MetricKind], detectable: dict[str, list[float]]) -> str:
     """What the words in the table of verdicts mean, and how small differences can be seen."""
     ratios = [kind for kind in judged if kind.logarithmic]
-    margins = "; ".join(f"{kind.name.lower()}: {100 * kind.margin:g}%" for kind in ratios)
+    margins = "".join(f" ({kind.name.lower()}: {100 * kind.margin:g}%)" for kind in ratios)
+    students = "".join(f", Student's t for {kind.name.lower()}" for kind in ratios)
     swaps = "".join(
         f"; for {task.title} the two models' answers are swapped at random, {task.clustered} by "
         f"{task.clustered}, because answers to one {task.clustered} are not independent"
@@ -234,11 +235,10 @@ def _verdict_note(judged: list[MetricKind], detectable: dict[str, list[float]]) 
     )
     return (
         f"A loss is an interval wholly below zero with p at most 0.05, a gain the reverse; "
-        f'"{NO_LOSS}" an interval that excludes a loss of {MetricKind.margin} ({margins}). '
+        f'"{NO_LOSS}" an interval that excludes a loss of {MetricKind.margin}{margins}. '
         "In brackets: answers that went wrong / came right, and the one-sided p of a loss, or "
         "of a gain where it is called one, after Holm over all configurations: McNemar's exact "
-        "test where answers are right or wrong, Student's t for "
-        f"{', '.join(kind.name.lower() for kind in ratios)}{swaps}. "
+        f"test where answers are right or wrong{students}{swaps}. "
         '"No gain" is said of higher scores where perplexity is higher, too, by more than its '
         f"margin, or where the model {SILENT} and silence scores. Smallest differences "
         f"that samples of this size detect four times in five: {sizes}."
