@@ -44,9 +44,12 @@ class Grid:
 
     @property
     def stored_bits(self) -> float:
-        """Bits of a weight with its share of a group's 16-bit scale and zero-point."""
+        """Bits that a weight takes: codes lie in words of 32 bits, a group has a scale of 16 and a
+        zero-point as large as a code. Those of one group per row are not counted.
+        """
         own = 16 + (0 if self.symmetric else self.bits)
-        return self.bits + (0 if self.group_size is None else own / self.group_size)
+        shared = 0 if self.group_size is None else own / self.group_size
+        return 32 / (32 // self.bits) + shared
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from common.reporting.overview import MEASURABLE, Row, speed_in_words
+from common.reporting.overview import IN_PART, MEASURABLE, Row, speed_in_words
 from common.reporting.significance import NO_LOSS
 from common.reporting.tables import NONE, Table, gib, number, significant
 from common.results.naming import BASELINE
@@ -126,7 +126,7 @@ def _smallest(quantized: list[Row]) -> list[Choice]:
         return min(known, key=lambda one: one[:2], default=(None,))[-1]
 
     within = [row for row in quantized if row.lost is False]
-    in_part = any(row.lost is None and NO_LOSS in row.verdict for row in quantized)
+    in_part = any(row.verdict.startswith(f"{IN_PART}: {NO_LOSS}") for row in quantized)
     whole = " of all tasks" if in_part else ""
     return [
         Choice(

@@ -20,7 +20,7 @@ from common.results.documents import ModelResults
 from common.results.identity import measured_apart
 from common.results.naming import BASELINE
 from common.tasks import perplexity, speed
-from common.tasks.task import all_tasks
+from common.tasks.task import all_tasks, titles_of
 
 # A loss below this many nats per token is no matter: perplexity's margin, and of the divergence,
 # which is what the baseline's own text costs the model more than the baseline.
@@ -28,6 +28,8 @@ KL_MARGIN = 0.01
 UNKNOWN = "cannot tell"
 # Of a perplexity that is significantly up, by less than its margin.
 MEASURABLE = "measurable"
+# Before a verdict without loss that is not of all tasks.
+IN_PART = "in part"
 
 
 @dataclass(frozen=True)
@@ -192,11 +194,11 @@ def _in_part(verdict: Verdict, left: set[str]) -> Verdict:
     """A verdict that says which tasks it is not of, for one as an evaluation was stopped: nothing
     lost so far is no "no loss seen".
     """
-    titles = [task.title for task in all_tasks() if task.name in left]
+    titles = titles_of(left)
     if not titles or verdict.words == NONE:
         return verdict
     words = f"{verdict.words}; not compared: {', '.join(titles)}"
-    return Verdict(words if verdict.lost else f"in part: {words}", verdict.lost or None)
+    return Verdict(words if verdict.lost else f"{IN_PART}: {words}", verdict.lost or None)
 
 
 def overview_table(rows: list[Row]) -> Table:

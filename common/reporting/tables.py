@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.numerics.grid import Grid
 from common.reporting.comparison import SILENT, Comparison, adjusted_p_values, by_metric
 from common.reporting.significance import GAIN, NO_LOSS
 from common.results.documents import CONFIGURATIONS, ModelResults
@@ -64,9 +65,7 @@ def bits_of(results: ModelResults, name: str) -> tuple[float | None, float | Non
     grid = facts.get("grid")
     ours = "library" not in facts or name in CONFIGURATIONS
     if coded is None and ours and grid and grid.get("group_size") and "symmetric" in grid:
-        # Codes in words of 32 bits, a scale in 16 and a zero-point as large as a code.
-        zero = 0 if grid["symmetric"] else grid["bits"]
-        coded = 32 / (32 // grid["bits"]) + (16 + zero) / grid["group_size"]
+        coded = Grid(grid["bits"], grid["group_size"], grid["symmetric"]).stored_bits
     if whole is None and BASELINE in results.documents:
         baseline = results.documents[BASELINE]["quantization"]
         each = (baseline.get("bits_per_weight") or {}).get("all") or 16.0

@@ -16,7 +16,7 @@ from common.reporting.tables import (
 from common.results.documents import CONFIGURATIONS, ModelResults
 from common.results.naming import BASELINE
 from common.results.peers import PEERS
-from common.tasks.task import all_metrics, all_tasks
+from common.tasks.task import all_metrics, all_tasks, titles_of
 
 STATES = {
     "not started": "⬜ Not started",
@@ -52,7 +52,7 @@ def status_of(results: ModelResults, configuration: str) -> tuple[str, str]:
         for name, one in results.documents.items()
     }
     left = set().union(*tasks.values()) - tasks[configuration]
-    titles = [task.title for task in all_tasks() if task.name in left]
+    titles = titles_of(left)
     return ("warning", f"not evaluated: {', '.join(titles)}") if titles else ("done", "")
 
 

@@ -88,6 +88,15 @@ def read_document(path: Path) -> dict:
     return read_json(path, "delete it and evaluate again")
 
 
+def stored_document(results_dir: Path, model: str, configuration: str) -> dict | None:
+    """A configuration's result, where it is there with its records. Raises UserError when it is
+    damaged.
+    """
+    path = results_dir / model / f"{configuration}.json"
+    found = path.is_file() and has_samples(results_dir, model, configuration)
+    return read_document(path) if found else None
+
+
 def load_model_results(folder: Path, documented: bool = False) -> ModelResults:
     """Results of the model whose folder this is. Raises UserError for a damaged file."""
     documents = {}

@@ -16,9 +16,8 @@ from common.base.progress import say
 from common.results.documents import (
     SIZES,
     ModelResults,
-    has_samples,
     load_model_results,
-    read_document,
+    stored_document,
 )
 from common.results.naming import BASELINE, Subject
 
@@ -70,10 +69,9 @@ def left_to_do(
             with, on whatever device that was.
     """
     title = f"{subject.name} {subject.configuration}"
-    file = results_dir / subject.name / f"{subject.configuration}.json"
-    if not file.is_file() or not has_samples(results_dir, subject.name, subject.configuration):
+    document = stored_document(results_dir, subject.name, subject.configuration)
+    if document is None:
         return tuple(tasks), ()
-    document = read_document(file)
     original, now = _original_of(document.get("tasks", {})), _original_of(tasks)
     same = document.get("checkpoint") == shared["checkpoint"]
     if same and original and now and original != now:
@@ -121,14 +119,15 @@ def may_be_in_parts(
     """Whether new results may be written task by task: those that are there, if any, would not be
     replaced by a part that is of something else.
     """
-    file = results_dir / subject.name / f"{subject.configuration}.json"
-    if not file.is_file() or not has_samples(results_dir, subject.name, subject.configuration):
-        return True
-    document = read_document(file)
-    return not shared_changes(document, shared) and not any(
-        _task_change(task, document, wanted)
-        for task, wanted in tasks.items()
-        if task in document.get("tasks", {})
+    document = stored_document(results_dir, subject.name, subject.configuration)
+    return (
+        document is None
+        or not shared_changes(document, shared)
+        and not any(
+            _task_change(task, document, wanted)
+            for task, wanted in tasks.items()
+            if task in document.get("tasks", {})
+        )
     )
 
 

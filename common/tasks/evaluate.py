@@ -20,10 +20,10 @@ from common.model.tensors import TensorReader
 from common.results import hashes, identity
 from common.results.documents import (
     check_folder,
-    has_samples,
     load_samples,
     read_document,
     samples_by_task,
+    stored_document,
     write_samples,
 )
 from common.results.naming import BASELINE, Subject
@@ -103,7 +103,12 @@ def evaluate_model(
     loading, device = time.perf_counter() - started, next(model.parameters()).device
     _check_made_from(subject, model.config)
     memory = metadata.peak_memory(device)
-    alone: dict[str, dict] = {}
+    # Here the model is alone on the device.
+    alone = {
+        task.name: task.run(model, prepared[task.name], evaluation)[0]
+        for task in tasks
+        if not task.per_sample
+    }
     summaries: dict[str, dict] = {}
     samples: dict[str, list[Record]] = {}
     asked = [task for task in tasks if task.per_sample]
@@ -126,12 +131,6 @@ def evaluate_model(
             "seconds": round(time.perf_counter() - started, 2),
         }
 
-    # Here the model is alone on the device.
-    alone |= {
-        task.name: task.run(model, prepared[task.name], evaluation)[0]
-        for task in tasks
-        if not task.per_sample
-    }
     kept: list[str] = []
     if alone and in_parts:
         write_results(results_dir, so_far(), samples)
@@ -230,8 +229,7 @@ def write_results(results_dir: Path, document: dict, samples: dict[str, list[Rec
     """
     name, configuration = document["model"], document["configuration"]
     path = results_dir / name / f"{configuration}.json"
-    if path.is_file() and has_samples(results_dir, name, configuration):
-        earlier = read_document(path)
+    if earlier := stored_document(results_dir, name, configuration):
         if not identity.shared_changes(earlier, document):
             missing = {task for task in earlier["tasks"] if task not in document["tasks"]}
             old = load_samples(results_dir, name, configuration) if missing else []
@@ -244,10 +242,9 @@ def write_results(results_dir: Path, document: dict, samples: dict[str, list[Rec
                 for task in missing
             }
             samples = {**kept, **samples}
+            other = identity.other_data(earlier, document)
             noise = {
-                task: found
-                for task, found in earlier.get("noise", {}).items()
-                if task in missing or _same_rows(earlier["tasks"][task], document["tasks"][task])
+                task: found for task, found in earlier.get("noise", {}).items() if task not in other
             }
             document = {
                 **earlier,
@@ -266,11 +263,6 @@ def write_results(results_dir: Path, document: dict, samples: dict[str, list[Rec
     )
     write_json(path, document)
     return document
-
-
-def _same_rows(one: dict, other: dict) -> bool:
-    """Whether two summaries of a task are of the same rows of data."""
-    return all(one.get(key) == other.get(key) for key in ("data", "fingerprint", "samples"))
 
 
 def in_words(document: dict) -> str:

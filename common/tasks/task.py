@@ -178,6 +178,11 @@ def task_names() -> tuple[str, ...]:
     return tuple(task.name for task in all_tasks())
 
 
+def titles_of(names: Iterable[str]) -> list[str]:
+    """The titles of some tasks, in the order of all."""
+    return [task.title for task in all_tasks() if task.name in {*names}]
+
+
 def all_metrics() -> tuple[MetricKind, ...]:
     """The metrics of every task, in the order of the tables."""
     return tuple(kind for task in all_tasks() for kind in task.metrics)
